@@ -1,0 +1,1 @@
+"""Runs on one person's device; text and personal head never leave."""

@@ -1,0 +1,370 @@
+"""What a device has spent: one row per release, durable before the bytes leave, chained by hash.
+
+One SQLite file holds the ledger of one owner (a device, or a run whose simulated devices share the
+file), with one hash chain per client: each row's hash covers the row and the hash before it, and a
+head per client (count, last hash) changes in the same transaction. `client/release.py` asks in this
+order: `resend`, then `check`, then `commit`.
+
+**Guarantee**: when `commit` returns, the row is on disk (WAL, synchronous=FULL, one transaction for
+row, head and payload), and the gate hands out bytes only after that. A crash before the commit:
+nothing spent, nothing left the device. A crash after it: either the bytes never leave and one
+release too many is counted, or `resend` gives the very same bytes again, which costs nothing.
+`commit` refuses charges that `check` did not allow on the chain as it is now, so that two processes
+cannot pass the budget together.
+
+**Not covered**: the chain has no key. It finds rows that were edited, removed, reordered or moved,
+in the middle and at the end; it does not find somebody who computes every hash anew, nor an older
+copy of the whole file put back. The outbox holds the last payload as the gate released it: noised
+under `noise_at = device`, only clipped under `noise_at = server`.
+
+`client/chain.py` has the tables and the hashes.
+"""
+
+import hashlib
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..common.accounting import Charge, epsilon
+from ..common.errors import BudgetExceeded, LedgerCorrupt, PrivacyError, PrivetError, StateError
+from . import chain
+from .chain import Head, RawRow, verify
+
+__all__ = ["Declined", "Ledger", "Row", "verify"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One release: `seq` counts a client's releases from 1; hashes are lower-case hex SHA-256."""
+
+    seq: int
+    client: str
+    run: str
+    round: int
+    plan: str
+    charges: tuple[Charge, ...]
+    payload_sha256: str
+    previous: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A round in which a client released nothing, and why."""
+
+    client: str
+    run: str
+    round: int
+    reason: str
+
+
+class Ledger:
+    """An open ledger; open one per process, keep it, and close it (it is a context manager).
+
+    Threads may share it. A fork may happen at any time outside a call: the connection is closed
+    before the fork and opened again by the next call on either side, because SQLite's locks do not
+    survive a fork. Each client's chain is verified before its first use in a process, and again
+    when another process has moved its head.
+    """
+
+    def __init__(self, path: Path, owner: str) -> None:
+        """Use `Ledger.open`, which creates or verifies the file first."""
+        self._path = path
+        self._owner = owner
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.RLock()
+        self._verified: dict[str, Head] = {}
+        self._allowed: dict[str, tuple[Head, str]] = {}
+        _close_before_every_fork(self)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, owner: str) -> Self:
+        """Opens the ledger of `owner` (a run or device id), creating it where there is none.
+
+        Raises:
+            LedgerCorrupt: the file is damaged, of a newer format, or another owner's; it is left
+                as it is.
+            StateError: the file cannot be read or written.
+        """
+        path = Path(os.path.abspath(path))
+        # In this order: a ledger's journal appears only after the ledger itself. An empty one is
+        # what reading leaves behind.
+        journal = Path(f"{path}-wal")
+        has_journal = journal.exists() and journal.stat().st_size > 0
+        if not path.exists():
+            if has_journal:
+                raise LedgerCorrupt(
+                    f"The ledger {path} is missing but its journal {journal} is there: the "
+                    f"ledger was moved or deleted. {chain.RECOVER}."
+                )
+            chain.create(path, owner)
+        chain.inspect(path, owner)
+        return cls(path, owner)
+
+    def close(self) -> None:
+        """Lets go of the file; a later call opens it again."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                with chain.sentences(self._path):
+                    connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Ledger({os.fspath(self._path)!r}, owner={self._owner!r})"
+
+    def check(
+        self, client: str, charges: Sequence[Charge], budgets: Mapping[str, float], delta: float
+    ) -> None:
+        """Allows a release of `charges` within `budgets` (epsilon by unit), or refuses.
+
+        **Guarantee**: for every line (unit, against, adjacency) of everything this client released
+        and of `charges`, the composed epsilon at `delta` is at most the budget of the unit. A unit
+        without a budget has none to spend; an epsilon that is not a number is over every budget.
+        Nothing is written.
+
+        Raises:
+            BudgetExceeded: the release would pass a budget; nothing was spent.
+            PrivacyError: `charges` is empty: whatever leaves must say what it costs.
+        """
+        if not charges:
+            raise PrivacyError(
+                f"Client {client!r}: a release must carry at least one charge; got none. Pass the "
+                "charges of its mechanism (noise multiplier 0 for none)."
+            )
+        with self._transaction("BEGIN") as db:
+            head = self._trusted_head(db, client)
+            past = _charges(self._path, db, client)
+        _refuse_over_budget(client, past, charges, budgets, delta)
+        self._allowed[client] = (head, _canonical(charges))
+
+    def commit(
+        self,
+        client: str,
+        run: str,
+        round: int,
+        plan: str,
+        charges: Sequence[Charge],
+        payload: bytes,
+    ) -> None:
+        """Records a release in one durable transaction: row, head and payload.
+
+        **Guarantee**: when this returns, the row is on disk; when it raises, the caller must not
+        hand out `payload`.
+
+        Args:
+            client: whose release.
+            run: id of the run.
+            round: number of the round in the run.
+            plan: hash of the round's plan, hex.
+            charges: what `check` has just allowed for this client.
+            payload: the bytes that leave, kept until the client's next release.
+
+        Raises:
+            StateError: this round was released before, or the file cannot be written.
+            PrivacyError: `check` has not allowed these charges, or another process has released
+                for this client since.
+            LedgerCorrupt: the client's chain does not verify.
+        """
+        text = _canonical(charges)
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            head = self._trusted_head(db, client)
+            if chain.find_row(db, client, run, round) is not None:
+                raise StateError(
+                    f"Client {client!r} has released round {round} of run {run!r} already; a round "
+                    "is counted once. Send the same bytes again with resend()."
+                )
+            if self._allowed.pop(client, None) != (head, text):
+                raise PrivacyError(
+                    f"Client {client!r}, round {round}: these charges were not allowed by check() "
+                    "on the ledger as it is now; nothing was spent. Call check() again."
+                )
+            digest = hashlib.sha256(payload).hexdigest()
+            seq = head.count + 1
+            row = RawRow(seq, client, run, int(round), plan, text, digest, head.hash, "")
+            row = row._replace(hash=chain.row_hash(self._owner, row))
+            chain.insert(db, row, payload)
+        self._verified[client] = Head(seq, row.hash)
+
+    def resend(self, client: str, run: str, round: int, plan: str) -> bytes | None:
+        """The bytes released for this round before, or None where there was no release.
+
+        **Guarantee**: a server that asks for the same round again gets the very same bytes, at no
+        cost; one that asks with another plan gets nothing.
+
+        Raises:
+            PrivacyError: the round was released under another plan, or its bytes are not kept.
+            LedgerCorrupt: the chain or the kept bytes do not verify.
+        """
+        with self._transaction("BEGIN") as db:
+            self._trusted_head(db, client)
+            row = chain.find_row(db, client, run, round)
+            kept = db.execute("SELECT seq, payload FROM outbox WHERE client = ?", (client,))
+            seq, payload = kept.fetchone() or (None, b"")
+        if row is None:
+            return None
+        where = f"Client {client!r} has released round {round} of run {run!r}"
+        if row.plan != plan:
+            raise PrivacyError(
+                f"{where} under plan {row.plan}, and was asked again with plan {plan}; it answers "
+                "a round once. Ask the next round."
+            )
+        if seq != row.seq:
+            raise PrivacyError(
+                f"{where}, and its bytes are not kept any more: only those of the last release "
+                "are. Ask the next round."
+            )
+        if hashlib.sha256(payload).hexdigest() != row.payload_sha256:
+            raise chain.corrupt(self._path, client, row.seq, "the kept payload is another one")
+        return bytes(payload)
+
+    def decline(self, client: str, run: str, round: int, reason: str) -> None:
+        """Records that a client released nothing in a round; the last reason stands. Not chained.
+
+        Raises:
+            StateError: the file cannot be written.
+        """
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            db.execute(
+                "INSERT OR REPLACE INTO declined (client, run, round, reason) VALUES (?, ?, ?, ?)",
+                (client, run, int(round), reason),
+            )
+
+    def clients(self) -> list[str]:
+        """The names of all clients that released something, sorted."""
+        with self._transaction("BEGIN") as db:
+            return [name for (name,) in db.execute("SELECT client FROM head ORDER BY client")]
+
+    def rows(self, client: str) -> list[Row]:
+        """A client's releases, oldest first, after its chain was verified."""
+        with self._transaction("BEGIN") as db:
+            self._trusted_head(db, client)
+            raws = chain.raw_rows(db, client)
+            return [
+                Row(
+                    **{
+                        **raw._asdict(),
+                        "charges": _parsed(self._path, client, raw.seq, raw.charges),
+                    }
+                )
+                for raw in raws
+            ]
+
+    def charges(self, client: str) -> tuple[Charge, ...]:
+        """Everything a client has spent, oldest first, after its chain was verified."""
+        with self._transaction("BEGIN") as db:
+            self._trusted_head(db, client)
+            return _charges(self._path, db, client)
+
+    def participations(self, client: str) -> int:
+        """How many releases a client has made; 0 for an unknown one."""
+        with self._transaction("BEGIN") as db:
+            return self._trusted_head(db, client).count
+
+    def declined(self, client: str | None = None) -> list[Declined]:
+        """The declined rounds of one client, or of all, by client, run and round."""
+        with self._transaction("BEGIN") as db:
+            found = db.execute(
+                "SELECT client, run, round, reason FROM declined "
+                "WHERE client = ?1 OR ?1 IS NULL ORDER BY client, run, round",
+                (client,),
+            )
+            return [Declined(*raw) for raw in found]
+
+    def _trusted_head(self, db: sqlite3.Connection, client: str) -> Head:
+        """The stored head, its chain walked unless it is the head this process has seen."""
+        head = chain.find_head(db, client)
+        known = self._verified.get(client)
+        if head is None or head != known:
+            head = chain.verify_client(self._path, db, self._owner, client)
+            if known and head.count < known.count:
+                raise chain.corrupt(self._path, client, known.count, "it was there and is gone")
+            self._verified[client] = head
+        return head
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        with self._lock, chain.sentences(self._path):
+            if self._connection is None:
+                self._connection = chain.connect(self._path, "rw")
+            with chain.transaction(self._connection, begin) as db:
+                yield db
+
+
+def _close_before_every_fork(ledger: Ledger) -> None:
+    """Keeps no connection open through a fork; a hook cannot be removed, so it holds no ledger."""
+    if not hasattr(os, "register_at_fork"):
+        return
+    reference = weakref.ref(ledger)
+
+    def before() -> None:
+        if (found := reference()) is not None:
+            found._lock.acquire()
+            found.close()
+
+    def after() -> None:
+        if (found := reference()) is not None:
+            found._lock.release()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+
+
+def _charges(path: Path, db: sqlite3.Connection, client: str) -> tuple[Charge, ...]:
+    rows = chain.raw_rows(db, client)
+    return tuple(charge for r in rows for charge in _parsed(path, client, r.seq, r.charges))
+
+
+def _parsed(path: Path, client: str, seq: int, text: str) -> tuple[Charge, ...]:
+    try:
+        return tuple(Charge.from_json(line) for line in text.split("\n"))
+    except PrivetError as error:
+        raise chain.corrupt(path, client, seq, f"its charges cannot be read ({error})") from error
+
+
+def _canonical(charges: Sequence[Charge]) -> str:
+    return "\n".join(charge.to_json() for charge in charges)
+
+
+def _refuse_over_budget(
+    client: str,
+    past: Sequence[Charge],
+    new: Sequence[Charge],
+    budgets: Mapping[str, float],
+    delta: float,
+) -> None:
+    for line in dict.fromkeys(_line(charge) for charge in (*past, *new)):
+        unit, against, adjacency = line
+        total = epsilon([c for c in (*past, *new) if _line(c) == line], delta)
+        budget = budgets.get(unit)
+        if budget is not None and total <= budget:
+            continue
+        before = [c for c in past if _line(c) == line]
+        spent = epsilon(before, delta) if before else 0.0
+        limit = "no budget" if budget is None else f"the budget of {budget:.6g}"
+        raise BudgetExceeded(
+            f"Client {client!r} declines: its next release would bring the {unit}-level epsilon "
+            f"against the {against} ({adjacency}) from {spent:.6g} to {total:.6g} at delta "
+            f"{delta:.6g}, and there is {limit} for this unit; nothing was spent. Stop here, or "
+            "have the owner of the device grant a larger budget."
+        )
+
+
+def _line(charge: Charge) -> tuple[str, str, str]:
+    return charge.unit, charge.against, charge.adjacency

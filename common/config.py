@@ -1,0 +1,281 @@
+"""Settings: TOML in, frozen validated types out.
+
+Privacy settings are a type of their own (`PrivacySettings`); speed settings another
+(`SpeedSettings`): nothing in the latter may change a result. An unknown key is answered with the
+nearest known one, a wrong value with its name, the value, and what is allowed.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+NoiseAt = Literal["device", "server"]
+Adjacency = Literal["add_remove", "zero_out", "replace_one"]
+Family = Literal["tiny", "ffa", "lora"]
+Task = Literal["auto", "generation", "regression", "classification"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+
+
+class DataSettings(_Settings):
+    """Whose records, and which of them are held out."""
+
+    source: str = Field("shakespeare", min_length=1)
+    clients: int = Field(256, ge=1, description="train users, each one client")
+    test_clients: int = Field(64, ge=0, description="users never trained on")
+    min_records: int = Field(20, ge=0, description="users with fewer records are left out")
+    records_per_client: int = Field(32, ge=1, description="public cap; fixes the Poisson rate")
+    holdout: float = Field(0.3, gt=0, lt=1, description="last fraction of each user's records")
+    max_tokens: int = Field(48, ge=4, description="a record is cut after this many tokens")
+    seed: int = Field(7, ge=0, description="public: which users are drawn, and every cohort")
+    task: Task = Field("auto", description="auto: what the records' labels say")
+    classes: tuple[str, ...] = Field((), description="classification: the public label names")
+
+
+class ModelSettings(_Settings):
+    """The frozen public base model: a catalogue name, Hugging Face id, folder or GGUF file."""
+
+    base: str = Field("smollm2-135m-instruct", min_length=1)
+
+
+class AdapterSettings(_Settings):
+    """What is trained and released; DESIGN section 5 tells the families apart."""
+
+    family: Family = "tiny"
+    rank: int = Field(4, ge=1, le=256)
+    last_blocks: int = Field(12, ge=1, description="only the last blocks are adapted")
+    modules: tuple[str, ...] = Field((), description="linear layers by name; empty: the usual four")
+    seed: int = Field(7, ge=0, description="public: the frozen factor of ffa and lora's start")
+
+
+class TrainingSettings(_Settings):
+    """Local steps on one device."""
+
+    steps: int = Field(1, ge=1, le=1000)
+    batch_size: int = Field(8, ge=1, description="expected size; the public denominator")
+    learning_rate: float = Field(1.0, gt=0)
+
+
+class ExamplePrivacySettings(_Settings):
+    """DP-SGD inside local training (Opacus): the unit is one record."""
+
+    enabled: bool = True
+    noise_multiplier: float = Field(0.5, ge=0)
+    clip: float = Field(1.0, gt=0, description="l2 bound of one record's gradient")
+    adjacency: Adjacency = "add_remove"
+
+
+class ClientPrivacySettings(_Settings):
+    """Clip and noise of the whole contribution: the unit is one client."""
+
+    enabled: bool = True
+    noise_at: NoiseAt = "server"
+    noise_multiplier: float = Field(1.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="l2 bound of one client's contribution")
+    adjacency: Adjacency = "add_remove"
+    bits: int = Field(32, ge=12, le=32, description="the sum is taken modulo 2**bits")
+
+
+class BudgetSettings(_Settings):
+    """The device's own policy: largest epsilon per unit, at the delta of the run."""
+
+    client: float = Field(10.0, gt=0)
+    example: float = Field(15.0, gt=0)
+
+
+class PrivacySettings(_Settings):
+    """Everything an epsilon depends on besides what happened."""
+
+    delta: float = Field(1e-5, gt=0, lt=1)
+    example: ExamplePrivacySettings = ExamplePrivacySettings()
+    client: ClientPrivacySettings = ClientPrivacySettings()
+    budget: BudgetSettings = BudgetSettings()
+
+
+class RoundSettings(_Settings):
+    """How often, with how many, and what the server does with the mean."""
+
+    count: int = Field(4, ge=1)
+    cohort: int = Field(64, ge=1, description="clients asked in a round; the public denominator")
+    quorum: float = Field(0.5, gt=0, le=1, description="smaller share of replies: round is void")
+    timeout_s: float = Field(3600.0, gt=0)
+    optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
+    learning_rate: float = Field(0.02, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    second_momentum: float = Field(0.99, ge=0, lt=1)
+    adaptivity: float = Field(1e-3, gt=0, description="Adam's tau, in units of the mean delta")
+
+
+class HeadSettings(_Settings):
+    """The personal head; fitted after the release, kept on the device."""
+
+    enabled: bool = True
+    in_the_loop: bool = False
+
+
+class EvaluationSettings(_Settings):
+    """Read by the experimenter from simulated devices; no part of it passes the server."""
+
+    users: int = Field(64, ge=1, description="seen users measured, and as many unseen")
+    records: int = Field(10, ge=1, description="held-out records of each")
+    fit_records: int = Field(24, ge=1, description="own records the head is fitted on")
+    bootstrap: int = Field(2000, ge=100)
+
+
+class SpeedSettings(_Settings):
+    """Never changes what is computed, but for the thread count's rounding of floats."""
+
+    threads: int = Field(2, ge=1)
+
+
+class Config(_Settings):
+    """One experiment, resolved."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    training: TrainingSettings = TrainingSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    rounds: RoundSettings = RoundSettings()
+    head: HeadSettings = HeadSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    speed: SpeedSettings = SpeedSettings()
+    insecure_test_seed: int | None = Field(None, ge=0, description="tests only: not private")
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        if self.rounds.cohort > self.data.clients:
+            raise ValueError(
+                f"rounds.cohort = {self.rounds.cohort} is larger than data.clients = "
+                f"{self.data.clients}; lower the cohort or take more clients"
+            )
+        if self.training.batch_size > self.data.records_per_client:
+            raise ValueError(
+                f"training.batch_size = {self.training.batch_size} is larger than "
+                f"data.records_per_client = {self.data.records_per_client}, so the sampling rate "
+                "would be above 1; lower the batch size"
+            )
+        if self.head.in_the_loop and self.privacy.example.enabled:
+            raise ValueError(
+                "head.in_the_loop = true lets a head fitted without DP take part in training, so "
+                "no example-level claim can be made; set privacy.example.enabled = false"
+            )
+        if self.head.in_the_loop:
+            raise ValueError("head.in_the_loop = true is not built yet; leave it false")
+        client = self.privacy.client
+        if client.enabled and client.noise_multiplier == 0 and self.insecure_test_seed is None:
+            raise ValueError(
+                "privacy.client.noise_multiplier = 0 gives no client-level guarantee; take a "
+                "positive one, or say privacy.client.enabled = false"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides results; speed settings and the name left out."""
+        settings = self.model_dump(mode="json", exclude={"speed", "name"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def sampling_rate(self) -> float:
+        """Poisson rate of local batches: public constants only, never a client's data size."""
+        return self.training.batch_size / self.data.records_per_client
+
+    @property
+    def outputs(self) -> int:
+        """Size of the shared head: 0 for generation, 1 for regression, else the classes."""
+        return {"regression": 1, "classification": len(self.data.classes)}.get(self.data.task, 0)
+
+    def warnings(self) -> list[str]:
+        """Settings that are allowed and still deserve a sentence."""
+        found = []
+        if self.privacy.delta >= 1 / self.data.clients:
+            found.append(
+                f"privacy.delta = {self.privacy.delta:g} is not below 1/clients = "
+                f"{1 / self.data.clients:g}: releasing one client in full would be allowed"
+            )
+        if not self.privacy.client.enabled:
+            found.append("privacy.client.enabled = false: no client-level claim is made")
+        if not self.privacy.example.enabled:
+            found.append("privacy.example.enabled = false: no DP-SGD noise inside training")
+        if self.insecure_test_seed is not None:
+            found.append("insecure_test_seed is set: NOT PRIVATE, every report says so")
+        return found
+
+
+def parse(table: Mapping[str, Any], *, source: str = "the configuration") -> Config:
+    """Validated settings from a parsed TOML table.
+
+    Raises:
+        ConfigError: one sentence for each fault, all faults at once.
+    """
+    try:
+        return Config.model_validate(table)
+    except ValidationError as error:
+        faults = "\n".join(_sentence(fault) for fault in error.errors(include_url=False))
+        raise ConfigError(f"{source} does not fit:\n{faults}") from None
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Settings from a TOML file, with `section.key=value` overrides on top."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _set(table, override)
+    return parse(table, source=str(path))
+
+
+def to_toml(config: Config) -> str:
+    """The resolved settings as TOML; `read` gives the same `Config` back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _set(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as rounds.count=8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    table[last] = value
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"  {where}: unknown key{_nearest(fault['loc'])}"
+    if fault["type"] == "value_error" and not where:
+        return f"  {fault['ctx']['error']}"
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"  {where} = {fault['input']!r}: expected {expected}"
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    section: Any = Config
+    for part in location[:-1]:
+        section = section.model_fields[str(part)].annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

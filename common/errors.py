@@ -1,0 +1,92 @@
+"""Every exception privet raises on purpose.
+
+    PrivetError                 exit code 2: a sentence for the person at the keyboard
+    ├── ConfigError             a setting: unknown key, wrong value, contradiction
+    ├── DataError               records: missing, unreadable, wrongly shaped
+    ├── AssetError              catalogue: missing, damaged, no network
+    ├── ModelError              base model: unknown architecture, tokenizer, vocabulary
+    ├── AdapterError            adapter: shape, layout hash, trainable set
+    ├── PrivacyError            the privacy path refuses
+    │   ├── GateRefused         a contribution is non-finite, wrongly shaped or wrongly hashed
+    │   └── BudgetExceeded      the next release would exceed the device's budget
+    ├── StateError              files privet wrote: run folder, checkpoint, ledger
+    │   ├── RunExists           the run folder holds a run already
+    │   ├── CheckpointCorrupt   a checkpoint does not verify; it was kept aside
+    │   └── LedgerCorrupt       a ledger does not verify; it was kept aside or left untouched
+    └── ProtocolError           bytes from a peer: names the sender and the round
+
+A message says what was expected, the name, the value if it is not secret, and what to do.
+"""
+
+__all__ = [
+    "AdapterError",
+    "AssetError",
+    "BudgetExceeded",
+    "CheckpointCorrupt",
+    "ConfigError",
+    "DataError",
+    "GateRefused",
+    "LedgerCorrupt",
+    "ModelError",
+    "PrivacyError",
+    "PrivetError",
+    "ProtocolError",
+    "RunExists",
+    "StateError",
+]
+
+
+class PrivetError(Exception):
+    """Base class; its message is a full sentence, printed without a traceback, exit code 2."""
+
+
+class ConfigError(PrivetError):
+    """A setting is unknown, wrong, or contradicts another."""
+
+
+class DataError(PrivetError):
+    """Records are missing, unreadable or wrongly shaped."""
+
+
+class AssetError(PrivetError):
+    """A catalogue artefact is missing or damaged and could not be fetched."""
+
+
+class ModelError(PrivetError):
+    """A base model cannot be used as asked."""
+
+
+class AdapterError(PrivetError):
+    """An adapter's shape, layout hash or trainable set is not what was agreed."""
+
+
+class PrivacyError(PrivetError):
+    """The privacy path refuses to go on."""
+
+
+class GateRefused(PrivacyError):
+    """The gate got a contribution it must not release; nothing was spent."""
+
+
+class BudgetExceeded(PrivacyError):
+    """The next release would exceed the device's own budget; nothing was spent."""
+
+
+class StateError(PrivetError):
+    """A file privet wrote is not usable."""
+
+
+class RunExists(StateError):
+    """The run folder holds a run already."""
+
+
+class CheckpointCorrupt(StateError):
+    """A checkpoint does not verify."""
+
+
+class LedgerCorrupt(StateError):
+    """A ledger does not verify."""
+
+
+class ProtocolError(PrivetError):
+    """Bytes from a peer are not what the protocol allows."""

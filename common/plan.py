@@ -1,0 +1,117 @@
+"""The plan of one round: everything public that both sides must agree on.
+
+The server announces it, the device checks it against its own settings (the server can only be
+stricter), and the ledger row names its digest. It crosses the wire as a dict of scalars.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Config
+from .errors import ProtocolError
+
+__all__ = ["VERSION", "Plan"]
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Public constants of one round.
+
+    Attributes:
+        run, round: which round of which run; rounds count from 1.
+        layout: digest of the adapter's layout.
+        start: SHA-256 of the global adapter the round starts from.
+        cohort: clients asked; the public denominator of the mean.
+        clip: l2 bound of one contribution, in units of the adapter.
+        step, bits: the grid; contributions are integers mod 2**bits in units of `step`.
+        noise_at: `device` or `server`; `none` when there is no client-level noise.
+        variance: of the noise one adder adds, in squared grid units (the device for `device`,
+            the server for `server`).
+        learning_rate, local_steps, batch_size, rate: local training.
+        record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
+    """
+
+    run: str
+    round: int
+    layout: str
+    start: str
+    cohort: int
+    clip: float
+    step: float
+    bits: int
+    noise_at: str
+    variance: float
+    learning_rate: float
+    local_steps: int
+    batch_size: int
+    rate: float
+    record_clip: float
+    record_noise: float
+    version: int = VERSION
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan; a ledger row names it."""
+        text = json.dumps(["privet plan", dataclasses.asdict(self)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scalars only, ready for any wire."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "Plan":
+        """The plan in a message.
+
+        Raises:
+            ProtocolError: a field is missing, unknown, or of another type.
+        """
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        if set(given) != set(kinds):
+            odd = sorted(set(given) ^ set(kinds))
+            raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
+        for name, kind in kinds.items():
+            if type(given[name]).__name__ != getattr(kind, "__name__", kind):
+                raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
+        if given["version"] != VERSION:
+            raise ProtocolError(
+                f"the server speaks plan version {given['version']}, this device {VERSION}; "
+                "install the same privet on both"
+            )
+        return cls(**given)
+
+    def refuse_if_laxer(self, own: Config) -> None:
+        """The device's own settings are the floor.
+
+        Raises:
+            ProtocolError: the plan is weaker than the device allows; names the field.
+        """
+        client, example = own.privacy.client, own.privacy.example
+        noise = client.noise_multiplier * client.clip if client.enabled else 0.0
+        checks = (
+            ("clip", self.clip <= client.clip, client.clip),
+            ("noise", self.variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
+            ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
+            ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
+        )
+        if client.enabled:
+            placed = self.noise_at in ("device", client.noise_at)
+            checks += (("noise_at", placed, client.noise_at),)
+        if example.enabled:
+            checks += (
+                ("record_clip", 0 < self.record_clip <= example.clip, example.clip),
+                ("record_noise", self.record_noise >= example.noise_multiplier,
+                 example.noise_multiplier),
+            )  # fmt: skip
+        for name, kept, limit in checks:
+            if not kept:
+                raise ProtocolError(
+                    f"round {self.round}: the server's plan is laxer than this device allows: "
+                    f"{name} (own limit {limit})"
+                )

@@ -1,0 +1,1 @@
+"""Simulation, evaluation and reports; may import everything, nothing imports it."""

@@ -1,0 +1,95 @@
+"""A Flower grid in this process: the ServerApp's messages go straight to the ClientApp.
+
+No start-up, one process, deterministic, debuggable. A message is handled when its reply is
+pulled, so a cohort of any size holds one contribution at a time. What a client raises, the run
+raises: in a simulation a broken device is a bug, not weather.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["LocalGrid"]
+
+RUN_ID = 1
+SERVER = 1
+FIRST_NODE = 2
+
+
+class LocalGrid(Grid):
+    """`clients` nodes, each with its number as Flower's `partition-id`.
+
+    Args:
+        app: the ClientApp every node runs.
+        clients: how many nodes there are.
+        run: the run folder, given to the clients as run configuration.
+        heard: called after each reply that was pulled; for progress.
+    """
+
+    def __init__(
+        self, app: ClientApp, clients: int, run: str, heard: Callable[[str], None] = lambda _: None
+    ) -> None:
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
+        self._app = app
+        self._clients = clients
+        self._run_config = {"run": run}
+        self._heard = heard
+        self._pending: dict[str, Message] = {}
+        self._states: dict[int, RecordDict] = {}
+        self._ids = itertools.count(1)
+
+    def set_run(self, run: Run) -> None:
+        """Nothing to set: there is one run."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(run_id=RUN_ID)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """The older way to make a message; kept because the base class has it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Every node is always there."""
+        return range(FIRST_NODE, FIRST_NODE + self._clients)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the messages until their replies are pulled."""
+        pushed = []
+        for message in messages:
+            name = str(next(self._ids))
+            message.metadata.__dict__["_message_id"] = name
+            self._pending[name] = message
+            pushed.append(name)
+        return pushed
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Handle the messages in the order they were sent, one reply at a time."""
+        for name in sorted(set(message_ids) & set(self._pending), key=int):
+            message = self._pending.pop(name)
+            node = message.metadata.dst_node_id
+            state = self._states.setdefault(node, RecordDict())
+            where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
+            reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
+            self._heard(message.metadata.message_type)
+            yield reply
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterator[Message]:
+        """Push, then pull."""
+        del timeout  # nothing is ever late here
+        return self.pull_messages(self.push_messages(messages))

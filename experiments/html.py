@@ -1,0 +1,443 @@
+"""The report as one HTML file: opens offline, pictures inside, no script, light and dark.
+
+The order is that of the questions a privacy officer asks: what was promised to whom, what was
+spent, against whom it holds, what the people got for it. Whatever comes from data or settings is
+escaped; the only raw markup is written in this file and in `pictures.svg`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from . import pictures
+from .privacy import headline, line_name, main_line
+
+__all__ = ["page"]
+
+Facts = Mapping[str, Any]
+
+
+def page(facts: Facts) -> str:
+    """The whole page from `report.report_facts`.
+
+    Args:
+        facts: `{"summary": ..., "privacy": ...}`.
+
+    Raises:
+        ConfigError: Matplotlib, which draws the pictures, is not installed.
+    """
+    summary, privacy = facts["summary"], facts["privacy"]
+    body = [
+        _opening(summary, privacy),
+        _section("1. What was promised, and to whom", _promised(privacy)),
+        _section("2. What was spent", _spent(privacy)),
+        _section("3. Against whom it holds, and what it does not cover", _holds(privacy)),
+        _section("4. What the people got for it", _gained(summary)),
+        _section("How this was made", _made(summary)),
+    ]
+    title = escape(f"privet report: {privacy['run']}")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(body)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _opening(summary: Facts, privacy: Facts) -> str:
+    line = main_line(privacy)
+    about = f"{summary['base_model']} on {summary['dataset']}"
+    parts = [f'<p class="kicker">privet report · {escape(privacy["run"])} · {escape(about)}</p>']
+    problems = [
+        f'<div class="banner" role="alert"><strong>{escape(text)}</strong></div>'
+        for text in privacy["problems"]
+    ]
+    parts += problems
+    if not privacy["private"]:
+        parts.append("<h1>Not private</h1>")
+    elif line is not None:
+        who = "person" if line["unit"] == "client" else "record"
+        outside = "everybody who sees what is published"
+        parts.append(
+            f'<h1><span class="big">ε = {line["epsilon"]:.2f}</span> for each {who}, against '
+            f"{'everybody, the server too' if line['noise_at'] == 'device' else outside}</h1>"
+        )
+    else:
+        parts.append("<h1>No privacy claim</h1>")
+    parts.append(f'<p class="lead">{escape(headline(privacy))}</p>')
+    if line is not None and privacy["private"]:
+        against = "; ".join(line["does_not_hold_against"])
+        parts.append(f'<p class="not">It does not hold against: {escape(against)}.</p>')
+    parts.append(_list(privacy["warnings"], "not"))
+    parts.append(_cards(privacy))
+    return f"<header>{''.join(parts)}</header>"
+
+
+def _cards(privacy: Facts) -> str:
+    cards = [
+        f'<div class="card {line["unit"]}"><p>{escape(line_name(line))}</p>'
+        f'<p class="figure">ε {line["epsilon"]:.2f}</p>'
+        f"<p>δ {line['delta']:g} · {escape(line['adjacency'])} · noise by the "
+        f"{escape(line['noise_at'])}</p></div>"
+        for line in privacy["lines"]
+    ]
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _promised(privacy: Facts) -> str:
+    budgets = privacy["promised"]["budgets"]
+    rows = [
+        [
+            line_name(line),
+            f"{line['adjacency']}: {line['adjacency_means']}",
+            line["noise_at"],
+            f"{line['epsilon']:.2f}",
+            f"{budgets[line['unit']]:g}" if line["unit"] in budgets else "none",
+            f"{line['delta']:g}",
+        ]
+        for line in privacy["lines"]
+    ]
+    head = ["line", "adjacency", "noise added by", "ε spent, worst client", "budget ε", "δ"]
+    return (
+        _list(privacy["promised"]["sentences"])
+        + _table(head, rows, "One line for each unit and adversary; units are never mixed.")
+        + _list(privacy["no_claim"], "plain strong")
+    )
+
+
+def _spent(privacy: Facts) -> str:
+    lines = privacy["lines"]
+    if not lines:
+        return _list(privacy["no_claim"])
+    clients = "".join(
+        f"<p>{escape(line_name(line))}: worst client <code>{escape(line['client'])}</code>, "
+        f"ε {line['epsilon']:.2f}; at most {_count(line['participations_max'], 'release')} by one "
+        "client.</p>"
+        for line in lines
+    )
+    per_client = pictures.svg(
+        pictures.spent_per_client(lines, privacy["clients"], privacy["promised"]["budgets"]),
+        "clients",
+        "How many clients spent which epsilon, one panel a line: "
+        + "; ".join(f"{line_name(x)}, worst client {x['epsilon']:.2f}" for x in lines),
+    )
+    per_round = pictures.svg(
+        pictures.spent_per_round(lines, privacy["rounds"]),
+        "rounds",
+        "The worst client's epsilon after each round; at the end: "
+        + "; ".join(f"{line_name(x)} {x['epsilon']:.2f}" for x in lines),
+    )
+    return (
+        "<h3>By each client</h3>"
+        + _beside(per_client, clients + _histories(privacy))
+        + "<h3>By each round</h3>"
+        + _beside(per_round, _rounds(privacy))
+        + "<h3>By each mechanism</h3>"
+        + _mechanisms(privacy)
+    )
+
+
+def _histories(privacy: Facts) -> str:
+    keys = [line["key"] for line in privacy["lines"]]
+    shown = privacy["histories"][:12]
+    rows = [
+        [
+            f"{row['clients']:,}",
+            f"{row['participations']}",
+            *(f"{row['epsilon'][key]:.2f}" for key in keys),
+        ]
+        for row in shown
+    ]
+    left = len(privacy["histories"]) - len(shown)
+    note = f"; {left} more kinds in privacy.json" if left else ""
+    table = _table(
+        ["clients", "releases", *(_short(key) for key in keys)],
+        rows,
+        f"Clients with equal histories together, most spent first{note}.",
+    )
+    declined = [[reason, f"{count:,}"] for reason, count in privacy["declined"].items()]
+    if not declined:
+        return table + "<p>No client declined a round.</p>"
+    return table + _table(["declined, because", "times"], declined, "Rounds that were declined.")
+
+
+def _rounds(privacy: Facts) -> str:
+    keys = [line["key"] for line in privacy["lines"]]
+    rows = [
+        [str(row["round"]), f"{row['released']:,}", *(f"{row['epsilon'][key]:.2f}" for key in keys)]
+        for row in _thinned(privacy["rounds"], 12)
+    ]
+    head = ["round", "released", *(_short(key) for key in keys)]
+    return _table(head, rows, "The worst client's epsilon so far, after the round.")
+
+
+def _mechanisms(privacy: Facts) -> str:
+    rows = [
+        [
+            row["mechanism"],
+            f"{row['unit']}-level, {row['against']}",
+            row["adjacency"],
+            f"{row['noise_multiplier']:.3g}",
+            f"{row['sampling_rate']:g}",
+            f"{row['steps']}",
+            f"{row['releases']:,}",
+            f"{row['per_client_max']}",
+            "none" if row["epsilon_once"] is None else f"{row['epsilon_once']:.2f}",
+        ]
+        for row in privacy["mechanisms"]
+    ]
+    head = ["mechanism", "line", "adjacency", "noise / bound", "record rate", "steps", "releases",
+            "most by one client", "ε of one"]  # fmt: skip
+    return _table(
+        head, rows, "Noise is its standard deviation over the most that one unit can change."
+    )
+
+
+def _holds(privacy: Facts) -> str:
+    lines = privacy["lines"]
+    marks = {True: "holds", False: "does not hold"}
+    rows = [
+        [who, *(marks[who in line["holds_against"]] for line in lines)]
+        for who in privacy["adversaries"]
+    ]
+    grid = _table(["against", *(line_name(line) for line in lines)], rows, "Who is kept out.")
+    return (
+        (grid if lines else "")
+        + _list(privacy["no_claim"], "plain strong")
+        + "".join(_rests_on(line) for line in lines)
+        + "<h3>Not covered</h3>"
+        + _list(privacy["not_covered"])
+    )
+
+
+def _rests_on(line: Facts) -> str:
+    return (
+        f"<h3>{escape(line_name(line).capitalize())}: ε {line['epsilon']:.2f} at δ "
+        f"{line['delta']:g}</h3>"
+        f"<p>Noise counted: {escape(line['noise_counted'])}. Amplification by sampling of "
+        f"clients: {escape(line['amplified_note'])}. Second accountant: "
+        f"{escape(_second(line['cross_check']))}</p><p>It rests on:</p>"
+        + _list(line["assumptions"])
+    )
+
+
+def _second(check: Facts) -> str:
+    if check["epsilon"] is None:
+        return check["accountant"]
+    verdict = "they agree" if check["agrees"] else "THEY DISAGREE"
+    return (
+        f"{check['accountant']}, ε {check['epsilon']:.3f}, {check['difference']:.2%} apart; "
+        f"{verdict}."
+    )
+
+
+def _gained(summary: Facts) -> str:
+    metrics = summary["metrics"]
+    if metrics is None:
+        return "<p>No evaluation was done; <code>privet evaluate RUN</code> does it.</p>"
+    parts = [f"<p>{escape(_verdict(metrics))}</p>"]
+    for gain in summary["gains"]:
+        drawn = pictures.gains_per_user(gain["gains"], gain["mean"], gain["ci95"], metrics["unit"])
+        alt = (
+            f"{gain['title']}: gain of each of {len(gain['gains'])} people, sorted; mean "
+            f"{gain['mean']:+.3f}, 95 % interval {gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f}, "
+            f"{gain['hurt']} hurt"
+        )
+        parts.append(f"<h3>{escape(gain['title'])}</h3>")
+        parts.append(_beside(pictures.svg(drawn, gain["name"], alt), _gain_table(gain)))
+    parts.append("<h3>Is it real, and is it personal?</h3>")
+    rows = [(row["title"], row["mean"], row["ci95"]) for row in summary["comparisons"]]
+    alt = "Differences of mean losses with 95 % intervals: " + "; ".join(
+        f"{title} {mean:+.3f}" for title, mean, _ in rows
+    )
+    drawn = pictures.differences(rows, metrics["unit"])
+    parts.append(_beside(pictures.svg(drawn, "differences", alt), _comparisons(summary)))
+    parts.append("<h3>The losses themselves</h3>" + _losses(summary))
+    return "".join(parts)
+
+
+def _verdict(metrics: Facts) -> str:
+    return (
+        f"{metrics['win_rate_personal_over_global']:.0%} of the people whose devices took part do "
+        f"better with their personal head than with the shared model, {metrics['ties']:.0%} do "
+        f"equally well, {metrics['fraction_hurt']:.0%} do worse. Measured on each person's later "
+        f"records, in {metrics['unit']}; lower is better; intervals are 95 %, from a bootstrap "
+        "over people. The swapped head is another person's: if it did as well, the gain would not "
+        "be personal."
+    )
+
+
+def _gain_table(gain: Facts) -> str:
+    low, high = gain["ci95"]
+    rows = [
+        ["people", f"{len(gain['gains'])}"],
+        ["mean gain", f"{gain['mean']:+.4f}"],
+        ["95 % interval", f"[{low:+.4f}, {high:+.4f}]"],
+        ["better off", f"{gain['better']}"],
+        ["equal", f"{gain['equal']}"],
+        ["hurt", f"{gain['hurt']}"],
+        ["10th percentile", f"{gain['p10']:+.4f}"],
+    ]
+    return _table(["gain", ""], rows, "Gain: how much the loss falls; above zero is better.")
+
+
+def _comparisons(summary: Facts) -> str:
+    rows = [
+        [row["title"], f"{row['mean']:+.4f}", f"[{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]"]
+        for row in summary["comparisons"]
+    ]
+    text = "Above zero: the first does better. An interval that holds zero shows nothing."
+    return _table(["difference", "mean", "95 % interval"], rows, text)
+
+
+def _losses(summary: Facts) -> str:
+    metrics = summary["metrics"]
+    rows = []
+    for group, values in (("seen", metrics), ("unseen", summary["unseen"])):
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                low, high = value["ci95"]
+                label = f"{name.replace('_', ' ')}, {group}"
+                rows.append([label, f"{value['mean']:.4f}", f"[{low:.4f}, {high:.4f}]"])
+    text = f"{metrics['name']}; seen: took part; unseen: never did."
+    return _table([f"loss, {metrics['unit']}", "mean", "95 % interval"], rows, text)
+
+
+def _made(summary: Facts) -> str:
+    adapter = summary["adapter"]
+    seconds = summary["seconds"] or {}
+    rows = [
+        ["base model", summary["base_model"]],
+        ["data", summary["dataset"]],
+        ["adapter", f"{adapter['family']}, {_number(adapter['dimension'])} numbers"],
+        ["clients", f"{summary['clients']:,}, {summary['cohort']:,} asked in a round"],
+        ["rounds", f"{summary['rounds']} of {summary['rounds_planned']}"],
+        ["upload", f"{_number(summary['upload_bytes_per_client_round'])} bytes a client and round"],
+        ["time", ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())],
+        ["peak memory", _megabytes(summary["peak_rss_bytes"])],
+        ["versions", ", ".join(f"{k} {v}" for k, v in (summary["versions"] or {}).items())],
+    ]
+    known = [row for row in rows if row[1]]
+    note = "<p>Every epsilon was computed from the devices' ledgers, whose chains verify.</p>"
+    return note + _table(["", ""], known, "")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.0f}"
+
+
+def _megabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f} MB"
+
+
+def _short(key: str) -> str:
+    """A line's key as a column's head, with room to break."""
+    unit, _, against = key.partition("/")
+    return f"ε {unit}, {against}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _thinned(rows: Sequence[Facts], most: int) -> list[Facts]:
+    """At most `most` rows, evenly spread, the last one always among them."""
+    if len(rows) <= most:
+        return list(rows)
+    picked = {round(place * (len(rows) - 1) / (most - 1)) for place in range(most)}
+    return [row for place, row in enumerate(rows) if place in picked]
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _beside(picture: str, words: str) -> str:
+    return f'<div class="beside"><figure>{picture}</figure><div>{words}</div></div>'
+
+
+def _list(items: Iterable[str], kind: str = "") -> str:
+    inner = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<ul class="{kind}">{inner}</ul>' if inner else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
+    """Cells are text, escaped here; a cell that starts like a number is set to the right."""
+    top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    body = "".join(f"<tr>{''.join(_cell(text) for text in row)}</tr>" for row in rows)
+    under = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll"><table>{under}<thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(text: str) -> str:
+    kinds = {"holds": "yes", "does not hold": "no"}
+    start = text.lstrip("+-[")
+    kind = kinds.get(text, "number" if start[:1].isdigit() and len(text) < 24 else "")
+    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
+
+
+def _style() -> str:
+    light = "".join(f"--{name}: {code}; " for name, code in pictures.LIGHT.items())
+    dark = "".join(f"--{name}: {code}; " for name, code in pictures.DARK.items())
+    return (
+        f":root {{ color-scheme: light dark; {light}}}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n" + _RULES
+    )
+
+
+_RULES = """
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.15; margin: .4rem 0 .6rem; font-weight: 600; }
+h1 .big { font-size: clamp(2.6rem, 9vw, 4.2rem); letter-spacing: -.02em; margin-right: .3rem; }
+h2 { font-size: 1.35rem; margin: 3rem 0 .8rem; padding-top: .8rem;
+  border-top: 2px solid var(--ink); }
+h3 { font-size: 1.02rem; margin: 1.8rem 0 .4rem; }
+p { margin: .4rem 0 .7rem; max-width: 46rem; }
+.kicker { color: var(--muted); font-size: .9rem; }
+.lead { font-size: 1.15rem; }
+.not { color: var(--hurt); font-weight: 600; }
+.strong { font-weight: 600; }
+.banner { background: #b3121d; color: #fff; padding: .9rem 1.1rem; border-radius: .4rem;
+  margin: .8rem 0; font-size: 1.1rem; print-color-adjust: exact;
+  -webkit-print-color-adjust: exact; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
+.card { flex: 1 1 14rem; border: 1px solid var(--grid); border-top: 4px solid var(--muted);
+  border-radius: .3rem; padding: .6rem .9rem; }
+.card p { margin: .1rem 0; font-size: .88rem; color: var(--muted); }
+.card .figure { font-size: 1.7rem; color: var(--ink); font-weight: 600; }
+.card.client { border-top-color: var(--client); }
+.card.example { border-top-color: var(--example); }
+ul { padding-left: 1.2rem; max-width: 46rem; margin: .4rem 0 .8rem; }
+li { margin: .25rem 0; }
+.beside { display: grid; grid-template-columns: minmax(0, 31rem) minmax(0, 1fr); gap: 1.6rem;
+  align-items: start; }
+figure { margin: 0; }
+svg { width: 100%; height: auto; display: block; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 1rem; min-width: 60%; }
+caption { caption-side: bottom; text-align: left; color: var(--muted); font-size: .82rem;
+  padding-top: .35rem; }
+th, td { text-align: left; padding: .32rem .9rem .32rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--grid); }
+th { font-weight: 600; border-bottom-color: var(--muted); }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.yes { color: var(--gain); font-weight: 600; }
+td.yes::before { content: "✓ "; }
+td.no { color: var(--hurt); }
+td.no::before { content: "✗ "; }
+code { font-size: .92em; }
+@media (max-width: 48rem) { .beside { grid-template-columns: minmax(0, 1fr); gap: .6rem; }
+  main { padding: 1rem .9rem 3rem; } }
+@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
+  figure, tr, .card, .banner { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  .beside { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } }
+"""

@@ -1,0 +1,111 @@
+"""The one command `privet`: sub-commands put together, and every error told in one place.
+
+Exit codes: 0 done; 1 a fault of privet's; 2 a sentence about the call, the settings or the files;
+130 stopped by Ctrl-C.
+"""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import click
+import typer
+
+from ..common.errors import PrivetError
+
+__all__ = ["main", "run"]
+
+_VERBOSE = frozenset({"-v", "--verbose"})
+_QUIET_LIBRARIES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
+def main() -> None:
+    """Entry point."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; returns the exit code.
+
+    `-v` is taken at any place, because it is what the last line of an error tells to add.
+    """
+    verbose = bool(_VERBOSE & set(arguments))
+    arguments = [argument for argument in arguments if argument not in _VERBOSE]
+    try:
+        code = _command()(arguments, prog_name="privet", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except PrivetError as error:
+        _trace(verbose)
+        return _say(str(error), 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has left; nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        _trace(verbose)
+        hint = "" if verbose else "; run again with -v for the traceback"
+        return _say(f"{type(error).__name__}: {error}{hint}", 1)
+    if code == 130:
+        return _say(_how_to_resume(arguments), 130)
+    return code if isinstance(code, int) else 0
+
+
+def _command() -> click.Command:
+    from . import assets_cli, cli
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
+    app.callback()(_root)
+    for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
+        app.command()(function)
+    app.add_typer(assets_cli.app, name="assets")
+    return typer.main.get_command(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"privet {version('privet')}")
+        raise typer.Exit
+
+
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version)
+    ] = False,
+    _verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")
+    ] = False,
+) -> None:
+    """Federated, differentially private personalisation of language models."""
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"privet: {sentence}", file=sys.stderr)
+    return code
+
+
+def _trace(verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+
+
+def _how_to_resume(arguments: Sequence[str]) -> str:
+    if arguments[:1] != ["simulate"]:
+        return "stopped; run the same command again."
+    again = shlex.join(["privet", *(word for word in arguments if word != "--resume"), "--resume"])
+    return f"stopped; finished rounds are kept. To go on: {again}"

@@ -1,0 +1,100 @@
+"""What a person sees while a run goes on: one live line, and one line a round."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..common.config import Config
+from ..common.files import read_lines
+
+__all__ = ["counting", "rounds", "say", "warn"]
+
+console = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Live:
+    """Callbacks of a run: one client done, one round done."""
+
+    advance: Callable[[], None]
+    show: Callable[[Mapping[str, Any]], None]
+
+
+def say(text: str) -> None:
+    """One line for the person at the keyboard."""
+    console.print(text)
+
+
+def warn(text: str) -> None:
+    """A sentence that should not be missed."""
+    console.print(f"[yellow]warning:[/] {text}")
+
+
+@contextlib.contextmanager
+def counting(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left; the yielded function counts one."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=total, unit=unit, rate="")
+        began = time.monotonic()
+
+        def one() -> None:
+            done = bar.tasks[0].completed + 1
+            rate = done / max(time.monotonic() - began, 1e-9)
+            bar.update(task, advance=1, rate=f"{rate:.2f} {unit}/s")
+
+        yield one
+
+
+@contextlib.contextmanager
+def rounds(config: Config, folder: Path) -> Iterator[Live]:
+    """The bar over all clients of all rounds; a line a round goes above it."""
+    done = len(read_lines(folder / "rounds.jsonl"))
+    if done:
+        say(f"going on after round {done} of {config.rounds.count}")
+    left = (config.rounds.count - done) * config.rounds.cohort
+    with counting("training", left, "clients") as one:
+        yield Live(one, lambda record: say(line(record, config.rounds.count)))
+
+
+def line(record: Mapping[str, Any], count: int) -> str:
+    """`round 3/8  64 asked  64 answered  0 declined  mean 0.21  moved 0.55  61.2 s`"""
+    text = (
+        f"round {record['round']}/{count}  {record['asked']} asked  {record['answered']} answered  "
+        f"{record['declined']} declined  "
+    )
+    if record["void"]:
+        return f"{text}[yellow]void: too few answers, no sum was decoded[/]"
+    return (
+        f"{text}noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}  "
+        f"{record['seconds']:.1f} s"
+    )
+
+
+def _bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not sys.stderr.isatty(),
+    )

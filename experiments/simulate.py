@@ -1,0 +1,190 @@
+"""A federated experiment on one machine, from a configuration to a report. Read this first.
+
+    prepare     people drawn, records laid down as the devices' own files, settings resolved
+    rounds      server/rounds.py asks, client/device.py answers (experiments/engine.py is the wire)
+    evaluate    personal heads fitted on the devices' records, everybody's loss measured
+    report      what was spent, from the ledgers; what people got for it
+
+Each stage leaves files in the run folder and is skipped when they are there: a run that was
+interrupted at any moment goes on with `resume`.
+"""
+
+import json
+import os
+import resource
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..client import data
+from ..common import config as settings
+from ..common.config import Config
+from ..common.errors import ConfigError, RunExists
+from ..common.files import explain_os_errors, write_atomic, write_json_atomic
+from . import datasets, engine, evaluation, progress
+
+__all__ = ["prepare", "simulate"]
+
+MEASURED = "measured.json"
+
+
+def simulate(
+    config: Config, folder: Path, *, name: str = "local", resume: bool = False
+) -> Mapping[str, Any]:
+    """Run an experiment to its end.
+
+    Args:
+        config: the experiment.
+        folder: where the run goes; must not exist, unless `resume`.
+        name: of the engine, `local` or `ray`.
+        resume: go on with the run that is there.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        RunExists: the folder holds a run and `resume` is false.
+        ConfigError: `resume` with other settings than the run was started with.
+    """
+    from . import report
+
+    config = prepare(config, folder, resume=resume)
+    for warning in config.warnings():
+        progress.warn(warning)
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        with _measuring(folder, "rounds"):
+            engine.run(name, folder, config)
+    if not (folder / "evaluation.json").exists():
+        with _measuring(folder, "evaluation"):
+            write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
+    report.write(folder, measured(folder, config))
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
+    """Make the run folder, whole or not at all; the resolved settings.
+
+    The people are drawn and their records laid down in a folder beside it, which is renamed when
+    it is complete.
+    """
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        return _resolved(config, folder, resume)
+    people = datasets.load(
+        config.data.source,
+        clients=config.data.clients,
+        test_clients=config.data.test_clients,
+        min_records=config.data.min_records,
+        seed=config.data.seed,
+    )
+    config = _with_task(config, people)
+    partial = folder.with_name(f".{folder.name}.partial")
+    with explain_os_errors(folder, "make the run folder"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    datasets.write(people, partial)
+    write_atomic(partial / "config.toml", settings.to_toml(config).encode())
+    write_atomic(partial / "run-id", f"{config.name}-{secrets.token_hex(8)}\n".encode())
+    with explain_os_errors(folder, "make the run folder"):
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    return config
+
+
+def measured(folder: Path, config: Config) -> dict[str, Any]:
+    """What only the run itself could see: time, memory, bytes, versions."""
+    seconds = _read(folder)
+    total = seconds.get("rounds", 0.0) + seconds.get("evaluation", 0.0)
+    rounds = seconds.get("rounds", 0.0)
+    training = seconds.get("training", 0.0)
+    return {
+        "seconds": {
+            "total": total,
+            "training": training,
+            "evaluation": seconds.get("evaluation", 0.0),
+            "overhead": max(rounds - training, 0.0),
+        },
+        "peak_rss_bytes": int(seconds.get("peak_rss_bytes", 0)),
+        "upload_bytes_per_client_round": int(seconds.get("upload_bytes", 0)),
+        "dimension": int(seconds.get("dimension", 0)),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("privet", "torch", "flwr", "peft", "opacus")},
+        },
+    }
+
+
+class _measuring:  # noqa: N801  (a context manager reads as a verb)
+    """Adds the seconds within to `measured.json`, also when interrupted."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self.folder, self.stage = folder, stage
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        add(self.folder, **{self.stage: time.perf_counter() - self.began})
+
+
+def add(folder: Path, **numbers: float) -> None:
+    """Add to the sums in `measured.json`; the peak of memory is a maximum."""
+    kept = _read(folder)
+    for name, number in numbers.items():
+        kept[name] = kept.get(name, 0.0) + number
+    scale = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    kept["peak_rss_bytes"] = max(kept.get("peak_rss_bytes", 0.0), float(peak))
+    write_json_atomic(folder / MEASURED, kept)
+
+
+def _read(folder: Path) -> dict[str, float]:
+    path = folder / MEASURED
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _resolved(config: Config, folder: Path, resume: bool) -> Config:
+    if not resume:
+        raise RunExists(
+            f"{folder} holds a run already; go on with --resume, or choose another name with "
+            "--set name=..."
+        )
+    if not (folder / "config.toml").is_file():
+        raise RunExists(f"{folder} exists but holds no run of privet; choose another name")
+    kept = settings.read(folder / "config.toml")
+    index = data.read_index(folder)
+    wanted = _with_task(config, index)
+    if wanted.digest != kept.digest:
+        raise ConfigError(
+            f"{folder} was started with other settings ({_difference(kept, wanted)}); resume with "
+            "the same ones, or choose another name with --set name=..."
+        )
+    return kept
+
+
+def _with_task(config: Config, people: Any) -> Config:
+    chosen = {"task": people.task, "classes": tuple(people.classes or ())}
+    for name, value in chosen.items():
+        asked = getattr(config.data, name)
+        if asked not in ("auto", (), value):
+            raise ConfigError(f"data.{name} = {asked!r}, but the records of {config.data.source} say {value!r}")
+    return config.model_copy(update={"data": config.data.model_copy(update=chosen)})
+
+
+def _difference(kept: Config, wanted: Config) -> str:
+    left, right = kept.model_dump(mode="json"), wanted.model_dump(mode="json")
+    return _first_difference(left, right, "") or "unknown"
+
+
+def _first_difference(left: Any, right: Any, where: str) -> str | None:
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in left:
+            if found := _first_difference(left[key], right.get(key), f"{where}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if left == right else f"{where} was {left!r}, is now {right!r}"

@@ -1,0 +1,1 @@
+"""Sees sums only."""

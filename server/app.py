@@ -1,0 +1,96 @@
+"""Flower's edge at the server: `run_rounds` with a `Grid` for its wire. No logic."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from numpy.typing import NDArray
+
+from ..common import config as settings
+from ..common.adapter import shared
+from ..common.errors import ProtocolError, StateError
+from ..common.plan import Plan
+from .rounds import Reply, Show, run_rounds
+
+app = ServerApp()
+
+POLL_S = 0.1
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """The run that `flwr run` or `privet simulate --engine ray` started."""
+    serve(grid, Path(str(context.run_config.get("run") or os.environ["PRIVET_RUN"])), print)
+
+
+def serve(grid: Grid, folder: Path, show: Show) -> None:
+    """All rounds of the run in `folder`; at the end the adapter is there as a PEFT folder."""
+    config = settings.read(folder / "config.toml")
+    adapter = shared(config)
+    nodes = enrolled(grid, config.data.clients, config.rounds.timeout_s)
+
+    def ask(cohort: Sequence[int], plan: Plan, start: NDArray[np.float32]) -> Iterator[Reply]:
+        content = RecordDict(
+            {
+                "adapter": ArrayRecord({"vector": Array(start)}),
+                "plan": ConfigRecord(plan.to_dict()),
+            }
+        )
+        messages = [_message(content, "train.round", nodes[number]) for number in cohort]
+        for message in exchange(grid, messages, config.rounds.timeout_s):
+            reply = message.content["reply"]
+            vector = bytes(reply["vector"]) if reply["released"] else None
+            yield Reply(int(reply["client"]), vector)
+
+    run = (folder / "run-id").read_text().strip()
+    final = run_rounds(ask, config, run, adapter.layout.digest, adapter.start, folder, show)
+    adapter.write(final)
+    adapter.save(folder / "adapter")
+
+
+def enrolled(grid: Grid, clients: int, timeout_s: float) -> Mapping[int, int]:
+    """The clients' own numbers -> node ids; all must run this version of privet.
+
+    Raises:
+        StateError: not everybody came before the timeout.
+        ProtocolError: a node runs another version.
+    """
+    limit, nodes = time.monotonic() + timeout_s, dict[int, int]()
+    while len(ids := list(grid.get_node_ids())) < clients and time.monotonic() < limit:
+        time.sleep(POLL_S)
+    mine = version("privet")
+    for message in exchange(
+        grid, [_message(RecordDict(), "query.hello", i) for i in ids], timeout_s
+    ):
+        hello, node = message.content["hello"], message.metadata.src_node_id
+        if hello["version"] != mine:
+            raise ProtocolError(f"node {node} runs privet {hello['version']}, this server {mine}")
+        nodes[int(hello["client"])] = node
+    if sorted(nodes) != list(range(clients)):
+        raise StateError(f"expected {clients} clients, {len(nodes)} answered in {timeout_s:g} s")
+    return nodes
+
+
+def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
+    """Send all, yield replies as they arrive; a failed or late client is left out."""
+    limit = time.monotonic() + timeout_s
+    waiting = set(grid.push_messages(messages))
+    while waiting and time.monotonic() < limit:
+        arrived = 0
+        for message in grid.pull_messages(waiting):
+            arrived += 1
+            waiting.discard(message.metadata.reply_to_message_id)
+            if not message.has_error():
+                yield message
+        if not arrived:
+            time.sleep(POLL_S)
+
+
+def _message(content: RecordDict, kind: str, node: int) -> Message:
+    return Message(content, node, kind)

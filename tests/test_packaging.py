@@ -1,0 +1,245 @@
+"""What is shipped, what it imports, and how the one command fails."""
+
+import doctest
+import importlib
+import importlib.util
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from privet.common.errors import DataError
+from privet.experiments import main
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("common", "client", "server", "experiments")
+MODULES = sorted(
+    module.name
+    for package in PACKAGES
+    for module in pkgutil.walk_packages([str(ROOT / package)], f"privet.{package}.")
+)
+no_cli = importlib.util.find_spec("privet.experiments.cli") is None
+needs_cli = pytest.mark.skipif(no_cli, reason="experiments/cli.py is not there yet")
+
+
+def privet(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from privet.experiments.main import main; main()", *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=variables, check=False, timeout=60
+    )
+
+
+def wheel(folder: Path) -> set[str]:
+    """The names inside the wheel of a copy of the tree (a build leaves files behind)."""
+    tree = folder / "tree"
+    shutil.copytree(ROOT, tree, ignore=lambda path, names: _unshipped(Path(path), names))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(tree)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with zipfile.ZipFile(next(folder.glob("privet-*.whl"))) as archive:
+        return set(archive.namelist())
+
+
+def _unshipped(folder: Path, names: list[str]) -> set[str]:
+    if folder != ROOT:
+        return {name for name in names if name == "__pycache__"}
+    return set(names) - {"pyproject.toml", "README.md", "LICENSE", *PACKAGES}
+
+
+def expected(root: Path) -> set[str]:
+    """Every module, configuration and typing mark in the four folders."""
+    found = [path for package in PACKAGES for path in (root / package).rglob("*")]
+    kinds = (".py", ".toml", ".typed")
+    paths = (path.relative_to(root).as_posix() for path in found if path.suffix in kinds)
+    return {f"privet/{path}" for path in paths}
+
+
+def test_the_wheel_holds_every_module_configuration_and_typing_mark(tmp_path: Path) -> None:
+    names = wheel(tmp_path)
+    assert expected(ROOT) - names == set()
+    assert {f"privet/{package}/py.typed" for package in PACKAGES} <= names
+    outside = {name for name in names if not name.startswith("privet")}
+    assert outside == set(), "nothing but privet goes into site-packages"
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_folder_missing_from_the_packages_would_be_caught(tmp_path: Path) -> None:
+    """The trap: setuptools leaves an unlisted folder out of the wheel without a warning."""
+    (tmp_path / "common" / "unlisted").mkdir(parents=True)
+    (tmp_path / "common" / "unlisted" / "__init__.py").touch()
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert "privet.common.unlisted" not in listed
+    assert expected(tmp_path) == {"privet/common/unlisted/__init__.py"}
+
+
+def test_the_lock_pins_every_direct_dependency_exactly() -> None:
+    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = [line for line in lock if not line.startswith("#")]
+    assert all(len(line.split("==")) == 2 and "+" not in line for line in pins)
+    locked = {_plain(line.split("==")[0]) for line in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
+    assert {_plain(line) for line in wanted} - locked == {"privet"}
+
+
+def test_neither_lock_nor_build_files_name_a_host() -> None:
+    for name in ("requirements.lock", "Makefile", "pyproject.toml", ".ci/run"):
+        assert "://" not in (ROOT / name).read_text(), name
+
+
+def _plain(requirement: str) -> str:
+    name = requirement
+    for end in "[<>=~! ":
+        name = name.split(end)[0]
+    return name.lower().replace("_", "-")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_keeps_its_all_and_its_doctests(name: str) -> None:
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", ())
+    assert list(public) == sorted(set(public), key=_ruff_order)
+    assert [entry for entry in public if not hasattr(module, entry)] == []
+    assert doctest.testmod(module).failed == 0
+
+
+def _ruff_order(name: str) -> tuple[int, str]:
+    """Constants, then classes, then the rest, as ruff's RUF022 sorts."""
+    if name.isupper():
+        return 0, name
+    return (1, name) if name[:1].isupper() else (2, name)
+
+
+@needs_cli
+def test_help_costs_less_than_half_a_second_and_never_loads_torch() -> None:
+    heavy = "{'torch', 'flwr', 'opacus', 'transformers', 'peft', 'matplotlib', 'scipy'}"
+    code = f"""
+import os, sys
+from privet.experiments.main import run
+code = run(["--help"])
+print("LOADED", sorted({heavy} & set(sys.modules)), code)
+print("SECONDS", sum(os.times()[:2]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LOADED [] 0" in done.stdout, done.stdout + done.stderr
+    seconds = float(done.stdout.split()[-1])
+    assert seconds < 0.5, f"privet --help took {seconds:.2f} s of processor time"
+    for command in ("simulate", "evaluate", "report", "generate", "assets"):
+        assert command in done.stdout
+
+
+@needs_cli
+def test_version_is_the_version_of_the_distribution() -> None:
+    assert privet("--version").stdout == f"privet {version('privet')}\n"
+
+
+@needs_cli
+@pytest.mark.parametrize(
+    "arguments", [("report", "nowhere"), ("assets", "fetch", "nope"), ("assets", "fetch")]
+)
+def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...]) -> None:
+    done = privet(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("privet: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@needs_cli
+def test_an_unknown_option_is_exit_code_2_and_names_the_help() -> None:
+    done = privet("report", "--nope")
+    assert done.returncode == 2
+    assert "--help" in done.stderr
+
+
+@needs_cli
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-c", "from privet.experiments.main import main; main()", "--help"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(writing)
+    assert done.stderr == b""
+
+
+@needs_cli
+def test_the_empty_cache_is_listed_as_json(tmp_path: Path) -> None:
+    done = privet("assets", "list", "--json", PRIVET_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"missing"') == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+class Faults:
+    """A command that ends in the error it was given."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> int:
+        if self.error:
+            raise self.error
+        return 130
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "code", "said"),
+    [
+        (DataError("No text."), ["simulate", "x"], 2, "privet: No text.\n"),
+        (
+            RuntimeError("odd"),
+            ["simulate", "x"],
+            1,
+            "privet: RuntimeError: odd; run again with -v for the traceback\n",
+        ),
+        (KeyboardInterrupt(), ["report", "x"], 130, "privet: stopped; run the same command again."),
+        (None, ["simulate", "a b"], 130, "privet simulate 'a b' --resume\n"),
+        (None, ["simulate", "x", "--resume"], 130, "privet simulate x --resume\n"),
+    ],
+)
+def test_every_error_is_told_in_one_line(
+    error: BaseException | None,
+    arguments: list[str],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(main, "_command", lambda: Faults(error))
+    assert main.run(arguments) == code
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["-v", "simulate"], ["simulate", "-v"]])
+def test_the_traceback_is_printed_only_with_v(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(main, "_command", lambda: Faults(RuntimeError("odd")))
+    assert main.run(arguments) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert main.run(["simulate"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@needs_cli
+def test_ctrl_c_exits_130_with_a_sentence() -> None:
+    code = """
+import os, signal
+from privet.experiments import cli, main
+cli.report = lambda: os.kill(os.getpid(), signal.SIGINT)
+raise SystemExit(main.run(["report"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "privet: stopped; run the same command again.\n"
