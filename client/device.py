@@ -4,6 +4,8 @@
 one process share: the loaded base model, the adapter in it, the data's index, the ledger file.
 """
 
+import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +54,15 @@ class Bench:
         trainer = Trainer.of(shared(config))
         return cls(folder, run, config, index, trainer, Ledger.open(folder / LEDGERS, owner=run))
 
+    def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
+        """Records as token ids; a class name becomes its number."""
+        config, tokenizer = self.config, self.trainer.adapter.base.tokenizer
+        found = data.tokenize(records, tokenizer, config.data.max_tokens, self.index.task)
+        if not config.data.classes:
+            return found
+        numbers = {name: float(i) for i, name in enumerate(config.data.classes)}
+        return [dataclasses.replace(one, label=numbers[str(one.label)]) for one in found]
+
     def device(self, number: int) -> "Device":
         """The simulated device of train user `number`."""
         return Device(self.index.train_users[number], self)
@@ -66,13 +77,9 @@ class Device:
 
     def records(self) -> Sequence[data.Tokenised]:
         """Own records for training: neither held out nor above the public cap."""
-        bench, config = self.bench, self.bench.config
-        mine, _ = data.split(
-            data.read_user(bench.folder, self.name, bench.index), config.data.holdout
-        )
-        mine = data.capped(mine, config.data.records_per_client)
-        tokenizer = bench.trainer.adapter.base.tokenizer
-        return data.tokenize(mine, tokenizer, config.data.max_tokens, bench.index.task)
+        bench, settings = self.bench, self.bench.config.data
+        mine, _ = data.split(data.read_user(bench.folder, self.name, bench.index), settings.holdout)
+        return bench.tokenised(data.capped(mine, settings.records_per_client))
 
 
 def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes | None:
@@ -112,8 +119,6 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:
-    import hashlib
-
     if hashlib.sha256(start.tobytes()).hexdigest() != plan.start:
         raise ProtocolError(f"round {plan.round}: the adapter received is not the one announced")
 

@@ -146,7 +146,7 @@ def epsilon(charges: Iterable[Charge], delta: float) -> float:
         ConfigError: delta is out of range.
 
     **Guarantee**: an upper bound: the PLD is rounded upwards, slacks are added as at the top of
-    this file, and the fixed point is left upwards by a relative 1e-6.
+    this file, and the fixed point is approached in upward steps of at least 1e-6.
     """
     if not 0 < delta < 1:
         raise ConfigError(f"delta must be between 0 and 1, got {delta}; 1 / clients is too large.")
@@ -296,24 +296,28 @@ def _total(charges: Iterable[Charge]) -> _Total | None:
 
 @functools.lru_cache(maxsize=4096)
 def _epsilon(total: _Total, delta: float) -> float:
-    # From below: each step feeds the slack that the last epsilon implies; it can only grow.
-    found = -1.0
+    # From below: each step feeds the slack that the last epsilon implies; it can only grow. The
+    # upward step doubles, so that the search ends soon where it converges slowly.
+    found, step = -1.0, 1e-6
     while True:
-        left = (delta - (1.0 + _exp(found - total.ratio)) * total.distance) * _exp(-total.ratio)
+        left = (delta - _slack(total, found)) * _exp(-total.ratio)
         if not left > 0:
             return math.inf
         grown = _pure_epsilon(total, left) + 2.0 * total.ratio
-        if math.isinf(grown):
-            return math.inf
-        if grown <= found:
-            return found
-        found = grown + (1e-6 * (1.0 + grown) if total.distance else 0.0)
+        if grown <= found or math.isinf(grown):
+            return max(found, grown)
+        if total.distance:
+            grown, step = grown + step, 2.0 * step
+        found = grown
 
 
 def _delta(total: _Total, epsilon: float) -> float:
     pure = _pure_delta(total, epsilon - 2.0 * total.ratio)
-    slack = (1.0 + _exp(epsilon - total.ratio)) * total.distance if total.distance else 0.0
-    return min(1.0, _exp(total.ratio) * pure + slack)
+    return min(1.0, _exp(total.ratio) * pure + _slack(total, epsilon))
+
+
+def _slack(total: _Total, epsilon: float) -> float:
+    return (1.0 + _exp(epsilon - total.ratio)) * total.distance if total.distance else 0.0
 
 
 def _pure_epsilon(total: _Total, delta: float) -> float:
@@ -354,8 +358,10 @@ def _one_gaussian(total: _Total) -> float:
 def _accountant(adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...]) -> Any:
     """dp_accounting's PLD accountant with everything composed into it."""
     plain = math.fsum(n / z**2 for z, rate, n in parts if rate == 1)
-    # A very large plain loss is tabulated more coarsely, upwards, to bound the table.
-    interval = max(_INTERVAL, (plain / 2 + 10 * math.sqrt(plain)) / 1e6)
+    # A tiny loss needs a finer grid; a very large one a coarser, upwards, to bound the table.
+    spread = math.sqrt(math.fsum(n * (rate / z) ** 2 for z, rate, n in parts))
+    interval = min(_INTERVAL, spread / 100)
+    interval = max(interval, (plain / 2 + 10 * math.sqrt(plain)) / 1e6)
     accountant = pld.PLDAccountant(_RELATIONS[adjacency], interval)
     for multiplier, rate, releases in parts:
         if rate < 1:

@@ -131,6 +131,7 @@ class EvaluationSettings(_Settings):
     records: int = Field(10, ge=1, description="held-out records of each")
     fit_records: int = Field(24, ge=1, description="own records the head is fitted on")
     bootstrap: int = Field(2000, ge=100)
+    metrics_of: Literal["seen", "unseen"] = Field("seen", description="whose table comes first")
 
 
 class SpeedSettings(_Settings):

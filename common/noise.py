@@ -227,7 +227,7 @@ def _pmf(variance: float, points: int | None = None) -> tuple[NDArray[np.float64
         return np.arange(masses.size, dtype=np.float64), masses
     limit, cutoff = _widest(variance), math.log(_CUTOFF)
     size = bisect.bisect_left(
-        range(limit), True, key=lambda k: bool(_log_pmf(np.float64([k]), variance)[0] < cutoff)
+        range(limit), True, key=lambda k: bool(_log_pmf(np.array([float(k)]), variance)[0] < cutoff)
     )
     stride = max(1, size // points) if points else 1
     values = np.arange(0, size, stride, dtype=np.float64)
@@ -282,7 +282,7 @@ def _tail(variance: float, bound: int) -> float:
     """Chernoff bound on P(|X| > bound)."""
     if variance == 0.0:
         return 0.0
-    return 2.0 * math.exp(float(_exponent(np.float64([bound + 1]), variance)[0]))
+    return 2.0 * math.exp(float(_exponent(np.array([bound + 1.0]), variance)[0]))
 
 
 @dataclass(frozen=True)

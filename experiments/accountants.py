@@ -14,6 +14,9 @@ __all__ = ["cross_check"]
 
 # Fractional orders above 11 overflow in Opacus.
 _ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(11, 64)) + [80, 128, 256, 512]
+# PRV takes exponentials of losses up to about this.
+_LARGEST = 500.0
+_MESH_POINTS = 1e6
 
 
 def cross_check(charges: Iterable[Charge], delta: float) -> tuple[str, float]:
@@ -28,7 +31,7 @@ def cross_check(charges: Iterable[Charge], delta: float) -> tuple[str, float]:
 
     Returns:
         ("opacus.prv" or "opacus.rdp", epsilon). PRV's own upper error bound is not added, because
-        the figure is for comparison; it is 0.5 % of epsilon or less.
+        the figure is for comparison; it is 0.5 % of epsilon, more only for epsilons below 0.01.
 
     Raises:
         PrivacyError: Opacus has no accountant for this (replace_one with Poisson sampling), or
@@ -46,13 +49,13 @@ def cross_check(charges: Iterable[Charge], delta: float) -> tuple[str, float]:
     history = _history(found)
     loose = _rdp(history, left)
     try:
-        found_epsilon = _prv(history, left, loose)
+        tight = _prv(history, left, loose) if loose < _LARGEST else math.nan
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, ValueError):
-        return "opacus.rdp", loose + 2.0 * ratio
+        tight = math.nan
     # RDP is an upper bound; a PRV figure above it, or NaN, is a numerical failure.
-    if not found_epsilon <= 1.01 * loose:
-        return "opacus.rdp", loose + 2.0 * ratio
-    return "opacus.prv", found_epsilon + 2.0 * ratio
+    if tight <= 1.01 * loose:
+        return "opacus.prv", tight + 2.0 * ratio
+    return "opacus.rdp", loose + 2.0 * ratio
 
 
 def _history(charges: list[Charge]) -> list[tuple[float, float, int]]:
@@ -85,7 +88,10 @@ def _prv(history: list[tuple[float, float, int]], delta: float, loose: float) ->
     """PRV's estimate, on a mesh of 0.5 % of the RDP bound."""
     accountant = PRVAccountant()
     accountant.history = list(history)
-    eps_error, delta_error = min(0.5, max(1e-4, loose / 200)), delta / 1000
+    delta_error = delta / 1000
+    steps = sum(count for _, _, count in history)
+    finest = (loose + 3.0) / _MESH_POINTS * math.sqrt(steps * math.log(12 / delta_error) / 2)
+    eps_error = min(0.5, max(finest, loose / 200))
     with np.errstate(divide="ignore"), warnings.catch_warnings():
         # log(1 - q) at q = 1; domains of one step are deliberately wide.
         warnings.filterwarnings("ignore", category=UserWarning)

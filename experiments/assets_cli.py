@@ -27,10 +27,12 @@ def list_(as_json: _Json = False) -> None:
         lines = [vars(line) for line in assets.status()]
         print(json.dumps({"cache": str(assets.cache_folder()), "assets": lines}, indent=2))
         return
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "state", "MB on disk", "licence", "what")
+    table = Table("name", "state", "MB on disk", "licence", "what", box=SIMPLE)
+    table.columns[0].no_wrap = True
     table.columns[2].justify = "right"
     for line in assets.status():
         state = f"[{_COLOURS[line.state]}]{line.state}[/]"

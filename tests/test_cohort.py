@@ -10,7 +10,9 @@ from privet.common.errors import ConfigError
 from privet.server.cohort import draw
 
 
-@given(clients=st.integers(1, 40), rounds=st.integers(1, 30), seed=st.integers(0, 9), data=st.data())
+@given(
+    clients=st.integers(1, 40), rounds=st.integers(1, 30), seed=st.integers(0, 9), data=st.data()
+)
 def test_nobody_is_asked_twice_before_everybody_was_asked_once(clients, rounds, seed, data):
     cohort = data.draw(st.integers(1, clients))
     counts: Counter[int] = Counter()

@@ -1,10 +1,12 @@
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from privet.common.encoding import (
     DEFAULT_BETA,
@@ -25,7 +27,7 @@ from privet.common.noise import MAX_VARIANCE, TestSource, skellam_table
 bits_strategy = st.integers(8, 32)
 
 
-def words(label="rounding"):
+def words(label: str = "rounding") -> Callable[[int], NDArray[np.uint64]]:
     return TestSource(3, label).words
 
 

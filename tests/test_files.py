@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from privet.common.errors import StateError
 from privet.common.files import (
     append_line,

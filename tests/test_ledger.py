@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from privet.client.chain import RawRow, row_hash
 from privet.client.ledger import Declined, Ledger, verify
 from privet.common.accounting import Charge, epsilon

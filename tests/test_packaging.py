@@ -237,7 +237,9 @@ def test_ctrl_c_exits_130_with_a_sentence() -> None:
     code = """
 import os, signal
 from privet.experiments import cli, main
-cli.report = lambda: os.kill(os.getpid(), signal.SIGINT)
+def report() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+cli.report = report
 raise SystemExit(main.run(["report"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

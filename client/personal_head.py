@@ -1,0 +1,115 @@
+"""What is kept on the device: personal heads as safetensors files. They never leave.
+
+**Guarantee**: a head was fitted on private records without differential privacy. Nothing here is
+read by adapter training, and nothing here may be sent; `client/release.py` does not import it.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ..common.errors import DataError, StateError
+from ..common.files import explain_os_errors, write_atomic
+from .label_head import LabelHead
+from .text_head import TextHead
+
+__all__ = ["load_label_head", "load_text_head", "save_label_head", "save_text_head"]
+
+_Path = str | os.PathLike[str]
+_TEXT_TENSORS = ("tokens", "bias", "keys", "slots", "centre")
+_LABEL_TENSORS = ("weight", "bias")
+
+
+def save_text_head(head: TextHead, path: _Path) -> None:
+    """Writes a text head, as a whole or not at all.
+
+    Raises:
+        StateError: as `write_atomic`.
+    """
+    facts = {"bias_weight": repr(head.bias_weight), "memory_offset": repr(head.memory_offset)}
+    _save("text", {name: getattr(head, name) for name in _TEXT_TENSORS}, facts, path)
+
+
+def load_text_head(path: _Path) -> TextHead:
+    """Reads what `save_text_head` wrote.
+
+    Raises:
+        StateError: the file is missing, cut, damaged, or not a text head.
+    """
+    tensors, facts = _load("text", _TEXT_TENSORS, path)
+    tokens, bias, keys, slots, centre = (tensors[name] for name in _TEXT_TENSORS)
+    fits = tokens.shape == bias.shape and len(keys) == len(slots)
+    fits = fits and keys.ndim == 2 and centre.shape == keys.shape[1:]
+    if not fits or bool((slots < 0).any() or (slots >= len(tokens)).any()):
+        raise _damaged(path, "its tensors do not fit together")
+    return TextHead(
+        tokens, bias, keys, slots, centre,
+        bias_weight=_number(facts, "bias_weight", path),
+        memory_offset=_number(facts, "memory_offset", path),
+    )  # fmt: skip
+
+
+def save_label_head(head: LabelHead, path: _Path) -> None:
+    """Writes a label head, as a whole or not at all.
+
+    Raises:
+        StateError: as `write_atomic`.
+    """
+    facts = {"task": head.task, "strength": repr(head.strength)}
+    _save("label", {name: getattr(head, name) for name in _LABEL_TENSORS}, facts, path)
+
+
+def load_label_head(path: _Path) -> LabelHead:
+    """Reads what `save_label_head` wrote.
+
+    Raises:
+        StateError: the file is missing, cut, damaged, or not a label head.
+    """
+    tensors, facts = _load("label", _LABEL_TENSORS, path)
+    task = facts.get("task")
+    if task not in ("regression", "classification"):
+        raise _damaged(path, f"its task is {task!r}")
+    task = cast(Literal["regression", "classification"], task)
+    try:
+        return LabelHead(**tensors, task=task, strength=_number(facts, "strength", path))
+    except DataError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _save(kind: str, tensors: Mapping[str, Tensor], facts: dict[str, str], path: _Path) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(plain, {"privet": f"{kind} head 1", **facts}))
+
+
+def _load(
+    kind: str, names: tuple[str, ...], path: _Path
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with explain_os_errors(path, "read"), open(path, "rb"):
+        pass
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            facts = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if facts.get("privet") != f"{kind} head 1" or set(tensors) != set(names):
+        raise _damaged(path, f"it is not a {kind} head of this version")
+    return tensors, facts
+
+
+def _number(facts: Mapping[str, str], name: str, path: _Path) -> float:
+    try:
+        return float(facts[name])
+    except (KeyError, ValueError) as error:
+        raise _damaged(path, f"its {name} is not a number") from error
+
+
+def _damaged(path: _Path, why: str) -> StateError:
+    return StateError(
+        f"{os.fspath(path)} is not a usable personal head: {why}; remove it, and it is fitted "
+        "again from the records on this device."
+    )

@@ -1,0 +1,296 @@
+"""What the figures of a run mean, in words: who is kept out, by which noise, under what conditions.
+
+Nothing here computes an epsilon. The words are chosen from what the ledgers hold (`Charge`s) and
+from what the settings promised, and say no more than follows from them; DESIGN section 2 names the
+adversaries.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..common.accounting import Charge
+from ..common.config import Config
+
+__all__ = [
+    "Line",
+    "assumptions",
+    "from_training",
+    "headline",
+    "holds_against",
+    "line_name",
+    "main_line",
+    "no_claims",
+    "noise_at",
+    "noise_counted",
+    "problems",
+    "promised",
+    "spoken",
+]
+
+AGREEMENT = 0.02  # two accountants may differ by this fraction
+ADVERSARIES = (
+    "analyst",
+    "colluding clients",
+    "server, honest but curious",
+    "server, malicious",
+    "colluding clients with the server",
+    "network",
+    "thief",
+)
+ADJACENCY = {
+    "client": {
+        "add_remove": "all records of one person added or removed",
+        "zero_out": "one person's contribution replaced by zero",
+        "replace_one": "all records of one person replaced by others",
+    },
+    "example": {
+        "add_remove": "one record of one person added or removed",
+        "zero_out": "one record's share replaced by zero",
+        "replace_one": "one record of one person replaced by another",
+    },
+}
+NOT_COVERED = (
+    "Hyper-parameter tuning: the figures are those of this run alone. Choosing the best of several "
+    "runs on the same people costs more.",
+    "The personal model's own output: it stays on the device, and what it says may repeat the "
+    "person's own text.",
+    "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
+    "people, without noise. They are no part of what the server sees.",
+    "Whether a device took part: who was asked and how many answered is not hidden.",
+    "Anything a person pastes elsewhere.",
+    "Timing and other side channels.",
+    "A thief with the device's disk: these figures say nothing about what is stored.",
+)
+NO_AMPLIFICATION = (
+    "none is claimed: the server chooses who takes part, so every participation counts in full"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One epsilon's kind: whose presence it hides, from whom, between which neighbours."""
+
+    unit: str
+    against: str
+    adjacency: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.unit}/{self.against}"
+
+    def of(self, charges: Iterable[Charge]) -> tuple[Charge, ...]:
+        wanted = (self.unit, self.against, self.adjacency)
+        return tuple(c for c in charges if (c.unit, c.against, c.adjacency) == wanted)
+
+
+def headline(facts: Mapping[str, Any]) -> str:
+    """The one sentence a privacy officer asks for; of the strongest client-level line if any."""
+    line = main_line(facts)
+    if not facts["private"]:
+        return "Not private: a test seed was set; the figures say what real noise would have cost."
+    if line is None:
+        return "No privacy claim is made for this run."
+    subject = "Each person" if line["unit"] == "client" else "Each record"
+    return (
+        f"{subject} is protected with epsilon = {line['epsilon']:.2f} at delta = "
+        f"{line['delta']:g} ({line['unit']}-level, {line['adjacency']}: "
+        f"{line['adjacency_means']}; noise added by the {line['noise_at']}) against "
+        f"{spoken(line['holds_against'])}."
+    )
+
+
+def main_line(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The line that a report shows first: client-level, then whichever holds against most."""
+    lines: Sequence[Mapping[str, Any]] = facts["lines"]
+    if not lines:
+        return None
+    return max(
+        lines,
+        key=lambda line: (
+            line["unit"] == "client",
+            len(line["holds_against"]),
+            line["against"] == "server",
+        ),
+    )
+
+
+def line_name(line: Mapping[str, Any]) -> str:
+    """What a line is about, in a few words: `client-level, against the analyst`."""
+    return f"{line['unit']}-level, against the {line['against']}"
+
+
+def spoken(names: Sequence[str]) -> str:
+    """Adversaries in a sentence: `an analyst who sees everything published and a thief ...`."""
+    known = {
+        "analyst": "an analyst who sees everything published",
+        "server, honest but curious": "an honest but curious server",
+        "server, malicious": "a malicious server",
+        "network": "whoever reads an unencrypted network",
+        "thief": "a thief with the device's disk",
+    }
+    said = [known.get(name, name) for name in names]
+    return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+
+
+def noise_at(lines: Sequence[Line]) -> str | None:
+    """Who added the release's noise, as the ledgers say it; None where there is no such noise."""
+    against = {line.against for line in lines if line.unit == "client"}
+    if not against:
+        return None
+    return "device" if "server" in against else "server"
+
+
+def holds_against(config: Config, by_device: bool) -> tuple[str, ...]:
+    """Noise from the device keeps everybody out but a thief; the server's only who is outside."""
+    if config.insecure_test_seed is not None:
+        return ()
+    return ADVERSARIES[:-1] if by_device else ADVERSARIES[:2]
+
+
+def from_training(charge: Charge) -> bool:
+    """Whether a charge counts the noise inside training; a release's integer noise has a distance
+    from the Gaussian one that its epsilon is computed with, training's has none."""
+    return charge.unit == "example" and charge.distance == 0 == charge.ratio
+
+
+def noise_counted(at: str | None, charges: Sequence[Charge]) -> str:
+    """A sentence on which noise a line rests on, from what the ledger says of it."""
+    return "; ".join(_one_counted(at, charge, n) for charge, n in Counter(charges).items())
+
+
+def _one_counted(at: str | None, charge: Charge, times: int) -> str:
+    often = f"in {times} releases" if times > 1 else "in one release"
+    steps = f", {charge.steps} steps each" if charge.steps > 1 else ""
+    size, rate = f"{charge.noise_multiplier:.3g} times", f"public rate {charge.sampling_rate:g}"
+    if from_training(charge):
+        return (
+            f"the Gaussian noise in each training step (DP-SGD, Opacus), {size} the clip of one "
+            f"record, batches at the {rate} ({often}{steps})"
+        )
+    subject = "person" if charge.unit == "client" else "record"
+    drawn = f", record drawn at the {rate}" if charge.sampling_rate < 1 else ""
+    return (
+        f"the Skellam noise {_adder(at)}, {size} the most that one {subject} can move it{drawn} "
+        f"({often}{steps})"
+    )
+
+
+def _adder(at: str | None) -> str:
+    if at == "device":
+        return "that each device adds in full to its own contribution"
+    return "that the server adds to the sum"
+
+
+def assumptions(config: Config, charges: Sequence[Charge], by_device: bool) -> list[str]:
+    training = [charge for charge in charges if from_training(charge)]
+    release = len(training) < len(charges)
+    sampled = any(charge.sampling_rate < 1 for charge in charges)
+    said = ["the person's device runs the privet that was installed, unchanged"]
+    if not by_device:
+        said.append("the server runs as written: it adds the noise, and publishes nothing else")
+    if release:
+        said.append("rounding and integer noise come from the operating system's CSPRNG")
+    if training:
+        said.append(
+            "the noise inside training is floating-point Gaussian, seeded by the operating system: "
+            "four draws for one (Holohan and Braghin 2021) make an attack on the low-order bits of "
+            "floats (Mironov 2012) costly, and do not rule it out"
+        )
+    if sampled:
+        said.append(
+            f"records enter a batch independently, at the rate q = {config.sampling_rate:g}, a "
+            "public constant, with draws that nobody else learns"
+        )
+    if release and any(charge.unit == "example" for charge in charges):
+        said.append("one local step a round, so that one record moves the contribution by at most "
+                    "learning rate x clip / batch size")  # fmt: skip
+    said.append("clips and denominators are public constants; no count of records leaves a device")
+    return said
+
+
+def promised(config: Config) -> dict[str, Any]:
+    privacy = config.privacy
+    budgets = {}
+    if privacy.client.enabled:
+        budgets["client"] = privacy.budget.client
+    if privacy.example.enabled:
+        budgets["example"] = privacy.budget.example
+    return {"budgets": budgets, "delta": privacy.delta, "sentences": _promises(config, budgets)}
+
+
+def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
+    client, example = config.privacy.client, config.privacy.example
+    said = ["To each person: text, profile and personal head stay on the device."]
+    if client.enabled:
+        said.append(
+            f"To each person: whatever leaves the device is clipped to norm {client.clip:g} first, "
+            f"and Skellam noise of {client.noise_multiplier:g} times that clip is added "
+            + ("by the device itself." if client.noise_at == "device" else "by the server, to "
+               "the sum.")
+        )  # fmt: skip
+    if example.enabled:
+        said.append(
+            f"To each record: in training its gradient is clipped to norm {example.clip:g}, and "
+            f"Gaussian noise of {example.noise_multiplier:g} times that clip is added in every "
+            f"step (DP-SGD, Opacus), in random batches at the public rate {config.sampling_rate:g}."
+        )
+    if budgets:
+        limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
+        said.append(
+            f"Of each device: it writes down what it spends before it answers, and declines a "
+            f"round that would bring its total above epsilon {limits}, at delta "
+            f"{config.privacy.delta:g}."
+        )
+    return said
+
+
+def no_claims(
+    config: Config, lines: Sequence[Line], unbounded: Sequence[Line], released: bool
+) -> list[str]:
+    said = []
+    if not released:
+        said.append("Nothing has been released yet, so nothing has been spent.")
+    have = {line.unit for line in lines}
+    for unit, what in (
+        ("client", "what a person contributes as a whole is not hidden by noise"),
+        ("example", "nothing is counted for a single record by itself"),
+    ):
+        if released and unit not in have:
+            said.append(f"No {unit}-level claim is made: {what}.")
+    for line in unbounded:
+        if line.unit in have:
+            said.append(
+                f"No {line.unit}-level claim is made against the {line.against}: some release "
+                "carried no noise that counts against that party, or too little for any bound."
+            )
+    seen_by_server = {line.unit for line in lines if line.against == "server"}
+    if config.privacy.client.noise_at == "server" and "client" in have - seen_by_server:
+        said.append(
+            "No client-level claim is made against the server: noise is added by the server, so it "
+            "reads each person's clipped contribution before the noise (masking is not built yet)."
+        )
+    return said
+
+
+def problems(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    said = []
+    if config.insecure_test_seed is not None:
+        said.append(
+            "NOT PRIVATE: insecure_test_seed is set, so anybody can compute the noise again and "
+            "take it away. The figures below hold for nobody."
+        )
+    said += [_disagreement(line) for line in lines if not line["cross_check"]["agrees"]]
+    return said
+
+
+def _disagreement(line: Mapping[str, Any]) -> str:
+    check = line["cross_check"]
+    if check["epsilon"] is None:
+        return f"NOT CROSS-CHECKED, {line_name(line)}: {check['accountant']}"
+    return (
+        f"THE ACCOUNTANTS DISAGREE on {line_name(line)}: {line['epsilon']:.4g} and "
+        f"{check['epsilon']:.4g} ({check['accountant']}), {check['difference']:.1%} apart; at most "
+        f"{AGREEMENT:.0%} is allowed. Do not quote this figure."
+    )

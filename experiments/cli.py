@@ -1,0 +1,144 @@
+"""The commands of an experiment: simulate, evaluate, report, generate.
+
+Heavy imports wait inside the functions, so that `privet --help` answers at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..common.errors import ConfigError, StateError
+
+__all__ = ["evaluate", "generate", "report", "simulate"]
+
+RUNS = Path("runs")
+
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+def simulate(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a name: demo, ratings, tiny.")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local (this process) or ray.")] = "local",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run there is.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run a federated experiment and report what it cost and what people got."""
+    from . import report
+    from . import simulate as stages
+
+    settings = _settings(config, set_ or [])
+    folder = RUNS / settings.name
+    summary = stages.simulate(settings, folder, engine_name=engine, resume=resume)
+    if as_json:
+        _print_json(summary)
+    else:
+        report.show(report.report_facts(folder), _console())
+        print(f"\n{folder}/report.html has the pictures")
+
+
+def evaluate(run: _Run, as_json: _Json = False) -> None:
+    """Measure everybody's loss again: base, shared, personal, somebody else's head."""
+    from ..common.config import read
+    from ..common.files import write_json_atomic
+    from . import evaluation, report
+
+    folder = _folder(run)
+    found = evaluation.evaluate(folder, read(folder / "config.toml"))
+    write_json_atomic(folder / "evaluation.json", found)
+    facts = report.write(folder)
+    if as_json:
+        _print_json(facts["summary"])
+    else:
+        report.show(facts, _console())
+
+
+def report(
+    run: _Run,
+    html: Annotated[bool, typer.Option("--html", help="Write report.html again.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """What was promised, what was spent, against whom it holds, what people got for it."""
+    from . import report as reports
+
+    folder = _folder(run)
+    facts = reports.report_facts(folder)
+    if html:
+        reports.write(folder)
+    if as_json:
+        _print_json(facts)
+    elif html:
+        print(folder / "report.html")
+    else:
+        reports.show(facts, _console())
+
+
+def generate(
+    run: _Run,
+    user: Annotated[str, typer.Option(help="Whose personal head, for example hamlet/HAMLET.")],
+    prompt: Annotated[str, typer.Option(help="How the text begins.")],
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="How many to add.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token.")] = 0.8,
+    as_json: _Json = False,
+) -> None:
+    """Continue a prompt with the base, the shared and the personal model, side by side."""
+    from . import generation
+
+    folder = _folder(run)
+    texts = generation.side_by_side(
+        folder, user, prompt, tokens=tokens, seed=seed, temperature=temperature
+    )
+    if as_json:
+        _print_json({"user": user, "prompt": prompt, **texts})
+        return
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panels = [Panel(Text(text), title=name, width=38) for name, text in texts.items()]
+    _console().print(Columns(panels))
+
+
+def _settings(config: str, overrides: list[str]) -> Any:
+    from ..common.config import read
+
+    named = Path(__file__).parent / "configs" / f"{config}.toml"
+    if Path(config).suffix == ".toml" or not named.exists():
+        if not Path(config).is_file():
+            known = sorted(path.stem for path in named.parent.glob("*.toml"))
+            raise ConfigError(
+                f"there is no configuration {config!r}: expected a TOML file or one of "
+                f"{', '.join(known)}"
+            )
+        named = Path(config)
+    return read(named, overrides)
+
+
+def _folder(run: str) -> Path:
+    """A run's folder, by path or by name below `runs`."""
+    for folder in (Path(run), RUNS / run):
+        if (folder / "config.toml").is_file():
+            return folder
+    raise StateError(
+        f"there is no run {run!r}, neither a folder with config.toml nor {RUNS / run}; "
+        f"`privet simulate` makes one"
+    )
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,77 @@
+"""`privet generate`: base, shared and personal model continue one prompt, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..client import data
+from ..client.device import Bench
+from ..client.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
+from ..common.errors import ConfigError, DataError
+from ..common.models import final_states, pad
+from .evaluation import global_adapter
+
+__all__ = ["side_by_side"]
+
+
+@torch.no_grad()
+def side_by_side(
+    folder: Path, user: str, prompt: str, *, tokens: int, seed: int, temperature: float
+) -> dict[str, str]:
+    """The prompt continued by each model; the same seed for each.
+
+    Raises:
+        ConfigError: the run is not about generation, or the prompt is empty.
+        DataError: nobody of that name.
+    """
+    bench = Bench.open(folder.resolve())
+    if bench.config.outputs:
+        raise ConfigError(f"{folder} predicts labels; privet generate needs a run that makes text")
+    if user not in bench.index.blocks:
+        close = [name for name in bench.index.blocks if user.lower() in name.lower()][:5]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise DataError(f"{folder} has no user {user!r}{hint}")
+    ids = bench.trainer.adapter.base.tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise ConfigError("--prompt is empty; give the model a few words to begin with")
+    adapter, final = bench.trainer.adapter, global_adapter(bench)
+    adapter.write(adapter.start)
+    found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
+    adapter.write(final)
+    head = _head(bench, user)
+    found["shared"] = _continue(bench, ids, None, tokens, seed, temperature)
+    found["personal"] = _continue(bench, ids, head, tokens, seed, temperature)
+    return found
+
+
+def _head(bench: Bench, user: str) -> TextHead:
+    """The person's head, fitted on all own records that were not held out."""
+    base = bench.trainer.adapter.base
+    own, _ = data.split(data.read_user(bench.folder, user, bench.index), bench.config.data.holdout)
+    records = bench.tokenised(own[-bench.config.evaluation.fit_records :])
+    if not records:
+        raise DataError(f"{user!r} has no record with at least two tokens to fit a head on")
+    ids, mask = pad([record.ids for record in records])
+    wanted = mask[:, 1:].bool()
+    states = final_states(base, ids, mask)[:, :-1][wanted]
+    mine = TokenStates(states, ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0])
+    return fit_text_head(mine, base.output)
+
+
+def _continue(
+    bench: Bench, ids: list[int], head: TextHead | None, tokens: int, seed: int, temperature: float
+) -> str:
+    base: Any = bench.trainer.adapter.base
+    generator, ids = torch.Generator().manual_seed(seed), list(ids)
+    for _ in range(tokens):
+        state = final_states(base, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
+        scores = adjusted_logits(head, state[0, -1], base.output @ state[0, -1])
+        if temperature == 0:
+            ids.append(int(scores.argmax()))
+        else:
+            chances = (scores / temperature).softmax(0)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+        if ids[-1] == base.tokenizer.eos_token_id:
+            break
+    return str(base.tokenizer.decode(ids, skip_special_tokens=True))
