@@ -18,6 +18,7 @@ Source: Abadi et al. 2016 (DP-SGD).
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,13 @@ class Trainer:
     hooked: Any
 
     @classmethod
+    @lru_cache(maxsize=1)
     def of(cls, adapter: Adapter) -> "Trainer":
-        """Hook the trained layers only: the frozen model pays nothing for DP."""
+        """Hook the trained layers only: the frozen model pays nothing for DP.
+
+        One trainer an adapter: layers hooked twice count every gradient twice, which would break
+        the bound of one record without a sound.
+        """
         # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         layers = nn.ModuleList(adapter.trainable.values())

@@ -34,7 +34,7 @@ class DataSettings(_Settings):
     source: str = Field("shakespeare", min_length=1)
     clients: int = Field(256, ge=1, description="train users, each one client")
     test_clients: int = Field(64, ge=0, description="users never trained on")
-    min_records: int = Field(20, ge=0, description="users with fewer records are left out")
+    min_records: int = Field(20, ge=1, description="users with fewer records are left out")
     records_per_client: int = Field(32, ge=1, description="public cap; fixes the Poisson rate")
     holdout: float = Field(0.3, gt=0, lt=1, description="last fraction of each user's records")
     max_tokens: int = Field(48, ge=4, description="a record is cut after this many tokens")

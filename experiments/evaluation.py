@@ -48,7 +48,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = Bench.open(folder.resolve())
-    final = global_adapter(bench)
+    final = global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
         "seen": _some(took_part, bench.index, config),
@@ -56,8 +56,11 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     }
     measure = _Texts if config.outputs == 0 else _Labels
     with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
-        person = measure(bench, final)
-        found = {name: _measure(person, bench.index, users, one) for name, users in groups.items()}
+        model = measure(bench, final)
+        found = {
+            name: _measure(model, bench.index, users, _heads_for(config, name), one)
+            for name, users in groups.items()
+        }
     unit = "nats per token" if config.outputs == 0 else "squared error"
     if config.data.task == "classification":
         unit = "nats per record"
@@ -65,26 +68,23 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     return {**described, "metrics_of": config.evaluation.metrics_of, **found}
 
 
-def global_adapter(bench: Bench) -> Vector:
-    """The shared adapter after the last finished round.
+def global_adapter(folder: Path) -> Vector:
+    """The shared adapter after the last finished round of the run in `folder`.
 
     Raises:
         StateError: no round was finished.
     """
+    bench = Bench.open(folder.resolve())
     layout = bench.trainer.adapter.layout.digest
-    kept = checkpoint.load(
-        bench.folder, run=bench.run, config_hash=bench.config.digest, layout=layout
-    )
+    kept = checkpoint.load(folder, run=bench.run, config_hash=bench.config.digest, layout=layout)
     if kept is None:
-        raise StateError(
-            f"{bench.folder} has no finished round yet; go on with privet simulate --resume"
-        )
+        raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
     return kept.adapter
 
 
 class _Measure(Protocol):
-    def person(self, user: str) -> "_Person | None":
-        """Fit and prepare one person; None for somebody with nothing held out."""
+    def person(self, user: str, fit: bool) -> "_Person | None":
+        """Prepare one person, and fit the head; None for somebody with nothing held out."""
 
     def loss(self, person: "_Person", head: Any) -> float:
         """Mean loss on the person's held-out records; head None: the shared model."""
@@ -99,19 +99,29 @@ class _Person:
     head: Any
 
 
-def _measure(measure: _Measure, index: data.Index, users: Sequence[str], one: Any) -> Losses:
-    losses: Losses = {name: [] for name in ("users", *MODELS)}
+def _heads_for(config: Config, group: str) -> bool:
+    """Heads for texts cost as much as all the rest, so only the group that is asked about."""
+    return config.head.enabled and (config.outputs > 0 or group == config.evaluation.metrics_of)
+
+
+def _measure(
+    measure: _Measure, index: data.Index, users: Sequence[str], heads: bool, one: Any
+) -> Losses:
+    models = MODELS if heads else MODELS[:2]
+    losses: Losses = {name: [] for name in ("users", *models)}
     people = {}
     for user in users:
-        if (person := measure.person(user)) is not None:
+        if (person := measure.person(user, heads)) is not None:
             people[user] = person
         one()
     names = list(people)
     for number, (user, person) in enumerate(people.items()):
-        other = people[_partner(index, names, number)]
         losses["users"].append(user)
         losses["base"].append(person.base)
         losses["global"].append(measure.loss(person, None))
+        if not heads:
+            continue
+        other = people[_partner(index, names, number)]
         losses["personal"].append(measure.loss(person, person.head))
         losses["swapped_head"].append(measure.loss(person, other.head))
     return losses
@@ -133,7 +143,7 @@ class _Texts:
         self.adapter: Adapter = bench.trainer.adapter
         self.output = self.adapter.base.output.detach()
 
-    def person(self, user: str) -> _Person | None:
+    def person(self, user: str, fit: bool) -> _Person | None:
         own, held_out = _records(self.bench, user)
         if not held_out:
             return None
@@ -141,7 +151,7 @@ class _Texts:
         base_scores = shared_scores(base, self.output)
         base_loss = token_losses(None, base, self.output, base_scores).mean()
         head = None
-        if own and self.bench.config.head.enabled:
+        if own and fit:
             (mine,) = self._states(own, (self.final,))
             head = fit_text_head(mine, self.output)
         scores = shared_scores(shared, self.output)
@@ -185,14 +195,14 @@ class _Labels:
         self.nothing = LabelHead(torch.zeros_like(weight), torch.zeros_like(bias), task)  # type: ignore[arg-type]
         self.known: dict[tuple[int, ...], Tensor] = {}
 
-    def person(self, user: str) -> _Person | None:
+    def person(self, user: str, fit: bool) -> _Person | None:
         own, held_out = _records(self.bench, user)
         if not held_out:
             return None
         features, labels = self._features(held_out)
         base = float(label_losses(self.nothing, features, labels).mean())
         head = None
-        if own and self.bench.config.head.enabled:
+        if own and fit:
             head = fit_label_head(*self._features(own), self.shared)
         return _Person(base, (features, labels), head)
 

@@ -35,7 +35,7 @@ def side_by_side(
     ids = bench.trainer.adapter.base.tokenizer(prompt)["input_ids"]
     if not ids:
         raise ConfigError("--prompt is empty; give the model a few words to begin with")
-    adapter, final = bench.trainer.adapter, global_adapter(bench)
+    adapter, final = bench.trainer.adapter, global_adapter(folder)
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
     adapter.write(final)

@@ -286,7 +286,7 @@ def _comparisons(summary: Facts) -> str:
 def _losses(summary: Facts) -> str:
     metrics = summary["metrics"]
     rows = []
-    for group, values in (("seen", metrics), ("unseen", summary["unseen"])):
+    for group, values in (("seen", summary["seen"]), ("unseen", summary["unseen"])):
         for name, value in values.items():
             if isinstance(value, Mapping):
                 label = f"{name.replace('_', ' ')}, {group}"

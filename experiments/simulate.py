@@ -98,20 +98,20 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
 
 def measured(folder: Path, config: Config) -> dict[str, Any]:
     """What only the run itself could see: time, memory, bytes, versions."""
-    seconds = _read(folder)
-    total = seconds.get("rounds", 0.0) + seconds.get("evaluation", 0.0)
-    rounds = seconds.get("rounds", 0.0)
-    training = seconds.get("training", 0.0)
+    kept = _read(folder)
+    rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
+    evaluated = kept.get("evaluation", 0.0)
+    dimension = len(evaluation.global_adapter(folder))
     return {
         "seconds": {
-            "total": total,
+            "total": rounds + evaluated,
             "training": training,
-            "evaluation": seconds.get("evaluation", 0.0),
             "overhead": max(rounds - training, 0.0),
+            "evaluation": evaluated,
         },
-        "peak_rss_bytes": int(seconds.get("peak_rss_bytes", 0)),
-        "upload_bytes_per_client_round": int(seconds.get("upload_bytes", 0)),
-        "dimension": int(seconds.get("dimension", 0)),
+        "peak_rss_bytes": int(kept.get("peak_rss_bytes", 0)),
+        "upload_bytes_per_client_round": -(-dimension * config.privacy.client.bits // 8),
+        "dimension": dimension,
         "versions": {
             "python": sys.version.split()[0],
             **{name: version(name) for name in ("privet", "torch", "flwr", "peft", "opacus")},

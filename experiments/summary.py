@@ -62,18 +62,22 @@ def build_summary(
 
 def _evaluated(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any]:
     if not evaluation:
-        nothing = {"metrics": None, "unseen": None, "differences": None}
+        nothing = {"metrics": None, "seen": None, "unseen": None, "differences": None}
         return {**nothing, "gains": [], "comparisons": []}
     seen = _losses(evaluation, "seen")
     unseen = _losses(evaluation, "unseen")
     name = str(evaluation["name"])
+    of = str(evaluation.get("metrics_of", "seen"))
+    first = unseen if of == "unseen" else seen
     return {
         "metrics": {
             "name": name,
             "unit": str(evaluation.get("unit", name)),
-            **{key: _mean(values, draws) for key, values in seen.items()},
-            **_personal_over_global(seen),
+            "of": f"{of} people",
+            **{key: _mean(values, draws) for key, values in first.items()},
+            **_personal_over_global(first),
         },
+        "seen": {key: _mean(values, draws) for key, values in seen.items()},
         "unseen": {key: _mean(values, draws) for key, values in unseen.items()},
         "differences": _differences(seen, unseen, draws),
         "gains": _gains(evaluation, seen, unseen, draws),
@@ -160,8 +164,10 @@ def _gains(
 ) -> list[dict[str, Any]]:
     """Gain of each user, for the two bar pictures."""
     pairs = _pairs(seen, unseen)
+    of = str(evaluation.get("metrics_of", "seen"))
+    whom = "people who took part" if of == "seen" else "people never trained on"
     shown = (
-        ("global_minus_personal_seen", "Personal head over shared model, people who took part"),
+        (f"global_minus_personal_{of}", f"Personal head over shared model, {whom}"),
         ("base_minus_global_unseen", "Shared model over base model, people never trained on"),
     )
     return [

@@ -1,0 +1,105 @@
+"""What DP-SGD costs a client: the step with it over the step without it, measured in one run.
+
+    python -m privet.experiments.benchmarks.client_step [--config demo] [--repeats 15]
+
+Both steps are `client/training.py` on the same records and the same adapter; with DP each record's
+gradient is taken, clipped and noised by Opacus, without DP the batch's mean gradient is taken.
+The two alternate, so that a busy machine slows both. The step's share of the ceiling is its
+counted floating-point work over its time, against the best matrix product measured here.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...client.data import Tokenised
+from ...client.training import Trainer, train
+from ...common import config as settings
+from ...common.adapter import Adapter, attach
+from ...common.models import load
+from ...common.noise import SystemSource
+from ...server.rounds import make_plan
+
+RECORDS, TOKENS = 8, 64
+
+
+def main() -> None:
+    """Print the two medians, their ratio and the share of the ceiling."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--config", default="demo")
+    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--threads", type=int, default=2)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    folder = Path(__file__).parent.parent / "configs"
+    print(json.dumps(measure(folder / f"{given.config}.toml", given.repeats), indent=2))
+
+
+def measure(path: Path, repeats: int) -> dict[str, Any]:
+    """Medians in seconds, the ratio, and floating-point rates in GFLOP/s."""
+    config = settings.read(path)
+    adapter = attach(load(config.model.base), config.adapter)
+    plan = make_plan(config, "benchmark", 1, adapter.layout.digest, adapter.start)
+    private = dataclasses.replace(plan, rate=1.0, batch_size=RECORDS)
+    plain = dataclasses.replace(private, record_clip=0.0, record_noise=0.0)
+    rng = np.random.default_rng(0)
+    vocabulary = len(adapter.base.tokenizer)
+    records = [Tokenised(tuple(map(int, rng.integers(vocabulary, size=TOKENS)))) for _ in range(8)]
+    trainer, seconds = Trainer.of(adapter), {"private": [0.0], "plain": [0.0]}
+    for turn in range(repeats + 2):
+        for name, step in (("private", private), ("plain", plain)):
+            began = time.perf_counter()
+            train(trainer, adapter.start, records, step, batches=rng, source=SystemSource())
+            if turn >= 2:  # the first two warm up
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    ratios = [a / b for a, b in zip(seconds["private"][1:], seconds["plain"][1:], strict=True)]
+    work, ceiling = step_flop(adapter), matrix_ceiling()
+    return {
+        "base_model": config.model.base,
+        "adapter": {"family": config.adapter.family, "dimension": adapter.layout.dimension},
+        "records": RECORDS,
+        "tokens": TOKENS,
+        "threads": torch.get_num_threads(),
+        "step_s": medians["private"],
+        "step_without_privacy_s": medians["plain"],
+        "ratio_of_medians": medians["private"] / medians["plain"],
+        "median_of_paired_ratios": statistics.median(ratios),
+        "counted_gflop": work / 1e9,
+        "step_gflop_per_s": work / 1e9 / medians["private"],
+        "ceiling_gflop_per_s": ceiling / 1e9,
+        "share_of_ceiling": work / medians["private"] / ceiling,
+    }
+
+
+def step_flop(adapter: Adapter) -> float:
+    """Multiply-adds times two of one step: all linear layers forward; the output embedding and
+    the adapted blocks also backward, towards their inputs only (their weights are frozen).
+    """
+    blocks = adapter.base.blocks
+    sizes = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for _, block in blocks]
+    forward = sum(sizes) + adapter.base.output.numel()
+    backward = sum(sizes[adapter.first_block :]) + adapter.base.output.numel()
+    return 2.0 * (forward + backward) * RECORDS * (TOKENS - 1)
+
+
+def matrix_ceiling(size: int = 1536, repeats: int = 12) -> float:
+    """Best float32 matrix product seen, FLOP/s."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()
