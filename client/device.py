@@ -51,7 +51,7 @@ class Bench:
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
         run = (folder / "run-id").read_text().strip()
-        trainer = Trainer.of(shared(config))
+        trainer = Trainer.of(shared(config), config.speed.cache_mb)
         return cls(folder, run, config, index, trainer, Ledger.open(folder / LEDGERS, owner=run))
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:

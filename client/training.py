@@ -3,6 +3,7 @@
 **Guarantee** (example level, one record added or removed): each local step draws a Poisson batch
 with the public rate, clips every record's gradient to the plan's `record_clip` C, adds Gaussian
 noise of standard deviation `record_noise` * C to the sum and divides by the public batch size.
+After one step a record has moved the delta by at most learning_rate * C / batch_size.
 What that costs is not decided here but carried by the release (`client/release.py`).
 
 The noise is Opacus's mechanism with another source: Opacus seeds torch's generator with 32 bits,
@@ -29,6 +30,8 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from ..common.adapter import Adapter
+from ..common.errors import AdapterError
+from ..common.models import PrefixCache, resumed_at
 from ..common.noise import Source
 from ..common.objective import collate, record_losses
 from ..common.plan import Plan
@@ -36,6 +39,8 @@ from .data import Tokenised, poisson_indices
 
 __all__ = ["Trainer", "train"]
 
+# Records are clipped to a little less than C, so that no rounding of floats carries one past C.
+_SHRINK = 1 - 2.0**-12
 _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
 
 
@@ -45,19 +50,23 @@ class Trainer:
 
     adapter: Adapter
     hooked: Any
+    prefix: PrefixCache | None = None
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, adapter: Adapter) -> "Trainer":
+    def of(cls, adapter: Adapter, cache_mb: int = 0) -> "Trainer":
         """Hook the trained layers only: the frozen model pays nothing for DP.
+
+        `cache_mb`: memory for what enters the first adapted block, by record; 0: nothing is kept.
 
         One trainer an adapter: layers hooked twice count every gradient twice, which would break
         the bound of one record without a sound.
         """
-        # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         layers = nn.ModuleList(adapter.trainable.values())
-        return cls(adapter, GradSampleModule(layers, loss_reduction="sum", strict=True))
+        hooked = GradSampleModule(layers, loss_reduction="sum", strict=True)
+        first = adapter.first_block
+        kept = PrefixCache(adapter.base, first, cache_mb << 20) if cache_mb and first else None
+        return cls(adapter, hooked, kept)
 
 
 def train(
@@ -80,34 +89,42 @@ def train(
         source: the noise.
 
     Returns:
-        Local adapter minus global adapter, shape (d,), float32.
+        Local adapter minus global adapter, shape (d,), float32: the sum of the steps, because the
+        difference of two rounded adapters would be off by more than a small step allows.
+
+    Raises:
+        AdapterError: an adapted layer does not see records one by one.
     """
+    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     adapter, private = trainer.adapter, plan.record_clip > 0
     adapter.write(start)
     optimizer = _optimizer([parameter for _, parameter in adapter.parameters], plan, source)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
     step = _private_step if private else _plain_step
+    delta = np.zeros(len(start))
     for _ in range(plan.local_steps):
         batch = [records[i] for i in poisson_indices(len(records), plan.rate, batches)]
-        step(adapter, optimizer, sorted(batch, key=lambda record: len(record.ids)), plan)
-    return adapter.read() - start
+        step(trainer, optimizer, sorted(batch, key=lambda record: len(record.ids)), plan)
+        delta -= plan.learning_rate * _gradient(adapter)
+    optimizer.zero_grad(set_to_none=True)
+    return delta.astype(np.float32)
 
 
 class _SystemNoiseOptimizer(DPOptimizer):
     """Opacus's optimiser, with its Gaussian noise drawn from `source`."""
 
-    def __init__(self, *given: Any, source: Source, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self.source = source
+    def __init__(self, *given: Any, source: Source, noise: float, **named: Any) -> None:
+        super().__init__(*given, noise_multiplier=noise / named["max_grad_norm"], **named)
+        self.source, self.noise = source, noise
 
     def add_noise(self) -> None:
         for parameter in self.params:
             total = parameter.summed_grad
-            scale = self.noise_multiplier * self.max_grad_norm
             noise = sum(_gaussian(total.numel(), self.source) for _ in range(4)) / 2
             drawn = torch.from_numpy(noise).view_as(total)
-            parameter.grad = (total.double() + scale * drawn).to(total.dtype).view_as(parameter)
+            parameter.grad = (total.double() + self.noise * drawn).to(total.dtype).view_as(parameter)
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
@@ -125,37 +142,64 @@ def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> An
         return plain
     return _SystemNoiseOptimizer(
         plain,
-        noise_multiplier=plan.record_noise,
-        max_grad_norm=plan.record_clip,
+        max_grad_norm=plan.record_clip * _SHRINK,
         expected_batch_size=plan.batch_size,
         source=source,
+        noise=plan.record_noise * plan.record_clip,
     )
 
 
-def _private_step(adapter: Adapter, optimizer: Any, batch: list[Tokenised], _: Plan) -> None:
+def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: Plan) -> None:
     chunks = _chunks(batch) or [[]]
     for number, chunk in enumerate(chunks):
+        optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
         if chunk:
-            _losses(adapter, chunk).sum().backward()
+            _losses(trainer, chunk).sum().backward()
+            _refuse_mixed(trainer.adapter, len(chunk))
         else:
-            for _name, parameter in adapter.parameters:
+            for _name, parameter in trainer.adapter.parameters:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
-def _plain_step(adapter: Adapter, optimizer: Any, batch: list[Tokenised], plan: Plan) -> None:
-    for chunk in _chunks(batch):
-        (_losses(adapter, chunk).sum() / plan.batch_size).backward()
-    optimizer.step()
+def _refuse_mixed(adapter: Adapter, records: int) -> None:
+    """Some blocks give a layer tokens instead of records; each token would be clipped for itself."""
+    for name, parameter in adapter.parameters:
+        seen = getattr(parameter, "grad_sample", None)
+        if not isinstance(seen, torch.Tensor) or len(seen) != records:
+            rows = len(seen) if isinstance(seen, torch.Tensor) else "no"
+            raise AdapterError(
+                f"{name}: this layer saw {rows} rows for {records} records, so a record's gradient "
+                "cannot be clipped; leave it out of adapter.modules, or set "
+                "privacy.example.enabled = false"
+            )
+
+
+def _plain_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], plan: Plan) -> None:
     optimizer.zero_grad(set_to_none=True)
+    for chunk in _chunks(batch):
+        (_losses(trainer, chunk).sum() / plan.batch_size).backward()
+    optimizer.step()
 
 
-def _losses(adapter: Adapter, records: list[Tokenised]) -> torch.Tensor:
+def _gradient(adapter: Adapter) -> NDArray[np.float64]:
+    """What the step just taken went along, shape (d,)."""
+    pieces = [
+        torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in adapter.parameters
+    ]
+    return torch.cat(pieces).double().numpy()
+
+
+def _losses(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
+    adapter = trainer.adapter
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
-    batch = collate([record.ids for record in records], labels)
-    return record_losses(adapter.base, batch, adapter.head)
+    ids = [record.ids for record in records]
+    batch = collate(ids, labels)
+    if trainer.prefix is None:
+        return record_losses(adapter.base, batch, adapter.head)
+    with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
+        return record_losses(adapter.base, batch, adapter.head)
 
 
 def _chunks(batch: list[Tokenised]) -> list[list[Tokenised]]:

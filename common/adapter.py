@@ -41,6 +41,12 @@ _USUAL = (
     ("query", "value", "attention.output.dense", "intermediate.dense"),
     ("q_lin", "v_lin", "out_lin", "ffn.lin2"),
 )
+# what a family may train, by the end of a parameter's name
+_TRAINED = {
+    "tiny": (".lora_B.default.trained.weight",),
+    "ffa": (".lora_B.default.weight",),
+    "lora": (".lora_A.default.weight", ".lora_B.default.weight"),
+}
 HEAD = "head.weight"
 HEAD_BIAS = "head.bias"
 
@@ -153,7 +159,10 @@ def shared(config: Config) -> "Adapter":
 
 @lru_cache(maxsize=1)
 def _shared(base: str, settings: AdapterSettings, outputs: int) -> "Adapter":
-    return attach(load(base), settings, outputs)
+    model = load(base)
+    if not outputs:
+        _ = model.output  # without labels it must make text: refuse an encoder at the start
+    return attach(model, settings, outputs)
 
 
 def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adapter:
@@ -188,7 +197,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     layout = Layout(
         settings.family, base.fingerprint, tuple((n, tuple(p.shape)) for n, p in pieces)
     )
-    _freeze_all_but(base, [p for _, p in pieces])
+    _freeze_all_but(base, settings.family, [p for _, p in pieces])
     start = np.concatenate([p.detach().numpy().ravel() for _, p in pieces])
     return Adapter(base, settings, layout, modules, trainable, head, start)
 
@@ -196,7 +205,11 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
 def usual_modules(base: BaseModel) -> tuple[str, ...]:
     """The layer names adapted by default in this architecture."""
     _, block = base.blocks[-1]
-    names = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.removesuffix(".base_layer")
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
     for usual in _USUAL:
         if all(any(name.endswith(part) for name in names) for part in usual):
             return usual
@@ -208,23 +221,24 @@ def usual_modules(base: BaseModel) -> tuple[str, ...]:
 def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
     wanted = settings.modules or usual_modules(base)
     found: list[str] = []
+    missing = set(wanted)
     for block_name, block in base.blocks[-settings.last_blocks :]:
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and any(
-                name == part or name.endswith("." + part) for part in wanted
-            ):
+            parts = {part for part in wanted if name == part or name.endswith("." + part)}
+            if isinstance(module, nn.Linear) and parts:
+                missing -= parts
                 if settings.rank > min(module.weight.shape):
                     raise AdapterError(
                         f"adapter.rank = {settings.rank} is larger than {block_name}.{name} allows "
                         f"({min(module.weight.shape)})"
                     )
                 found.append(f"{block_name}.{name}")
-    if not found:
+    if missing:
         _, block = base.blocks[-1]
         names = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
         raise AdapterError(
-            f"adapter.modules = {list(wanted)}: no such linear layer in {base.name}; "
-            f"its blocks have {', '.join(names)}"
+            f"adapter.modules = {list(wanted)}: {base.name} has no linear layer "
+            f"{', '.join(sorted(missing))}; its blocks have {', '.join(names)}"
         )
     return tuple(found)
 
@@ -273,14 +287,13 @@ def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float().contiguous(), right.T.float().contiguous()
 
 
-def _freeze_all_but(base: BaseModel, wanted: list[nn.Parameter]) -> None:
+def _freeze_all_but(base: BaseModel, family: str, wanted: list[nn.Parameter]) -> None:
     base.network.requires_grad_(False)
     for parameter in wanted:
         parameter.requires_grad_(True)
-    allowed = {id(parameter) for parameter in wanted}
     for name, parameter in base.network.named_parameters():
-        if parameter.requires_grad and id(parameter) not in allowed:
-            raise AdapterError(f"{name} would be trained, but its adapter family freezes it")
+        if parameter.requires_grad and not name.endswith(_TRAINED[family]):
+            raise AdapterError(f"{name} would be trained, but the family {family} freezes it")
     base.network.eval()
 
 

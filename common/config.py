@@ -138,6 +138,7 @@ class SpeedSettings(_Settings):
     """Never changes what is computed, but for the thread count's rounding of floats."""
 
     threads: int = Field(2, ge=1)
+    cache_mb: int = Field(0, ge=0, description="keeps the frozen prefix of records met again")
 
 
 class Config(_Settings):
@@ -211,6 +212,11 @@ class Config(_Settings):
             found.append("privacy.client.enabled = false: no client-level claim is made")
         if not self.privacy.example.enabled:
             found.append("privacy.example.enabled = false: no DP-SGD noise inside training")
+        elif self.privacy.example.noise_multiplier == 0:
+            found.append(
+                "privacy.example.noise_multiplier = 0: nothing holds against the server at example "
+                "level, so devices decline every round; set privacy.example.enabled = false instead"
+            )
         if self.insecure_test_seed is not None:
             found.append("insecure_test_seed is set: NOT PRIVATE, every report says so")
         return found
@@ -269,7 +275,11 @@ def _sentence(fault: Mapping[str, Any]) -> str:
         return f"  {where}: unknown key{_nearest(fault['loc'])}"
     if fault["type"] == "value_error" and not where:
         return f"  {fault['ctx']['error']}"
-    expected = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = fault["msg"].removeprefix("Input should be ")
+    expected = expected.replace("String should match pattern", "a text that fits")
+    expected = expected.replace("String should have", "a text of")
+    if fault["type"] == "model_type":
+        expected = f"a section, as in [{where}] or {where}.KEY=VALUE"
     return f"  {where} = {fault['input']!r}: expected {expected}"
 
 

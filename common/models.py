@@ -9,9 +9,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from . import assets
 from .errors import ModelError
 
-__all__ = ["BaseModel", "final_states", "load", "pad"]
+__all__ = ["BaseModel", "final_states", "load", "pad", "prefix_states", "resumed_at"]
 
 Kind = Literal["decoder", "encoder"]
 
@@ -36,7 +39,7 @@ class BaseModel:
         kind: `decoder` (has an output embedding) or `encoder`.
         network: the `transformers` model; every parameter frozen, in evaluation mode.
         tokenizer: its tokenizer.
-        fingerprint: hash of architecture and parameter shapes; both sides compare it.
+        fingerprint: hash of architecture, shapes and some of the weights; both sides compare it.
     """
 
     name: str
@@ -46,7 +49,7 @@ class BaseModel:
     tokenizer: Any
     fingerprint: str
 
-    @property
+    @cached_property
     def blocks(self) -> tuple[tuple[str, nn.Module], ...]:
         """The repeated transformer blocks with their names, first to last."""
         lists = [
@@ -64,7 +67,16 @@ class BaseModel:
 
     @property
     def output(self) -> Tensor:
-        """Output embedding of a decoder, shape (vocabulary, width)."""
+        """Output embedding of a decoder, shape (vocabulary, width).
+
+        Raises:
+            ModelError: an encoder has none.
+        """
+        if self.kind == "encoder":
+            raise ModelError(
+                f"model.base = {self.name!r} is an encoder and makes no text; take a decoder, or "
+                "data with labels"
+            )
         weight: Tensor = self.network.get_output_embeddings().weight
         return weight
 
@@ -79,15 +91,17 @@ def load(base: str) -> BaseModel:
     """The base model called `base`, from the cache of this process when it was loaded before.
 
     Raises:
-        ModelError: no such model, unknown architecture, no tokenizer, or a vocabulary that does
-            not fit the tokenizer.
+        ModelError: no such model, unknown architecture, no tokenizer, a vocabulary that does not
+            fit the tokenizer, or an architecture privet would compute wrongly.
     """
-    folder, gguf = _locate(base)
-    network, tokenizer = _read(base, folder, gguf)
+    folder = _locate(base)
+    network, tokenizer = _read(base, folder)
     _check_vocabulary(base, network, tokenizer)
     network.float().eval().requires_grad_(False)
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
-    return BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
+    found = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
+    _check_states(found)
+    return found
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -148,6 +162,39 @@ def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Ten
     return kept[0]
 
 
+class PrefixCache:
+    """What enters a block, kept by record, least recently used out first.
+
+    Each record passes the prefix alone, so what is kept is a function of the record only and no
+    result depends on what was in the cache.
+
+    Args:
+        base: the base model; frozen below `block`.
+        block: number of the first block that is not skipped.
+        limit: bytes to keep.
+    """
+
+    def __init__(self, base: BaseModel, block: int, limit: int) -> None:
+        self._base, self._block, self._left = base, block, limit
+        self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def padded(self, records: Sequence[tuple[int, ...]]) -> Tensor:
+        """States entering the block, zero where padded; (records, longest, width)."""
+        return nn.utils.rnn.pad_sequence([self._states(ids) for ids in records], batch_first=True)
+
+    def _states(self, ids: tuple[int, ...]) -> Tensor:
+        if ids in self._kept:
+            self._kept.move_to_end(ids)
+            return self._kept[ids]
+        tokens = torch.tensor([ids])
+        states = prefix_states(self._base, self._block, tokens, torch.ones_like(tokens))[0]
+        self._kept[ids] = states
+        self._left -= states.nbytes
+        while self._left < 0 and len(self._kept) > 1:
+            self._left += self._kept.popitem(last=False)[1].nbytes
+        return states
+
+
 class _Reached(Exception):
     """The prefix is computed; nothing above it is needed."""
 
@@ -156,31 +203,61 @@ def _same(hidden: Any, *_: Any, **__: Any) -> Any:
     return hidden
 
 
-def _locate(base: str) -> tuple[str, str | None]:
+def _locate(base: str) -> str:
     if base in assets.CATALOGUE and assets.CATALOGUE[base].kind != "texts":
-        return str(assets.fetch(base)), None
+        return str(assets.fetch(base))
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model.base = {base!r}: there is no such GGUF file")
-        return str(path.parent), path.name
+        return str(_converted(base, path))
     if path.is_dir():
-        return str(path), None
+        return str(path)
     if base.startswith((".", "/", "~")):
         raise ModelError(f"model.base = {base!r}: there is no such folder or GGUF file")
-    return base, None
+    return base
 
 
-def _read(base: str, folder: str, gguf: str | None) -> tuple[Any, Any]:
+def _converted(base: str, file: Path) -> Path:
+    """The file as a folder of safetensors in the cache, made once per content.
+
+    It is made beside its place and moved there by one rename, so it is whole or not there.
+    """
+    place = assets.cache_folder() / "converted"
+    try:
+        with file.open("rb") as handle:
+            folder = place / hashlib.file_digest(handle, "sha256").hexdigest()
+        if folder.is_dir():
+            return folder
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as temporary:
+            made = Path(temporary) / "model"
+            made.mkdir()
+            (made / file.name).symlink_to(file.resolve())
+            assets.convert_gguf(made)
+            if not folder.is_dir():  # another process may have been faster
+                os.rename(made, folder)
+    except OSError as error:
+        raise ModelError(
+            f"model.base = {base!r}: the GGUF file cannot be read, or its conversion not be kept "
+            f"in {place} ({_line(error)}); free some space, or set PRIVET_CACHE to another folder"
+        ) from None
+    except Exception as error:  # readers of damaged bytes raise whatever they stumble over
+        raise ModelError(
+            f"model.base = {base!r}: the GGUF file cannot be converted ({_line(error)})"
+        ) from None
+    return folder
+
+
+def _read(base: str, folder: str) -> tuple[Any, Any]:
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source = {"gguf_file": gguf} if gguf else {}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **source)
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         known = ", ".join(name for name, a in assets.CATALOGUE.items() if a.kind != "texts")
         raise ModelError(
@@ -188,10 +265,12 @@ def _read(base: str, folder: str, gguf: str | None) -> tuple[Any, Any]:
             f"Expected one of the catalogue ({known}), a folder with config.json and a tokenizer, "
             "a GGUF file, or a Hugging Face id that this machine can reach"
         ) from None
-    decodes = any("CausalLM" in name for name in config.architectures or ()) or bool(gguf)
+    decodes = any(
+        "CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ()
+    )
     loader = transformers.AutoModelForCausalLM if decodes else transformers.AutoModel
     try:
-        network = loader.from_pretrained(folder, dtype=torch.float32, **source)
+        network = loader.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         raise ModelError(
             f"model.base = {base!r}: the weights cannot be loaded ({_line(error)})"
@@ -212,10 +291,44 @@ def _check_vocabulary(base: str, network: Any, tokenizer: Any) -> None:
         )
 
 
+@torch.no_grad()
+def _check_states(base: BaseModel) -> None:
+    """Refuses what would be computed wrongly: found by trying two records, padded, in one batch.
+
+    Some architectures scale or cap their scores or add a bias to them (Gemma 2, Cohere, Phi), some
+    need more than token ids (T5), some are damaged files that still load.
+    """
+    ids, mask = pad([[1, 2, 3, 4], [4, 3]])
+    try:
+        states = final_states(base, ids, mask)
+        alone = final_states(base, ids[1:, :2], mask[1:, :2])
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"model.base = {base.name!r} cannot be run as a plain {base.kind} ({_line(error)})"
+        ) from None
+    if not states.isfinite().all():
+        raise ModelError(f"model.base = {base.name!r}: its states are not finite; damaged weights?")
+    if not torch.allclose(states[1, :2], alone[0], rtol=1e-3, atol=1e-3):
+        raise ModelError(
+            f"model.base = {base.name!r}: records in one batch influence each other, so no record "
+            "has a gradient of its own; take another architecture"
+        )
+    if base.kind == "decoder":
+        scores = base.network(input_ids=ids, attention_mask=mask).logits[0]
+        if not torch.allclose(scores, states[0] @ base.output.T, rtol=1e-4, atol=1e-4):
+            raise ModelError(
+                f"model.base = {base.name!r} ({base.network.config.model_type}) scales, caps or "
+                "shifts its scores, which privet's losses and heads do not; take another decoder"
+            )
+
+
 def _fingerprint(network: Any) -> str:
-    shapes = [(name, list(value.shape)) for name, value in network.state_dict().items()]
-    text = json.dumps([network.config.model_type, sorted(shapes)])
-    return hashlib.sha256(text.encode()).hexdigest()
+    """Of the first numbers of every tensor: another model of the same shapes is told apart."""
+    hashed = hashlib.sha256(network.config.model_type.encode())
+    for name, value in sorted(network.state_dict().items()):
+        hashed.update(json.dumps([name, list(value.shape)]).encode())
+        hashed.update(value.flatten()[:256].float().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _line(error: BaseException) -> str:

@@ -298,6 +298,7 @@ class Closeness:
     slack: float
 
 
+@functools.lru_cache(maxsize=16)
 def gaussian_closeness(variance: float, dimension: int, shares: int = 1) -> Closeness:
     """Closeness of what `skellam` draws to N(0, variance) rounded to integers.
 

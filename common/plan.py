@@ -7,16 +7,34 @@ stricter), and the ledger row names its digest. It crosses the wire as a dict of
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .config import Config
 from .errors import ProtocolError
+from .noise import MAX_VARIANCE
 
 __all__ = ["VERSION", "Plan"]
 
 VERSION = 1
+
+# the smallest and the largest value of each number; what is outside would fail deep inside
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "round": (1, math.inf),
+    "cohort": (1, math.inf),
+    "clip": (5e-324, math.inf),
+    "step": (5e-324, math.inf),
+    "bits": (8, 32),
+    "variance": (0, MAX_VARIANCE),
+    "learning_rate": (5e-324, math.inf),
+    "local_steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "rate": (5e-324, 1),
+    "record_clip": (0, math.inf),
+    "record_noise": (0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +88,7 @@ class Plan:
         """The plan in a message.
 
         Raises:
-            ProtocolError: a field is missing, unknown, or of another type.
+            ProtocolError: a field is missing, unknown, of another type, or out of range.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
         if set(given) != set(kinds):
@@ -83,6 +101,17 @@ class Plan:
             raise ProtocolError(
                 f"the server speaks plan version {given['version']}, this device {VERSION}; "
                 "install the same privet on both"
+            )
+        for name, (least, most) in _RANGES.items():
+            if not (math.isfinite(given[name]) and least <= given[name] <= most):
+                raise ProtocolError(
+                    f"the round plan's {name} = {given[name]!r} is out of range: expected a finite "
+                    f"number from {least:g} to {most:g}"
+                )
+        if given["noise_at"] not in ("device", "server", "none"):
+            raise ProtocolError(
+                f"the round plan's noise_at = {given['noise_at']!r}: expected device, server or "
+                "none"
             )
         return cls(**given)
 
@@ -99,6 +128,12 @@ class Plan:
             ("noise", self.variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
             ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
+            ("local_steps", self.local_steps <= own.training.steps, own.training.steps),
+            (
+                "learning_rate",
+                self.learning_rate <= own.training.learning_rate,
+                own.training.learning_rate,
+            ),
         )
         if client.enabled:
             placed = self.noise_at in ("device", client.noise_at)

@@ -27,6 +27,9 @@ def simulate(
     ] = None,
     engine: Annotated[str, typer.Option(help="local (this process) or ray.")] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run there is.")] = False,
+    prepare_only: Annotated[
+        bool, typer.Option("--prepare-only", help="Make the run folder, for `flwr run`, and stop.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Run a federated experiment and report what it cost and what people got."""
@@ -35,6 +38,10 @@ def simulate(
 
     settings = _settings(config, set_ or [])
     folder = RUNS / settings.name
+    if prepare_only:
+        stages.prepare(settings, folder, resume=resume)
+        print(folder.resolve())
+        return
     summary = stages.simulate(settings, folder, engine_name=engine, resume=resume)
     if as_json:
         _print_json(summary)

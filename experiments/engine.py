@@ -4,8 +4,11 @@ Both run `privet.server.app` and `privet.client.app` as they are, and give the s
 for bit (with the test seed, which a comparison needs).
 """
 
+import importlib.util
+import logging
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +17,35 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
 from ..common.config import Config
-from ..common.errors import ConfigError, PrivetError
+from ..common.errors import ConfigError, StateError
 from ..server.app import serve
 from . import progress
 from .grid import LocalGrid
 
-__all__ = ["ENGINES", "run"]
+__all__ = ["ENGINES", "check", "run"]
 
 ENGINES = ("local", "ray")
 
 
-def run(name: str, folder: Path, config: Config) -> None:
-    """All rounds that are missing in `folder`.
+def check(name: str) -> None:
+    """Before anything is written.
 
     Raises:
         ConfigError: there is no engine of that name, or it is not installed.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine {name}: expected one of {', '.join(ENGINES)}")
+    if name == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError("--engine ray needs Ray: pip install 'privet[experiments]'")
+
+
+def run(name: str, folder: Path, config: Config) -> None:
+    """All rounds that are missing in `folder`.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    check(name)
     folder = folder.resolve()
     with progress.rounds(config, folder) as live:
         if name == "ray":
@@ -48,7 +62,7 @@ def _local(folder: Path, config: Config, live: Any) -> None:
     def timed(message: Message, context: Context) -> Message:
         nonlocal seconds
         began = time.perf_counter()
-        reply = client_app(message, context)
+        reply = told(message, context)
         if message.metadata.message_type == "train.round":
             seconds += time.perf_counter() - began
             live.advance()
@@ -61,27 +75,60 @@ def _local(folder: Path, config: Config, live: Any) -> None:
 
 
 def _ray(folder: Path, config: Config, show: Any) -> None:
-    try:
-        from flwr.simulation import run_simulation
-    except ImportError:
-        raise ConfigError("--engine ray needs Ray: pip install 'privet[experiments]'") from None
+    from flwr.simulation import run_simulation
+
+    for name in ("flwr", "ray"):  # both log every step, and each error with its traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     failed: list[BaseException] = []
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            serve(grid, folder, show)
-        except PrivetError as error:
+            serve(_Strict(grid), folder, show)
+        except BaseException as error:
             failed.append(error)
 
     os.environ["PRIVET_RUN"] = str(folder)
     resources = {"num_cpus": config.speed.threads, "num_gpus": 0.0}
     run_simulation(
         server_app,
-        client_app,
+        told,
         num_supernodes=config.data.clients,
-        backend_config={"client_resources": resources},
+        backend_config={
+            "client_resources": resources,
+            "init_args": {"log_to_driver": False, "logging_level": "CRITICAL"},
+        },
     )
     if failed:
         raise failed[0]
+
+
+def told(message: Message, context: Context) -> Message:
+    """The ClientApp; what went wrong on a device, which only a simulation may tell."""
+    try:
+        return client_app(message, context)
+    except StateError as failed:
+        raise failed.__cause__ or failed from None
+
+
+class _Strict:
+    """A grid on which a device that fails ends the run, as it does in the other engine."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Replies as they arrive.
+
+        Raises:
+            StateError: a device failed; in its own words.
+        """
+        for message in self._grid.pull_messages(message_ids):
+            if message.has_error():
+                said = message.error.reason.partition(":<'")[2].removesuffix("'>")
+                raise StateError(said or message.error.reason)
+            yield message

@@ -1,6 +1,9 @@
 """What a person sees while a run goes on: one live line, and one line a round."""
 
 import contextlib
+import importlib.util
+import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,9 +23,9 @@ from rich.progress import (
 )
 
 from ..common.config import Config
-from ..common.files import read_lines
+from ..common.files import explain_os_errors, read_lines
 
-__all__ = ["counting", "rounds", "say", "warn"]
+__all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
 
 console = Console(stderr=True, highlight=False)
 
@@ -69,6 +72,28 @@ def rounds(config: Config, folder: Path) -> Iterator[Live]:
     left = (config.rounds.count - done) * config.rounds.cohort
     with counting("training", left, "clients") as one:
         yield Live(one, lambda record: say(line(record, config.rounds.count)))
+
+
+def tensorboard(folder: Path) -> None:
+    """TensorBoard's events of a finished run, all anew; nothing where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    with (
+        explain_os_errors(folder / "tensorboard", "write"),
+        SummaryWriter(str(folder / "tensorboard")) as events,
+    ):
+        names = {"mean_norm": "noised_mean_norm", "update_norm": "update_norm"}
+        names |= {name: name for name in ("answered", "declined")}
+        for record in read_lines(folder / "rounds.jsonl"):
+            for key, name in names.items():
+                if key in record:
+                    events.add_scalar(f"rounds/{name}", record[key], record["round"])
+        for spent in json.loads((folder / "privacy.json").read_text())["lines"]:
+            tag = f"epsilon/{spent['unit']}_against_{spent['against']}"
+            events.add_scalar(tag, spent["epsilon"], len(read_lines(folder / "rounds.jsonl")))
 
 
 def line(record: Mapping[str, Any], count: int) -> str:

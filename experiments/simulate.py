@@ -22,10 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from ..client import data
+from ..client.device import LEDGERS
+from ..client.ledger import Ledger
 from ..common import config as settings
+from ..common.adapter import shared
 from ..common.config import Config
-from ..common.errors import ConfigError, RunExists
+from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
+from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
 
 __all__ = ["prepare", "simulate"]
@@ -53,6 +57,7 @@ def simulate(
     """
     from . import report
 
+    engine.check(engine_name)
     config = prepare(config, folder, resume=resume)
     for warning in config.warnings():
         progress.warn(warning)
@@ -63,6 +68,7 @@ def simulate(
         with _measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
     report.write(folder, measured(folder, config))
+    progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
 
 
@@ -70,7 +76,8 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     """Make the run folder, whole or not at all; the resolved settings.
 
     The people are drawn and their records laid down in a folder beside it, which is renamed when
-    it is complete.
+    it is complete. Model, adapter and grid are tried first, so that a setting they refuse leaves
+    nothing behind.
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         return _resolved(config, folder, resume)
@@ -82,17 +89,27 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         seed=config.data.seed,
     )
     config = _with_task(config, people)
+    adapter = shared(config)
+    plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
+    dimension = adapter.layout.dimension
+    sizes = {"dimension": dimension, "upload_bytes": -(-dimension * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")
-    with explain_os_errors(folder, "make the run folder"):
+    try:
+        with explain_os_errors(folder, "make the run folder"):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        datasets.write(people, partial)
+        write_atomic(partial / "config.toml", settings.to_toml(config).encode())
+        run = f"{config.name}-{secrets.token_hex(8)}"
+        write_atomic(partial / "run-id", f"{run}\n".encode())
+        Ledger.open(partial / LEDGERS, owner=run).close()
+        write_json_atomic(partial / MEASURED, sizes)
+        with explain_os_errors(folder, "make the run folder"):
+            if folder.exists():
+                folder.rmdir()
+            os.replace(partial, folder)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    datasets.write(people, partial)
-    write_atomic(partial / "config.toml", settings.to_toml(config).encode())
-    write_atomic(partial / "run-id", f"{config.name}-{secrets.token_hex(8)}\n".encode())
-    with explain_os_errors(folder, "make the run folder"):
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
     return config
 
 
@@ -145,7 +162,12 @@ def add(folder: Path, **numbers: float) -> None:
 
 def _read(folder: Path) -> dict[str, float]:
     path = folder / MEASURED
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise StateError(
+            f"{path} cannot be read ({error}); remove it: only the run's times are lost"
+        ) from None
 
 
 def _resolved(config: Config, folder: Path, resume: bool) -> Config:
@@ -163,6 +185,11 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
         raise ConfigError(
             f"{folder} was started with other settings ({_difference(kept, wanted)}); resume with "
             "the same ones, or choose another name with --set name=..."
+        )
+    if not (folder / LEDGERS).exists():
+        raise LedgerCorrupt(
+            f"The ledger {folder / LEDGERS} is missing: what was spent is unknown. Restore it from "
+            "a copy, or start the run anew under another name with --set name=..."
         )
     return kept
 

@@ -1,5 +1,6 @@
 """Flower's edge at the server: `run_rounds` with a `Grid` for its wire. No logic."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..common import config as settings
 from ..common.adapter import shared
-from ..common.errors import ProtocolError, StateError
+from ..common.errors import ConfigError, ProtocolError, StateError
 from ..common.plan import Plan
 from .rounds import Reply, Show, run_rounds
 
@@ -21,11 +22,19 @@ app = ServerApp()
 
 POLL_S = 0.1
 
+logger = logging.getLogger(__name__)
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """The run that `flwr run` or `privet simulate --engine ray` started."""
-    serve(grid, Path(str(context.run_config.get("run") or os.environ["PRIVET_RUN"])), print)
+    folder = context.run_config.get("run") or os.environ.get("PRIVET_RUN")
+    if not folder:
+        raise ConfigError(
+            "this run has no folder: make one with `privet simulate CONFIG --prepare-only`, and "
+            "name it with --run-config 'run=\"/absolute/path\"'"
+        )
+    serve(grid, Path(str(folder)), print)
 
 
 def serve(grid: Grid, folder: Path, show: Show) -> None:
@@ -33,6 +42,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     config = settings.read(folder / "config.toml")
     adapter = shared(config)
     nodes = enrolled(grid, config.data.clients, config.rounds.timeout_s)
+    numbers = {node: number for number, node in nodes.items()}
 
     def ask(cohort: Sequence[int], plan: Plan, start: NDArray[np.float32]) -> Iterator[Reply]:
         content = RecordDict(
@@ -43,9 +53,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         )
         messages = [_message(content, "train.round", nodes[number]) for number in cohort]
         for message in exchange(grid, messages, config.rounds.timeout_s):
-            reply = message.content["reply"]
-            vector = bytes(reply["vector"]) if reply["released"] else None
-            yield Reply(int(reply["client"]), vector)
+            yield _reply(message, numbers[message.metadata.src_node_id])
 
     run = (folder / "run-id").read_text().strip()
     final = run_rounds(ask, config, run, adapter.layout.digest, adapter.start, folder, show)
@@ -77,7 +85,7 @@ def enrolled(grid: Grid, clients: int, timeout_s: float) -> Mapping[int, int]:
 
 
 def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
-    """Send all, yield replies as they arrive; a failed or late client is left out."""
+    """Send all, yield replies as they arrive; a failed or late client is named and left out."""
     limit = time.monotonic() + timeout_s
     waiting = set(grid.push_messages(messages))
     while waiting and time.monotonic() < limit:
@@ -85,10 +93,23 @@ def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Itera
         for message in grid.pull_messages(waiting):
             arrived += 1
             waiting.discard(message.metadata.reply_to_message_id)
-            if not message.has_error():
+            if message.has_error():
+                node, reason = message.metadata.src_node_id, message.error.reason
+                logger.warning("node %d failed and is left out: %s", node, reason)
+            else:
                 yield message
         if not arrived:
             time.sleep(POLL_S)
+    if waiting:
+        logger.warning("%d nodes did not answer within %g s", len(waiting), timeout_s)
+
+
+def _reply(message: Message, number: int) -> Reply:
+    """Whose it is says the node it came from; a reply of another shape is an empty vector."""
+    reply = message.content.get("reply")
+    if not isinstance(reply, ConfigRecord) or not isinstance(reply.get("vector"), bytes):
+        return Reply(number, b"")
+    return Reply(number, reply["vector"] if reply.get("released") else None)
 
 
 def _message(content: RecordDict, kind: str, node: int) -> Message:

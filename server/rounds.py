@@ -10,6 +10,8 @@ is decoded, and what the clients spent stays spent.
 
 import hashlib
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.config import Config
-from ..common.encoding import choose_grid, decode, rounded_sensitivity, unpack, unwrap, wrap
-from ..common.errors import ProtocolError
+from ..common.config import ClientPrivacySettings, Config
+from ..common.encoding import (
+    NOISE_DEVIATIONS,
+    NOISE_EXTRA,
+    Grid,
+    cannot_wrap,
+    choose_grid,
+    decode,
+    rounded_sensitivity,
+    unpack,
+    unwrap,
+    wrap,
+)
+from ..common.errors import CheckpointCorrupt, ProtocolError
 from ..common.files import append_line, read_lines
 from ..common.plan import Plan
 from . import aggregation, checkpoint
@@ -33,6 +46,8 @@ __all__ = ["Reply", "make_plan", "run_rounds"]
 Vector = NDArray[np.float32]
 
 LOG = "rounds.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,15 +99,12 @@ def run_rounds(
         began = time.perf_counter()
         cohort = draw(config.data.clients, config.rounds.cohort, number, config.data.seed)
         plan = make_plan(config, run, number, layout, state.adapter)
-        total, answered, declined = _collect(
-            ask(cohort, plan, state.adapter), plan, len(start), cohort
-        )
+        total, counts = _collect(ask(cohort, plan, state.adapter), plan, len(start), cohort)
         record: dict[str, Any] = {
             "round": number,
             "asked": len(cohort),
-            "answered": answered,
-            "declined": declined,
-            "void": answered < config.rounds.quorum * len(cohort),
+            **counts,
+            "void": counts["answered"] < config.rounds.quorum * len(cohort),
         }
         if record["void"]:
             state = State(number, state.adapter, state.optimizer)
@@ -109,15 +121,14 @@ def run_rounds(
 
 
 def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vector) -> Plan:
-    """The public constants of one round, from the configuration and the global adapter only."""
+    """The public constants of one round, from the configuration and the global adapter only.
+
+    Raises:
+        ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
+    """
     client, example = config.privacy.client, config.privacy.example
-    cohort, dimension = config.rounds.cohort, len(adapter)
-    adders = cohort if client.noise_at == "device" else 1
-    multiplier = client.noise_multiplier if client.enabled else 0.0
-    total_noise = multiplier * client.clip * adders**0.5
-    grid = choose_grid(client.clip, total_noise, cohort, dimension, client.bits)
-    # one unit's noise is measured against its norm after rounding, which is a little larger
-    l2 = rounded_sensitivity(client.clip, grid.step, dimension)[0]
+    cohort = config.rounds.cohort
+    grid, deviation = _grid(client, cohort, len(adapter))
     return Plan(
         run=run,
         round=number,
@@ -128,7 +139,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         step=grid.step,
         bits=grid.bits,
         noise_at=client.noise_at if client.enabled else "none",
-        variance=(multiplier * l2) ** 2,
+        variance=deviation**2,
         learning_rate=config.training.learning_rate,
         local_steps=config.training.steps,
         batch_size=config.training.batch_size,
@@ -138,13 +149,39 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     )
 
 
+def _grid(client: ClientPrivacySettings, cohort: int, dimension: int) -> tuple[Grid, float]:
+    """The finest grid on which the noised sum cannot wrap, and one adder's noise on it.
+
+    One client's noise is measured against its norm after rounding, which is larger than the clip
+    by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
+
+    Returns:
+        The grid, and the standard deviation of the noise one adder adds, in its steps.
+    """
+    multiplier = client.noise_multiplier if client.enabled else 0.0
+    adders = cohort if client.noise_at == "device" else 1
+    norm = client.clip
+    while True:
+        total = multiplier * norm * adders**0.5
+        grid = choose_grid(client.clip, total, cohort, dimension, client.bits)
+        l2 = rounded_sensitivity(client.clip, grid.step, dimension)[0]
+        largest = adders * math.ceil(NOISE_DEVIATIONS * multiplier * l2 + NOISE_EXTRA)
+        if cannot_wrap(grid, client.clip, largest, cohort):
+            return grid, multiplier * l2
+        norm = l2 * grid.step
+
+
 def _collect(
     replies: Iterable[Reply], plan: Plan, dimension: int, cohort: Sequence[int]
-) -> tuple[NDArray[np.uint32], int, int]:
-    """Sum mod 2**bits of the vectors as they arrive; how many answered, how many declined."""
+) -> tuple[NDArray[np.uint32], dict[str, int]]:
+    """Sum mod 2**bits of the vectors as they arrive; how many answered, declined, were refused.
+
+    A vector that does not fit the plan is left out and the round goes on: one broken client must
+    not stop the others.
+    """
     total = np.zeros(dimension, np.uint32)
     missing = set(cohort)
-    answered = declined = 0
+    counts = {"answered": 0, "declined": 0, "refused": 0}
     for reply in replies:
         if reply.client not in missing:
             raise ProtocolError(
@@ -152,11 +189,16 @@ def _collect(
             )
         missing.remove(reply.client)
         if reply.vector is None:
-            declined += 1
+            counts["declined"] += 1
             continue
-        total += unpack(reply.vector, dimension, plan.bits)
-        answered += 1
-    return total, answered, declined
+        try:
+            total += unpack(reply.vector, dimension, plan.bits)
+        except ProtocolError as error:
+            logger.warning("round %d: client %d is left out: %s", plan.round, reply.client, error)
+            counts["refused"] += 1
+            continue
+        counts["answered"] += 1
+    return total, counts
 
 
 def _noised_mean(
@@ -174,12 +216,27 @@ def _noised_mean(
 
 def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) -> State:
     kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
+    shown = max((int(line["round"]) for line in read_lines(folder / LOG)), default=0)
+    if kept is None and shown:
+        raise CheckpointCorrupt(
+            f"{folder / LOG} has {shown} rounds, but the checkpoint beside it is missing; restore "
+            "it from a copy, or start the run anew in another folder"
+        )
     if kept is None:
         return State(0, start, aggregation.begin(config.rounds, len(start)))
     # a crash between checkpoint and log leaves the last line to be written now
-    if len(read_lines(folder / LOG)) < kept.round:
+    if shown < kept.round:
         append_line(folder / LOG, json.loads(str(kept.extra["record"])))
-    return State(kept.round, kept.adapter, kept.optimizer)
+    if kept.note:
+        logger.warning("%s", kept.note)
+    if shown > kept.round:
+        # fresh noise on a sum that was shown before would be a second release of it, for nothing
+        logger.warning(
+            "rounds %d to %d are lost and are not run again; what they cost stays spent",
+            kept.round + 1,
+            shown,
+        )
+    return State(max(kept.round, shown), kept.adapter, kept.optimizer)
 
 
 def _keep(

@@ -1,0 +1,32 @@
+"""Shared by all tests: one thread, and the tiny models, made once."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small models are fastest on one thread, and sums then always round the same."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random decoder; read only."""
+    from .tiny import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random encoder; read only."""
+    from .tiny import tiny_bert
+
+    return tiny_bert(tmp_path_factory.mktemp("models") / "bert")

@@ -1,0 +1,360 @@
+"""server/rounds.py: the sum is the sum, nothing wraps, nothing is decoded that must not be."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from privet.common.clipping import clip
+from privet.common.config import Config, parse
+from privet.common.encoding import (
+    NOISE_DEVIATIONS,
+    NOISE_EXTRA,
+    Grid,
+    cannot_wrap,
+    choose_grid,
+    decode,
+    pack,
+    round_randomly,
+    rounded_sensitivity,
+    unwrap,
+    wrap,
+)
+from privet.common.errors import CheckpointCorrupt, ConfigError, ProtocolError
+from privet.common.files import read_lines
+from privet.common.noise import TestSource, skellam, skellam_table
+from privet.common.plan import Plan
+from privet.server import checkpoint
+from privet.server.cohort import draw
+from privet.server.rounds import Reply, make_plan, run_rounds
+
+LAYOUT, RUN, SIZE = "0" * 64, "run-1", 40
+Vector = NDArray[np.float32]
+
+
+def configured(*, count: int = 1, cohort: int = 4, **sections: Any) -> Config:
+    table: dict[str, Any] = {
+        "data": {"clients": 8},
+        "rounds": {"count": count, "cohort": cohort, "optimizer": "fedavg", "learning_rate": 1.0},
+        "privacy": {"example": {"enabled": False}, "client": {"enabled": False}},
+        "insecure_test_seed": 1,
+    }
+    for name, values in sections.items():
+        table[name] = {**table[name], **values}
+    return parse(table)
+
+
+def delta_of(client: int, number: int, size: int = SIZE) -> NDArray[np.float64]:
+    drawn = np.random.default_rng([client, number]).normal(size=size)
+    return clip(drawn / size**0.5 * 0.8, 1.0).vector
+
+
+def contribution(client: int, plan: Plan, size: int = SIZE) -> bytes:
+    """What the gate lets out, without a ledger."""
+    source = TestSource(1, f"client {client} round {plan.round}")
+    found = round_randomly(delta_of(client, plan.round, size), plan.step, source.words)
+    if plan.noise_at == "device":
+        found += skellam(skellam_table(plan.variance), size, source)
+    return pack(wrap(found, plan.bits), plan.bits)
+
+
+def honest(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+    for client in cohort:
+        yield Reply(client, contribution(client, plan, len(start)))
+
+
+def run(
+    folder: Path, config: Config, ask: Any = honest, size: int = SIZE, show: Any = None
+) -> Vector:
+    folder.mkdir(exist_ok=True)
+    start = np.zeros(size, np.float32)
+    return run_rounds(ask, config, RUN, LAYOUT, start, folder, show or (lambda _: None))
+
+
+def asked(config: Config) -> list[int]:
+    """The cohort of the first round."""
+    return draw(config.data.clients, config.rounds.cohort, 1, config.data.seed)
+
+
+def without_seconds(folder: Path) -> list[dict[str, Any]]:
+    lines = read_lines(folder / "rounds.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+# --- the mean ----------------------------------------------------------------------------------
+
+
+def test_without_noise_the_decoded_mean_is_the_plain_mean_to_the_rounding(tmp_path):
+    config = configured(cohort=8)
+    step = make_plan(config, RUN, 1, LAYOUT, np.zeros(SIZE, np.float32)).step
+    plain = np.mean([delta_of(client, 1) for client in range(8)], axis=0)
+    found = run(tmp_path, config)
+    assert np.abs(found - plain).max() < step + 1e-7
+
+
+def fits(values: NDArray[np.float64], variance: float) -> bool:
+    """Whether the values' variance is the declared one; 5 deviations of that estimate."""
+    return bool(abs(np.var(values) / variance - 1) < 5 * (2 / values.size) ** 0.5)
+
+
+@pytest.mark.parametrize("noise_at", ["server", "device"])
+def test_the_noise_in_the_mean_has_the_declared_variance(tmp_path, noise_at):
+    size, client = 20_000, {"enabled": True, "noise_at": noise_at, "noise_multiplier": 1.5}
+    config = configured(privacy={"client": client})
+    plan = make_plan(config, RUN, 1, LAYOUT, np.zeros(size, np.float32))
+    plain = np.mean([delta_of(one, 1, size) for one in asked(config)], axis=0)
+    noise = run(tmp_path, config, size=size) - plain
+    adders = 4 if noise_at == "device" else 1
+    declared = adders * plan.variance * (plan.step / 4) ** 2
+    assert declared == pytest.approx(adders * (1.5 / 4) ** 2, rel=0.02)
+    assert fits(noise, declared)
+    assert not fits(noise, declared * 2 / 3)
+    assert not fits(noise, declared * 3 / 2)
+
+
+def test_the_denominator_is_the_cohort_also_when_a_client_is_missing(tmp_path):
+    def without_last(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        yield from list(honest(cohort, plan, start))[:-1]
+
+    config = configured()
+    last = asked(config)[-1]
+    moved = run(tmp_path / "all", config) - run(tmp_path / "less", config, without_last)
+    assert moved == pytest.approx(delta_of(last, 1) / 4, abs=1e-6)
+
+    def faulty(deltas: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Divides by who came: everybody's weight tells of the one who did not."""
+        return np.mean(deltas, axis=0)
+
+    deltas = [delta_of(one, 1) for one in asked(config)]
+    assert np.abs(faulty(deltas) - faulty(deltas[:-1]) - deltas[-1] / 4).max() > 0.01
+
+
+# --- nothing wraps -----------------------------------------------------------------------------
+
+
+def bound(plan: Plan, config: Config) -> int:
+    adders = config.rounds.cohort if config.privacy.client.noise_at == "device" else 1
+    return adders * math.ceil(NOISE_DEVIATIONS * plan.variance**0.5 + NOISE_EXTRA)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    noise_at=st.sampled_from(["device", "server"]),
+    multiplier=st.floats(0.01, 30),
+    limit=st.floats(1e-3, 1e3),
+    cohort=st.integers(1, 2000),
+    bits=st.integers(12, 32),
+    size=st.integers(1, 100_000),
+)
+def test_no_plan_lets_a_sum_wrap(noise_at, multiplier, limit, cohort, bits, size):
+    client = {"enabled": True, "noise_at": noise_at, "noise_multiplier": multiplier}
+    client |= {"clip": limit, "bits": bits}
+    config = configured(cohort=cohort, data={"clients": cohort}, privacy={"client": client})
+    try:
+        plan = make_plan(config, RUN, 1, LAYOUT, np.zeros(size, np.float32))
+    except ConfigError as refusal:
+        assert f"{bits} bits is too small" in str(refusal)
+        return
+    assert cannot_wrap(Grid(plan.step, plan.bits), plan.clip, bound(plan, config), cohort)
+    # the noise is the multiplier times the norm after rounding, not before
+    needed = multiplier * rounded_sensitivity(limit, plan.step, size)[0]
+    assert plan.variance**0.5 == pytest.approx(needed)
+
+
+def test_a_grid_sized_for_the_noise_before_rounding_would_wrap():
+    cohort, size, bits, multiplier = 8, 2_000, 16, 3.0
+    client = {"enabled": True, "noise_at": "device", "noise_multiplier": multiplier, "bits": bits}
+    config = configured(cohort=cohort, privacy={"client": client})
+
+    def faulty() -> tuple[Grid, float]:
+        grid = choose_grid(1.0, multiplier * cohort**0.5, cohort, size, bits)
+        return grid, multiplier * rounded_sensitivity(1.0, grid.step, size)[0]
+
+    grid, deviation = faulty()
+    assert not cannot_wrap(grid, 1.0, cohort * skellam_table(deviation**2).bound, cohort)
+    plan = make_plan(config, RUN, 1, LAYOUT, np.zeros(size, np.float32))
+    table = skellam_table(plan.variance)
+    assert table.bound <= NOISE_DEVIATIONS * plan.variance**0.5 + NOISE_EXTRA
+    assert cannot_wrap(Grid(plan.step, bits), 1.0, cohort * table.bound, cohort)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_at_the_edge_of_the_modulus_is_decoded_right(tmp_path, sign):
+    """Everybody sends the whole clip in one coordinate, with the largest noise there can be."""
+    client = {"enabled": True, "noise_at": "device", "noise_multiplier": 1.0, "bits": 16}
+    config = configured(cohort=8, privacy={"client": client})
+    sent = 0
+
+    def extreme(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        nonlocal sent
+        largest = math.floor(plan.clip / plan.step) + 1 + skellam_table(plan.variance).bound
+        vector = np.zeros(len(start), np.int64)
+        vector[0] = sign * largest
+        sent = sign * largest * len(cohort)
+        assert abs(sent) > 0.8 * 2 ** (plan.bits - 1)
+        for one in cohort:
+            yield Reply(one, pack(wrap(vector, plan.bits), plan.bits))
+
+    step = make_plan(config, RUN, 1, LAYOUT, np.zeros(SIZE, np.float32)).step
+    assert run(tmp_path, config, extreme)[0] == pytest.approx(sent * step / 8)
+    # the faulty version: one bit less
+    assert decode(unwrap(wrap(np.array([sent]), 15), 15), step)[0] != pytest.approx(sent * step)
+
+
+# --- who answers -------------------------------------------------------------------------------
+
+
+def test_fewer_answers_than_the_quorum_make_a_void_round_in_which_nothing_is_decoded(tmp_path):
+    def one_of_four(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        for place, reply in enumerate(honest(cohort, plan, start)):
+            yield reply if place == 0 else Reply(reply.client, None)
+
+    found = run(tmp_path, configured(count=2), one_of_four)
+    assert not found.any()
+    kept = [
+        {"round": n, "asked": 4, "answered": 1, "declined": 3, "refused": 0, "void": True}
+        for n in (1, 2)
+    ]
+    assert without_seconds(tmp_path) == kept
+
+
+def test_the_quorum_itself_is_enough(tmp_path):
+    def two_of_four(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        yield from list(honest(cohort, plan, start))[:2]
+
+    assert run(tmp_path, configured(), two_of_four).any()
+    (line,) = without_seconds(tmp_path)
+    assert (line["answered"], line["declined"], line["void"]) == (2, 0, False)
+
+
+@pytest.mark.parametrize("stranger", [False, True])
+def test_an_answer_twice_or_unasked_stops_the_run_and_is_named(tmp_path, stranger):
+    config = configured()
+    other = min(set(range(8)) - set(asked(config)))
+
+    def ask(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        yield from honest(cohort, plan, start)
+        client = other if stranger else cohort[0]
+        yield Reply(client, contribution(client, plan))
+
+    with pytest.raises(ProtocolError, match=r"round 1: client \d answered twice or was not asked"):
+        run(tmp_path, config, ask)
+    assert not (tmp_path / "rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize("cut", [lambda b: b[:-1], lambda b: b + b"\0", lambda _: b""])
+def test_a_vector_that_does_not_fit_is_left_out_counted_and_named(tmp_path, caplog, cut):
+    config = configured()
+    first = asked(config)[0]
+
+    def ask(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        for reply in honest(cohort, plan, start):
+            vector = reply.vector or b""
+            yield Reply(reply.client, cut(vector) if reply.client == first else vector)
+
+    found = run(tmp_path, config, ask)
+    plain = sum(delta_of(one, 1) for one in asked(config)[1:]) / 4
+    assert found == pytest.approx(plain, abs=1e-6)
+    (line,) = without_seconds(tmp_path)
+    assert (line["answered"], line["refused"], line["void"]) == (3, 1, False)
+    assert f"round 1: client {first} is left out: {SIZE} residues" in caplog.text
+
+
+# --- resume ------------------------------------------------------------------------------------
+
+ADAM = {"count": 4, "optimizer": "fedadam", "learning_rate": 0.1}
+SERVER = {"enabled": True, "noise_at": "server"}
+
+
+class _Killed(BaseException):
+    """Stands for kill -9: nothing of privet's catches it."""
+
+
+@pytest.mark.parametrize("at", ["first reply", "last reply", "checkpoint", "log", "shown"])
+def test_a_run_killed_anywhere_in_a_round_goes_on_to_the_same_bits(tmp_path, monkeypatch, at):
+    config = configured(rounds=ADAM, privacy={"client": SERVER})
+    whole = run(tmp_path / "whole", config)
+
+    def ask(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        if at == "first reply" and plan.round == 3:
+            raise _Killed
+        yield from honest(cohort, plan, start)
+        if at == "last reply" and plan.round == 3:
+            raise _Killed
+
+    def show(record: Any) -> None:
+        if at == "shown" and record["round"] == 3:
+            raise _Killed
+
+    save = checkpoint.save
+
+    def dies_at_3(folder: Path, kept: checkpoint.Checkpoint) -> None:
+        if kept.round == 3:
+            raise _Killed
+        save(folder, kept)
+
+    with monkeypatch.context() as patch:
+        if at == "checkpoint":
+            patch.setattr(checkpoint, "save", dies_at_3)
+        if at == "log":
+            patch.setattr("privet.server.rounds.append_line", _no_third_line)
+        with pytest.raises(_Killed):
+            run(tmp_path / "cut", config, ask, show=show)
+    assert run(tmp_path / "cut", config).tobytes() == whole.tobytes()
+    assert without_seconds(tmp_path / "cut") == without_seconds(tmp_path / "whole")
+
+
+def _no_third_line(path: Path, value: dict[str, Any]) -> None:
+    if value["round"] == 3:
+        raise _Killed
+    with path.open("a") as log:
+        log.write(json.dumps(value) + "\n")
+
+
+def test_a_damaged_checkpoint_falls_back_says_so_and_sums_no_shown_round_again(tmp_path, caplog):
+    """Fresh server noise on a sum that was shown would be a second release of it."""
+    config = configured(rounds=ADAM | {"count": 3}, privacy={"client": SERVER})
+    run(tmp_path, config)
+    current = tmp_path / checkpoint.CURRENT
+    current.write_bytes(current.read_bytes()[:100])
+    rounds: list[int] = []
+
+    def ask(cohort: Sequence[int], plan: Plan, start: Vector) -> Iterator[Reply]:
+        rounds.append(plan.round)
+        return honest(cohort, plan, start)
+
+    run(tmp_path, config, ask)
+    assert rounds == []
+    assert "Going on from the previous one" in caplog.text
+    assert "rounds 3 to 3 are lost and are not run again" in caplog.text
+    assert [line["round"] for line in without_seconds(tmp_path)] == [1, 2, 3]
+    assert list(tmp_path.glob(checkpoint.CURRENT + ".damaged-*"))
+
+
+def test_a_log_without_its_checkpoint_is_refused(tmp_path):
+    config = configured()
+    run(tmp_path, config)
+    (tmp_path / checkpoint.CURRENT).unlink()
+    with pytest.raises(CheckpointCorrupt, match="has 1 rounds, but the checkpoint"):
+        run(tmp_path, config)
+
+
+@pytest.mark.parametrize("change", ["run", "layout", "config_hash"])
+def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path, change):
+    config = configured(count=2)
+    run(tmp_path, config)
+    kept = checkpoint.load(tmp_path, run=RUN, config_hash=config.digest, layout=LAYOUT)
+    assert kept is not None
+    checkpoint.save(tmp_path, dataclasses.replace(kept, **{change: "other"}))
+    before = (tmp_path / checkpoint.CURRENT).read_bytes()
+    with pytest.raises(CheckpointCorrupt, match=f"has {change} 'other'"):
+        run(tmp_path, config)
+    assert (tmp_path / checkpoint.CURRENT).read_bytes() == before
