@@ -176,6 +176,10 @@ class Config(_Settings):
             )
         if self.head.in_the_loop:
             raise ValueError("head.in_the_loop = true is not built yet; leave it false")
+        if self.data.task == "classification" and len(self.data.classes) == 1:
+            raise ValueError(
+                f"data.classes = {list(self.data.classes)}: classification needs at least two"
+            )
         client = self.privacy.client
         if client.enabled and client.noise_multiplier == 0 and self.insecure_test_seed is None:
             raise ValueError(
@@ -280,6 +284,8 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     expected = expected.replace("String should have", "a text of")
     if fault["type"] == "model_type":
         expected = f"a section, as in [{where}] or {where}.KEY=VALUE"
+    if fault["type"] == "tuple_type":
+        expected = "a list, as in [\"one\", \"two\"]"
     return f"  {where} = {fault['input']!r}: expected {expected}"
 
 

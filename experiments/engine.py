@@ -90,6 +90,7 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
             failed.append(error)
 
     os.environ["PRIVET_RUN"] = str(folder)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of its future
     resources = {"num_cpus": config.speed.threads, "num_gpus": 0.0}
     run_simulation(
         server_app,
@@ -129,6 +130,7 @@ class _Strict:
         """
         for message in self._grid.pull_messages(message_ids):
             if message.has_error():
-                said = message.error.reason.partition(":<'")[2].removesuffix("'>")
-                raise StateError(said or message.error.reason)
+                # Flower and Ray put their own tracebacks around what the device said
+                said = message.error.reason.rpartition(" occurred. Message: ")[2]
+                raise StateError(said.removesuffix("'>"))
             yield message

@@ -242,7 +242,7 @@ def _gained(summary: Facts) -> str:
         return "<p>No evaluation was done; <code>privet evaluate RUN</code> does it.</p>"
     parts = [f"<p>{escape(verdict(metrics))}</p>"]
     for gain in summary["gains"]:
-        drawn = pictures.gains_per_user(gain["gains"], gain["mean"], gain["ci95"], metrics["unit"])
+        drawn = pictures.gains_per_user(gain["gains"], gain["mean"], gain["ci95"], metrics["name"])
         alt = (
             f"{gain['title']}: gain of each of {len(gain['gains'])} people, sorted; mean "
             f"{gain['mean']:+.3f}, 95 % interval {interval_text(gain['ci95'], '+.3f')}, "
@@ -255,7 +255,7 @@ def _gained(summary: Facts) -> str:
     alt = "Differences of mean losses with 95 % intervals: " + "; ".join(
         f"{title} {mean:+.3f}" for title, mean, _ in rows
     )
-    drawn = pictures.differences(rows, metrics["unit"])
+    drawn = pictures.differences(rows, metrics["name"])
     parts.append(_beside(pictures.svg(drawn, "differences", alt), _comparisons(summary)))
     parts.append("<h3>The losses themselves</h3>" + _losses(summary))
     return "".join(parts)
@@ -292,7 +292,7 @@ def _losses(summary: Facts) -> str:
                 label = f"{name.replace('_', ' ')}, {group}"
                 rows.append([label, f"{value['mean']:.4f}", interval_text(value["ci95"], ".4f")])
     text = f"{metrics['name']}; seen: took part; unseen: never did."
-    return _table([f"loss, {metrics['unit']}", "mean", "95 % interval"], rows, text)
+    return _table([f"loss, {metrics['name']}", "mean", "95 % interval"], rows, text)
 
 
 def _made(summary: Facts) -> str:

@@ -182,7 +182,7 @@ def _print_gained(summary: Mapping[str, Any], console: Console) -> None:
         return
     for gain in summary["gains"]:
         console.print(_gain_bars(gain))
-    table = _table("difference", f"mean, {metrics['unit']}", "95 % interval")
+    table = _table("difference", f"mean, {metrics['name']}", "95 % interval")
     for row in summary["comparisons"]:
         table.add_row(row["title"], f"{row['mean']:+.4f}", interval_text(row["ci95"]))
     console.print(table)
@@ -190,16 +190,18 @@ def _print_gained(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """What the people who took part got from their personal heads, in a few sentences."""
+    """What the people measured got from their personal heads, in a few sentences."""
     how = (
-        f"Measured on each person's later records, in {metrics['unit']}; lower is better; "
+        f"Measured on each person's later records, in {metrics['name']}, lower is better; "
         "intervals are 95 %, from a bootstrap over people."
     )
     if metrics["win_rate_personal_over_global"] is None:
         return f"No personal heads were measured. {how}"
     better = 1 - metrics["ties"] - metrics["fraction_hurt"]
+    seen = metrics.get("of", "seen people") == "seen people"
+    whom = "people whose devices took part" if seen else "people never trained on"
     return (
-        f"{better:.0%} of the people whose devices took part do better with their personal head "
+        f"{better:.0%} of the {whom} do better with their personal head "
         f"than with the shared model, {metrics['ties']:.0%} do equally well, "
         f"{metrics['fraction_hurt']:.0%} do worse. {how} The swapped head is another person's: if "
         "it did as well, the gain would not be personal."

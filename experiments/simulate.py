@@ -62,9 +62,14 @@ def simulate(
     for warning in config.warnings():
         progress.warn(warning)
     if not (folder / "adapter" / "adapter_config.json").exists():
+        progress.say(
+            f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
+            f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
+        )
         with _measuring(folder, "rounds"):
             engine.run(engine_name, folder, config)
     if not (folder / "evaluation.json").exists():
+        progress.say("measuring base, shared and personal models on held-out records")
         with _measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
     report.write(folder, measured(folder, config))

@@ -34,7 +34,8 @@ from privet.server.rounds import make_plan
 from .tiny import VOCABULARY, population, tiny_config
 
 ALLOWED = {"reply.client", "reply.released", "reply.vector"}
-FIXED = ("message_type", "src_node_id", "dst_node_id", "group_id", "run_id", "ttl")
+# not the clock: when it was made, and how long it may live
+FIXED = ("message_type", "src_node_id", "dst_node_id", "group_id", "run_id")
 Records = tuple[Tokenised, ...]
 
 
