@@ -5,6 +5,7 @@ one process share: the loaded base model, the adapter in it, the data's index, t
 """
 
 import dataclasses
+import gc
 import hashlib
 import os
 from collections.abc import Sequence
@@ -52,7 +53,11 @@ class Bench:
         index = data.read_index(folder)
         run = (folder / "run-id").read_text().strip()
         trainer = Trainer.of(shared(config), config.speed.cache_mb)
-        return cls(folder, run, config, index, trainer, Ledger.open(folder / LEDGERS, owner=run))
+        ledger = Ledger.open(folder / LEDGERS, owner=run)
+        # the model lives as long as the process: no collection needs to walk through it again
+        gc.collect()
+        gc.freeze()
+        return cls(folder, run, config, index, trainer, ledger)
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """Records as token ids; a class name becomes its number."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..common.accounting import Charge, epsilon
+from ..common.accounting import Charge, epsilon, within
 from ..common.errors import BudgetExceeded, LedgerCorrupt, PrivacyError, PrivetError, StateError
 from . import chain
 from .chain import Head, RawRow, verify
@@ -351,10 +351,11 @@ def _refuse_over_budget(
 ) -> None:
     for line in dict.fromkeys(_line(charge) for charge in (*past, *new)):
         unit, against, adjacency = line
-        total = epsilon([c for c in (*past, *new) if _line(c) == line], delta)
+        after = [c for c in (*past, *new) if _line(c) == line]
         budget = budgets.get(unit)
-        if budget is not None and total <= budget:
+        if budget is not None and within(after, delta, budget):
             continue
+        total = epsilon(after, delta)
         before = [c for c in past if _line(c) == line]
         spent = epsilon(before, delta) if before else 0.0
         limit = "no budget" if budget is None else f"the budget of {budget:.6g}"

@@ -10,6 +10,7 @@ Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +82,7 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     released = plan.noise_at != "none" and plan.variance > 0
     everywhere = released and plan.noise_at == "device"
     near = noise.gaussian_closeness(plan.variance, dimension)
-    integer = {"distance": near.slack, "ratio": near.ratio} if released else {}
+    integer: dict[str, Any] = {"distance": near.slack, "ratio": near.ratio} if released else {}
     if released:
         adjacency = privacy.client.adjacency
         multiplier = _multiplier(plan, plan.clip, dimension)

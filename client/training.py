@@ -61,11 +61,11 @@ class Trainer:
 
         `cache_mb`: memory for what enters the first adapted block, by record; 0: nothing is kept.
 
-        One trainer an adapter: layers hooked twice count every gradient twice, which would break
-        the bound of one record without a sound.
+        One trainer an adapter: layers hooked twice would count every gradient twice.
         """
-        layers = nn.ModuleList(adapter.trainable.values())
-        hooked = GradSampleModule(layers, loss_reduction="sum", strict=True)
+        for hook in vars(adapter.trainable).pop("autograd_grad_sample_hooks", ()):
+            hook.remove()  # of a trainer of this adapter that the cache has forgotten
+        hooked = GradSampleModule(adapter.trainable, loss_reduction="sum", strict=True)
         first = adapter.first_block
         kept = PrefixCache(adapter.base, first, cache_mb << 20) if cache_mb and first else None
         return cls(adapter, hooked, kept)
@@ -126,7 +126,9 @@ class _SystemNoiseOptimizer(DPOptimizer):
             total = parameter.summed_grad
             noise = sum(_gaussian(total.numel(), self.source) for _ in range(4)) / 2
             drawn = torch.from_numpy(noise).view_as(total)
-            parameter.grad = (total.double() + self.noise * drawn).to(total.dtype).view_as(parameter)
+            parameter.grad = (
+                (total.double() + self.noise * drawn).to(total.dtype).view_as(parameter)
+            )
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
@@ -166,7 +168,7 @@ def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: P
 
 
 def _refuse_mixed(adapter: Adapter, records: int) -> None:
-    """Some blocks give a layer tokens instead of records; each token would be clipped for itself."""
+    """Some blocks give a layer tokens for records; each token would be clipped for itself."""
     for name, parameter in adapter.parameters:
         seen = getattr(parameter, "grad_sample", None)
         if not isinstance(seen, torch.Tensor) or len(seen) != records:

@@ -181,7 +181,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     modules = _select(base, settings)
     inject_adapter_in_model(_lora_config(base, settings, modules), base.network)
     trainable = nn.ModuleDict()
-    pieces: list[tuple[str, nn.Parameter]] = []
+    pieces: list[tuple[str, Tensor]] = []
     generator = torch.Generator().manual_seed(settings.seed)
     for name in modules:
         for piece, module in _initialise(base.network.get_submodule(name), settings, generator):
@@ -237,7 +237,7 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
         _, block = base.blocks[-1]
         names = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
         raise AdapterError(
-            f"adapter.modules = {list(wanted)}: {base.name} has no linear layer "
+            f"adapter.modules = {list(wanted)}: no such linear layer in {base.name}: "
             f"{', '.join(sorted(missing))}; its blocks have {', '.join(names)}"
         )
     return tuple(found)
@@ -287,7 +287,7 @@ def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float().contiguous(), right.T.float().contiguous()
 
 
-def _freeze_all_but(base: BaseModel, family: str, wanted: list[nn.Parameter]) -> None:
+def _freeze_all_but(base: BaseModel, family: str, wanted: list[Tensor]) -> None:
     base.network.requires_grad_(False)
     for parameter in wanted:
         parameter.requires_grad_(True)

@@ -285,7 +285,7 @@ def _sentence(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "model_type":
         expected = f"a section, as in [{where}] or {where}.KEY=VALUE"
     if fault["type"] == "tuple_type":
-        expected = "a list, as in [\"one\", \"two\"]"
+        expected = 'a list, as in ["one", "two"]'
     return f"  {where} = {fault['input']!r}: expected {expected}"
 
 

@@ -134,7 +134,7 @@ def resumed_at(base: BaseModel, block: int, states: Tensor) -> Iterator[None]:
     skipped = blocks[:block]
     try:
         for module in skipped:
-            module.forward = _same  # type: ignore[assignment]
+            module.forward = _same
         hook = blocks[block].register_forward_pre_hook(
             lambda _, given, named: ((states, *given[1:]), named), with_kwargs=True
         )

@@ -123,7 +123,7 @@ class Plan:
         """
         client, example = own.privacy.client, own.privacy.example
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
-        checks = (
+        checks: tuple[tuple[str, bool, float | str], ...] = (
             ("clip", self.clip <= client.clip, client.clip),
             ("noise", self.variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("rate", self.rate <= own.sampling_rate, own.sampling_rate),

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -86,13 +87,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         return _resolved(config, folder, resume)
-    people = datasets.load(
-        config.data.source,
-        clients=config.data.clients,
-        test_clients=config.data.test_clients,
-        min_records=config.data.min_records,
-        seed=config.data.seed,
-    )
+    people = _people(config)
     config = _with_task(config, people)
     adapter = shared(config)
     plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
@@ -197,6 +192,22 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
             "a copy, or start the run anew under another name with --set name=..."
         )
     return kept
+
+
+def _people(config: Config) -> datasets.Population:
+    """Everybody, drawn; what the source only warns of is said in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        found = datasets.load(
+            config.data.source,
+            clients=config.data.clients,
+            test_clients=config.data.test_clients,
+            min_records=config.data.min_records,
+            seed=config.data.seed,
+        )
+    for warning in caught:
+        progress.warn(str(warning.message))
+    return found
 
 
 def _with_task(config: Config, people: Any) -> Config:

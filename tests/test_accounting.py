@@ -15,6 +15,7 @@ from privet.common.accounting import (
     epsilon,
     mixture_epsilon,
     skellam_rdp_epsilon,
+    within,
 )
 from privet.common.errors import ConfigError, LedgerCorrupt, PrivacyError
 from privet.experiments.accountants import cross_check
@@ -300,3 +301,18 @@ def test_the_cross_check_falls_back_and_says_so_or_says_that_it_cannot():
     assert cross_check([charge(0.0)], DELTA)[1] == math.inf
     with pytest.raises(PrivacyError, match="replace_one"):
         cross_check([charge(1.0, 1, 0.5, adjacency="replace_one")], DELTA)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+@pytest.mark.parametrize("adjacency", ["add_remove", "replace_one"])
+@pytest.mark.parametrize("releases", [1, 7])
+def test_within_agrees_with_epsilon_on_both_sides_of_the_budget(rate, adjacency, releases):
+    charges = [Charge("example", "server", adjacency, 1.2, rate, distance=1e-12)] * releases
+    exact = epsilon(charges, 1e-5)
+    if math.isinf(exact):  # no accountant for it: nothing is within any budget
+        assert not within(charges, 1e-5, 1e9)
+        return
+    assert within(charges, 1e-5, exact * 1.0001)
+    assert within(charges, 1e-5, exact * 3)
+    assert not within(charges, 1e-5, exact * 0.9999)
+    assert not within([*charges, Charge("example", "server", adjacency, 0.0)], 1e-5, 1e9)

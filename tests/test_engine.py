@@ -27,9 +27,7 @@ from .tiny import population, tiny_config
 def prepared(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     folder = tmp_path_factory.mktemp("engine")
     people = population(folder / "people", 10, 8)
-    return folder / "run", prepare(
-        tiny_config(llama_folder, people), folder / "run", resume=False
-    )
+    return folder / "run", prepare(tiny_config(llama_folder, people), folder / "run", resume=False)
 
 
 def copied(prepared: tuple[Path, Config], folder: Path) -> Path:
@@ -132,9 +130,7 @@ def stop_superlink(home: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_flwr_run_gives_the_same_adapter_with_the_commands_of_the_docs(
-    prepared, tmp_path, monkeypatch
-):
+def test_flwr_run_gives_the_same_adapter_with_the_commands_of_the_docs(prepared, tmp_path):
     local, run = copied(prepared, tmp_path / "local"), tmp_path / "runs" / "tiny"
     engine.run("local", local, prepared[1])
     (tmp_path / "tiny.toml").write_text(to_toml(prepared[1]))

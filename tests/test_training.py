@@ -1,6 +1,7 @@
 """client/training.py: one record moves a step by at most C, whatever is around it."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +22,7 @@ from privet.common.config import AdapterSettings, PrivacySettings
 from privet.common.errors import AdapterError
 from privet.common.models import final_states, load
 from privet.common.noise import TestSource
-from privet.common.objective import label_losses, pooled, record_losses
+from privet.common.objective import collate, label_losses, pooled, record_losses
 from privet.common.plan import Plan
 
 from .tiny import VOCABULARY, fresh, tiny_config
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 
 def plan(**changes):
-    public = {
+    public: dict[str, Any] = {
         "run": "run", "round": 1, "layout": "", "start": "", "cohort": 4, "clip": 1.0,
         "step": 1e-6, "bits": 32, "noise_at": "server", "variance": 1e12, "learning_rate": 1.0,
         "local_steps": 1, "batch_size": 8, "rate": 1.0, "record_clip": 1.0, "record_noise": 0.0,
@@ -146,7 +148,7 @@ def test_a_records_gradient_is_what_autograd_says(trainer):
         assert float((flat - mine[row]).norm()) < 1e-5 * float(flat.norm())
 
 
-def mean_over_all_tokens(base, batch, head):
+def mean_over_all_tokens(base, batch, _):
     """Faulty: long records take weight from short ones."""
     states = final_states(base, batch.ids, batch.mask)[:, :-1]
     wanted = batch.mask[:, 1:].bool()
@@ -343,7 +345,7 @@ def test_the_plan_does_not_change_with_the_size_of_somebodys_data(llama_folder):
     asked = []
 
     class Told(np.random.Generator):
-        def random(self, size):
+        def random(self, size):  # type: ignore[override]
             asked.append(size)
             return super().random(size)
 
@@ -402,12 +404,12 @@ def test_several_steps_draw_noise_of_their_own(wide):
 def test_the_noise_comes_from_the_source_and_from_nowhere_else(texts):
     public = plan(record_noise=0.7, rate=0.5, local_steps=3)
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002 - the global generator is what must not matter
+    np.random.seed(1)
     before = torch.get_rng_state()
     first = run(texts, records(6), public)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     assert np.array_equal(run(texts, records(6), public), first)
     assert not np.allclose(run(texts, records(6), public, noise=2), first, atol=1e-2)
     assert not np.array_equal(run(texts, records(6), public, draws=2), first)
@@ -526,10 +528,18 @@ def test_a_release_of_several_steps_says_how_many():
 
 
 def test_hooks_are_set_once_however_often_a_trainer_is_asked_for(llama_folder):
+    """The faulty version hooks the layers again, and every gradient counts twice."""
     adapter = attach(fresh(llama_folder), AdapterSettings(rank=2, last_blocks=2))
-    wanted = run(Trainer.of(adapter), records(4), plan(record_clip=1e3))
-    Trainer.of(adapter)
-    assert np.array_equal(run(Trainer.of(adapter), records(4), plan(record_clip=1e3)), wanted)
+    other = attach(fresh(llama_folder), AdapterSettings(rank=2, last_blocks=2))
+    public = plan(record_clip=1e3)
+    wanted = run(Trainer.of(adapter), records(4), public)
+    assert np.array_equal(run(Trainer.of(adapter), records(4), public), wanted)
+    Trainer.of(other)
+    assert np.array_equal(run(Trainer.of(adapter), records(4), public), wanted)
+    assert np.allclose(run(Trainer.of(adapter, 8), records(4), public), wanted, atol=1e-5)
+    GradSampleModule(nn.ModuleList(adapter.trainable.values()), loss_reduction="sum")
+    twice = run(Trainer(adapter, Trainer.of(adapter).hooked), records(4), public)
+    assert np.allclose(twice, 2 * wanted, atol=1e-5)
 
 
 def test_a_cached_prefix_changes_only_the_rounding(llama_folder, bert_folder):
@@ -546,7 +556,7 @@ def test_a_cached_prefix_changes_only_the_rounding(llama_folder, bert_folder):
 
 def test_the_losses_are_those_of_the_objective(labels):
     own = records(3)
-    batch = training.collate([r.ids for r in own], [float(r.label or 0) for r in own])
+    batch = collate([r.ids for r in own], [float(r.label or 0) for r in own])
     head = labels.adapter.head
     assert isinstance(head, nn.Linear)
     with torch.no_grad():

@@ -141,6 +141,8 @@ def _merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     found = dict(table)
     for key, value in changes.items():
         inner = found.get(key)
-        both = isinstance(value, dict) and isinstance(inner, dict)
-        found[key] = _merged(inner, value) if both else value
+        if isinstance(value, dict) and isinstance(inner, dict):
+            found[key] = _merged(inner, value)
+        else:
+            found[key] = value
     return found
