@@ -27,7 +27,7 @@ help:  ## this list
 setup: $(READY)  ## .venv with the locked dependencies
 
 demo: $(READY)  ## SmolLM2 on Shakespeare's roles, then the privacy report
-	@$(BIN)/privet simulate demo
+	@$(BIN)/privet simulate demo --resume
 	$(BIN)/privet report demo
 
 test: assets  ## the fast tests, real models and data among them

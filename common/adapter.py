@@ -128,12 +128,13 @@ class Adapter:
             tensors[f"base_model.model.{name}.lora_B.weight"] = weight.detach().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "adapter_model.safetensors", to_safetensors(tensors))
-        config = _lora_config(self.base, self.settings, self.modules).to_dict()
-        config["target_modules"] = list(self.modules)
-        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
         if self.head is not None:
             head = {"weight": self.head.weight.detach(), "bias": self.head.bias.detach()}
             write_atomic(folder / "head.safetensors", to_safetensors(head))
+        # last: where it is there, the folder is whole
+        config = _lora_config(self.base, self.settings, self.modules).to_dict()
+        config["target_modules"] = list(self.modules)
+        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
 
 
 class _Tiny(nn.Module):

@@ -1,5 +1,6 @@
 """`privet generate`: base, shared and personal model continue one prompt, side by side."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 
 from ..client import data
 from ..client.device import Bench
+from ..client.personal_head import load_text_head, save_text_head
 from ..client.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
+from ..common.adapter import Vector
 from ..common.errors import ConfigError, DataError
 from ..common.models import final_states, pad
 from .evaluation import global_adapter
@@ -39,10 +42,22 @@ def side_by_side(
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
     adapter.write(final)
-    head = _head(bench, user)
+    head = _kept_head(bench, user, final)
     found["shared"] = _continue(bench, ids, None, tokens, seed, temperature)
     found["personal"] = _continue(bench, ids, head, tokens, seed, temperature)
     return found
+
+
+def _kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
+    """The person's head under this adapter; from the device's file when fitted before."""
+    name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
+    path = bench.folder / "heads" / f"{name}.safetensors"
+    if path.exists():
+        return load_text_head(path)
+    head = _head(bench, user)
+    path.parent.mkdir(exist_ok=True)
+    save_text_head(head, path)
+    return head
 
 
 def _head(bench: Bench, user: str) -> TextHead:

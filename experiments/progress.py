@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -38,14 +39,14 @@ class Live:
     show: Callable[[Mapping[str, Any]], None]
 
 
-def say(text: str) -> None:
+def say(text: str, *, markup: bool = False) -> None:
     """One line for the person at the keyboard."""
-    console.print(text)
+    console.print(text, markup=markup, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """A sentence that should not be missed."""
-    console.print(f"[yellow]warning:[/] {text}")
+    say(f"[yellow]warning:[/] {escape(text)}", markup=True)
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def rounds(config: Config, folder: Path) -> Iterator[Live]:
         say(f"going on after round {done} of {config.rounds.count}")
     left = (config.rounds.count - done) * config.rounds.cohort
     with counting("training", left, "clients") as one:
-        yield Live(one, lambda record: say(line(record, config.rounds.count)))
+        yield Live(one, lambda record: say(line(record, config.rounds.count), markup=True))
 
 
 def tensorboard(folder: Path) -> None:
@@ -102,6 +103,8 @@ def line(record: Mapping[str, Any], count: int) -> str:
         f"round {record['round']}/{count}  {record['asked']} asked  {record['answered']} answered  "
         f"{record['declined']} declined  "
     )
+    if record.get("refused"):
+        text += f"[yellow]{record['refused']} did not fit[/]  "
     if record["void"]:
         return f"{text}[yellow]void: too few answers, no sum was decoded[/]"
     return (

@@ -35,7 +35,7 @@ from ..common.encoding import (
     unwrap,
     wrap,
 )
-from ..common.errors import CheckpointCorrupt, ProtocolError
+from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError
 from ..common.files import append_line, read_lines
 from ..common.plan import Plan
 from . import aggregation, checkpoint
@@ -111,6 +111,7 @@ def run_rounds(
         else:
             mean = _noised_mean(total, plan, config.insecure_test_seed)
             adapter, memory = aggregation.apply(config.rounds, state.optimizer, state.adapter, mean)
+            _refuse_overflow(number, adapter)
             record["mean_norm"] = float(np.linalg.norm(mean))
             record["update_norm"] = float(np.linalg.norm(adapter - state.adapter))
             state = State(number, adapter, memory)
@@ -212,6 +213,14 @@ def _noised_mean(
     return (
         decode(unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits), plan.step) / plan.cohort
     )
+
+
+def _refuse_overflow(number: int, adapter: Vector) -> None:
+    if not np.isfinite(adapter).all():
+        raise ConfigError(
+            f"round {number}: the shared adapter has grown beyond what float32 holds; lower "
+            "rounds.learning_rate and start the run anew under another name"
+        )
 
 
 def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) -> State:

@@ -193,6 +193,7 @@ def test_people_with_one_or_only_empty_records_do_not_stop_a_run(place, capsys):
     lines += [json.dumps({"user": "silent", "text": " "})] * 3
     (place / "more.jsonl").write_text("\n".join(lines) + "\n")
     changes = sets("data.source=more.jsonl", "data.clients=8", "rounds.cohort=8", "rounds.count=1")
+    changes += sets("privacy.example.enabled=false")
     assert main.run(["simulate", "tiny.toml", *changes]) == 0
     (line,) = read_lines(place / "runs" / "tiny" / "rounds.jsonl")
     assert line["answered"] == 8
@@ -201,7 +202,7 @@ def test_people_with_one_or_only_empty_records_do_not_stop_a_run(place, capsys):
 
 @pytest.mark.usefixtures("written")
 def test_a_delta_of_one_over_the_clients_is_allowed_with_a_warning(capsys):
-    changes = sets("privacy.delta=0.2", "rounds.count=1")
+    changes = sets("privacy.delta=0.2", "privacy.example.enabled=false")
     assert main.run(["simulate", "tiny.toml", *changes]) == 0
     assert "privacy.delta = 0.2 is not below 1/clients = 0.166667" in capsys.readouterr().err
 
