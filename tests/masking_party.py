@@ -82,7 +82,14 @@ class Party:
         self._each(
             "keys",
             {
-                n: client.announce(n, identity(n), self.terms, self.policy, 6, stream(f"keys {n}"))
+                n: client.announce(
+                    n,
+                    identity(n),
+                    self.terms,
+                    self.policy,
+                    self.terms.round - 1,
+                    stream(f"keys {n}"),
+                )
                 for n in self.numbers
             },
         )

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, RoundVoid
 from privet.common.masking import MaskingPolicy
-from privet.experiments import protocol
 from privet.experiments.protocol import DROPOUT_PHASES, Device, Graph, run
+from privet.server import masking as server
 
 from .masking_party import identity, stream, terms
 
@@ -20,8 +20,8 @@ def cohort(size: int, policy: MaskingPolicy = POLICY) -> dict[int, Device]:
 
 
 def plain_sum(vectors, survivors, bits: int) -> np.ndarray:
-    total = sum(vectors[n].astype(np.uint64) for n in survivors)
-    return (total & np.uint64((1 << bits) - 1)).astype(np.uint32)
+    total = np.sum([vectors[n] for n in survivors], axis=0, dtype=np.uint64)
+    return np.asarray(total & np.uint64((1 << bits) - 1), dtype=np.uint32)
 
 
 @settings(max_examples=80, deadline=None)
@@ -105,11 +105,14 @@ def test_the_whole_protocol_is_a_function_of_its_randomness():
     def total(label: str) -> np.ndarray:
         devices = cohort(5, MaskingPolicy(5, 3))
         sent: list[bytes] = []
-        original = protocol.server.add_vector
+        original = server.add_vector
+
+        def add_vector(running: server.Sum, number: int, message: bytes) -> None:
+            sent.append(message)
+            original(running, number, message)
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                protocol.server, "add_vector", lambda s, n, m: (sent.append(m), original(s, n, m))
-            )
+            patch.setattr(server, "add_vector", add_vector)
             run(terms(), devices, {n: np.zeros(4, np.uint32) for n in devices}, None, stream(label))
         return np.frombuffer(b"".join(sent), np.uint8)
 
