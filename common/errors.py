@@ -14,6 +14,7 @@
     │   ├── CheckpointCorrupt   a checkpoint does not verify; it was kept aside
     │   └── LedgerCorrupt       a ledger does not verify; it was kept aside or left untouched
     └── ProtocolError           bytes from a peer: names the sender and the round
+        └── RoundVoid           too few parties are left: no sum is revealed
 
 A message says what was expected, the name, the value if it is not secret, and what to do.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "PrivacyError",
     "PrivetError",
     "ProtocolError",
+    "RoundVoid",
     "RunExists",
     "StateError",
 ]
@@ -90,3 +92,7 @@ class LedgerCorrupt(StateError):
 
 class ProtocolError(PrivetError):
     """Bytes from a peer are not what the protocol allows."""
+
+
+class RoundVoid(ProtocolError):
+    """Too few parties are left for a masked sum; nothing was revealed, what was spent stays so."""
