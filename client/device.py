@@ -21,16 +21,26 @@ from ..common import config as settings
 from ..common import noise
 from ..common.adapter import shared
 from ..common.config import Config
+from ..common.encoding import unpack
 from ..common.errors import PrivacyError, ProtocolError
+from ..common.keys import Directory, Identity, Purpose, Secret, derive, read_directory
+from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
-from . import data
+from . import data, masking
 from .ledger import Ledger
 from .release import budgets, charges, release
 from .training import Trainer, train
 
-__all__ = ["Bench", "Device", "take_part"]
+__all__ = ["Bench", "Device", "masked_phase", "take_part"]
 
 LEDGERS = "ledgers.sqlite"
+DEVICE_SECRET = "device-secret"
+DIRECTORY = "directory"
+
+
+def simulated_identity(secret: Secret, name: str) -> Identity:
+    """Identity of a simulated device; a real one keeps its own in its vault."""
+    return Identity.of(derive(secret, Purpose.SIMULATED_IDENTITY, name.encode()).value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +53,8 @@ class Bench:
     index: data.Index
     trainer: Trainer
     ledger: Ledger
+    secret: Secret
+    directory: Directory
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -57,7 +69,9 @@ class Bench:
         # the model lives as long as the process: no collection needs to walk through it again
         gc.collect()
         gc.freeze()
-        return cls(folder, run, config, index, trainer, ledger)
+        secret = Secret((folder / DEVICE_SECRET).read_bytes())
+        directory = read_directory(folder / DIRECTORY)
+        return cls(folder, run, config, index, trainer, ledger, secret, directory)
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """Records as token ids; a class name becomes its number."""
@@ -67,6 +81,10 @@ class Bench:
             return found
         numbers = {name: float(i) for i, name in enumerate(config.data.classes)}
         return [dataclasses.replace(one, label=numbers[str(one.label)]) for one in found]
+
+    def identity(self, name: str) -> Identity:
+        """A simulated device's long-lived key, from the one secret of the run's devices."""
+        return simulated_identity(self.secret, name)
 
     def device(self, number: int) -> "Device":
         """The simulated device of train user `number`."""
@@ -121,6 +139,85 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
     except (PrivacyError, ProtocolError) as refusal:
         ledger.decline(name, plan.run, plan.round, str(refusal))
         return None
+
+
+def masked_phase(
+    device: Device,
+    phase: str,
+    plan: Plan,
+    message: bytes,
+    start: NDArray[np.float32] | None,
+    state: masking.State | None,
+) -> tuple[masking.State | None, bytes | None]:
+    """One phase of a masked round: keys, shares, vector, confirm, unmask.
+
+    Args:
+        device: whose round.
+        phase: which one.
+        plan: the same in every phase, or the device refuses.
+        message: the server's, from `server/masking.py`.
+        start: the global adapter; with `vector` only.
+        state: what the phase before returned.
+
+    Returns:
+        What to keep for the next phase, and the bytes that leave; None and None when the device
+        declines. Why stays in its ledger.
+    """
+    bench = device.bench
+    try:
+        if phase == "keys":
+            return _announce(device, plan)
+        terms = plan.terms(bench.trainer.adapter.layout.dimension)
+        if state is None or state.party.terms != terms:
+            raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
+        if phase == "shares":
+            return masking.share(state, message, bench.directory, os.urandom)
+        if phase == "vector" and start is not None:
+            received = masking.receive(state, message)
+            return masking.mask(received, _contribution(device, plan, start))
+        if phase == "confirm":
+            return masking.confirm(state, message)
+        return masking.unmask(state, message)
+    except (PrivacyError, ProtocolError) as refusal:
+        bench.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        return None, None
+
+
+def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
+    """Keys for one attempt, after everything that can be refused beforehand."""
+    bench, name = device.bench, device.name
+    plan.refuse_if_laxer(bench.config)
+    privacy, dimension = bench.config.privacy, bench.trainer.adapter.layout.dimension
+    if bench.ledger.resend(name, plan.run, plan.round, plan.digest) is None:
+        # a device that may not release takes no part
+        cost = charges(plan, dimension, privacy)
+        bench.ledger.check(name, cost, budgets(privacy), privacy.delta)
+    own = bench.config.masking
+    policy = MaskingPolicy(
+        smallest_cohort=own.smallest_cohort,
+        smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
+        smallest_bits=bench.config.privacy.client.bits,
+    )
+    last = bench.ledger.announce(name, plan.run, plan.attempt)
+    number = bench.index.train_users.index(name)
+    terms = plan.terms(dimension)
+    return masking.announce(number, bench.identity(name), terms, policy, last, os.urandom)
+
+
+def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """The gate's integers, to be masked.
+
+    The same contribution is never masked twice: two sums over different survivors would differ by
+    single contributions. Only a test seed, which protects nobody, repeats a round.
+    """
+    bench = device.bench
+    kept = bench.ledger.resend(device.name, plan.run, plan.round, plan.digest)
+    if kept is not None and bench.config.insecure_test_seed is None:
+        raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
+    payload = take_part(device, plan, start)
+    if payload is None:
+        raise PrivacyError(f"round {plan.round}: nothing to mask")
+    return unpack(payload, len(start), plan.bits)
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

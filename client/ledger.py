@@ -247,6 +247,23 @@ class Ledger:
                 (client, run, int(round), reason),
             )
 
+    def announce(self, client: str, run: str, attempt: int) -> int:
+        """Writes down, durably, that `client` announces keys for a masked attempt.
+
+        Returns:
+            The largest attempt of this run it announced before, 0 where there is none. The caller
+            refuses an attempt that is not larger.
+        """
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            query = "SELECT attempt FROM announced WHERE client = ? AND run = ?"
+            found = db.execute(query, (client, run)).fetchone()
+            last = 0 if found is None else int(found[0])
+            db.execute(
+                "INSERT OR REPLACE INTO announced VALUES (?, ?, ?)",
+                (client, run, max(last, int(attempt))),
+            )
+            return last
+
     def clients(self) -> list[str]:
         """The names of all clients that released something, sorted."""
         with self._transaction("BEGIN") as db:

@@ -59,7 +59,7 @@ def release(
     cost = charges(plan, len(delta), privacy)
     ledger.check(client, cost, budgets(privacy), privacy.delta)
     integers = round_randomly(clipped.vector, plan.step, source.words)
-    if plan.noise_at == "device":
+    if plan.noise_at in ("device", "distributed"):
         integers += noise.skellam(noise.skellam_table(plan.variance), len(integers), source)
     payload = pack(wrap(integers, plan.bits), plan.bits)
     ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload)
@@ -70,7 +70,9 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     """What one release under `plan` costs: one charge per unit and adversary.
 
     Client level: the noise of `noise_at` against the clip. With `device` it holds against the
-    server too; with `server` only against whoever sees what is published.
+    server too; with `distributed` as well, if masking holds, and what counts are the shares of
+    the smallest accepted sum less the colluders; with `server` it holds only against whoever sees
+    what is published.
 
     Example level against the server: Opacus's noise in each local step. Against the analyst the
     release noise counts as well: after one local step a record moves the delta by at most
@@ -80,8 +82,8 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     """
     found: list[Charge] = []
     released = plan.noise_at != "none" and plan.variance > 0
-    everywhere = released and plan.noise_at == "device"
-    near = noise.gaussian_closeness(plan.variance, dimension)
+    everywhere = released and plan.noise_at != "server"
+    near = noise.gaussian_closeness(plan.counted_variance, dimension, plan.adders)
     integer: dict[str, Any] = {"distance": near.slack, "ratio": near.ratio} if released else {}
     if released:
         adjacency = privacy.client.adjacency
@@ -103,6 +105,8 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
                 outside = dataclasses.replace(inside, noise_multiplier=multiplier, **integer)
         found.append(dataclasses.replace(outside, against="analyst"))
         found.append(outside if everywhere else inside)
+        if plan.masked:
+            found.append(dataclasses.replace(inside, against="unmasked server"))
     if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
         found.append(Charge("client", "analyst", privacy.client.adjacency, 0.0))
     return tuple(found)
@@ -117,7 +121,7 @@ def budgets(privacy: PrivacySettings) -> dict[str, float]:
 
 def _multiplier(plan: Plan, moved: float, dimension: int) -> float:
     """Noise over what one unit can move the rounded sum, l2."""
-    return float(plan.variance**0.5 / rounded_sensitivity(moved, plan.step, dimension)[0])
+    return float(plan.counted_variance**0.5 / rounded_sensitivity(moved, plan.step, dimension)[0])
 
 
 def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:

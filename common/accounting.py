@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 Unit = Literal["client", "example"]
-Against = Literal["analyst", "server"]
+Against = Literal["analyst", "server", "unmasked server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 
 _RELATIONS = {
@@ -63,7 +63,8 @@ class Charge:
 
     Attributes:
         unit: whose presence is hidden, all of a client or one example.
-        against: who sees the output that this noise protects.
+        against: who sees the output that this noise protects; "unmasked server": one that reads
+            this client's contribution alone, because masking is off or broken.
         adjacency: what neighbouring data sets are; required, there is no default.
         noise_multiplier: standard deviation over l2 sensitivity to adding or removing one unit
             (after rounding). 0: no privacy.

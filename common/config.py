@@ -8,6 +8,7 @@ nearest known one, a wrong value with its name, the value, and what is allowed.
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import ConfigError
 
-NoiseAt = Literal["device", "server"]
+NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 Family = Literal["tiny", "ffa", "lora"]
 Task = Literal["auto", "generation", "regression", "classification"]
@@ -87,6 +88,22 @@ class ClientPrivacySettings(_Settings):
     bits: int = Field(32, ge=12, le=32, description="the sum is taken modulo 2**bits")
 
 
+class MaskingSettings(_Settings):
+    """Secure aggregation, with `noise_at = "distributed"`: what a sum must have to be opened."""
+
+    survivors: float = Field(0.6, gt=0, le=1, description="smallest accepted share of the cohort")
+    colluding: float = Field(0.1, ge=0, lt=1, description="share of the cohort not trusted")
+    smallest_cohort: int = Field(10, ge=3, description="the device's own: no roster below it")
+
+    def smallest_sum(self, cohort: int) -> int:
+        """Vectors a sum must have; every device's noise is sized for it."""
+        return math.ceil(self.survivors * cohort - 1e-9)
+
+    def colluders(self, cohort: int) -> int:
+        """Survivors whose noise counts for nothing."""
+        return math.ceil(self.colluding * cohort - 1e-9)
+
+
 class BudgetSettings(_Settings):
     """The device's own policy: largest epsilon per unit, at the delta of the run."""
 
@@ -151,6 +168,7 @@ class Config(_Settings):
     training: TrainingSettings = TrainingSettings()
     privacy: PrivacySettings = PrivacySettings()
     rounds: RoundSettings = RoundSettings()
+    masking: MaskingSettings = MaskingSettings()
     head: HeadSettings = HeadSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     speed: SpeedSettings = SpeedSettings()
@@ -181,12 +199,29 @@ class Config(_Settings):
                 f"data.classes = {list(self.data.classes)}: classification needs at least two"
             )
         client = self.privacy.client
+        if client.enabled and client.noise_at == "distributed":
+            self._refuse_hopeless_masking()
         if client.enabled and client.noise_multiplier == 0 and self.insecure_test_seed is None:
             raise ValueError(
                 "privacy.client.noise_multiplier = 0 gives no client-level guarantee; take a "
                 "positive one, or say privacy.client.enabled = false"
             )
         return self
+
+    def _refuse_hopeless_masking(self) -> None:
+        cohort, masking = self.rounds.cohort, self.masking
+        smallest, colluders = masking.smallest_sum(cohort), masking.colluders(cohort)
+        if cohort < masking.smallest_cohort:
+            raise ValueError(
+                f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
+                f"{masking.smallest_cohort}, so every device would decline; ask more clients, or "
+                'set privacy.client.noise_at = "device"'
+            )
+        if smallest - colluders < 2:
+            raise ValueError(
+                f"masking.survivors and masking.colluding leave {smallest - colluders} honest "
+                f"survivors of a cohort of {cohort}, but a sum needs at least 2"
+            )
 
     @property
     def digest(self) -> str:

@@ -14,11 +14,15 @@ from typing import Any
 
 from .config import Config
 from .errors import ProtocolError
+from .masking import Terms
 from .noise import MAX_VARIANCE
 
 __all__ = ["VERSION", "Plan"]
 
-VERSION = 1
+VERSION = 2
+
+PLACES = ("device", "distributed", "server")
+"""Where noise may be added, the safest first."""
 
 # the smallest and the largest value of each number; what is outside would fail deep inside
 _RANGES: Mapping[str, tuple[float, float]] = {
@@ -28,6 +32,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "step": (5e-324, math.inf),
     "bits": (8, 32),
     "variance": (0, MAX_VARIANCE),
+    "survivors": (0, math.inf),
+    "colluders": (0, math.inf),
+    "attempt": (1, 2**32 - 1),
     "learning_rate": (5e-324, math.inf),
     "local_steps": (1, math.inf),
     "batch_size": (1, math.inf),
@@ -48,10 +55,14 @@ class Plan:
         cohort: clients asked; the public denominator of the mean.
         clip: l2 bound of one contribution, in units of the adapter.
         step, bits: the grid; contributions are integers mod 2**bits in units of `step`.
-        noise_at: `device` or `server`; `none` when there is no client-level noise.
-        variance: of the noise one adder adds, in squared grid units (the device for `device`,
-            the server for `server`).
+        noise_at: `device`, `distributed` or `server`; `none` when there is no client-level noise.
+        variance: of the noise one adder adds, in squared grid units (each device for `device` and
+            `distributed`, the server for `server`).
+        survivors, colluders: with `distributed`, the smallest number of vectors a sum may have,
+            and how many of those may be the server's; 0 and 0 otherwise.
         learning_rate, local_steps, batch_size, rate: local training.
+        attempt: counts every masked round the server began, repeated ones too; it is no part of
+            the digest.
         record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
     """
 
@@ -65,19 +76,44 @@ class Plan:
     bits: int
     noise_at: str
     variance: float
+    survivors: int
+    colluders: int
     learning_rate: float
     local_steps: int
     batch_size: int
     rate: float
     record_clip: float
     record_noise: float
+    attempt: int = 1
     version: int = VERSION
+
+    @property
+    def masked(self) -> bool:
+        """Whether the server sees a sum only (secure aggregation)."""
+        return self.noise_at == "distributed"
+
+    @property
+    def adders(self) -> int:
+        """Honest noise shares that the smallest accepted sum carries."""
+        return self.survivors - self.colluders if self.masked else 1
+
+    @property
+    def counted_variance(self) -> float:
+        """Of the noise that a claim may count, squared grid units."""
+        return self.variance * self.adders
 
     @property
     def digest(self) -> str:
         """SHA-256 of the plan; a ledger row names it."""
-        text = json.dumps(["privet plan", dataclasses.asdict(self)], sort_keys=True)
+        fields = dataclasses.asdict(dataclasses.replace(self, attempt=1))
+        text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def terms(self, dimension: int) -> Terms:
+        """What the masking protocol binds every key and signature of this attempt to."""
+        run = hashlib.sha256(self.run.encode()).hexdigest()
+        plan = bytes.fromhex(self.digest)
+        return Terms(run, self.attempt, plan, dimension, self.bits, self.survivors)
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
@@ -108,12 +144,18 @@ class Plan:
                     f"the round plan's {name} = {given[name]!r} is out of range: expected a finite "
                     f"number from {least:g} to {most:g}"
                 )
-        if given["noise_at"] not in ("device", "server", "none"):
+        if given["noise_at"] not in (*PLACES, "none"):
             raise ProtocolError(
-                f"the round plan's noise_at = {given['noise_at']!r}: expected device, server or "
-                "none"
+                f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
+                f"{', '.join(PLACES)}, none"
             )
-        return cls(**given)
+        plan = cls(**given)
+        if plan.adders < 1 or plan.survivors > plan.cohort:
+            raise ProtocolError(
+                f"the round plan's survivors = {plan.survivors} of {plan.cohort} with "
+                f"{plan.colluders} colluders leave no honest sum"
+            )
+        return plan
 
     def refuse_if_laxer(self, own: Config) -> None:
         """The device's own settings are the floor.
@@ -125,7 +167,7 @@ class Plan:
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("clip", self.clip <= client.clip, client.clip),
-            ("noise", self.variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
+            ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
             ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
             ("local_steps", self.local_steps <= own.training.steps, own.training.steps),
@@ -136,8 +178,15 @@ class Plan:
             ),
         )
         if client.enabled:
-            placed = self.noise_at in ("device", client.noise_at)
+            placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
             checks += (("noise_at", placed, client.noise_at),)
+        if self.masked:
+            least = own.masking.smallest_sum(self.cohort)
+            feared = own.masking.colluders(self.cohort)
+            checks += (
+                ("survivors", self.survivors >= least, least),
+                ("colluders", self.colluders >= feared, feared),
+            )
         if example.enabled:
             checks += (
                 ("record_clip", 0 < self.record_clip <= example.clip, example.clip),

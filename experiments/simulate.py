@@ -103,6 +103,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         run = f"{config.name}-{secrets.token_hex(8)}"
         write_atomic(partial / "run-id", f"{run}\n".encode())
         Ledger.open(partial / LEDGERS, owner=run).close()
+        _enrol(partial, people.train_users)
         write_json_atomic(partial / MEASURED, sizes)
         with explain_os_errors(folder, "make the run folder"):
             if folder.exists():
@@ -111,6 +112,14 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def _enrol(folder: Path, users: Sequence[str]) -> None:
+    """Identities of the simulated devices, and the directory that lists them all."""
+    secret = Secret(secrets.token_bytes(32))
+    write_atomic(folder / DEVICE_SECRET, secret.value)
+    known = {number: simulated_identity(secret, user).public for number, user in enumerate(users)}
+    write_directory(folder / DIRECTORY, Directory(known, closed=True))
 
 
 def measured(folder: Path, config: Config) -> dict[str, Any]:

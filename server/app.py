@@ -21,6 +21,7 @@ from .rounds import Reply, Show, run_rounds
 app = ServerApp()
 
 POLL_S = 0.1
+WITH_ADAPTER = ("round", "vector")
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,21 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     nodes = enrolled(grid, config.data.clients, config.rounds.timeout_s)
     numbers = {node: number for number, node in nodes.items()}
 
-    def ask(cohort: Sequence[int], plan: Plan, start: NDArray[np.float32]) -> Iterator[Reply]:
-        content = RecordDict(
-            {
-                "adapter": ArrayRecord({"vector": Array(start)}),
-                "plan": ConfigRecord(plan.to_dict()),
-            }
-        )
-        messages = [_message(content, "train.round", nodes[number]) for number in cohort]
-        for message in exchange(grid, messages, config.rounds.timeout_s):
+    def ask(
+        phase: str, messages: Mapping[int, bytes], plan: Plan, start: NDArray[np.float32]
+    ) -> Iterator[Reply]:
+        common = {"plan": ConfigRecord(plan.to_dict())}
+        if phase in WITH_ADAPTER:
+            common["adapter"] = ArrayRecord({"vector": Array(start)})
+        outgoing = [
+            _message(
+                RecordDict({**common, "protocol": ConfigRecord({"message": message})}),
+                f"train.{phase}",
+                nodes[number],
+            )
+            for number, message in messages.items()
+        ]
+        for message in exchange(grid, outgoing, config.rounds.timeout_s):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
     run = (folder / "run-id").read_text().strip()

@@ -8,12 +8,13 @@ the noise is added to it before anything is decoded. A round with too few answer
 is decoded, and what the clients spent stays spent.
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ from ..common.encoding import (
     unwrap,
     wrap,
 )
-from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError
-from ..common.files import append_line, read_lines
+from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
+from ..common.files import append_line, read_lines, write_atomic
 from ..common.plan import Plan
-from . import aggregation, checkpoint
+from . import aggregation, checkpoint, masking
 from .cohort import draw
 
-__all__ = ["Reply", "make_plan", "run_rounds"]
+__all__ = ["Reply", "make_plan", "masked_sum", "run_rounds"]
 
 Vector = NDArray[np.float32]
 
@@ -52,13 +53,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reply:
-    """What one client answered: its packed vector, or None when it declined."""
+    """What one client answered in a phase: bytes, or None when it declined."""
 
     client: int
     vector: bytes | None
 
 
-Ask = Callable[[Sequence[int], Plan, Vector], Iterable[Reply]]
+Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
+"""Phase, a message for each client, plan, global adapter -> the replies as they arrive."""
 Show = Callable[[Mapping[str, Any]], None]
 
 
@@ -83,7 +85,7 @@ def run_rounds(
     """All rounds that are still missing in `folder`; the same bits whether interrupted or not.
 
     Args:
-        ask: sends plan and adapter to the cohort, yields replies as they arrive.
+        ask: sends a phase's messages with plan and adapter, yields replies as they arrive.
         config: the resolved experiment.
         run: id of the run.
         layout: digest of the adapter's layout.
@@ -99,14 +101,14 @@ def run_rounds(
         began = time.perf_counter()
         cohort = draw(config.data.clients, config.rounds.cohort, number, config.data.seed)
         plan = make_plan(config, run, number, layout, state.adapter)
-        total, counts = _collect(ask(cohort, plan, state.adapter), plan, len(start), cohort)
+        total, counts = _sum(ask, cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
             "round": number,
             "asked": len(cohort),
             **counts,
-            "void": counts["answered"] < config.rounds.quorum * len(cohort),
+            "void": total is None or counts["answered"] < config.rounds.quorum * len(cohort),
         }
-        if record["void"]:
+        if total is None or record["void"]:
             state = State(number, state.adapter, state.optimizer)
         else:
             mean = _noised_mean(total, plan, config.insecure_test_seed)
@@ -128,8 +130,13 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
     """
     client, example = config.privacy.client, config.privacy.example
-    cohort = config.rounds.cohort
-    grid, deviation = _grid(client, cohort, len(adapter))
+    cohort, allowed = config.rounds.cohort, config.masking
+    noise_at = client.noise_at if client.enabled else "none"
+    masked = noise_at == "distributed"
+    survivors = allowed.smallest_sum(cohort) if masked else 0
+    colluders = allowed.colluders(cohort) if masked else 0
+    shares = survivors - colluders if masked else 1
+    grid, deviation = _grid(client, cohort, shares, len(adapter))
     return Plan(
         run=run,
         round=number,
@@ -139,8 +146,10 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         clip=client.clip,
         step=grid.step,
         bits=grid.bits,
-        noise_at=client.noise_at if client.enabled else "none",
+        noise_at=noise_at,
         variance=deviation**2,
+        survivors=survivors,
+        colluders=colluders,
         learning_rate=config.training.learning_rate,
         local_steps=config.training.steps,
         batch_size=config.training.batch_size,
@@ -150,17 +159,20 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     )
 
 
-def _grid(client: ClientPrivacySettings, cohort: int, dimension: int) -> tuple[Grid, float]:
+def _grid(
+    client: ClientPrivacySettings, cohort: int, shares: int, dimension: int
+) -> tuple[Grid, float]:
     """The finest grid on which the noised sum cannot wrap, and one adder's noise on it.
 
     One client's noise is measured against its norm after rounding, which is larger than the clip
     by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
+    `shares` adders together carry the full noise: the honest ones of the smallest accepted sum.
 
     Returns:
         The grid, and the standard deviation of the noise one adder adds, in its steps.
     """
-    multiplier = client.noise_multiplier if client.enabled else 0.0
-    adders = cohort if client.noise_at == "device" else 1
+    multiplier = client.noise_multiplier / shares**0.5 if client.enabled else 0.0
+    adders = 1 if client.noise_at == "server" else cohort
     norm = client.clip
     while True:
         total = multiplier * norm * adders**0.5
@@ -172,6 +184,85 @@ def _grid(client: ClientPrivacySettings, cohort: int, dimension: int) -> tuple[G
         norm = l2 * grid.step
 
 
+def _sum(
+    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path
+) -> tuple[NDArray[np.uint32] | None, dict[str, int]]:
+    """The sum of the contributions, mod 2**bits; None where masking reveals none."""
+    if plan.masked:
+        attempt = _next_attempt(folder)
+        return masked_sum(ask, cohort, dataclasses.replace(plan, attempt=attempt), adapter)
+    return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, len(adapter), cohort)
+
+
+def _next_attempt(folder: Path) -> int:
+    """Counts masked rounds for ever, over crashes too: devices take part in each once only."""
+    path = folder / "attempts"
+    attempt = int(path.read_text()) + 1 if path.exists() else 1
+    write_atomic(path, f"{attempt}\n".encode())
+    return attempt
+
+
+def masked_sum(
+    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector
+) -> tuple[NDArray[np.uint32] | None, dict[str, int]]:
+    """One masked round, phase by phase (`experiments/protocol.py` shows both sides).
+
+    A client that is missing, declines or is refused in a phase has dropped out of the rest.
+
+    Returns:
+        The sum over the survivors, or None when the round is void and nothing was revealed; and
+        how many answered, declined, and were refused.
+    """
+    counts = {"answered": 0, "declined": 0, "refused": 0}
+
+    def phase(name: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
+        return dict(_given(ask(name, messages, plan, adapter), plan, set(messages), counts))
+
+    def left_out(refused: Mapping[int, str]) -> None:
+        counts["refused"] += len(refused)
+        for sentence in refused.values():
+            logger.warning("left out: %s", sentence)
+
+    try:
+        everybody, out, refused = masking.gather(
+            plan.terms(len(adapter)), phase("keys", dict.fromkeys(cohort, b""))
+        )
+        left_out(refused)
+        dealt, out, refused = masking.relay(everybody, phase("shares", out))
+        left_out(refused)
+        running = masking.begin_sum(dealt)
+        for client, vector in _given(ask("vector", out, plan, adapter), plan, set(out), counts):
+            try:
+                masking.add_vector(running, client, vector)
+            except ProtocolError as refusal:
+                left_out({client: str(refusal)})
+        listed, out = masking.close_sum(running)
+        agreed, out, refused = masking.exchange(listed, phase("confirm", out))
+        left_out(refused)
+        outcome = masking.unmask(agreed, phase("unmask", out))
+    except RoundVoid as void:
+        logger.warning("%s", void)
+        return None, counts
+    counts["answered"] = len(outcome.survivors)
+    return outcome.total, counts
+
+
+def _given(
+    replies: Iterable[Reply], plan: Plan, asked: set[int], counts: dict[str, int]
+) -> Iterator[tuple[int, bytes]]:
+    """Whose reply is what, each client once; who declines is counted."""
+    for reply in replies:
+        if reply.client not in asked:
+            raise ProtocolError(
+                f"round {plan.round}: client {reply.client} answered twice or was not asked"
+            )
+        asked.remove(reply.client)
+        if reply.vector is None:
+            counts["declined"] += 1
+        else:
+            yield reply.client, reply.vector
+
+
 def _collect(
     replies: Iterable[Reply], plan: Plan, dimension: int, cohort: Sequence[int]
 ) -> tuple[NDArray[np.uint32], dict[str, int]]:
@@ -181,21 +272,12 @@ def _collect(
     not stop the others.
     """
     total = np.zeros(dimension, np.uint32)
-    missing = set(cohort)
     counts = {"answered": 0, "declined": 0, "refused": 0}
-    for reply in replies:
-        if reply.client not in missing:
-            raise ProtocolError(
-                f"round {plan.round}: client {reply.client} answered twice or was not asked"
-            )
-        missing.remove(reply.client)
-        if reply.vector is None:
-            counts["declined"] += 1
-            continue
+    for client, vector in _given(replies, plan, set(cohort), counts):
         try:
-            total += unpack(reply.vector, dimension, plan.bits)
+            total += unpack(vector, dimension, plan.bits)
         except ProtocolError as error:
-            logger.warning("round %d: client %d is left out: %s", plan.round, reply.client, error)
+            logger.warning("round %d: client %d is left out: %s", plan.round, client, error)
             counts["refused"] += 1
             continue
         counts["answered"] += 1
