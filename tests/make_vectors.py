@@ -38,7 +38,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "policy": dataclasses.replace(POLICY, smallest_threshold=0.6),
         "threshold": 3,
     },
-    "earlier round": {"terms": terms(round=6), "silent": (14,)},
+    "earlier round": {"terms": terms(round=6), "silent": (14,), "last_round": 5},
     "seven": {"numbers": (10, 11, 12, 13, 14, 15, 16), "silent": (16,)},
 }
 
@@ -180,7 +180,7 @@ def _rosters() -> Iterator[Case]:
         changed = dataclasses.replace(entries[position], **changes)
         return (*entries[:position], changed, *entries[position + 1 :])
 
-    def signed(position: int, under: Terms = TERMS, **keys: bytes) -> dict[str, Any]:
+    def signed(position: int, under: Terms = TERMS, **keys: Any) -> dict[str, Any]:
         changed = dataclasses.replace(entries[position], **keys)
         mine = identity(changed.client).sign(messages.announced(under, changed))
         beside = (*signatures[: position - 1], mine, *signatures[position:])

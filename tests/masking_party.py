@@ -54,6 +54,8 @@ class Party:
     """Clients that send no vector."""
     undealt: Collection[int] = ()
     """Clients that deal no shares."""
+    identities: Callable[[int], Identity] = identity
+    last_round: int = 6
     degree: int | None = None
     threshold: int | None = None
     states: dict[str, dict[int, Any]] = field(default_factory=dict)
@@ -84,10 +86,10 @@ class Party:
             {
                 n: client.announce(
                     n,
-                    identity(n),
+                    self.identities(n),
                     self.terms,
                     self.policy,
-                    self.terms.round - 1,
+                    self.last_round,
                     stream(f"keys {n}"),
                 )
                 for n in self.numbers
