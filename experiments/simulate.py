@@ -17,19 +17,20 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..client import data
-from ..client.device import LEDGERS
+from ..client.device import DEVICE_SECRET, DIRECTORY, LEDGERS, simulated_identity
 from ..client.ledger import Ledger
 from ..common import config as settings
 from ..common.adapter import shared
 from ..common.config import Config
 from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
+from ..common.keys import Directory, Secret, write_directory
 from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
 

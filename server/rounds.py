@@ -191,7 +191,9 @@ def _sum(
     if plan.masked:
         attempt = _next_attempt(folder)
         return masked_sum(ask, cohort, dataclasses.replace(plan, attempt=attempt), adapter)
-    return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, len(adapter), cohort)
+    return _collect(
+        ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, len(adapter), cohort
+    )
 
 
 def _next_attempt(folder: Path) -> int:
