@@ -58,7 +58,8 @@ NOT_COVERED = (
     "person's own text.",
     "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
     "people, without noise. They are no part of what the server sees.",
-    "Whether a device took part: who was asked and how many answered is not hidden.",
+    "Whether a device took part: who was asked and who answered is not hidden. A device whose "
+    "training gives no finite numbers does not answer.",
     "Anything a person pastes elsewhere.",
     "Timing and other side channels.",
     "A thief with the device's disk: these figures say nothing about what is stored.",

@@ -7,6 +7,7 @@ for bit (with the test seed, which a comparison needs).
 import importlib.util
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -80,27 +81,31 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
     for name in ("flwr", "ray"):  # both log every step, and each error with its traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
     failed: list[BaseException] = []
+    stopped = threading.Event()
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, _: Context) -> None:
         try:
-            serve(_Strict(grid), folder, show)
+            serve(_Strict(grid, stopped), folder, show)
         except BaseException as error:
             failed.append(error)
 
     os.environ["PRIVET_RUN"] = str(folder)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of its future
     resources = {"num_cpus": config.speed.threads, "num_gpus": 0.0}
-    run_simulation(
-        server_app,
-        told,
-        num_supernodes=config.data.clients,
-        backend_config={
-            "client_resources": resources,
-            "init_args": {"log_to_driver": False, "logging_level": "CRITICAL"},
-        },
-    )
+    try:
+        run_simulation(
+            server_app,
+            told,
+            num_supernodes=config.data.clients,
+            backend_config={
+                "client_resources": resources,
+                "init_args": {"log_to_driver": False, "logging_level": "CRITICAL"},
+            },
+        )
+    finally:
+        stopped.set()
     if failed:
         raise failed[0]
 
@@ -114,10 +119,16 @@ def told(message: Message, context: Context) -> Message:
 
 
 class _Strict:
-    """A grid on which a device that fails ends the run, as it does in the other engine."""
+    """A grid on which a device that fails ends the run, as it does in the other engine.
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    Args:
+        grid: Flower's.
+        stopped: set at Ctrl-C, which Flower tells the devices' side only; the server's thread
+            would wait for replies until its timeout.
+    """
+
+    def __init__(self, grid: Grid, stopped: threading.Event) -> None:
+        self._grid, self._stopped = grid, stopped
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -127,7 +138,10 @@ class _Strict:
 
         Raises:
             StateError: a device failed; in its own words.
+            KeyboardInterrupt: the run was stopped.
         """
+        if self._stopped.is_set():
+            raise KeyboardInterrupt
         for message in self._grid.pull_messages(message_ids):
             if message.has_error():
                 # Flower and Ray put their own tracebacks around what the device said

@@ -79,6 +79,8 @@ def global_adapter(folder: Path) -> Vector:
     kept = checkpoint.load(folder, run=bench.run, config_hash=bench.config.digest, layout=layout)
     if kept is None:
         raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
+    if kept.note:
+        progress.warn(kept.note)
     return kept.adapter
 
 

@@ -115,7 +115,9 @@ def run_rounds(
             adapter, memory = aggregation.apply(config.rounds, state.optimizer, state.adapter, mean)
             _refuse_overflow(number, adapter)
             record["mean_norm"] = float(np.linalg.norm(mean))
-            record["update_norm"] = float(np.linalg.norm(adapter - state.adapter))
+            record["update_norm"] = float(
+                np.linalg.norm(adapter.astype(np.float64) - state.adapter)
+            )
             state = State(number, adapter, memory)
         record["seconds"] = time.perf_counter() - began
         _keep(folder, config, run, layout, state, record)

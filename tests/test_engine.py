@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,10 +103,17 @@ class Failing:
 
 
 def test_a_device_that_failed_elsewhere_is_quoted_not_skipped():
-    strict = engine._Strict(Failing())
+    strict = engine._Strict(Failing(), threading.Event())
     assert strict.name == "grid"
     with pytest.raises(StateError, match=r"^The ledger 'x' is damaged\.$"):
         list(strict.pull_messages(["1"]))
+
+
+def test_a_stopped_run_waits_for_nobody():
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        list(engine._Strict(Failing(), stopped).pull_messages(["1"]))
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones(prepared):

@@ -269,7 +269,7 @@ def test_a_vector_that_does_not_fit_is_left_out_counted_and_named(tmp_path, capl
 
 
 def test_a_step_that_leaves_float32_stops_the_run_before_anything_is_kept(tmp_path):
-    config = configured(rounds={"learning_rate": 1e39})
+    config = configured(rounds={"learning_rate": 1e42})
     with np.errstate(over="ignore"), pytest.raises(ConfigError, match=r"round 1: .*float32 holds"):
         run(tmp_path, config)
     assert not list(tmp_path.iterdir())
