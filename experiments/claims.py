@@ -64,6 +64,12 @@ NOT_COVERED = (
     "Timing and other side channels.",
     "A thief with the device's disk: these figures say nothing about what is stored.",
 )
+_PLACES = {
+    "device": "by the device itself.",
+    "distributed": "in shares by the devices, so that every sum that may be opened carries it; "
+    "the server sees masked contributions and their sum, nothing else.",
+    "server": "by the server, to the sum.",
+}
 NO_AMPLIFICATION = (
     "none is claimed: the server chooses who takes part, so every participation counts in full"
 )
@@ -135,12 +141,18 @@ def spoken(names: Sequence[str]) -> str:
     return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
 
 
-def noise_at(lines: Sequence[Line]) -> str | None:
-    """Who added the release's noise, as the ledgers say it; None where there is no such noise."""
+def noise_at(config: Config, lines: Sequence[Line]) -> str | None:
+    """Who added the release's noise, as the ledgers say it; None where there is no such noise.
+
+    Noise that holds against the server came from the devices; whether each added it in full or
+    its share, the settings say.
+    """
     against = {line.against for line in lines if line.unit == "client"}
     if not against:
         return None
-    return "device" if "server" in against else "server"
+    if "server" not in against:
+        return "server"
+    return "distributed" if config.privacy.client.noise_at == "distributed" else "device"
 
 
 def holds_against(config: Config, by_device: bool) -> tuple[str, ...]:
@@ -181,14 +193,28 @@ def _one_counted(at: str | None, charge: Charge, times: int) -> str:
 def _adder(at: str | None) -> str:
     if at == "device":
         return "that each device adds in full to its own contribution"
+    if at == "distributed":
+        return (
+            "of which each device adds a share to its own contribution, sized for the smallest "
+            "sum that may be opened, less the colluders,"
+        )
     return "that the server adds to the sum"
 
 
-def assumptions(config: Config, charges: Sequence[Charge], by_device: bool) -> list[str]:
+def assumptions(
+    config: Config, charges: Sequence[Charge], by_device: bool, at: str | None = None
+) -> list[str]:
     training = [charge for charge in charges if from_training(charge)]
     release = len(training) < len(charges)
     sampled = any(charge.sampling_rate < 1 for charge in charges)
     said = ["the person's device runs the privet that was installed, unchanged"]
+    if at == "distributed" and release:
+        smallest = config.masking.smallest_sum(config.rounds.cohort)
+        said.append(
+            "masking holds (SecAgg+, docs/masking.md): the devices check each other's identities "
+            "against a directory that the server cannot add to, and in every sum of at least "
+            f"{smallest} at most {config.masking.colluders(config.rounds.cohort)} collude"
+        )
     if not by_device:
         said.append("the server runs as written: it adds the noise, and publishes nothing else")
     if release:
@@ -228,9 +254,8 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
         said.append(
             f"To each person: whatever leaves the device is clipped to norm {client.clip:g} first, "
             f"and Skellam noise of {client.noise_multiplier:g} times that clip is added "
-            + ("by the device itself." if client.noise_at == "device" else "by the server, to "
-               "the sum.")
-        )  # fmt: skip
+            + _PLACES[client.noise_at]
+        )
     if example.enabled:
         said.append(
             f"To each record: in training its gradient is clipped to norm {example.clip:g}, and "
@@ -270,7 +295,7 @@ def no_claims(
     if config.privacy.client.noise_at == "server" and "client" in have - seen_by_server:
         said.append(
             "No client-level claim is made against the server: noise is added by the server, so it "
-            "reads each person's clipped contribution before the noise (masking is not built yet)."
+            "reads each person's clipped contribution before the noise."
         )
     return said
 

@@ -71,7 +71,7 @@ def facts_of(
     names = sorted({*spent, *(one.client for one in declined)})
     totals = {name: _charges(spent.get(name)) for name in names}
     lines, unbounded = _split_lines(histories, totals.values(), delta)
-    at = claims.noise_at(lines)
+    at = claims.noise_at(config, lines)
     described = [_describe(line, at, config, spent, totals) for line in lines]
     return {
         "schema": 1,
@@ -145,7 +145,7 @@ def _describe(
     worst = max(spent, key=lambda name: (_epsilon(line.of(totals[name]), delta), _backwards(name)))
     charges = line.of(totals[worst])
     value = _epsilon(charges, delta)
-    by_device = at == "device" or all(map(claims.from_training, charges))
+    by_device = at in ("device", "distributed") or all(map(claims.from_training, charges))
     holds = claims.holds_against(config, by_device)
     return {
         "key": line.key,
@@ -155,17 +155,24 @@ def _describe(
         "delta": delta,
         "adjacency": line.adjacency,
         "adjacency_means": claims.ADJACENCY[line.unit][line.adjacency],
-        "noise_at": "device" if by_device else "server",
+        "noise_at": _place(at, by_device, charges),
         "client": worst,
         "participations_max": max(_participations(line, history) for history in spent.values()),
         "holds_against": list(holds),
         "does_not_hold_against": [who for who in claims.ADVERSARIES if who not in holds],
-        "assumptions": claims.assumptions(config, charges, by_device),
+        "assumptions": claims.assumptions(config, charges, by_device, at),
         "noise_counted": claims.noise_counted(at, charges),
         "amplified": None,
         "amplified_note": claims.NO_AMPLIFICATION,
         "cross_check": _checked(value, charges, delta),
     }
+
+
+def _place(at: str | None, by_device: bool, charges: Sequence[Charge]) -> str:
+    """Where the noise that a line counts is added."""
+    if all(map(claims.from_training, charges)):
+        return "device"
+    return str(at) if by_device else "server"
 
 
 def _backwards(name: str) -> tuple[int, ...]:

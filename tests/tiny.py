@@ -129,7 +129,10 @@ def tiny_config(base: Path, source: Path | str = "shakespeare", **changes: Any) 
         "adapter": {"rank": 2, "last_blocks": 2},
         "training": {"batch_size": 4},
         "rounds": {"count": 2, "cohort": 3},
-        "privacy": {"budget": {"client": 1000.0, "example": 1000.0}},
+        "privacy": {
+            "client": {"noise_at": "server"},  # masking wants more than three devices
+            "budget": {"client": 1000.0, "example": 1000.0},
+        },
         "evaluation": {"users": 3, "records": 4, "fit_records": 8, "bootstrap": 100},
         "speed": {"threads": 1},
         "insecure_test_seed": 1,

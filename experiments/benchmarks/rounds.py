@@ -88,7 +88,10 @@ def _prepare(folder: Path, clients: int, rounds: int, base: str, rank: int) -> C
             "model": {"base": base},
             "adapter": {"rank": rank},
             "rounds": {"count": rounds + 1, "cohort": clients},
-            "privacy": {"budget": {"client": 1000.0, "example": 1000.0}},
+            "privacy": {
+                "client": {"noise_at": "server"},
+                "budget": {"client": 1000.0, "example": 1000.0},
+            },
         }
     )  # fmt: skip
 
