@@ -141,6 +141,14 @@ class HeadSettings(_Settings):
     in_the_loop: bool = False
 
 
+class SimulationSettings(_Settings):
+    """Weather for simulated devices."""
+
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a device dies for a round, at a random phase"
+    )
+
+
 class EvaluationSettings(_Settings):
     """Read by the experimenter from simulated devices; no part of it passes the server."""
 
@@ -170,6 +178,7 @@ class Config(_Settings):
     rounds: RoundSettings = RoundSettings()
     masking: MaskingSettings = MaskingSettings()
     head: HeadSettings = HeadSettings()
+    simulation: SimulationSettings = SimulationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     speed: SpeedSettings = SpeedSettings()
     insecure_test_seed: int | None = Field(None, ge=0, description="tests only: not private")

@@ -4,6 +4,7 @@ Both run `privet.server.app` and `privet.client.app` as they are, and give the s
 for bit (with the test seed, which a comparison needs).
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
@@ -21,11 +23,12 @@ from ..common.config import Config
 from ..common.errors import ConfigError, StateError
 from ..server.app import serve
 from . import progress
-from .grid import LocalGrid
+from .grid import LocalGrid, Loss
 
 __all__ = ["ENGINES", "check", "run"]
 
 ENGINES = ("local", "ray")
+PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
 
 def check(name: str) -> None:
@@ -47,6 +50,8 @@ def run(name: str, folder: Path, config: Config) -> None:
         ConfigError: as `check`.
     """
     check(name)
+    if name == "ray" and config.simulation.dropout:
+        raise ConfigError("simulation.dropout works with --engine local only")
     folder = folder.resolve()
     with progress.rounds(config, folder) as live:
         if name == "ray":
@@ -64,15 +69,33 @@ def _local(folder: Path, config: Config, live: Any) -> None:
         nonlocal seconds
         began = time.perf_counter()
         reply = told(message, context)
-        if message.metadata.message_type == "train.round":
+        if message.metadata.message_type in ("train.round", "train.vector"):
             seconds += time.perf_counter() - began
             live.advance()
         return reply
 
     try:
-        serve(LocalGrid(timed, config.data.clients, str(folder)), folder, live.show)
+        lost = functools.partial(_lost, config)
+        serve(LocalGrid(timed, config.data.clients, str(folder), lost), folder, live.show)
     finally:
         add(folder, training=seconds)
+
+
+def _lost(config: Config, message: Message, client: int) -> Loss | None:
+    """Whether this device dies here: at a phase of the round drawn by public seed."""
+    kind = message.metadata.message_type.partition(".")[2]
+    if not config.simulation.dropout or kind == "hello":
+        return None
+    phases = PHASES if "distributed" in config.privacy.client.noise_at else ("round",)
+    number = int(message.content["plan"]["round"])
+    rng = np.random.default_rng([config.data.seed, number, client])
+    if rng.random() >= config.simulation.dropout:
+        return None
+    fatal, side = int(rng.integers(len(phases))), rng.random()
+    here = phases.index(kind)
+    if here > fatal:
+        return "before"
+    return ("before" if side < 0.5 else "after") if here == fatal else None
 
 
 def _ray(folder: Path, config: Config, show: Any) -> None:

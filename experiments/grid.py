@@ -7,14 +7,16 @@ raises: in a simulation a broken device is a bug, not weather.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["LocalGrid"]
+
+Loss = Literal["before", "after"]
 
 RUN_ID = 1
 SERVER = 1
@@ -28,17 +30,21 @@ class LocalGrid(Grid):
         app: the ClientApp every node runs.
         clients: how many nodes there are.
         run: the run folder, given to the clients as run configuration.
-        heard: called after each reply that was pulled; for progress.
+        lost: whether a client dies at this message, before or after it has handled it.
     """
 
     def __init__(
-        self, app: ClientApp, clients: int, run: str, heard: Callable[[str], None] = lambda _: None
+        self,
+        app: Callable[[Message, Context], Message],
+        clients: int,
+        run: str,
+        lost: Callable[[Message, int], Loss | None] = lambda _, __: None,
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
         self._app = app
         self._clients = clients
         self._run_config = {"run": run}
-        self._heard = heard
+        self._lost = lost
         self._pending: dict[str, Message] = {}
         self._states: dict[int, RecordDict] = {}
         self._ids = itertools.count(1)
@@ -83,8 +89,13 @@ class LocalGrid(Grid):
             node = message.metadata.dst_node_id
             state = self._states.setdefault(node, RecordDict())
             where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
-            reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
-            self._heard(message.metadata.message_type)
+            loss = self._lost(message, node - FIRST_NODE)
+            if loss != "before":
+                reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
+            if loss:
+                reply = Message(
+                    Error(code=0, reason="lost, by simulation.dropout"), reply_to=message
+                )
             yield reply
 
     def send_and_receive(
