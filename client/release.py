@@ -22,6 +22,7 @@ from ..common.config import PrivacySettings
 from ..common.encoding import pack, round_randomly, rounded_sensitivity, wrap
 from ..common.errors import GateRefused
 from ..common.plan import Plan
+from ..common.rotation import flat_bound, rotate
 from .ledger import Ledger
 
 __all__ = ["budgets", "charges", "release"]
@@ -55,10 +56,10 @@ def release(
         BudgetExceeded: it would cost more than the device allows; nothing was spent.
     """
     _refuse(delta, layout, plan)
-    clipped = clip(delta, plan.clip)
+    clipped = clip(_flattened(delta, plan), plan.clip)
     cost = charges(plan, len(delta), privacy)
     ledger.check(client, cost, budgets(privacy), privacy.delta)
-    integers = round_randomly(clipped.vector, plan.step, source.words)
+    integers = round_randomly(_clamped(clipped.vector, plan), plan.step, source.words)
     if plan.noise_at in ("device", "distributed"):
         integers += noise.skellam(noise.skellam_table(plan.variance), len(integers), source)
     payload = pack(wrap(integers, plan.bits), plan.bits)
@@ -117,6 +118,20 @@ def budgets(privacy: PrivacySettings) -> dict[str, float]:
     if not privacy.client.enabled and not privacy.example.enabled:
         return {"client": np.inf, "example": np.inf}
     return {"client": privacy.budget.client, "example": privacy.budget.example}
+
+
+def _flattened(delta: NDArray[np.float32], plan: Plan) -> NDArray[np.float64]:
+    vector = delta.astype(np.float64)
+    return rotate(vector, plan.start) if plan.rotated else vector
+
+
+def _clamped(vector: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+    """After a rotation no coordinate is above its bound, but with chance 2^-60; this one is cut,
+    which shortens the vector and moves no two of them further apart."""
+    if not plan.rotated:
+        return vector
+    most = flat_bound(plan.clip, len(vector))
+    return np.clip(vector, -most, most)
 
 
 def _multiplier(plan: Plan, moved: float, dimension: int) -> float:

@@ -85,7 +85,7 @@ class ClientPrivacySettings(_Settings):
     noise_multiplier: float = Field(1.0, ge=0)
     clip: float = Field(1.0, gt=0, description="l2 bound of one client's contribution")
     adjacency: Adjacency = "add_remove"
-    bits: int = Field(32, ge=12, le=32, description="the sum is taken modulo 2**bits")
+    bits: int = Field(0, ge=0, le=32, description="the sum is taken modulo 2**bits; 0: chosen")
 
 
 class MaskingSettings(_Settings):
@@ -195,6 +195,11 @@ class Config(_Settings):
                 f"training.batch_size = {self.training.batch_size} is larger than "
                 f"data.records_per_client = {self.data.records_per_client}, so the sampling rate "
                 "would be above 1; lower the batch size"
+            )
+        if 0 < self.privacy.client.bits < 12:
+            raise ValueError(
+                f"privacy.client.bits = {self.privacy.client.bits}: expected 12 to 32, or 0 to have "
+                "the smallest modulus chosen that costs next to nothing"
             )
         if self.head.in_the_loop and self.privacy.example.enabled:
             raise ValueError(

@@ -178,7 +178,14 @@ def decode(integers: NDArray[np.int64], step: float) -> NDArray[np.float64]:
     return integers.astype(np.float64) * step
 
 
-def choose_grid(clip: float, noise_std: float, summands: int, dimension: int, bits: int) -> Grid:
+def choose_grid(
+    clip: float,
+    noise_std: float,
+    summands: int,
+    dimension: int,
+    bits: int,
+    largest: float | None = None,
+) -> Grid:
     """The finest grid on which a sum provably cannot wrap.
 
     Never finer than 2^17 steps per standard deviation of the noise (the sampler's table), or,
@@ -191,6 +198,7 @@ def choose_grid(clip: float, noise_std: float, summands: int, dimension: int, bi
         summands: contributions in the sum.
         dimension: number of coordinates.
         bits: of the modulus.
+        largest: bound on a coordinate of a contribution, where it is below the clip (rotation.py).
 
     Raises:
         ConfigError: a number is out of range, or the modulus is too small: the sum would wrap,
@@ -206,7 +214,10 @@ def choose_grid(clip: float, noise_std: float, summands: int, dimension: int, bi
             f"choose_grid needs at least 1 summand and 1 dimension, got {summands} and {dimension}."
         )
     room = 2.0 ** (bits - 1) - 2.0 - summands * (NOISE_EXTRA + 2.0)
-    reach = summands * clip + NOISE_DEVIATIONS * math.sqrt(summands) * noise_std
+    reach = (
+        summands * (clip if largest is None else largest)
+        + NOISE_DEVIATIONS * math.sqrt(summands) * noise_std
+    )
     coarsest = clip / math.sqrt(dimension)
     if room <= 0 or reach / room > coarsest:
         raise ConfigError(

@@ -55,6 +55,7 @@ class Plan:
         cohort: clients asked; the public denominator of the mean.
         clip: l2 bound of one contribution, in units of the adapter.
         step, bits: the grid; contributions are integers mod 2**bits in units of `step`.
+        rotated: whether contributions are flattened by a rotation seeded with `start`.
         noise_at: `device`, `distributed` or `server`; `none` when there is no client-level noise.
         variance: of the noise one adder adds, in squared grid units (each device for `device` and
             `distributed`, the server for `server`).
@@ -74,6 +75,7 @@ class Plan:
     clip: float
     step: float
     bits: int
+    rotated: bool
     noise_at: str
     variance: float
     survivors: int
@@ -168,6 +170,7 @@ class Plan:
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("clip", self.clip <= client.clip, client.clip),
             ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
+            ("bits", self.bits >= client.bits, client.bits),
             ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
             ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
             ("local_steps", self.local_steps <= own.training.steps, own.training.steps),

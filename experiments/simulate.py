@@ -74,7 +74,7 @@ def simulate(
         progress.say("measuring base, shared and personal models on held-out records")
         with _measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
-    report.write(folder, measured(folder, config))
+    report.write(folder, measured(folder))
     progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
 
@@ -123,7 +123,7 @@ def _enrol(folder: Path, users: Sequence[str]) -> None:
     write_directory(folder / DIRECTORY, Directory(known, closed=True))
 
 
-def measured(folder: Path, config: Config) -> dict[str, Any]:
+def measured(folder: Path) -> dict[str, Any]:
     """What only the run itself could see: time, memory, bytes, versions."""
     kept = _read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
@@ -137,7 +137,7 @@ def measured(folder: Path, config: Config) -> dict[str, Any]:
             "evaluation": evaluated,
         },
         "peak_rss_bytes": int(kept.get("peak_rss_bytes", 0)),
-        "upload_bytes_per_client_round": -(-dimension * config.privacy.client.bits // 8),
+        "upload_bytes_per_client_round": int(kept.get("upload_bytes", 0)),
         "dimension": dimension,
         "versions": {
             "python": sys.version.split()[0],

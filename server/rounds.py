@@ -39,6 +39,7 @@ from ..common.encoding import (
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
 from ..common.files import append_line, read_lines, write_atomic
 from ..common.plan import Plan
+from ..common.rotation import flat_bound, unrotate
 from . import aggregation, checkpoint, masking
 from .cohort import draw
 
@@ -47,6 +48,7 @@ __all__ = ["Reply", "make_plan", "masked_sum", "run_rounds"]
 Vector = NDArray[np.float32]
 
 LOG = "rounds.jsonl"
+FINE_ROUNDING, FINE_VARIANCE = 1.01, 2.0**21
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     survivors = allowed.smallest_sum(cohort) if masked else 0
     colluders = allowed.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
-    grid, deviation = _grid(client, cohort, shares, len(adapter))
+    sizing = size(client, cohort, shares, len(adapter))
     return Plan(
         run=run,
         round=number,
@@ -146,10 +148,11 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         start=hashlib.sha256(adapter.tobytes()).hexdigest(),
         cohort=cohort,
         clip=client.clip,
-        step=grid.step,
-        bits=grid.bits,
+        step=sizing.grid.step,
+        bits=sizing.grid.bits,
+        rotated=sizing.rotated,
         noise_at=noise_at,
-        variance=deviation**2,
+        variance=sizing.deviation**2,
         survivors=survivors,
         colluders=colluders,
         learning_rate=config.training.learning_rate,
@@ -161,28 +164,73 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     )
 
 
-def _grid(
-    client: ClientPrivacySettings, cohort: int, shares: int, dimension: int
-) -> tuple[Grid, float]:
-    """The finest grid on which the noised sum cannot wrap, and one adder's noise on it.
+@dataclass(frozen=True)
+class Sizing:
+    """How contributions are encoded: the grid, one adder's noise in its steps, flattened or not."""
+
+    grid: Grid
+    deviation: float
+    rotated: bool
+
+
+def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int) -> Sizing:
+    """The grid for a round; `shares` adders together carry the full noise.
+
+    With `privacy.client.bits = 0` the smallest modulus is taken on which rounding lengthens a
+    contribution by at most 1 % and the noise is fine enough to be told from Gaussian noise only by
+    a log-likelihood ratio below 0.01; with a rotation where that saves bits.
+
+    Raises:
+        ConfigError: the modulus is too small for this cohort, clip and noise.
+    """
+    refused = ConfigError("no modulus was tried")
+    for bits in [client.bits] if client.bits else range(16, 33):
+        fitting = []
+        for rotated in (False, True):
+            try:
+                fitting.append(_sized(client, cohort, shares, dimension, bits, rotated))
+            except ConfigError as error:
+                refused = error
+        # a rotation must earn its place with a finer grid
+        fitting.sort(key=lambda sizing: (sizing.grid.step, sizing.rotated))
+        if fitting and (client.bits or bits == 32):
+            return fitting[0]
+        fine = [sizing for sizing in fitting if _fine(client, shares, dimension, sizing)]
+        if fine:
+            return min(fine, key=lambda sizing: sizing.rotated)
+    raise refused
+
+
+def _fine(client: ClientPrivacySettings, shares: int, dimension: int, sizing: Sizing) -> bool:
+    longer = rounded_sensitivity(client.clip, sizing.grid.step, dimension)[0] * sizing.grid.step
+    noise_is_fine = not sizing.deviation or shares * sizing.deviation**2 >= FINE_VARIANCE
+    return longer <= FINE_ROUNDING * client.clip and noise_is_fine
+
+
+def _sized(
+    client: ClientPrivacySettings,
+    cohort: int,
+    shares: int,
+    dimension: int,
+    bits: int,
+    rotated: bool,
+) -> Sizing:
+    """The finest grid mod 2**bits on which the noised sum cannot wrap.
 
     One client's noise is measured against its norm after rounding, which is larger than the clip
     by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
-    `shares` adders together carry the full noise: the honest ones of the smallest accepted sum.
-
-    Returns:
-        The grid, and the standard deviation of the noise one adder adds, in its steps.
     """
     multiplier = client.noise_multiplier / shares**0.5 if client.enabled else 0.0
     adders = 1 if client.noise_at == "server" else cohort
+    largest = flat_bound(client.clip, dimension) if rotated else client.clip
     norm = client.clip
     while True:
         total = multiplier * norm * adders**0.5
-        grid = choose_grid(client.clip, total, cohort, dimension, client.bits)
+        grid = choose_grid(client.clip, total, cohort, dimension, bits, largest)
         l2 = rounded_sensitivity(client.clip, grid.step, dimension)[0]
-        largest = adders * math.ceil(NOISE_DEVIATIONS * multiplier * l2 + NOISE_EXTRA)
-        if cannot_wrap(grid, client.clip, largest, cohort):
-            return grid, multiplier * l2
+        noisiest = adders * math.ceil(NOISE_DEVIATIONS * multiplier * l2 + NOISE_EXTRA)
+        if cannot_wrap(grid, largest, noisiest, cohort):
+            return Sizing(grid, multiplier * l2, rotated)
         norm = l2 * grid.step
 
 
@@ -296,9 +344,9 @@ def _noised_mean(
         source = noise.source(test_seed, f"server round {plan.round}")
         drawn = noise.skellam(noise.skellam_table(plan.variance), len(total), source)
         total = total + wrap(drawn, plan.bits)
-    return (
-        decode(unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits), plan.step) / plan.cohort
-    )
+    integers = unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits)
+    mean = decode(integers, plan.step) / plan.cohort
+    return unrotate(mean, plan.start) if plan.rotated else mean
 
 
 def _refuse_overflow(number: int, adapter: Vector) -> None:
