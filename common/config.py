@@ -198,8 +198,8 @@ class Config(_Settings):
             )
         if 0 < self.privacy.client.bits < 12:
             raise ValueError(
-                f"privacy.client.bits = {self.privacy.client.bits}: expected 12 to 32, or 0 to have "
-                "the smallest modulus chosen that costs next to nothing"
+                f"privacy.client.bits = {self.privacy.client.bits}: expected 12 to 32, or 0 for "
+                "the smallest modulus that costs next to nothing"
             )
         if self.head.in_the_loop and self.privacy.example.enabled:
             raise ValueError(
