@@ -40,7 +40,7 @@ MOST_DIMENSION = 1 << 28
 SECRECY = 40.0
 """Bits: a graph with more than a 2^-40 chance of failing is refused by every policy."""
 
-_FEWEST_NEIGHBOURS = 20
+_FEWEST_NEIGHBOURS = 16
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def default_threshold(degree: int) -> int:
 def default_degree(participants: int, colluding: float = 0.1, dropping: float = 0.1) -> int:
     """Neighbours of each participant: the fewest, even, that keep both failures rare.
 
-    Everybody up to 21 participants, 20 at 50, 32 at 100, 122 at 1,000, then it grows with the
-    logarithm. Never fewer than 20, so that a third of the holders is more than a handful.
+    Everybody up to 17 participants, 16 at 50, 30 at 100, 124 at 1,000; from there it grows with
+    the logarithm. Never fewer than 16, so that a third of the holders is more than a handful.
 
     Args:
         participants: on the roster.

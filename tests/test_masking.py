@@ -87,8 +87,9 @@ def test_at_a_threshold_of_half_there_is_no_secrecy():
 
 
 def test_small_cohorts_are_complete_and_large_ones_grow_slowly():
-    assert [default_degree(n) for n in (2, 10, 21)] == [1, 9, 20]
-    assert [default_degree(n) for n in (50, 100, 1000, 10000)] == [20, 30, 124, 160]
+    assert [default_degree(n) for n in (2, 10, 17)] == [1, 9, 16]
+    assert all(default_degree(n) <= 13 * math.log2(n) for n in range(2, 16385, 13))
+    assert [default_degree(n) for n in (50, 100, 1000, 10000)] == [16, 30, 124, 160]
 
 
 def test_policies_that_show_one_person_are_refused():
@@ -112,7 +113,7 @@ def test_terms_below_the_policy_are_refused_with_the_field_named():
     [
         (9, 8, 6, "9 participants"),
         (2, 1, 1, "2 participants"),
-        (100, 18, 13, "18 neighbours"),
+        (100, 14, 10, "14 neighbours"),
         (100, 31, 22, "31 neighbours"),
         (100, 22, 16, "22 neighbours and threshold 16 .* 12 bits"),
         (10, 8, 6, "8 neighbours"),
