@@ -94,9 +94,10 @@ class Party:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The roster, as this device has checked it."""
+    """What is kept of the roster once it is checked: the entries of this device's holders."""
 
-    entries: tuple[Entry, ...]
+    entries: Mapping[int, Entry]
+    participants: int
     digest: bytes
     threshold: int
     position: int
@@ -289,7 +290,8 @@ def _find_self(state: Announced, roster: Roster) -> Cohort:
     position = roster.entries.index(own)
     found = roster.digest(party.terms)
     beside = neighbours(found, len(roster.entries), roster.degree, position)
-    return Cohort(roster.entries, found, roster.threshold, position, tuple(beside))
+    holders = {at: roster.entries[at] for at in (*beside, position)}
+    return Cohort(holders, len(roster.entries), found, roster.threshold, position, tuple(beside))
 
 
 def _refuse_unsigned(party: Party, cohort: Cohort, roster: Roster) -> None:
@@ -465,14 +467,14 @@ def confirm(state: State, message: bytes) -> tuple[Confirmed, bytes]:
     """
     state = _in_phase(state, Masked, "confirm survivors")
     party, cohort = state.party, state.cohort
-    survivors = messages.decode_survivors(message, party.terms, len(cohort.entries))
+    survivors = messages.decode_survivors(message, party.terms, cohort.participants)
     _refuse_overlap(party, survivors)
     _refuse_own_absence(party, cohort, survivors)
     _refuse_few_survivors(party, survivors)
     _refuse_unheld(party, cohort, state.held, survivors)
     _refuse_few_alive_holders(party, cohort, survivors)
     signature = party.identity.sign(
-        survivors.signed(party.terms, cohort.digest, len(cohort.entries))
+        survivors.signed(party.terms, cohort.digest, cohort.participants)
     )
     answer = messages.encode_confirmation(party.terms, party.client, signature)
     return Confirmed(party, cohort, state.held, survivors), answer
@@ -548,7 +550,7 @@ def unmask(state: State, message: bytes) -> tuple[Finished, bytes]:
 def _refuse_unconfirmed(
     party: Party, cohort: Cohort, survivors: Survivors, signatures: Mapping[int, bytes]
 ) -> None:
-    signed = survivors.signed(party.terms, cohort.digest, len(cohort.entries))
+    signed = survivors.signed(party.terms, cohort.digest, cohort.participants)
     expected = survivors.alive & set(cohort.neighbours)
     for position, signature in signatures.items():
         if position not in expected:

@@ -40,7 +40,7 @@ _FINEST_NOISE = 2.0**17
 _FINEST_CLIP = 2.0**24
 _MOST_REDRAWS = 1000
 # Numbers transposed at a time; a multiple of 64, small enough for the cache.
-_PACK_CHUNK = 1 << 15
+_PACK_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -257,20 +257,24 @@ def pack(residues: NDArray[np.uint32], bits: int) -> bytes:
     if residues.size and int(residues.max()) >> bits:
         raise ProtocolError(f"Every residue must be below 2^{bits} to be packed; wrap them first.")
     per, words = 64 // math.gcd(bits, 64), bits // math.gcd(bits, 64)
-    groups = -(-residues.size // per)
-    packed = np.zeros((groups, words), dtype="<u8")
-    for start in range(0, groups, _PACK_CHUNK // per):
+    groups, step = -(-residues.size // per), _PACK_CHUNK // per
+    packed = np.empty((groups, words), dtype="<u8")
+    # one set of buffers: fresh ones would cost more than the work
+    columns, lines = np.zeros((per, step), np.uint64), np.empty((words, step), np.uint64)
+    moved = np.empty(step, np.uint64)
+    for start in range(0, groups, step):
         part = residues[start * per :][:_PACK_CHUNK]
-        padded = np.zeros((-(-part.size // per), per), dtype=np.uint64)
-        padded.reshape(-1)[: part.size] = part
-        columns = np.ascontiguousarray(padded.T)
-        lines = np.zeros((words, columns.shape[1]), dtype=np.uint64)
+        size = -(-part.size // per)
+        if part.size % per:
+            part = np.concatenate((part, np.zeros(per - part.size % per, np.uint32)))
+        np.copyto(columns[:, :size], part.reshape(size, per).T)
+        lines[:] = 0
         for at, column in enumerate(columns):
             word, shift = divmod(at * bits, 64)
-            lines[word] |= column << np.uint64(shift)
+            lines[word] |= np.left_shift(column, np.uint64(shift), out=moved)
             if shift + bits > 64:
-                lines[word + 1] |= column >> np.uint64(64 - shift)
-        packed[start : start + lines.shape[1]] = lines.T
+                lines[word + 1] |= np.right_shift(column, np.uint64(64 - shift), out=moved)
+        packed[start : start + size] = lines[:, :size].T
     return packed.tobytes()[: -(-residues.size * bits // 8)]
 
 

@@ -16,8 +16,9 @@ from .keys import Secret
 
 __all__ = ["add_masks", "keystream"]
 
-# 512 KiB of keystream: measured fastest from 64 Ki words on, and small beside a vector.
-_CHUNK = 1 << 17
+# 256 KiB of vector and as much of keystream stay in the cache while every mask is added: 0.62 ms a
+# million words where 0.53 ms is the cipher's own; half and twice the size are slower.
+_CHUNK = 1 << 16
 
 
 def add_masks(
@@ -39,15 +40,15 @@ def add_masks(
         raise ConfigError(f"masks need a flat contiguous uint32 vector, got {vector.dtype}")
     size = min(_CHUNK, vector.size)
     # little-endian words on every machine
-    zeros, buffer = bytes(4 * size), bytearray(4 * size)
+    zeros, buffer = memoryview(bytes(4 * size)), bytearray(4 * size)
     words = np.frombuffer(buffer, dtype="<u4")
-    for operation, seeds in ((np.add, added), (np.subtract, removed)):
-        for seed in seeds:
-            stream = _stream(seed)
-            for start in range(0, vector.size, _CHUNK):
-                part = vector[start : start + _CHUNK]
-                stream.update_into(memoryview(zeros)[: 4 * part.size], buffer)
-                operation(part, words[: part.size], out=part)
+    streams = [(np.add, _stream(seed)) for seed in added]
+    streams += [(np.subtract, _stream(seed)) for seed in removed]
+    for start in range(0, vector.size, _CHUNK):
+        part = vector[start : start + _CHUNK]
+        for operation, stream in streams:
+            stream.update_into(zeros[: 4 * part.size], buffer)
+            operation(part, words[: part.size], out=part)
 
 
 def _stream(seed: Secret, counter: bytes = bytes(16)) -> CipherContext:

@@ -23,11 +23,13 @@ from .keystream import keystream
 
 __all__ = [
     "MOST_PARTICIPANTS",
+    "SECRECY",
     "MaskingPolicy",
     "Terms",
     "default_degree",
     "default_threshold",
     "neighbours",
+    "secrecy_bits",
 ]
 
 MOST_PARTICIPANTS = 1 << 14
@@ -35,7 +37,10 @@ MOST_PARTICIPANTS = 1 << 14
 
 MOST_DIMENSION = 1 << 28
 
-_DEGREE_FACTOR = 12.0
+SECRECY = 40.0
+"""Bits: a graph with more than a 2^-40 chance of failing is refused by every policy."""
+
+_FEWEST_NEIGHBOURS = 16
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,73 @@ class Terms:
         return -(-self.dimension * self.bits // 8)
 
 
-def default_degree(participants: int) -> int:
-    """Neighbours of each participant: everybody in a small cohort, then 12 log2 n, even.
-
-    **Guarantee**: with a tenth of the participants colluding and thresholds of two thirds, the
-    chance that any honest participant has so many colluding holders that the server could open
-    both of its secrets (twice the threshold, less the holders) is below 2^-36 for every cohort up
-    to 16,384; as large is the chance that a tenth dropping out voids the round. A test computes
-    both from the hypergeometric law. The neighbours must not be the server's choice for this; see
-    `docs/masking.md`.
-    """
-    most = participants - 1
-    wanted = 2 * math.ceil(_DEGREE_FACTOR * math.log2(max(participants, 2)) / 2)
-    return most if wanted >= most else wanted
-
-
 def default_threshold(degree: int) -> int:
     """Two thirds of the holders, rounded up."""
     return -(-2 * (degree + 1) // 3)
+
+
+@functools.lru_cache(maxsize=256)
+def default_degree(participants: int, colluding: float = 0.1, dropping: float = 0.1) -> int:
+    """Neighbours of each participant: the fewest, even, that keep both failures rare.
+
+    Everybody up to 17 participants, 16 at 50, 30 at 100, 124 at 1,000; from there it grows with
+    the logarithm. Never fewer than 16, so that a third of the holders is more than a handful.
+
+    Args:
+        participants: on the roster.
+        colluding: largest fraction of them that works with the server.
+        dropping: largest fraction of them that may be lost.
+
+    **Guarantee**: with `default_threshold`, `secrecy_bits` is at least 40, and the chance that
+    losses void the round is below 2^-20.
+    """
+    most = participants - 1
+    for degree in range(_FEWEST_NEIGHBOURS, most, 2):
+        threshold = default_threshold(degree)
+        few = degree + 1 - threshold + 1
+        lost = _bits(participants, int(dropping * participants), degree, few)
+        if lost >= 20.0 and secrecy_bits(participants, degree, threshold, colluding) >= SECRECY:
+            return degree
+    return most
+
+
+def secrecy_bits(participants: int, degree: int, threshold: int, colluding: float) -> float:
+    """-log2 of the chance that a server could open both secrets of any honest participant.
+
+    It can when, of some participant's holders, at least twice the threshold less the number of
+    holders collude: then honest holders who believe that it lives, and others who believe that it
+    dropped, are enough with them for each threshold.
+
+    Args:
+        participants: on the roster; `colluding` times as many, rounded down, collude.
+        degree: neighbours, drawn without the server's influence (see `docs/masking.md`).
+        threshold: of the degree + 1 holders.
+        colluding: a fraction.
+
+    Returns:
+        Infinity where it is impossible. A union bound over the participants.
+    """
+    needed = max(2 * threshold - (degree + 1), 0)
+    return _bits(participants, int(colluding * participants), degree, needed)
+
+
+def _bits(participants: int, marked: int, drawn: int, least: int) -> float:
+    """-log2 of participants times P[at least `least` marked among the `drawn` neighbours]."""
+    others = participants - 1
+    marked = min(marked, others)
+    low, high = max(least, drawn - (others - marked)), min(marked, drawn)
+    if low > high:
+        return math.inf
+    every = _log_choose(others, drawn)
+    total = math.fsum(
+        math.exp(_log_choose(marked, i) + _log_choose(others - marked, drawn - i) - every)
+        for i in range(low, high + 1)
+    )
+    return -math.log2(total * participants) if total > 0.0 else math.inf
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def neighbours(roster_digest: bytes, participants: int, degree: int, position: int) -> list[int]:
@@ -156,12 +210,15 @@ class MaskingPolicy:
         smallest_survivors: vectors in a sum.
         smallest_threshold: as a fraction of the holders, above one half.
         smallest_bits: of the modulus.
+        colluding: fraction of the participants that may work with the server; the neighbour graph
+            must be dense enough for it.
     """
 
     smallest_cohort: int = 10
     smallest_survivors: int = 7
     smallest_threshold: float = 2 / 3
     smallest_bits: int = 8
+    colluding: float = 0.1
 
     def __post_init__(self) -> None:
         if self.smallest_cohort < 3 or self.smallest_survivors < 2:
@@ -174,6 +231,10 @@ class MaskingPolicy:
             raise ConfigError(
                 "masking policy: smallest_threshold must be above 0.5 and at most 1, got "
                 f"{self.smallest_threshold}: at one half a server opens both secrets of a client"
+            )
+        if not 0.0 <= self.colluding < 1.0:
+            raise ConfigError(
+                f"masking policy: colluding must be at least 0 and below 1, got {self.colluding}"
             )
 
     def refuse_terms(self, terms: Terms) -> None:
@@ -201,8 +262,8 @@ class MaskingPolicy:
             ProtocolError: the cohort, the degree or the threshold is too small, or impossible.
         """
         self._refuse_small(participants)
-        self._refuse_sparse(participants, degree)
-        self._refuse_threshold(degree, threshold)
+        self._refuse_threshold(participants, degree, threshold)
+        self._refuse_sparse(participants, degree, threshold)
 
     def _refuse_small(self, participants: int) -> None:
         if participants < self.smallest_cohort:
@@ -211,18 +272,26 @@ class MaskingPolicy:
                 f"{self.smallest_cohort}"
             )
 
-    def _refuse_sparse(self, participants: int, degree: int) -> None:
-        least = default_degree(participants)
-        if not least <= degree < participants or (degree % 2 and degree != participants - 1):
+    def _refuse_sparse(self, participants: int, degree: int, threshold: int) -> None:
+        everybody = degree == participants - 1
+        if not (everybody or (_FEWEST_NEIGHBOURS <= degree < participants and degree % 2 == 0)):
             raise ProtocolError(
                 f"the roster gives each of {participants} participants {degree} neighbours, "
-                f"expected an even number from {least}, or {participants - 1} (everybody)"
+                f"expected {participants - 1} (everybody) or an even number from "
+                f"{_FEWEST_NEIGHBOURS}"
+            )
+        bits = secrecy_bits(participants, degree, threshold, self.colluding)
+        if bits < SECRECY:
+            raise ProtocolError(
+                f"{degree} neighbours and threshold {threshold} among {participants} participants, "
+                f"of whom {self.colluding:.0%} collude, give {bits:.0f} bits of secrecy, this "
+                f"device asks for {SECRECY:.0f}"
             )
 
-    def _refuse_threshold(self, degree: int, threshold: int) -> None:
+    def _refuse_threshold(self, participants: int, degree: int, threshold: int) -> None:
         least = math.ceil(self.smallest_threshold * (degree + 1) - 1e-9)
-        if not least <= threshold <= degree + 1:
+        if not 0 < least <= threshold <= degree + 1 <= participants:
             raise ProtocolError(
-                f"the roster has threshold {threshold} for {degree + 1} holders, this device asks "
-                f"for {least} to {degree + 1}"
+                f"the roster has threshold {threshold} for {degree + 1} holders out of "
+                f"{participants}, this device asks for {least} to {degree + 1}"
             )

@@ -39,7 +39,7 @@ def terms(**changes: Any) -> Terms:
 
 def vector(number: int, its: Terms) -> np.ndarray:
     top = (1 << its.bits) - 1
-    return np.array([top - number * i for i in range(its.dimension)], dtype=np.uint32)
+    return np.array([(top - number * i) & top for i in range(its.dimension)], dtype=np.uint32)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from privet.common.masking import (
     default_degree,
     default_threshold,
     neighbours,
+    secrecy_bits,
 )
 
 from .masking_party import terms
@@ -60,29 +61,40 @@ def log2_tail(population: int, marked: int, drawn: int, least: int) -> float:
     return math.log2(ways) - math.log2(math.comb(population, drawn)) if ways else -math.inf
 
 
-@pytest.mark.parametrize("participants", [10, 50, 77, 100, 300, 500, 1000, 2000, 4000, 9000, 16384])
+@pytest.mark.parametrize("participants", [3, 10, 21, 50, 77, 100, 300, 1000, 4000, 16384])
 def test_the_default_graph_keeps_both_failures_below_their_bound(participants):
     degree = default_degree(participants)
     holders, threshold = degree + 1, default_threshold(degree)
     tenth = participants // 10
     both_secrets_open = log2_tail(participants - 1, tenth, degree, 2 * threshold - holders)
     too_few_left = log2_tail(participants - 1, tenth, degree, holders - threshold + 1)
-    assert max(both_secrets_open, too_few_left) + math.log2(participants) < -36
-    # half as many neighbours would not do
-    if participants >= 1000:
-        half = degree // 2
-        faulty = 2 * default_threshold(half) - (half + 1)
-        assert log2_tail(participants - 1, tenth, half, faulty) + math.log2(participants) > -36
+    assert both_secrets_open + math.log2(participants) <= -40
+    assert too_few_left + math.log2(participants) <= -20
 
 
-def test_the_degree_grows_with_the_logarithm():
-    assert [default_degree(n) for n in (2, 10, 50, 77)] == [1, 9, 49, 76]
-    assert [default_degree(n) for n in (100, 1000, 10000)] == [80, 120, 160]
+@given(st.integers(3, 400), st.integers(2, 40), st.floats(0.0, 0.9), st.data())
+def test_the_bits_of_secrecy_are_the_hypergeometric_tail(participants, degree, colluding, data):
+    degree = min(degree, participants - 1)
+    threshold = data.draw(st.integers(degree // 2 + 1, degree + 1))
+    colluders = min(int(colluding * participants), participants - 1)
+    exact = log2_tail(participants - 1, colluders, degree, 2 * threshold - degree - 1)
+    found = secrecy_bits(participants, degree, threshold, colluding)
+    assert found == pytest.approx(-exact - math.log2(participants), abs=1e-6)
+
+
+def test_at_a_threshold_of_half_there_is_no_secrecy():
+    assert secrecy_bits(100, 39, 20, 0.0) < 0
+
+
+def test_small_cohorts_are_complete_and_large_ones_grow_slowly():
+    assert [default_degree(n) for n in (2, 10, 17)] == [1, 9, 16]
+    assert all(default_degree(n) <= 13 * math.log2(n) for n in range(2, 16385, 13))
+    assert [default_degree(n) for n in (50, 100, 1000, 10000)] == [16, 30, 124, 160]
 
 
 def test_policies_that_show_one_person_are_refused():
     for wrong in ({"smallest_cohort": 2}, {"smallest_survivors": 1}, {"smallest_threshold": 0.5},
-                  {"smallest_threshold": 1.1}):  # fmt: skip
+                  {"smallest_threshold": 1.1}, {"colluding": 1.0}):  # fmt: skip
         with pytest.raises(ConfigError, match="masking policy"):
             MaskingPolicy(**wrong)
 
@@ -101,12 +113,14 @@ def test_terms_below_the_policy_are_refused_with_the_field_named():
     [
         (9, 8, 6, "9 participants"),
         (2, 1, 1, "2 participants"),
-        (10, 8, 7, "8 neighbours"),
-        (100, 78, 60, "78 neighbours"),
-        (100, 81, 60, "81 neighbours"),
-        (10, 10, 7, "10 neighbours"),
+        (100, 14, 10, "14 neighbours"),
+        (100, 31, 22, "31 neighbours"),
+        (100, 22, 16, "22 neighbours and threshold 16 .* 12 bits"),
+        (10, 8, 6, "8 neighbours"),
+        (10, 10, 8, "threshold 8 for 11 holders out of 10"),
         (10, 9, 6, "threshold 6"),
         (10, 9, 1, "threshold 1 "),
+        (10, 9, 0, "threshold 0 "),
         (10, 9, 11, "threshold 11"),
     ],
 )
