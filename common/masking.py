@@ -152,7 +152,7 @@ class MaskingPolicy:
     """What a device's owner insists on, whatever a server asks for.
 
     Attributes:
-        smallest_cohort: participants on a roster.
+        smallest_cohort, largest_cohort: participants on a roster.
         smallest_survivors: vectors in a sum.
         smallest_threshold: as a fraction of the holders, above one half.
         smallest_bits: of the modulus.
@@ -162,6 +162,7 @@ class MaskingPolicy:
     smallest_survivors: int = 7
     smallest_threshold: float = 2 / 3
     smallest_bits: int = 8
+    largest_cohort: int = MOST_PARTICIPANTS
 
     def __post_init__(self) -> None:
         if self.smallest_cohort < 3 or self.smallest_survivors < 2:
@@ -198,9 +199,11 @@ class MaskingPolicy:
         """Before any share is made.
 
         Raises:
-            ProtocolError: the cohort, the degree or the threshold is too small, or impossible.
+            ProtocolError: the cohort, the degree or the threshold is too small, or impossible; or
+                the cohort is larger than the one that colluders were counted in.
         """
         self._refuse_small(participants)
+        self._refuse_large(participants)
         self._refuse_sparse(participants, degree)
         self._refuse_threshold(degree, threshold)
 
@@ -209,6 +212,13 @@ class MaskingPolicy:
             raise ProtocolError(
                 f"the roster has {participants} participants, this device asks for at least "
                 f"{self.smallest_cohort}"
+            )
+
+    def _refuse_large(self, participants: int) -> None:
+        if participants > self.largest_cohort:
+            raise ProtocolError(
+                f"the roster has {participants} participants, the plan's cohort is "
+                f"{self.largest_cohort}"
             )
 
     def _refuse_sparse(self, participants: int, degree: int) -> None:
