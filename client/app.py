@@ -63,8 +63,8 @@ def phase(message: Message, context: Context) -> Message:
 
 
 def _recall(context: Context) -> Any:
-    """What this device itself kept after the phase before; None at the first."""
-    kept = context.state.get("masking")
+    """What this device itself kept after the phase before; None at the first. Once only."""
+    kept = context.state.pop("masking", None)
     return None if kept is None else pickle.loads(kept["state"])
 
 

@@ -30,7 +30,8 @@ CREATE TABLE release (
 CREATE TABLE head (client TEXT PRIMARY KEY, count INTEGER NOT NULL, hash TEXT NOT NULL) STRICT;
 CREATE TABLE outbox (client TEXT PRIMARY KEY, seq INTEGER NOT NULL, payload BLOB NOT NULL) STRICT;
 CREATE TABLE announced (
-    client TEXT PRIMARY KEY, run TEXT NOT NULL, attempt INTEGER NOT NULL) STRICT;
+    client TEXT NOT NULL, run TEXT NOT NULL, attempt INTEGER NOT NULL,
+    PRIMARY KEY (client, run)) STRICT;
 CREATE TABLE declined (
     client TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, reason TEXT NOT NULL,
     PRIMARY KEY (client, run, round)) STRICT;

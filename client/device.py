@@ -110,35 +110,46 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
 
     Returns:
         The bytes that leave, or None when the device declines. Why it declined stays in its own
-        ledger. A round asked again gets the same bytes again and costs nothing.
+        ledger. A round asked again gets the same bytes again and costs nothing. A plan with masks
+        is declined: its contributions carry a share of the noise each, too little to be seen alone.
     """
+    try:
+        if plan.masked:
+            raise ProtocolError(
+                f"round {plan.round}: the plan has each device add a share of the noise, and such "
+                "a contribution leaves under masks only; the server asked for it without"
+            )
+        return _answer(device, plan, start)
+    except (PrivacyError, ProtocolError) as refusal:
+        device.bench.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        return None
+
+
+def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
+    """The gate's bytes for this round, or why there are none."""
     bench, name = device.bench, device.name
     ledger, privacy = bench.ledger, bench.config.privacy
-    try:
-        plan.refuse_if_laxer(bench.config)
-        _refuse_other_start(plan, start)
-        kept = ledger.resend(name, plan.run, plan.round, plan.digest)
-        if kept is not None:
-            return kept
-        # a device that may not release does not train either
-        ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
-        seed = bench.config.insecure_test_seed
-        label = f"{name} round {plan.round}"
-        delta = train(
-            bench.trainer,
-            start,
-            device.records(),
-            plan,
-            batches=_batches(seed, label),
-            source=noise.source(seed, f"{label} training"),
-        )
-        layout = bench.trainer.adapter.layout.digest
-        return release(
-            delta, layout, plan, name, ledger, privacy, noise.source(seed, f"{label} release")
-        )
-    except (PrivacyError, ProtocolError) as refusal:
-        ledger.decline(name, plan.run, plan.round, str(refusal))
-        return None
+    plan.refuse_if_laxer(bench.config)
+    _refuse_other_start(plan, start)
+    kept = ledger.resend(name, plan.run, plan.round, plan.digest)
+    if kept is not None:
+        return kept
+    # a device that may not release does not train either
+    ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
+    seed = bench.config.insecure_test_seed
+    label = f"{name} round {plan.round}"
+    delta = train(
+        bench.trainer,
+        start,
+        device.records(),
+        plan,
+        batches=_batches(seed, label),
+        source=noise.source(seed, f"{label} training"),
+    )
+    layout = bench.trainer.adapter.layout.digest
+    return release(
+        delta, layout, plan, name, ledger, privacy, noise.source(seed, f"{label} release")
+    )
 
 
 def masked_phase(
@@ -165,6 +176,8 @@ def masked_phase(
     """
     bench = device.bench
     try:
+        if not plan.masked:
+            raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
         terms = plan.terms(bench.trainer.adapter.layout.dimension)
@@ -188,13 +201,14 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     bench, name = device.bench, device.name
     plan.refuse_if_laxer(bench.config)
     privacy, dimension = bench.config.privacy, bench.trainer.adapter.layout.dimension
-    if bench.ledger.resend(name, plan.run, plan.round, plan.digest) is None:
+    if not _answered(device, plan):
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
         bench.ledger.check(name, cost, budgets(privacy), privacy.delta)
     own = bench.config.masking
     policy = MaskingPolicy(
         smallest_cohort=own.smallest_cohort,
+        largest_cohort=plan.cohort,  # of more, the plan's colluders would be too few
         smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
         smallest_bits=bench.config.privacy.client.bits,
     )
@@ -205,19 +219,22 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """The gate's integers, to be masked.
+    """The gate's integers, to be masked."""
+    _answered(device, plan)
+    return unpack(_answer(device, plan, start), len(start), plan.bits)
+
+
+def _answered(device: Device, plan: Plan) -> bool:
+    """Whether this device has released this round; with a test seed only it may do so again.
 
     The same contribution is never masked twice: two sums over different survivors would differ by
-    single contributions. Only a test seed, which protects nobody, repeats a round.
+    single contributions. A test seed, which protects nobody, repeats a round.
     """
     bench = device.bench
     kept = bench.ledger.resend(device.name, plan.run, plan.round, plan.digest)
     if kept is not None and bench.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
-    payload = take_part(device, plan, start)
-    if payload is None:
-        raise PrivacyError(f"round {plan.round}: nothing to mask")
-    return unpack(payload, len(start), plan.bits)
+    return kept is not None
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

@@ -206,7 +206,7 @@ class MaskingPolicy:
     """What a device's owner insists on, whatever a server asks for.
 
     Attributes:
-        smallest_cohort: participants on a roster.
+        smallest_cohort, largest_cohort: participants on a roster.
         smallest_survivors: vectors in a sum.
         smallest_threshold: as a fraction of the holders, above one half.
         smallest_bits: of the modulus.
@@ -219,6 +219,7 @@ class MaskingPolicy:
     smallest_threshold: float = 2 / 3
     smallest_bits: int = 8
     colluding: float = 0.1
+    largest_cohort: int = MOST_PARTICIPANTS
 
     def __post_init__(self) -> None:
         if self.smallest_cohort < 3 or self.smallest_survivors < 2:
@@ -259,9 +260,11 @@ class MaskingPolicy:
         """Before any share is made.
 
         Raises:
-            ProtocolError: the cohort, the degree or the threshold is too small, or impossible.
+            ProtocolError: the cohort, the degree or the threshold is too small, or impossible; or
+                the cohort is larger than the one that colluders were counted in.
         """
         self._refuse_small(participants)
+        self._refuse_large(participants)
         self._refuse_threshold(participants, degree, threshold)
         self._refuse_sparse(participants, degree, threshold)
 
@@ -270,6 +273,13 @@ class MaskingPolicy:
             raise ProtocolError(
                 f"the roster has {participants} participants, this device asks for at least "
                 f"{self.smallest_cohort}"
+            )
+
+    def _refuse_large(self, participants: int) -> None:
+        if participants > self.largest_cohort:
+            raise ProtocolError(
+                f"the roster has {participants} participants, the plan's cohort is "
+                f"{self.largest_cohort}"
             )
 
     def _refuse_sparse(self, participants: int, degree: int, threshold: int) -> None:

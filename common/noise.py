@@ -30,6 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ConfigError
+from .keys import Secret
+from .keystream import keystream
 
 __all__ = [
     "Closeness",
@@ -68,11 +70,15 @@ class Source(Protocol):
 
 
 class SystemSource:
-    """The operating system's cryptographic generator."""
+    """The operating system's cryptographic generator, stretched by AES-256-CTR.
+
+    A fresh key from `os.urandom` for each call; a tenth of the time of drawing every word there.
+    """
 
     def words(self, count: int) -> NDArray[np.uint64]:
-        """Draw words from `os.urandom`."""
-        return np.frombuffer(os.urandom(8 * count), dtype="<u8").astype(np.uint64, copy=False)
+        """Draw words: the keystream of a key that is forgotten at once."""
+        key = Secret(os.urandom(32))
+        return keystream(key, 2 * count).astype("<u4", copy=False).view("<u8")
 
     def __repr__(self) -> str:
         return "SystemSource()"

@@ -86,7 +86,7 @@ def _lost(config: Config, message: Message, client: int) -> Loss | None:
     kind = message.metadata.message_type.partition(".")[2]
     if not config.simulation.dropout or kind == "hello":
         return None
-    phases = PHASES if "distributed" in config.privacy.client.noise_at else ("round",)
+    phases = ("round",) if kind == "round" else PHASES
     number = int(message.content["plan"]["round"])
     rng = np.random.default_rng([config.data.seed, number, client])
     if rng.random() >= config.simulation.dropout:

@@ -92,21 +92,23 @@ def enrolled(grid: Grid, clients: int, timeout_s: float) -> Mapping[int, int]:
 
 
 def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
-    """Send all, yield replies as they arrive; a failed or late client is named and left out."""
+    """Send all, yield replies as they arrive; failed and late clients are counted and left out."""
     limit = time.monotonic() + timeout_s
     waiting = set(grid.push_messages(messages))
+    failed: list[str] = []
     while waiting and time.monotonic() < limit:
         arrived = 0
         for message in grid.pull_messages(waiting):
             arrived += 1
             waiting.discard(message.metadata.reply_to_message_id)
             if message.has_error():
-                node, reason = message.metadata.src_node_id, message.error.reason
-                logger.warning("node %d failed and is left out: %s", node, reason)
+                failed.append(message.error.reason)
             else:
                 yield message
         if not arrived:
             time.sleep(POLL_S)
+    if failed:
+        logger.warning("%d nodes failed and are left out; the first: %s", len(failed), failed[0])
     if waiting:
         logger.warning("%d nodes did not answer within %g s", len(waiting), timeout_s)
 
