@@ -304,7 +304,7 @@ def _made(summary: Facts) -> str:
         ["adapter", f"{adapter['family']}, {_number(adapter['dimension'])} numbers"],
         ["clients", f"{summary['clients']:,}, {summary['cohort']:,} asked in a round"],
         ["rounds", f"{summary['rounds']} of {summary['rounds_planned']}"],
-        ["upload", f"{_number(summary['upload_bytes_per_client_round'])} bytes a client and round"],
+        ["upload", _upload(summary)],
         ["time", ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())],
         ["peak memory", _megabytes(summary["peak_rss_bytes"])],
         ["versions", ", ".join(f"{k} {v}" for k, v in (summary["versions"] or {}).items())],
@@ -312,6 +312,12 @@ def _made(summary: Facts) -> str:
     known = [row for row in rows if row[1]]
     note = "<p>Every epsilon was computed from the devices' ledgers, whose chains verify.</p>"
     return note + _table(["", ""], known, "")
+
+
+def _upload(summary: Facts) -> str:
+    total, numbers = summary["upload_bytes_per_client_round"], summary["adapter"]["dimension"]
+    said = f"{_number(total)} bytes a client and round"
+    return f"{said}, {total / numbers:.3g} a number" if total and numbers else said
 
 
 def _number(value: float | None) -> str:
