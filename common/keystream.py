@@ -42,7 +42,7 @@ def add_masks(
     # little-endian words on every machine
     zeros, buffer = memoryview(bytes(4 * size)), bytearray(4 * size)
     words = np.frombuffer(buffer, dtype="<u4")
-    streams = [(np.add, _stream(seed)) for seed in added]
+    streams: list[tuple[np.ufunc, CipherContext]] = [(np.add, _stream(seed)) for seed in added]
     streams += [(np.subtract, _stream(seed)) for seed in removed]
     for start in range(0, vector.size, _CHUNK):
         part = vector[start : start + _CHUNK]
