@@ -46,4 +46,4 @@ def flat_bound(norm: float, dimension: int) -> float:
 def _signs(seed: str, count: int) -> NDArray[np.float64]:
     octets = hashlib.shake_256(f"privet rotation\0{seed}".encode()).digest(-(-count // 8))
     bits = np.unpackbits(np.frombuffer(octets, dtype=np.uint8))[:count]
-    return 1.0 - 2.0 * bits
+    return 1.0 - 2.0 * bits.astype(np.float64)
