@@ -47,7 +47,7 @@ def phase(message: Message, context: Context) -> Message:
     try:
         plan = Plan.from_dict(dict(message.content["plan"]))
         given = message.content.get("adapter")
-        start = None if given is None else given["vector"].numpy()
+        start: Any = None if given is None else given["vector"].numpy()
         device = Bench.open(run_folder(context)).device(number)
         if name == "round":
             vector = take_part(device, plan, start)

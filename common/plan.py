@@ -14,7 +14,7 @@ from typing import Any
 
 from .config import Config
 from .errors import ProtocolError
-from .masking import Terms
+from .masking import MOST_PARTICIPANTS, Terms
 from .noise import MAX_VARIANCE
 
 __all__ = ["VERSION", "Plan"]
@@ -32,7 +32,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "step": (5e-324, math.inf),
     "bits": (8, 32),
     "variance": (0, MAX_VARIANCE),
-    "survivors": (0, math.inf),
+    "survivors": (0, MOST_PARTICIPANTS),
     "colluders": (0, math.inf),
     "attempt": (1, 2**32 - 1),
     "learning_rate": (5e-324, math.inf),

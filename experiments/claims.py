@@ -14,6 +14,7 @@ from ..common.accounting import Charge
 from ..common.config import Config
 
 __all__ = [
+    "ADDERS",
     "Line",
     "assumptions",
     "from_training",
@@ -70,6 +71,7 @@ _PLACES = {
     "the server sees masked contributions and their sum, nothing else.",
     "server": "by the server, to the sum.",
 }
+ADDERS = {"device": "device", "distributed": "devices, each a share", "server": "server"}
 NO_AMPLIFICATION = (
     "none is claimed: the server chooses who takes part, so every participation counts in full"
 )
@@ -103,7 +105,7 @@ def headline(facts: Mapping[str, Any]) -> str:
     return (
         f"{subject} is protected with epsilon = {line['epsilon']:.2f} at delta = "
         f"{line['delta']:g} ({line['unit']}-level, {line['adjacency']}: "
-        f"{line['adjacency_means']}; noise added by the {line['noise_at']}) against "
+        f"{line['adjacency_means']}; noise added by the {ADDERS[line['noise_at']]}) against "
         f"{spoken(line['holds_against'])}."
     )
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from . import pictures
-from .claims import headline, line_name, main_line, spoken
+from .claims import ADDERS, headline, line_name, main_line, spoken
 from .report import interval_text, verdict
 from .style import style
 
@@ -65,7 +65,7 @@ def _opening(summary: Facts, privacy: Facts) -> str:
         seen = "everybody who sees what leaves the device"
         parts.append(
             f'<h1><span class="big">ε = {line["epsilon"]:.2f}</span> for each {who}, against '
-            f"{seen if line['noise_at'] == 'device' else outside}</h1>"
+            f"{outside if line['noise_at'] == 'server' else seen}</h1>"
         )
     else:
         parts.append("<h1>No privacy claim</h1>")
@@ -83,7 +83,7 @@ def _cards(privacy: Facts) -> str:
         f'<div class="card {line["unit"]}"><p>{escape(line_name(line))}</p>'
         f'<p class="figure">ε {line["epsilon"]:.2f}</p>'
         f"<p>δ {line['delta']:g} · {escape(line['adjacency'])} · noise by the "
-        f"{escape(line['noise_at'])}</p></div>"
+        f"{escape(ADDERS[line['noise_at']])}</p></div>"
         for line in privacy["lines"]
     ]
     return f'<div class="cards">{"".join(cards)}</div>'

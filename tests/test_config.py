@@ -49,8 +49,8 @@ def overridden(tmp_path, *overrides, text=""):
         ({"privacy": {"delta": 1}}, "privacy.delta = 1: expected less than 1"),
         ({"privacy": {"budget": {"client": -3}}}, "privacy.budget.client = -3: expected greater"),
         (
-            {"privacy": {"client": {"noise_at": "distributed"}}},
-            "privacy.client.noise_at = 'distributed': expected 'device' or 'server'",
+            {"privacy": {"client": {"noise_at": "cloud"}}},
+            "privacy.client.noise_at = 'cloud': expected 'device', 'distributed' or 'server'",
         ),
         (
             {"privacy": {"example": {"adjacency": "add"}}},

@@ -7,8 +7,9 @@ reply but `vector` must be byte for byte the same, and no other field may be the
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from privet.common.noise import TestSource
 from privet.common.plan import Plan
 from privet.experiments.grid import LocalGrid
 from privet.experiments.simulate import prepare
-from privet.server.rounds import make_plan
+from privet.server.rounds import Reply, make_plan, masked_sum
 
+from .masking_party import stream
 from .tiny import VOCABULARY, population, tiny_config
 
 ALLOWED = {"reply.client", "reply.released", "reply.vector"}
@@ -126,6 +128,116 @@ def test_replies_on_different_private_data_differ_in_nothing_but_the_vector(
     prepared, tmp_path, monkeypatch
 ):
     assert leaves_the_same(prepared[0], tmp_path, monkeypatch, app)
+
+
+# --- the phases of a masked round --------------------------------------------------------------
+
+PHASES = ("keys", "shares", "vector", "confirm", "unmask")
+
+
+@pytest.fixture(scope="module")
+def masked(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for twelve devices that answer under masks."""
+    folder = tmp_path_factory.mktemp("gate-masked")
+    people = population(folder / "people", 16, 8)
+    config = tiny_config(
+        llama_folder,
+        people,
+        data={"clients": 12},
+        rounds={"count": 1, "cohort": 12},
+        privacy={"client": {"noise_at": "distributed"}},
+    )
+    prepare(config, folder / "run", resume=False)
+    return folder / "run"
+
+
+class Watched(LocalGrid):
+    """Keeps what device 0 answers."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        for reply in super().pull_messages(message_ids):
+            if reply.content["reply"]["client"] == 0:
+                self.seen.append(reply)
+            yield reply
+
+
+def masked_replies(folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -> list[Message]:
+    """Device 0's replies in a whole masked round, with repeatable keys and nonces."""
+    monkeypatch.setattr("privet.client.device.os", SimpleNamespace(urandom=stream("gate")))
+    bench = Bench.open(folder)
+    grid = Watched(client, 12, str(folder))
+    grid.seen = []
+    nodes = list(grid.get_node_ids())
+
+    def ask(phase: str, messages: Any, plan: Plan, start: NDArray[np.float32]) -> Iterator[Reply]:
+        common = {"plan": ConfigRecord(plan.to_dict())}
+        if phase == "vector":
+            common["adapter"] = ArrayRecord({"vector": Array(start)})
+        sent = [
+            Message(
+                RecordDict({**common, "protocol": ConfigRecord({"message": message})}),
+                nodes[number],
+                f"train.{phase}",
+            )
+            for number, message in messages.items()
+        ]
+        for reply in grid.send_and_receive(sent):
+            own = reply.content["reply"]
+            yield Reply(own["client"], own["vector"] if own["released"] else None)
+
+    total, _ = masked_sum(ask, range(12), plan_of(bench), bench.trainer.adapter.start)
+    assert total is not None
+    return list(grid.seen)
+
+
+def masked_leave_the_same(
+    prepared: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any
+) -> bool:
+    """As `leaves_the_same`, in every phase; but for the masked vector all bytes are the same."""
+    seen, vectors, others = [], [], []
+    for name, private in DATA_SETS.items():
+        copy = Path(shutil.copytree(prepared, folder / name))
+        with monkeypatch.context() as patch:
+            own = Device.records
+
+            def records_of(device: Device, private: Records = private, own: Any = own) -> Any:
+                return private if device.name == "user 000" else own(device)
+
+            patch.setattr(Device, "records", records_of)
+            replies = masked_replies(copy, patch, client)
+        kinds = [reply.metadata.message_type.rpartition(".")[2] for reply in replies]
+        assert tuple(kinds) == PHASES
+        seen.append([dict(walk(reply)) for reply in replies])
+        sent = [bytes(reply.content["reply"]["vector"]) for reply in replies]
+        vectors.append(sent.pop(PHASES.index("vector")))
+        others.append(sent)
+    assert len(set(vectors)) >= 3
+    assert all(all(sent) for sent in others)
+    return all(fields == seen[0] for fields in seen) and all(sent == others[0] for sent in others)
+
+
+def test_in_every_phase_of_a_masked_round_only_the_masked_vector_depends_on_private_data(
+    masked, tmp_path, monkeypatch
+):
+    assert Bench.open(masked).device(0).name == "user 000"
+    assert masked_leave_the_same(masked, tmp_path, monkeypatch, app)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_app_that_hides_a_count_in_any_phase_of_a_masked_round_is_caught(
+    masked, tmp_path, monkeypatch, phase
+):
+    def faulty(message: Message, context: Context) -> Message:
+        """Tells the count of records in the node that the reply is said to be for."""
+        reply = app(message, context)
+        if message.metadata.message_type == f"train.{phase}":
+            own = Bench.open(Path(str(context.run_config["run"]))).device(
+                int(context.node_config["partition-id"])
+            )
+            reply.metadata.group_id = f"{len(own.records())}"
+        return reply
+
+    assert not masked_leave_the_same(masked, tmp_path, monkeypatch, faulty)
 
 
 def test_the_greeting_says_who_and_which_version_and_nothing_else(prepared):

@@ -7,6 +7,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from privet.common.errors import ProtocolError
 from privet.experiments.grid import LocalGrid
+from privet.server.app import exchange
 
 
 def echo(message: Message, context: Context) -> Message:
@@ -45,13 +46,41 @@ def test_a_node_keeps_its_state_and_nobody_elses():
 
 def test_a_message_is_handled_when_its_reply_is_pulled_so_one_is_held_at_a_time():
     handled: list[str] = []
-    grid = LocalGrid(echo, 5, "run", heard=handled.append)
+
+    def heard(message: Message, context: Context) -> Message:
+        handled.append(message.metadata.message_type)
+        return echo(message, context)
+
+    grid = LocalGrid(heard, 5, "run")
     pulled = grid.pull_messages(grid.push_messages(messages(grid)))
     assert handled == []
     next(pulled)
     next(pulled)
     assert handled == ["query.hello"] * 2
     assert len(list(pulled)) == 3
+
+
+@pytest.mark.parametrize(("side", "heard"), [("before", 1), ("after", 2)])
+def test_a_lost_node_gives_an_error_before_or_after_it_has_heard_the_message(side, heard):
+    dead = {1}
+    grid = LocalGrid(echo, 3, "run", lambda _, client: side if client in dead else None)
+    replies = list(grid.send_and_receive(messages(grid)))
+    assert [reply.has_error() for reply in replies] == [False, True, False]
+    assert replies[1].metadata.src_node_id == list(grid.get_node_ids())[1]
+    dead.clear()
+    assert [said(reply)["count"] for reply in grid.send_and_receive(messages(grid))] == [
+        2,
+        heard,
+        2,
+    ]
+
+
+def test_the_server_says_once_how_many_nodes_failed_and_the_first_reason(caplog):
+    grid = LocalGrid(echo, 5, "run", lambda _, client: "before" if client in (1, 3, 4) else None)
+    replies = [said(reply)["me"] for reply in exchange(grid, messages(grid), 10.0)]
+    assert replies == [0, 2]
+    (line,) = caplog.messages
+    assert line == "3 nodes failed and are left out; the first: lost, by simulation.dropout"
 
 
 def test_a_reply_is_pulled_once_and_unknown_ids_bring_none():

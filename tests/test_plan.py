@@ -21,13 +21,19 @@ def planned(config: Config) -> Plan:
     return make_plan(config, "run-1", 1, "0" * 64, np.zeros(20, np.float32))
 
 
-def test_a_plan_survives_the_wire_and_its_digest_names_every_field():
-    plan = planned(settings())
+def masked(cohort: int = 12, **sections: Any) -> Config:
+    client = {"client": {"noise_at": "distributed"}}
+    return settings(data={"clients": cohort}, rounds={"cohort": cohort}, privacy=client, **sections)
+
+
+def test_a_plan_survives_the_wire_and_its_digest_names_every_field_but_the_attempt():
+    plan = planned(masked())
     assert Plan.from_dict(plan.to_dict()) == plan
+    assert dataclasses.replace(plan, attempt=2).digest == plan.digest
     others = [
         dataclasses.replace(plan, **{name: value + type(value)(1)})
         for name, value in plan.to_dict().items()
-        if not isinstance(value, str)
+        if not isinstance(value, str) and name != "attempt"
     ]
     others += [
         dataclasses.replace(plan, run="x"),
@@ -76,6 +82,51 @@ def test_a_plan_laxer_than_the_devices_own_settings_is_refused_by_name(field, ch
         laxer.refuse_if_laxer(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"survivors": 7, "variance": 1e30}, "survivors"),
+        ({"colluders": 1}, "colluders"),
+        ({"survivors": 7}, "noise"),  # 7 - 2 shares of a sixth each
+        ({"noise_at": "server", "variance": 1e30}, "noise_at"),
+        ({"noise_at": "none", "variance": 1e30}, "noise_at"),
+    ],
+)
+def test_a_masked_plan_laxer_than_the_devices_own_settings_is_refused_by_name(change, named):
+    config = masked()
+    plan = planned(config)
+    assert (plan.survivors, plan.colluders, plan.adders) == (8, 2, 6)
+    plan.refuse_if_laxer(config)
+    laxer = dataclasses.replace(plan, **change)
+    with pytest.raises(ProtocolError, match=rf"round 1: .* laxer .*: {named} \(own limit"):
+        laxer.refuse_if_laxer(config)
+
+
+def test_a_masked_plan_may_be_stricter_than_the_devices_own_settings():
+    config = masked()
+    plan = planned(config)
+    dataclasses.replace(plan, survivors=10, colluders=4).refuse_if_laxer(config)
+    alone: dict[str, Any] = {
+        "noise_at": "device",
+        "survivors": 0,
+        "colluders": 0,
+        "variance": 6 * plan.variance,
+    }
+    dataclasses.replace(plan, **alone).refuse_if_laxer(config)
+    # a device that trusts the server takes less than that from it, never less noise
+    trusting = settings(data={"clients": 12}, rounds={"cohort": 12})
+    plan.refuse_if_laxer(trusting)
+
+
+@pytest.mark.parametrize(
+    "change", [{"survivors": 13}, {"survivors": 2}, {"colluders": 8}, {"survivors": 0}]
+)
+def test_a_masked_plan_without_an_honest_sum_is_refused(change):
+    given = {**planned(masked()).to_dict(), **change}
+    with pytest.raises(ProtocolError, match="leave no honest sum"):
+        Plan.from_dict(given)
+
+
 def test_a_device_that_adds_its_own_noise_refuses_a_server_that_wants_to_add_it():
     config = settings(privacy={"client": {"noise_at": "device"}})
     plan = dataclasses.replace(planned(config), noise_at="server")
@@ -105,6 +156,11 @@ def test_a_device_that_adds_its_own_noise_refuses_a_server_that_wants_to_add_it(
         ("record_clip", -1.0),
         ("record_noise", float("nan")),
         ("cohort", 0),
+        ("survivors", -1),
+        ("survivors", 1 << 15),
+        ("colluders", -1),
+        ("attempt", 0),
+        ("attempt", 1 << 32),
         ("round", 0),
         ("noise_at", "nowhere"),
     ],
@@ -127,4 +183,4 @@ def test_a_missing_an_unknown_and_a_mistyped_field_are_refused_by_name():
 
 def test_another_version_is_refused_with_what_to_do():
     with pytest.raises(ProtocolError, match="install the same privet on both"):
-        Plan.from_dict({**planned(settings()).to_dict(), "version": 2})
+        Plan.from_dict({**planned(settings()).to_dict(), "version": 1})
