@@ -124,7 +124,7 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
         ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
         seed = bench.config.insecure_test_seed
         label = f"{name} round {plan.round}"
-        delta = train(
+        trained = train(
             bench.trainer,
             start,
             device.records(),
@@ -134,7 +134,14 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
         )
         layout = bench.trainer.adapter.layout.digest
         return release(
-            delta, layout, plan, name, ledger, privacy, noise.source(seed, f"{label} release")
+            trained.delta,
+            layout,
+            plan,
+            name,
+            ledger,
+            privacy,
+            noise.source(seed, f"{label} release"),
+            trained.statistics,
         )
     except (PrivacyError, ProtocolError) as refusal:
         ledger.decline(name, plan.run, plan.round, str(refusal))
@@ -217,7 +224,7 @@ def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDA
     payload = take_part(device, plan, start)
     if payload is None:
         raise PrivacyError(f"round {plan.round}: nothing to mask")
-    return unpack(payload, len(start), plan.bits)
+    return unpack(payload, plan.length(len(start)), plan.bits)
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

@@ -31,6 +31,7 @@ from ..common.config import Config
 from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
 from ..common.keys import Directory, Secret, write_directory
+from ..common.plan import STATISTICS
 from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
 
@@ -93,7 +94,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     adapter = shared(config)
     plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
     dimension = adapter.layout.dimension
-    sizes = {"dimension": dimension, "upload_bytes": -(-dimension * plan.bits // 8)}
+    sizes = {"dimension": dimension, "upload_bytes": -(-plan.length(dimension) * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with explain_os_errors(folder, "make the run folder"):
@@ -129,6 +130,7 @@ def measured(folder: Path, config: Config) -> dict[str, Any]:
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
     evaluated = kept.get("evaluation", 0.0)
     dimension = len(evaluation.global_adapter(folder))
+    length = dimension + (len(STATISTICS) if config.statistics.enabled else 0)
     return {
         "seconds": {
             "total": rounds + evaluated,
@@ -137,7 +139,7 @@ def measured(folder: Path, config: Config) -> dict[str, Any]:
             "evaluation": evaluated,
         },
         "peak_rss_bytes": int(kept.get("peak_rss_bytes", 0)),
-        "upload_bytes_per_client_round": -(-dimension * config.privacy.client.bits // 8),
+        "upload_bytes_per_client_round": -(-length * config.privacy.client.bits // 8),
         "dimension": dimension,
         "versions": {
             "python": sys.version.split()[0],
