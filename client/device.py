@@ -138,7 +138,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
     seed = bench.config.insecure_test_seed
     label = f"{name} round {plan.round}"
-    delta = train(
+    trained = train(
         bench.trainer,
         start,
         device.records(),
@@ -148,7 +148,14 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     )
     layout = bench.trainer.adapter.layout.digest
     return release(
-        delta, layout, plan, name, ledger, privacy, noise.source(seed, f"{label} release")
+        trained.delta,
+        layout,
+        plan,
+        name,
+        ledger,
+        privacy,
+        noise.source(seed, f"{label} release"),
+        trained.statistics,
     )
 
 
@@ -210,7 +217,8 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
         smallest_cohort=own.smallest_cohort,
         largest_cohort=plan.cohort,  # of more, the plan's colluders would be too few
         smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
-        smallest_bits=bench.config.privacy.client.bits,
+        smallest_bits=max(8, bench.config.privacy.client.bits),
+        colluding=own.colluding,
     )
     last = bench.ledger.announce(name, plan.run, plan.attempt)
     number = bench.index.train_users.index(name)
@@ -221,7 +229,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
     """The gate's integers, to be masked."""
     _answered(device, plan)
-    return unpack(_answer(device, plan, start), len(start), plan.bits)
+    return unpack(_answer(device, plan, start), plan.length(len(start)), plan.bits)
 
 
 def _answered(device: Device, plan: Plan) -> bool:

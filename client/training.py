@@ -10,6 +10,10 @@ The noise is Opacus's mechanism with another source: Opacus seeds torch's genera
 which a server could search; here it comes from the operating system. It is still floating-point
 noise; drawing it four times over makes the known attack costly (Holohan and Braghin 2021).
 
+The losses of the step itself are kept as well, where the plan asks for statistics: with the
+gradients they are one function of one batch, and one record adds at most sqrt(2) / batch size to
+them. They leave through the gate only, which bounds and noises them.
+
 Edge cases: an empty batch (also of a client without records) still steps, with noise. A record
 whose gradient is not finite makes the delta non-finite; the gate refuses it.
 
@@ -18,7 +22,7 @@ Source: Abadi et al. 2016 (DP-SGD).
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -37,7 +41,7 @@ from ..common.objective import collate, record_losses
 from ..common.plan import Plan
 from .data import Tokenised, poisson_indices
 
-__all__ = ["Trainer", "train"]
+__all__ = ["Trained", "Trainer", "train"]
 
 # Records are clipped to a little less than C, so that no rounding of floats carries one past C:
 # another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most
@@ -71,6 +75,21 @@ class Trainer:
         return cls(adapter, hooked, kept)
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What local training hands to the gate; sensitive, so `repr` hides it.
+
+    Attributes:
+        delta: local adapter minus global adapter, shape (d,), float32.
+        statistics: of the batch, over the public batch size: the records' losses, each clipped to
+            [0, 1] of the plan's loss bound, and the number of records; float64, shape (2,), or
+            (0,) where the plan asks for none.
+    """
+
+    delta: NDArray[np.float32] = field(repr=False)
+    statistics: NDArray[np.float64] = field(repr=False)
+
+
 def train(
     trainer: Trainer,
     start: NDArray[np.float32],
@@ -79,7 +98,7 @@ def train(
     *,
     batches: np.random.Generator,
     source: Source,
-) -> NDArray[np.float32]:
+) -> Trained:
     """Local steps from the global adapter on one client's own records.
 
     Args:
@@ -91,8 +110,8 @@ def train(
         source: the noise.
 
     Returns:
-        Local adapter minus global adapter, shape (d,), float32: the sum of the steps, because the
-        difference of two rounded adapters would be off by more than a small step allows.
+        The delta as the sum of the steps, because the difference of two rounded adapters would be
+        off by more than a small step allows; and the statistics of the first step's batch.
 
     Raises:
         AdapterError: an adapted layer does not see records one by one.
@@ -106,12 +125,22 @@ def train(
     trainer.hooked.hooks_enabled = private
     step = _private_step if private else _plain_step
     delta = np.zeros(len(start))
+    losses: list[NDArray[np.float64]] = []
     for _ in range(plan.local_steps):
         batch = [records[i] for i in poisson_indices(len(records), plan.rate, batches)]
-        step(trainer, optimizer, sorted(batch, key=lambda record: len(record.ids)), plan)
+        seen = step(trainer, optimizer, sorted(batch, key=lambda record: len(record.ids)), plan)
+        losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * _gradient(adapter)
     optimizer.zero_grad(set_to_none=True)
-    return delta.astype(np.float32)
+    return Trained(delta.astype(np.float32), _statistics(losses[0], plan))
+
+
+def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+    """Losses under the start adapter, shape (records,) -> the block, its order as `STATISTICS`."""
+    if not plan.statistics_size:
+        return np.zeros(0)
+    bounded = np.clip(losses / plan.statistics_loss_bound, 0.0, 1.0)
+    return np.array([bounded.sum(), len(losses)]) / plan.batch_size
 
 
 class _SystemNoiseOptimizer(DPOptimizer):
@@ -153,18 +182,21 @@ def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> An
     )
 
 
-def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: Plan) -> None:
-    chunks = _chunks(batch) or [[]]
+def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: Plan) -> list[float]:
+    chunks, seen = _chunks(batch) or [[]], list[float]()
     for number, chunk in enumerate(chunks):
         optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
         if chunk:
-            _losses(trainer, chunk).sum().backward()
+            losses = _losses(trainer, chunk)
+            losses.sum().backward()
+            seen += losses.tolist()
             _refuse_mixed(trainer.adapter, len(chunk))
         else:
             for _name, parameter in trainer.adapter.parameters:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
+    return seen
 
 
 def _refuse_mixed(adapter: Adapter, records: int) -> None:
@@ -180,11 +212,17 @@ def _refuse_mixed(adapter: Adapter, records: int) -> None:
             )
 
 
-def _plain_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], plan: Plan) -> None:
+def _plain_step(
+    trainer: Trainer, optimizer: Any, batch: list[Tokenised], plan: Plan
+) -> list[float]:
+    seen = list[float]()
     optimizer.zero_grad(set_to_none=True)
     for chunk in _chunks(batch):
-        (_losses(trainer, chunk).sum() / plan.batch_size).backward()
+        losses = _losses(trainer, chunk)
+        (losses.sum() / plan.batch_size).backward()
+        seen += losses.tolist()
     optimizer.step()
+    return seen
 
 
 def _gradient(adapter: Adapter) -> NDArray[np.float64]:

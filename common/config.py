@@ -104,6 +104,14 @@ class MaskingSettings(_Settings):
         return math.ceil(self.colluding * cohort - 1e-9)
 
 
+class StatisticsSettings(_Settings):
+    """Noised sums that ride in the contribution: the losses of the batches, and their sizes."""
+
+    enabled: bool = False
+    noise_multiplier: float = Field(3.0, gt=0, description="against the block's public l2 bound")
+    loss_bound: float = Field(10.0, gt=0, description="a record's loss is clipped to 0 .. this")
+
+
 class BudgetSettings(_Settings):
     """The device's own policy: largest epsilon per unit, at the delta of the run."""
 
@@ -177,6 +185,7 @@ class Config(_Settings):
     privacy: PrivacySettings = PrivacySettings()
     rounds: RoundSettings = RoundSettings()
     masking: MaskingSettings = MaskingSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
     head: HeadSettings = HeadSettings()
     simulation: SimulationSettings = SimulationSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -215,6 +224,8 @@ class Config(_Settings):
         client = self.privacy.client
         if client.enabled and client.noise_at == "distributed":
             self._refuse_hopeless_masking()
+        if self.statistics.enabled:
+            self._refuse_hopeless_statistics()
         if client.enabled and client.noise_multiplier == 0 and self.insecure_test_seed is None:
             raise ValueError(
                 "privacy.client.noise_multiplier = 0 gives no client-level guarantee; take a "
@@ -235,6 +246,20 @@ class Config(_Settings):
             raise ValueError(
                 f"masking.survivors and masking.colluding leave {smallest - colluders} honest "
                 f"survivors of a cohort of {cohort}, but a sum needs at least 2"
+            )
+
+    def _refuse_hopeless_statistics(self) -> None:
+        client, example = self.privacy.client, self.privacy.example
+        if self.training.steps != 1:
+            raise ValueError(
+                f"training.steps = {self.training.steps}: statistics.enabled = true needs one "
+                "local step, because losses and gradients are counted as one release of one batch"
+            )
+        if example.enabled and not (client.enabled and client.noise_at != "server"):
+            raise ValueError(
+                "statistics.enabled = true with privacy.example.enabled = true needs noise from "
+                "the devices, or the server would read losses without noise and every device "
+                'would decline; set privacy.client.noise_at = "distributed" or "device"'
             )
 
     @property

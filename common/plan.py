@@ -17,9 +17,16 @@ from .errors import ProtocolError
 from .masking import MOST_PARTICIPANTS, Terms
 from .noise import MAX_VARIANCE
 
-__all__ = ["VERSION", "Plan"]
+__all__ = ["STATISTICS", "STATISTICS_BOUND", "VERSION", "Plan"]
 
-VERSION = 2
+VERSION = 3
+
+STATISTICS = ("losses", "records")
+"""The block of statistics: two sums over the local batch, in shares of the public batch size."""
+
+STATISTICS_BOUND = 1.5
+"""l2 bound of the block. A record adds at most 1 to each share, so a batch of the public size, its
+losses at half their bound, has norm 1.12; where the bound is passed, losses over records stays."""
 
 PLACES = ("device", "distributed", "server")
 """Where noise may be added, the safest first."""
@@ -41,6 +48,10 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "rate": (5e-324, 1),
     "record_clip": (0, math.inf),
     "record_noise": (0, math.inf),
+    "statistics_size": (0, len(STATISTICS)),
+    "statistics_step": (5e-324, math.inf),
+    "statistics_variance": (0, MAX_VARIANCE),
+    "statistics_loss_bound": (5e-324, math.inf),
 }
 
 
@@ -65,6 +76,9 @@ class Plan:
         attempt: counts every masked round the server began, repeated ones too; it is no part of
             the digest.
         record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
+        statistics_size: numbers behind the adapter's, in the same vector and modulus; 0 for none.
+        statistics_step, statistics_variance: their own grid and noise, as `step` and `variance`.
+        statistics_loss_bound: a record's loss is clipped to 0 .. this, and divided by it.
     """
 
     run: str
@@ -87,6 +101,10 @@ class Plan:
     record_clip: float
     record_noise: float
     attempt: int = 1
+    statistics_size: int = 0
+    statistics_step: float = 1.0
+    statistics_variance: float = 0.0
+    statistics_loss_bound: float = 1.0
     version: int = VERSION
 
     @property
@@ -111,11 +129,15 @@ class Plan:
         text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def length(self, dimension: int) -> int:
+        """Integers in a contribution: the adapter's and the statistics'."""
+        return dimension + self.statistics_size
+
     def terms(self, dimension: int) -> Terms:
         """What the masking protocol binds every key and signature of this attempt to."""
         run = hashlib.sha256(self.run.encode()).hexdigest()
         plan = bytes.fromhex(self.digest)
-        return Terms(run, self.attempt, plan, dimension, self.bits, self.survivors)
+        return Terms(run, self.attempt, plan, self.length(dimension), self.bits, self.survivors)
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
@@ -151,6 +173,11 @@ class Plan:
                 f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
                 f"{', '.join(PLACES)}, none"
             )
+        if given["statistics_size"] and given["local_steps"] != 1:
+            raise ProtocolError(
+                f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
+                "statistics are asked for"
+            )
         plan = cls(**given)
         if plan.adders < 1 or plan.survivors > plan.cohort:
             raise ProtocolError(
@@ -166,6 +193,7 @@ class Plan:
             ProtocolError: the plan is weaker than the device allows; names the field.
         """
         client, example = own.privacy.client, own.privacy.example
+        asked = self.statistics_size
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("clip", self.clip <= client.clip, client.clip),
@@ -189,6 +217,13 @@ class Plan:
             checks += (
                 ("survivors", self.survivors >= least, least),
                 ("colluders", self.colluders >= feared, feared),
+            )
+        if asked:
+            floor = own.statistics.noise_multiplier * STATISTICS_BOUND if client.enabled else 0.0
+            found = (self.statistics_variance * self.adders) ** 0.5 * self.statistics_step
+            checks += (
+                ("statistics", own.statistics.enabled and asked == len(STATISTICS), "none"),
+                ("statistics_noise", found >= floor * (1 - 1e-9), floor),
             )
         if example.enabled:
             checks += (

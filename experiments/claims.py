@@ -12,6 +12,7 @@ from typing import Any
 
 from ..common.accounting import Charge
 from ..common.config import Config
+from ..common.plan import STATISTICS_BOUND
 
 __all__ = [
     "ADDERS",
@@ -170,9 +171,36 @@ def from_training(charge: Charge) -> bool:
     return charge.unit == "example" and charge.distance == 0 == charge.ratio
 
 
-def noise_counted(at: str | None, charges: Sequence[Charge]) -> str:
-    """A sentence on which noise a line rests on, from what the ledger says of it."""
-    return "; ".join(_one_counted(at, charge, n) for charge, n in Counter(charges).items())
+def noise_counted(at: str | None, charges: Sequence[Charge], statistics: bool = False) -> str:
+    """A sentence on which noise a line rests on, from what the ledger says of it.
+
+    With statistics a charge is that of adapter and block together.
+    """
+    said = _both_counted if statistics else _one_counted
+    return "; ".join(said(at, charge, n) for charge, n in Counter(charges).items())
+
+
+def _both_counted(at: str | None, charge: Charge, times: int) -> str:
+    often = f"in {times} releases" if times > 1 else "in one release"
+    subject = "person" if charge.unit == "client" else "record"
+    drawn = (
+        f", record drawn at the public rate {charge.sampling_rate:g}"
+        if charge.sampling_rate < 1
+        else ""
+    )
+    skellam = f"the Skellam noise {_adder(at)}"
+    adapter = f"{skellam} on the adapter"
+    if charge.unit == "example":
+        adapter += " or, where that is more, the Gaussian noise in the training step (DP-SGD)"
+    block = "on the statistics"
+    if charge.against == "unmasked server":
+        adapter = "the Gaussian noise in the training step (DP-SGD, Opacus)"
+        block = "of the device's own share on the statistics"
+    return (
+        f"{adapter}, and the Skellam noise {block}, as one release: together "
+        f"{charge.noise_multiplier:.3g} times the most that one {subject} can move it{drawn} "
+        f"({often})"
+    )
 
 
 def _one_counted(at: str | None, charge: Charge, times: int) -> str:
@@ -207,6 +235,7 @@ def assumptions(
     config: Config, charges: Sequence[Charge], by_device: bool, at: str | None = None
 ) -> list[str]:
     training = [charge for charge in charges if from_training(charge)]
+    examples = [charge for charge in charges if charge.unit == "example"]
     release = len(training) < len(charges)
     sampled = any(charge.sampling_rate < 1 for charge in charges)
     said = ["the person's device runs the privet that was installed, unchanged"]
@@ -221,7 +250,7 @@ def assumptions(
         said.append("the server runs as written: it adds the noise, and publishes nothing else")
     if release:
         said.append("rounding and integer noise come from the operating system's CSPRNG")
-    if training:
+    if training or (examples and config.statistics.enabled):
         said.append(
             "the noise inside training is floating-point Gaussian, seeded by the operating system: "
             "four draws for one (Holohan and Braghin 2021) make an attack on the low-order bits of "
@@ -232,10 +261,13 @@ def assumptions(
             f"records enter a batch independently, at the rate q = {config.sampling_rate:g}, a "
             "public constant, with draws that nobody else learns"
         )
-    if release and any(charge.unit == "example" for charge in charges):
+    if release and examples:
         said.append("one local step a round, so that one record moves the contribution by at most "
                     "learning rate x clip / batch size")  # fmt: skip
-    said.append("clips and denominators are public constants; no count of records leaves a device")
+    but = " but in the noised statistics" if config.statistics.enabled else ""
+    said.append(
+        f"clips and denominators are public constants; no count of records leaves a device{but}"
+    )
     return said
 
 
@@ -263,6 +295,14 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"To each record: in training its gradient is clipped to norm {example.clip:g}, and "
             f"Gaussian noise of {example.noise_multiplier:g} times that clip is added in every "
             f"step (DP-SGD, Opacus), in random batches at the public rate {config.sampling_rate:g}."
+        )
+    if config.statistics.enabled and client.enabled:
+        said.append(
+            "To each person: the sum of a batch's losses, each clipped to "
+            f"{config.statistics.loss_bound:g}, and its number of records leave in the same "
+            f"vector, clipped to norm {STATISTICS_BOUND:g} in shares of the public batch size; "
+            f"Skellam noise of {config.statistics.noise_multiplier:g} times that is added "
+            + _PLACES[client.noise_at]
         )
     if budgets:
         limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())

@@ -87,7 +87,7 @@ def facts_of(
         "clients": _clients(names, spent, totals, lines, declined, delta),
         "histories": _distinct(totals, spent, lines, delta),
         "rounds": _rounds(histories, lines, delta),
-        "mechanisms": _mechanisms(totals, delta),
+        "mechanisms": _mechanisms(totals, delta, config.statistics.enabled),
         "declined": _reasons(declined),
         "not_covered": list(claims.NOT_COVERED),
         "adversaries": list(claims.ADVERSARIES),
@@ -161,7 +161,7 @@ def _describe(
         "holds_against": list(holds),
         "does_not_hold_against": [who for who in claims.ADVERSARIES if who not in holds],
         "assumptions": claims.assumptions(config, charges, by_device, at),
-        "noise_counted": claims.noise_counted(at, charges),
+        "noise_counted": claims.noise_counted(at, charges, config.statistics.enabled),
         "amplified": None,
         "amplified_note": claims.NO_AMPLIFICATION,
         "cross_check": _checked(value, charges, delta),
@@ -259,7 +259,10 @@ def _rounds(
     return rows
 
 
-def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], delta: float) -> list[dict[str, Any]]:
+def _mechanisms(
+    totals: Mapping[str, tuple[Charge, ...]], delta: float, statistics: bool
+) -> list[dict[str, Any]]:
+    release = "adapter and statistics as one" if statistics else "Skellam noise on the release"
     every = Counter(charge for charges in totals.values() for charge in charges)
     most = Counter[Charge]()
     for charges in set(totals.values()):
@@ -267,9 +270,7 @@ def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], delta: float) -> list[
     ordered = sorted(every, key=lambda c: (c.unit, c.against, c.noise_multiplier))
     return [
         {
-            "mechanism": "DP-SGD steps (Opacus)"
-            if claims.from_training(charge)
-            else "Skellam noise on the release",
+            "mechanism": "DP-SGD steps (Opacus)" if claims.from_training(charge) else release,
             "unit": charge.unit,
             "against": charge.against,
             "adjacency": charge.adjacency,

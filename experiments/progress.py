@@ -89,6 +89,9 @@ def tensorboard(folder: Path) -> None:
         names = {"mean_norm": "noised_mean_norm", "update_norm": "update_norm"}
         names |= {name: name for name in ("answered", "declined")}
         for record in read_lines(folder / "rounds.jsonl"):
+            for name, value in record.get("statistics", {}).items():
+                if value is not None:
+                    events.add_scalar(f"statistics/{name}", value, record["round"])
             for key, name in names.items():
                 if key in record:
                     events.add_scalar(f"rounds/{name}", record[key], record["round"])
@@ -107,10 +110,18 @@ def line(record: Mapping[str, Any], count: int) -> str:
         text += f"[yellow]{record['refused']} did not fit[/]  "
     if record["void"]:
         return f"{text}[yellow]void: too few answers, no sum was decoded[/]"
+    text += _statistics(record.get("statistics", {}))
     return (
         f"{text}noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}  "
         f"{record['seconds']:.1f} s"
     )
+
+
+def _statistics(found: Mapping[str, float | None]) -> str:
+    """`noised loss 3.21 +- 0.41  ` where the noise leaves one to be read."""
+    if found.get("train_loss") is None:
+        return "loss lost in the noise  " if found else ""
+    return f"noised loss {found['train_loss']:.3g} +- {found['train_loss_std']:.2g}  "
 
 
 def _bar() -> Progress:

@@ -93,7 +93,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     adapter = shared(config)
     plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
     dimension = adapter.layout.dimension
-    sizes = {"dimension": dimension, "upload_bytes": -(-dimension * plan.bits // 8)}
+    sizes = {"dimension": dimension, "upload_bytes": -(-plan.length(dimension) * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         with explain_os_errors(folder, "make the run folder"):

@@ -38,7 +38,7 @@ from ..common.encoding import (
 )
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
 from ..common.files import append_line, read_lines, write_atomic
-from ..common.plan import Plan
+from ..common.plan import STATISTICS, STATISTICS_BOUND, Plan
 from ..common.rotation import flat_bound, unrotate
 from . import aggregation, checkpoint, masking
 from .cohort import draw
@@ -113,7 +113,9 @@ def run_rounds(
         if total is None or record["void"]:
             state = State(number, state.adapter, state.optimizer)
         else:
-            mean = _noised_mean(total, plan, config.insecure_test_seed)
+            mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
+            if plan.statistics_size:
+                record["statistics"] = _statistics(sums, plan, counts["answered"])
             adapter, memory = aggregation.apply(config.rounds, state.optimizer, state.adapter, mean)
             _refuse_overflow(number, adapter)
             record["mean_norm"] = float(np.linalg.norm(mean))
@@ -141,6 +143,17 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     colluders = allowed.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
     sizing = size(client, cohort, shares, len(adapter))
+    block: dict[str, Any] = {}
+    if config.statistics.enabled:
+        multiplier = config.statistics.noise_multiplier
+        own = client.model_copy(update={"clip": STATISTICS_BOUND, "noise_multiplier": multiplier})
+        fine = _sized(own, cohort, shares, len(STATISTICS), sizing.grid.bits, rotated=False)
+        block = {
+            "statistics_size": len(STATISTICS),
+            "statistics_step": fine.grid.step,
+            "statistics_variance": fine.deviation**2,
+            "statistics_loss_bound": config.statistics.loss_bound,
+        }
     return Plan(
         run=run,
         round=number,
@@ -161,6 +174,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         rate=config.sampling_rate,
         record_clip=example.clip if example.enabled else 0.0,
         record_noise=example.noise_multiplier if example.enabled else 0.0,
+        **block,
     )
 
 
@@ -241,9 +255,8 @@ def _sum(
     if plan.masked:
         attempt = _next_attempt(folder)
         return masked_sum(ask, cohort, dataclasses.replace(plan, attempt=attempt), adapter)
-    return _collect(
-        ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, len(adapter), cohort
-    )
+    length = plan.length(len(adapter))
+    return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
 
 
 def _next_attempt(folder: Path) -> int:
@@ -316,18 +329,18 @@ def _given(
 
 
 def _collect(
-    replies: Iterable[Reply], plan: Plan, dimension: int, cohort: Sequence[int]
+    replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence[int]
 ) -> tuple[NDArray[np.uint32], dict[str, int]]:
     """Sum mod 2**bits of the vectors as they arrive; how many answered, declined, were refused.
 
     A vector that does not fit the plan is left out and the round goes on: one broken client must
     not stop the others.
     """
-    total = np.zeros(dimension, np.uint32)
+    total = np.zeros(length, np.uint32)
     counts = {"answered": 0, "declined": 0, "refused": 0}
     for client, vector in _given(replies, plan, set(cohort), counts):
         try:
-            total += unpack(vector, dimension, plan.bits)
+            total += unpack(vector, length, plan.bits)
         except ProtocolError as error:
             logger.warning("round %d: client %d is left out: %s", plan.round, client, error)
             counts["refused"] += 1
@@ -338,15 +351,48 @@ def _collect(
 
 def _noised_mean(
     total: NDArray[np.uint32], plan: Plan, test_seed: int | None
-) -> NDArray[np.float64]:
-    """Noise where it is the server's to add, then integers -> reals, over the public cohort."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Noise where it is the server's to add, then integers -> reals.
+
+    Returns:
+        The adapter's mean over the public cohort, and the sums of the statistics.
+    """
+    dimension = len(total) - plan.statistics_size
     if plan.noise_at == "server":
         source = noise.source(test_seed, f"server round {plan.round}")
-        drawn = noise.skellam(noise.skellam_table(plan.variance), len(total), source)
+        drawn = noise.skellam(noise.skellam_table(plan.variance), dimension, source)
+        if plan.statistics_size:
+            table = noise.skellam_table(plan.statistics_variance)
+            drawn = np.append(drawn, noise.skellam(table, plan.statistics_size, source))
         total = total + wrap(drawn, plan.bits)
-    integers = unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits)
-    mean = decode(integers, plan.step) / plan.cohort
-    return unrotate(mean, plan.start) if plan.rotated else mean
+    centred = unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits)
+    mean = decode(centred[:dimension], plan.step) / plan.cohort
+    mean = unrotate(mean, plan.start) if plan.rotated else mean
+    return mean, decode(centred[dimension:], plan.statistics_step)
+
+
+def _statistics(sums: NDArray[np.float64], plan: Plan, answered: int) -> dict[str, float | None]:
+    """What the noised sums say, and the standard deviation of their noise in it.
+
+    The loss is a quotient of two noised sums; its noise is that to first order, and where the
+    noise is a third of the records or more, the quotient says nothing and is None.
+    """
+    adders = {"none": 0, "server": 1}.get(plan.noise_at, answered)
+    spread = (adders * plan.statistics_variance) ** 0.5 * plan.statistics_step
+    losses, records = map(float, sums)
+    found: dict[str, float | None] = {
+        "train_loss": None,
+        "train_loss_std": None,
+        "records_per_client": records * plan.batch_size / answered,
+        "records_per_client_std": spread * plan.batch_size / answered,
+    }
+    if records > 3 * spread:
+        mean = losses / records
+        found["train_loss"] = plan.statistics_loss_bound * mean
+        found["train_loss_std"] = (
+            plan.statistics_loss_bound * spread * math.hypot(1, mean) / records
+        )
+    return found
 
 
 def _refuse_overflow(number: int, adapter: Vector) -> None:

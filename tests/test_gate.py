@@ -21,7 +21,7 @@ from privet.client.app import app
 from privet.client.data import Tokenised
 from privet.client.device import Bench, Device, take_part
 from privet.client.release import charges
-from privet.client.training import train
+from privet.client.training import Trained, train
 from privet.common.accounting import epsilon
 from privet.common.clipping import clip
 from privet.common.config import Config
@@ -354,8 +354,8 @@ def test_a_device_over_its_budget_declines_before_it_trains_and_says_so(bench, m
 
 
 def test_a_delta_that_is_not_finite_stays_on_the_device_and_costs_nothing(bench, monkeypatch):
-    def poisoned(*_: Any, **__: Any) -> NDArray[np.float32]:
-        return np.full(len(bench.trainer.adapter.start), np.nan, np.float32)
+    def poisoned(*_: Any, **__: Any) -> Trained:
+        return Trained(np.full(len(bench.trainer.adapter.start), np.nan, np.float32), np.zeros(0))
 
     monkeypatch.setattr("privet.client.device.train", poisoned)
     assert take_part(bench.device(0), plan_of(bench), bench.trainer.adapter.start) is None
@@ -371,7 +371,7 @@ def trained(bench: Bench, own: Records, plan: Plan, start: NDArray[np.float32]) 
     """The clipped delta; the randomness is the same in every call."""
     batches, source = np.random.default_rng(5), TestSource(1, "training")
     return clip(
-        train(bench.trainer, start, own, plan, batches=batches, source=source), plan.clip
+        train(bench.trainer, start, own, plan, batches=batches, source=source).delta, plan.clip
     ).vector
 
 

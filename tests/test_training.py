@@ -55,7 +55,7 @@ def run(trainer, own, plan, start=None, *, draws=1, noise=1):
     """One `train` with repeatable randomness."""
     start = trainer.adapter.start if start is None else start
     batches, source = np.random.default_rng(draws), TestSource(noise, "noise")
-    return train(trainer, start, own, plan, batches=batches, source=source)
+    return train(trainer, start, own, plan, batches=batches, source=source).delta
 
 
 def trainer_of(base, family="tiny", outputs=0, **changes):
