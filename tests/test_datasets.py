@@ -56,7 +56,8 @@ def test_train_and_test_are_disjoint_in_users_and_in_groups(count, width, data):
     try:
         drawn = choose(source, clients=clients, test_clients=test, min_records=1, seed=3)
     except DataError:
-        assert clients + test > count - width
+        # a draw with the one small group in it is too small, and the next is a group larger
+        assert clients + test > count - 2 * width
         return
     assert (len(drawn.train_users), len(drawn.test_users)) == (clients, test)
     assert len(set(drawn.users)) == clients + test
