@@ -48,7 +48,7 @@ __all__ = ["Reply", "make_plan", "masked_sum", "run_rounds"]
 Vector = NDArray[np.float32]
 
 LOG = "rounds.jsonl"
-FINE_ROUNDING, FINE_VARIANCE = 1.01, 2.0**21
+FINE_ROUNDING, FINE_VARIANCE = 1.002, 2.0**21
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +191,8 @@ def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int
     """The grid for a round; `shares` adders together carry the full noise.
 
     With `privacy.client.bits = 0` the smallest modulus is taken on which rounding lengthens a
-    contribution by at most 1 % and the noise is fine enough to be told from Gaussian noise only by
-    a log-likelihood ratio below 0.01; with a rotation where that saves bits.
+    contribution by at most 0.2 % and the noise is so fine that a log-likelihood ratio below 0.01
+    tells it from Gaussian noise; with a rotation where that saves bits.
 
     Raises:
         ConfigError: the modulus is too small for this cohort, clip and noise.

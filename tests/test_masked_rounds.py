@@ -388,7 +388,6 @@ def test_a_device_that_releases_writes_down_those_lines(bench):
         (lambda _: {"colluders": 1}, r"colluders \(own limit 2\)"),
         (lambda p: {"variance": 0.99 * p.variance}, r"noise \(own limit 1"),
         (lambda _: {"survivors": 7}, r"noise \(own limit 1"),
-        (lambda p: {"bits": p.bits - 1}, r"a modulus of 31 bits, this device asks for bits >= 32"),
         (lambda p: {"cohort": 6, "survivors": 5, "colluders": 1, "variance": 2 * p.variance},
          r"accept a sum of 5 vectors, this device asks for survivors >= 6"),
         (lambda _: {"clip": 1.1}, r"clip \(own limit 1.0\)"),

@@ -42,7 +42,7 @@ def settings(**client: Any) -> Config:
             "rounds": {"cohort": 4},
             "training": training,
             "privacy": {
-                "client": client,
+                "client": {"bits": 32, **client},
                 "example": example,
                 "budget": {"client": budget, "example": budget},
             },

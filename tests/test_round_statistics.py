@@ -60,7 +60,7 @@ def configured(noise_at: str = "device", example: bool = True, **statistics: Any
         {
             "data": {"clients": 20},
             "rounds": {"count": 1, "cohort": COHORT, "optimizer": "fedavg"},
-            "privacy": {"client": client, "example": {"enabled": example}},
+            "privacy": {"client": {"bits": 32, **client}, "example": {"enabled": example}},
             "statistics": {"enabled": True, "noise_multiplier": 4.0} | statistics,
             "insecure_test_seed": 1,
         }

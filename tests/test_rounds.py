@@ -32,6 +32,7 @@ from privet.common.errors import CheckpointCorrupt, ConfigError, ProtocolError
 from privet.common.files import read_lines
 from privet.common.noise import TestSource, skellam, skellam_table
 from privet.common.plan import Plan
+from privet.common.rotation import flat_bound
 from privet.server import checkpoint
 from privet.server.cohort import draw
 from privet.server.rounds import Reply, make_plan, run_rounds
@@ -49,6 +50,7 @@ def configured(*, count: int = 1, cohort: int = 4, **sections: Any) -> Config:
     }
     for name, values in sections.items():
         table[name] = {**table[name], **values}
+    table["privacy"]["client"] = {"bits": 32, **table["privacy"]["client"]}
     return parse(table)
 
 
@@ -155,7 +157,7 @@ def bound(plan: Plan, config: Config) -> int:
     multiplier=st.floats(0.01, 30),
     limit=st.floats(1e-3, 1e3),
     cohort=st.integers(1, 2000),
-    bits=st.integers(12, 32),
+    bits=st.just(0) | st.integers(12, 32),
     size=st.integers(1, 100_000),
 )
 def test_no_plan_lets_a_sum_wrap(noise_at, multiplier, limit, cohort, bits, size):
@@ -167,7 +169,8 @@ def test_no_plan_lets_a_sum_wrap(noise_at, multiplier, limit, cohort, bits, size
         plan = make_plan(config, RUN, 1, LAYOUT, np.zeros(size, np.float32))
     except ConfigError:
         return  # said to be too small; that it is, the finest grid decides
-    assert cannot_wrap(Grid(plan.step, plan.bits), plan.clip, bound(plan, config), cohort)
+    largest = flat_bound(plan.clip, size) if plan.rotated else plan.clip
+    assert cannot_wrap(Grid(plan.step, plan.bits), largest, bound(plan, config), cohort)
     # the noise is the multiplier times the norm after rounding, not before
     needed = multiplier * rounded_sensitivity(limit, plan.step, size)[0]
     assert plan.counted_variance**0.5 == pytest.approx(needed)
@@ -187,7 +190,8 @@ def test_a_grid_sized_for_the_noise_before_rounding_would_wrap():
     plan = make_plan(config, RUN, 1, LAYOUT, np.zeros(size, np.float32))
     table = skellam_table(plan.variance)
     assert table.bound <= NOISE_DEVIATIONS * plan.variance**0.5 + NOISE_EXTRA
-    assert cannot_wrap(Grid(plan.step, bits), 1.0, cohort * table.bound, cohort)
+    largest = flat_bound(1.0, size) if plan.rotated else 1.0
+    assert cannot_wrap(Grid(plan.step, bits), largest, cohort * table.bound, cohort)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def plan(**changes):
     public: dict[str, Any] = {
         "run": "run", "round": 1, "layout": "", "start": "", "cohort": 4, "clip": 1.0,
-        "step": 1e-6, "bits": 32, "noise_at": "server", "variance": 1e12, "survivors": 0,
+        "step": 1e-6, "bits": 32, "rotated": False, "noise_at": "server",
+        "variance": 1e12, "survivors": 0,
         "colluders": 0, "learning_rate": 1.0,
         "local_steps": 1, "batch_size": 8, "rate": 1.0, "record_clip": 1.0, "record_noise": 0.0,
     }  # fmt: skip
