@@ -1,4 +1,4 @@
-"""`size` in server/rounds.py: the modulus is chosen, and a rotation where it saves bits."""
+"""server/sizing.py: the modulus is chosen, and a rotation where it saves bits."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from privet.common.errors import ConfigError, ProtocolError
 from privet.common.noise import TestSource, skellam_table
 from privet.common.plan import Plan
 from privet.common.rotation import flat_bound
-from privet.server.rounds import make_plan, size
+from privet.server.rounds import make_plan
+from privet.server.sizing import size
 
 
 @settings(deadline=None, max_examples=60)
