@@ -226,7 +226,7 @@ def _adder(at: str | None) -> str:
     if at == "distributed":
         return (
             "of which each device adds a share to its own contribution, sized for the smallest "
-            "sum that may be opened, less the colluders,"
+            "sum that may be opened, less the colluders"
         )
     return "that the server adds to the sum"
 
