@@ -169,7 +169,7 @@ def within(charges: Iterable[Charge], delta: float, budget: float) -> bool:
     total = _total(charges)
     if total is None:
         return True
-    return _renyi_epsilon(total, delta, budget) <= budget or _epsilon(total, delta) <= budget
+    return _renyi_epsilon(total, delta) <= budget or _epsilon(total, delta) <= budget
 
 
 def delta(charges: Iterable[Charge], epsilon: float) -> float:
@@ -329,14 +329,15 @@ def _epsilon(total: _Total, delta: float) -> float:
         found = grown
 
 
-def _renyi_epsilon(total: _Total, delta: float, budget: float) -> float:
-    """Upper bound on the total; the slack is taken at the budget, which is what is asked about."""
-    left = (delta - _slack(total, budget)) * _exp(-total.ratio)
-    if total.adjacency != "add_remove" or not left > 0 or _one_gaussian(total) == 0:
+def _renyi_epsilon(total: _Total, delta: float) -> float:
+    """Upper bound on the total: half of delta for the Renyi bound, half for the noise's slack."""
+    if total.adjacency != "add_remove" or _one_gaussian(total) == 0:
         return math.inf
     curves = [n * _renyi(z, rate) for z, rate, n in total.parts]
-    found = rdp.compute_epsilon(_FEW_ORDERS, np.sum(curves, axis=0), left)[0]
-    return float(found) + 2.0 * total.ratio
+    half = delta / 2 * _exp(-total.ratio)
+    found = float(rdp.compute_epsilon(_FEW_ORDERS, np.sum(curves, axis=0), half)[0])
+    found += 2.0 * total.ratio
+    return found if _slack(total, found) <= delta / 2 else math.inf
 
 
 @functools.lru_cache(maxsize=256)

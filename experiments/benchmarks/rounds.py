@@ -11,6 +11,7 @@ empty message.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -19,9 +20,11 @@ from unittest import mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ...client import app as client_app
 from ...client import device
+from ...client.training import Trained
 from ...common import config as settings
 from ...common.config import Config
 from ...server import app as server_app
@@ -37,6 +40,7 @@ def main() -> None:
     options.add_argument("--base", default="smollm2-135m-instruct")
     options.add_argument("--rank", type=int, default=4)
     given = options.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the privet command sets it
     torch.set_num_threads(2)
     found = [measure(n, given.rounds, given.base, given.rank) for n in given.clients]
     print(json.dumps(found, indent=2))
@@ -51,9 +55,11 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
         device.Bench.open(run)  # loading the model is not a message
         grid = LocalGrid(client_app.app, clients, str(run))
         rng = np.random.default_rng(0)
-        random_delta = lambda _trainer, start, *_, **__: rng.normal(  # noqa: E731
-            size=len(start)
-        ).astype(np.float32)
+
+        def random_delta(_trainer: Any, start: NDArray[np.float32], *_: Any, **__: Any) -> Trained:
+            delta = rng.normal(size=len(start)).astype(np.float32)
+            return Trained(delta, np.zeros(0))
+
         with mock.patch.object(device, "train", random_delta):
             began = time.perf_counter()
             nodes = server_app.enrolled(grid, clients, 60.0)
