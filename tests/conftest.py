@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +31,25 @@ def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from .tiny import tiny_bert
 
     return tiny_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def llama(llama_folder: Path) -> Any:
+    """A tiny decoder of the module's own, which `attach` may change."""
+    from .tiny import fresh
+
+    return fresh(llama_folder)
+
+
+@pytest.fixture(scope="module")
+def bert(bert_folder: Path) -> Any:
+    """A tiny encoder of the module's own."""
+    from .tiny import fresh
+
+    return fresh(bert_folder)
+
+
+@pytest.fixture(params=["llama", "bert"])
+def base(request: pytest.FixtureRequest) -> Any:
+    """Each of the two in turn."""
+    return request.getfixturevalue(request.param)

@@ -24,21 +24,6 @@ FAMILIES = ("tiny", "ffa", "lora")
 IDS = ((6, 7, 8, 9, 10), (12, 13, 14))
 
 
-@pytest.fixture(scope="module")
-def llama(llama_folder):
-    return fresh(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def bert(bert_folder):
-    return fresh(bert_folder)
-
-
-@pytest.fixture(params=["llama", "bert"])
-def base(request):
-    return request.getfixturevalue(request.param)
-
-
 def settings(family="tiny", **changes):
     return AdapterSettings(family=family, **{"rank": 2, "last_blocks": 2} | changes)
 

@@ -30,21 +30,6 @@ from .tiny import VOCABULARY, fresh, tiny_tokenizer
 IDS = ((6, 7, 8, 9, 10, 11), (12, 13, 14), (15, 16))
 
 
-@pytest.fixture(scope="module")
-def llama(llama_folder):
-    return fresh(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def bert(bert_folder):
-    return fresh(bert_folder)
-
-
-@pytest.fixture(params=["llama", "bert"])
-def base(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def broken(llama_folder, tmp_path):
     """A copy of the decoder, to be damaged."""

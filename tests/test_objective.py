@@ -15,21 +15,6 @@ from .tiny import VOCABULARY, fresh
 RECORDS = ((6, 7, 8, 9, 10), (12, 13), (15, 16, 17))
 
 
-@pytest.fixture(scope="module")
-def llama(llama_folder):
-    return fresh(llama_folder)
-
-
-@pytest.fixture(scope="module")
-def bert(bert_folder):
-    return fresh(bert_folder)
-
-
-@pytest.fixture(params=["llama", "bert"])
-def base(request):
-    return request.getfixturevalue(request.param)
-
-
 def test_a_record_is_padded_on_the_right_and_keeps_its_label():
     batch = collate(RECORDS, [1.0, -2.0, 0.5])
     assert batch.ids.tolist() == [[6, 7, 8, 9, 10], [12, 13, 0, 0, 0], [15, 16, 17, 0, 0]]
