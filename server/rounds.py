@@ -52,7 +52,7 @@ class Reply:
     """What one client answered in a phase: bytes, or None when it declined."""
 
     client: int
-    vector: bytes | None
+    payload: bytes | None
 
 
 Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
@@ -246,10 +246,10 @@ def _given(
                 f"round {plan.round}: client {reply.client} answered twice or was not asked"
             )
         asked.remove(reply.client)
-        if reply.vector is None:
+        if reply.payload is None:
             counts["declined"] += 1
         else:
-            yield reply.client, reply.vector
+            yield reply.client, reply.payload
 
 
 def _collect(

@@ -272,7 +272,7 @@ def test_a_vector_that_does_not_fit_is_left_out_counted_and_named(tmp_path, capl
 
     def ask(phase: str, cohort: Mapping[int, bytes], plan: Plan, start: Vector) -> Iterator[Reply]:
         for reply in honest(phase, cohort, plan, start):
-            vector = reply.vector or b""
+            vector = reply.payload or b""
             yield Reply(reply.client, cut(vector) if reply.client == first else vector)
 
     found = run(tmp_path, config, ask)
