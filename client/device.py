@@ -104,6 +104,15 @@ class Device:
         mine, _ = data.split(data.read_user(bench.folder, self.name, bench.index), settings.holdout)
         return bench.tokenised(data.capped(mine, settings.records_per_client))
 
+    def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
+        """The latest own records, which the head is fitted on, and the first ones held out."""
+        bench, limits = self.bench, self.bench.config.evaluation
+        everything = data.read_user(bench.folder, self.name, bench.index)
+        own, held_out = data.split(everything, bench.config.data.holdout)
+        return bench.tokenised(own[-limits.fit_records :]), bench.tokenised(
+            held_out[: limits.records]
+        )
+
 
 def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes | None:
     """A client's round: check the plan, train, pass the gate.

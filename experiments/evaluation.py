@@ -14,23 +14,17 @@ of one batch), the other head is that of somebody of the same group, fitted on t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..client import data
-from ..client.device import Bench
-from ..client.label_head import LabelHead, fit_label_head, label_losses
-from ..client.text_head import TokenStates, fit_text_head, shared_scores, token_losses
-from ..common.adapter import Adapter, Vector
+from ..client.device import Bench, Device
+from ..client.measure import Measure, measure_of
+from ..common.adapter import Vector
 from ..common.config import Config
 from ..common.errors import StateError
-from ..common.models import final_states, pad, prefix_states, resumed_at
-from ..common.objective import pooled
 from ..server import checkpoint
 from . import progress
 
@@ -54,11 +48,10 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
         "seen": _some(took_part, bench.index, config),
         "unseen": _some(bench.index.test_users, bench.index, config),
     }
-    measure = _Texts if config.outputs == 0 else _Labels
     with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
-        model = measure(bench, final)
+        model = measure_of(bench.trainer.adapter, final)
         found = {
-            name: _measure(model, bench.index, users, _heads_for(config, name), one)
+            name: _measure(model, bench, users, _heads_for(config, name), one)
             for name, users in groups.items()
         }
     unit = "nats per token" if config.outputs == 0 else "squared error"
@@ -84,36 +77,18 @@ def global_adapter(folder: Path) -> Vector:
     return kept.adapter
 
 
-class _Measure(Protocol):
-    def person(self, user: str, fit: bool) -> "_Person | None":
-        """Prepare one person, and fit the head; None for somebody with nothing held out."""
-
-    def loss(self, person: "_Person", head: Any) -> float:
-        """Mean loss on the person's held-out records; head None: the shared model."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Person:
-    """One person's held-out material under the shared model, and the head they fitted."""
-
-    base: float
-    held_out: Any
-    head: Any
-
-
 def _heads_for(config: Config, group: str) -> bool:
     """Heads for texts cost as much as all the rest, so only the group that is asked about."""
     return config.head.enabled and (config.outputs > 0 or group == config.evaluation.metrics_of)
 
 
-def _measure(
-    measure: _Measure, index: data.Index, users: Sequence[str], heads: bool, one: Any
-) -> Losses:
+def _measure(measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any) -> Losses:
     models = MODELS if heads else MODELS[:2]
     losses: Losses = {name: [] for name in ("users", *models)}
     people = {}
     for user in users:
-        if (person := measure.person(user, heads)) is not None:
+        person = measure.person(*Device(user, bench).measured_on(), heads)
+        if person is not None:
             people[user] = person
         one()
     names = list(people)
@@ -123,7 +98,7 @@ def _measure(
         losses["global"].append(measure.loss(person, None))
         if not heads:
             continue
-        other = people[_partner(index, names, number)]
+        other = people[_partner(bench.index, names, number)]
         losses["personal"].append(measure.loss(person, person.head))
         losses["swapped_head"].append(measure.loss(person, other.head))
     return losses
@@ -135,101 +110,6 @@ def _partner(index: data.Index, users: Sequence[str], number: int) -> str:
     following = [users[(number + step) % len(users)] for step in range(1, len(users) + 1)]
     same = [user for user in following if index.blocks[user].group == group]
     return (same or following)[0]
-
-
-class _Texts:
-    """Generation: nats per token; the frozen prefix is computed once for base and global."""
-
-    def __init__(self, bench: Bench, final: Vector) -> None:
-        self.bench, self.final = bench, final
-        self.adapter: Adapter = bench.trainer.adapter
-        self.output = self.adapter.base.output.detach()
-
-    def person(self, user: str, fit: bool) -> _Person | None:
-        own, held_out = _records(self.bench, user)
-        if not held_out:
-            return None
-        base, shared = self._states(held_out, (self.adapter.start, self.final))
-        base_scores = shared_scores(base, self.output)
-        base_loss = token_losses(None, base, self.output, base_scores).mean()
-        head = None
-        if own and fit:
-            (mine,) = self._states(own, (self.final,))
-            head = fit_text_head(mine, self.output)
-        scores = shared_scores(shared, self.output)
-        return _Person(float(base_loss), (shared, scores), head)
-
-    def loss(self, person: _Person, head: Any) -> float:
-        states, scores = person.held_out
-        return float(token_losses(head, states, self.output, scores).mean())
-
-    @torch.no_grad()
-    def _states(
-        self, records: Sequence[data.Tokenised], vectors: Sequence[Vector]
-    ) -> list[TokenStates]:
-        """Final states of the records under each adapter."""
-        base, first = self.adapter.base, self.adapter.first_block
-        ids, mask = pad([record.ids for record in records])
-        wanted = mask[:, 1:].bool()
-        targets, record = ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0]
-        prefix = prefix_states(base, first, ids, mask)
-        found = []
-        for vector in vectors:
-            self.adapter.write(vector)
-            with resumed_at(base, first, prefix):
-                states = final_states(base, ids, mask)[:, :-1][wanted]
-            found.append(TokenStates(states, targets, record))
-        return found
-
-
-class _Labels:
-    """Labels: squared error or nats; features of the same text are computed once."""
-
-    def __init__(self, bench: Bench, final: Vector) -> None:
-        self.bench, self.adapter = bench, bench.trainer.adapter
-        self.adapter.write(final)
-        head = self.adapter.head
-        if head is None:
-            raise ValueError("a labelled task without a head")
-        task = "regression" if self.bench.config.outputs == 1 else "classification"
-        weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
-        self.shared = LabelHead(weight, bias, task)  # type: ignore[arg-type]
-        self.nothing = LabelHead(torch.zeros_like(weight), torch.zeros_like(bias), task)  # type: ignore[arg-type]
-        self.known: dict[tuple[int, ...], Tensor] = {}
-
-    def person(self, user: str, fit: bool) -> _Person | None:
-        own, held_out = _records(self.bench, user)
-        if not held_out:
-            return None
-        features, labels = self._features(held_out)
-        base = float(label_losses(self.nothing, features, labels).mean())
-        head = None
-        if own and fit:
-            head = fit_label_head(*self._features(own), self.shared)
-        return _Person(base, (features, labels), head)
-
-    def loss(self, person: _Person, head: Any) -> float:
-        return float(label_losses(head or self.shared, *person.held_out).mean())
-
-    @torch.no_grad()
-    def _features(self, records: Sequence[data.Tokenised]) -> tuple[Tensor, Tensor]:
-        base = self.adapter.base
-        new = [r.ids for r in records if r.ids not in self.known]
-        if new:
-            ids, mask = pad(new)
-            found = pooled(base, final_states(base, ids, mask), mask)
-            self.known.update(zip(new, found, strict=True))
-        labels = torch.tensor([float(r.label or 0.0) for r in records])
-        return torch.stack([self.known[r.ids] for r in records]), labels
-
-
-def _records(bench: Bench, user: str) -> tuple[Sequence[data.Tokenised], Sequence[data.Tokenised]]:
-    """The person's latest own records for the head, and the first ones held out."""
-    limits = bench.config.evaluation
-    own, held_out = data.split(
-        data.read_user(bench.folder, user, bench.index), bench.config.data.holdout
-    )
-    return bench.tokenised(own[-limits.fit_records :]), bench.tokenised(held_out[: limits.records])
 
 
 def _some(users: Sequence[str], index: data.Index, config: Config) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from privet.client import data
-from privet.client.device import Bench
+from privet.client.device import Bench, Device
+from privet.client.measure import measure_of
 from privet.common.errors import ConfigError, DataError, StateError
 from privet.experiments import evaluation, generation
 from privet.experiments.evaluation import MODELS, evaluate, global_adapter
@@ -43,13 +44,17 @@ def everybody(bench):
 
 
 def model_of(bench, final):
-    return (evaluation._Texts if bench.config.outputs == 0 else evaluation._Labels)(bench, final)
+    return measure_of(bench.trainer.adapter, final)
+
+
+def person(one, bench, user):
+    return one.person(*Device(user, bench).measured_on(), True)
 
 
 def measured(bench, final, users=None):
     users = everybody(bench) if users is None else users
     heads = evaluation._heads_for(bench.config, "seen")
-    return evaluation._measure(model_of(bench, final), bench.index, users, heads, lambda: None)
+    return evaluation._measure(model_of(bench, final), bench, users, heads, lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +114,9 @@ def test_the_head_swapped_in_is_the_next_persons(bench):
     final = vector(bench)
     losses = measured(bench, final)
     one = model_of(bench, final)
-    first, second = (one.person(user, True) for user in losses["users"][:2])
+    first, second = (person(one, bench, user) for user in losses["users"][:2])
     assert one.loss(first, second.head) == pytest.approx(losses["swapped_head"][0], rel=1e-6)
-    last, start = (one.person(losses["users"][place], True) for place in (-1, 0))
+    last, start = (person(one, bench, losses["users"][place]) for place in (-1, 0))
     assert one.loss(last, start.head) == pytest.approx(losses["swapped_head"][-1], rel=1e-6)
 
 
@@ -172,28 +177,24 @@ def test_favourite_words_make_the_personal_model_better_and_the_swapped_one_wors
     assert swapped > personal + 0.1
 
 
-def test_the_held_out_records_take_no_part_in_fitting_a_head(bench, monkeypatch):
+def test_the_held_out_records_take_no_part_in_fitting_a_head(bench):
     """A head fitted where other records were held out is the same head."""
-    one, right = model_of(bench, vector(bench)), evaluation._records
+    one = model_of(bench, vector(bench))
     user = next(user for user in everybody(bench) if user != "user lone")
-    before = one.person(user, True)
-    own, later = right(bench, user)
+    before = person(one, bench, user)
+    own, later = Device(user, bench).measured_on()
     assert (len(own), len(later)) == (7, 3)
-    monkeypatch.setattr(evaluation, "_records", lambda *_: (own, own[:1]))
-    other = one.person(user, True)
+    other = one.person(own, own[:1], True)
     assert one.loss(before, other.head) == pytest.approx(one.loss(before, before.head), rel=1e-6)
 
 
 def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, monkeypatch):
-    right = evaluation._records
+    right = Device.measured_on
     nobody = next(user for user in everybody(bench) if user != "user lone")
     monkeypatch.setattr(
-        evaluation,
-        "_records",
-        lambda bench, user: (
-            [] if user == nobody else right(bench, user)[0],
-            right(bench, user)[1],
-        ),
+        Device,
+        "measured_on",
+        lambda self: ([] if self.name == nobody else right(self)[0], right(self)[1]),
     )
     losses = measured(bench, vector(bench))
     place = losses["users"].index(nobody)
