@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..common import config as settings
 from ..common import noise
 from ..common.adapter import shared
+from ..common.blocks import arm_names
 from ..common.config import Config
 from ..common.encoding import unpack
 from ..common.errors import PrivacyError, ProtocolError
@@ -28,7 +29,8 @@ from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
 from . import data, masking
 from .ledger import Ledger
-from .release import budgets, charges, release
+from .measure import arm_of, arms_block, gains_block, measured
+from .release import Statistics, budgets, charges, release
 from .training import Trainer, train
 
 __all__ = ["Bench", "Device", "masked_phase", "take_part"]
@@ -164,8 +166,29 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         ledger,
         privacy,
         noise.source(seed, f"{label} release"),
-        trained.statistics,
+        _statistics(device, plan, start, trained.statistics),
     )
+
+
+def _statistics(
+    device: Device, plan: Plan, start: NDArray[np.float32], losses: NDArray[np.float64]
+) -> Statistics:
+    """The blocks that the plan asks for; the delta is made before a head is fitted."""
+    bench, found = device.bench, dict[str, NDArray[np.float64]]()
+    if plan.losses_bound:
+        found["losses"] = losses
+    if not (plan.gains_bound or plan.arms_bound):
+        return found
+    own, held_out = device.measured_on()
+    fit = bench.config.head.enabled
+    said = measured(bench.trainer.adapter, start, own, held_out, fit)
+    if plan.gains_bound:
+        found["gains"] = gains_block(said, plan.gains_bound)
+    if plan.arms_bound:
+        arms = arm_names(plan.arms)
+        place = arm_of(bench.identity(device.name).seed, plan.run, len(arms))
+        found["arms"] = arms_block(said, plan.arms_bound, arms, place)
+    return found
 
 
 def masked_phase(

@@ -11,21 +11,116 @@ with it leaves a device through the gate's noised blocks only (`client/release.p
 here is read by training: a device measures after its delta is made.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..common.adapter import Adapter, Vector
+from ..common.blocks import ENTRIES
+from ..common.errors import DataError
+from ..common.keys import Purpose, Secret, derive
 from ..common.models import final_states, pad, prefix_states, resumed_at
 from ..common.objective import pooled
 from .data import Tokenised
 from .label_head import LabelHead, fit_label_head, label_losses
 from .text_head import TokenStates, fit_text_head, shared_scores, token_losses
 
-__all__ = ["LabelMeasure", "Measure", "Person", "TextMeasure", "measure_of"]
+__all__ = [
+    "LabelMeasure",
+    "Measure",
+    "Measured",
+    "Person",
+    "TextMeasure",
+    "arm_of",
+    "arms_block",
+    "gains_block",
+    "measure_of",
+    "measured",
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One person's mean losses on the own held-out records; sensitive, so `repr` hides them."""
+
+    base: float = field(repr=False)
+    shared: float = field(repr=False)
+    personal: float = field(repr=False)
+
+
+def measured(
+    adapter: Adapter,
+    shared: Vector,
+    own: Sequence[Tokenised],
+    held_out: Sequence[Tokenised],
+    fit: bool,
+) -> Measured | None:
+    """One person's losses; run by the client, after its delta is made.
+
+    All three are computed whatever is asked for, so that the time it takes tells no arm.
+
+    Args:
+        adapter: overwritten.
+        shared: the global adapter, shape (d,), float32.
+        own: records the head is fitted on.
+        held_out: records the losses are of.
+        fit: whether there is a personal head; otherwise personal is shared.
+
+    Returns:
+        None where nothing is held out, or a loss is not finite: a contribution must not depend on
+        that, so such a device takes part as one that has measured nothing.
+    """
+    try:
+        measure = measure_of(adapter, shared)
+        person = measure.person(own, held_out, fit)
+        if person is None:
+            return None
+        alone, together = measure.loss(person, None), measure.loss(person, person.head)
+    except DataError:  # states that are not finite
+        return None
+    found = Measured(person.base, alone, together)
+    return found if all(map(math.isfinite, (found.base, alone, together))) else None
+
+
+def gains_block(found: Measured | None, bound: float) -> NDArray[np.float64]:
+    """(base - shared, shared - personal, 1), gains in [-1, 1] of the bound; zeros for None."""
+    if found is None:
+        return np.zeros(ENTRIES["gains"])
+    gains = np.array([found.base - found.shared, found.shared - found.personal])
+    return np.append(np.clip(gains / bound, -1.0, 1.0), 1.0)
+
+
+def arms_block(
+    found: Measured | None, bound: float, arms: Sequence[str], own: int
+) -> NDArray[np.float64]:
+    """(1, outcome, its square) in the slots of the own arm, zeros elsewhere; zeros for None.
+
+    Args:
+        found: the losses.
+        bound: a loss is clipped to 0 .. this, and is 2 loss / bound - 1 as an outcome.
+        arms: the models compared.
+        own: the place of this device's arm.
+    """
+    block = np.zeros((len(arms), ENTRIES["arms"]))
+    if found is not None:
+        outcome = 2.0 * min(max(getattr(found, arms[own]) / bound, 0.0), 1.0) - 1.0
+        block[own] = 1.0, outcome, outcome * outcome
+    return block.ravel()
+
+
+def arm_of(key: Secret, run: str, count: int) -> int:
+    """The place of a device's arm in a run: 0 .. count - 1, each as likely, over all its rounds.
+
+    **Guarantee**: a keyed hash (HKDF with HMAC-SHA256) of the run's public id under a key of the
+    device's own. Neither the server nor the device's records decide it, and it is not sent.
+    """
+    return int.from_bytes(derive(key, Purpose.ARM, run.encode()).value) % count
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,8 @@
 wrongly hashed; clipped as one vector; allowed by the ledger; rounded at random to a public grid;
 noised with exact integer noise (for `noise_at = device`); reduced mod 2**bits; and written to the
 ledger, durably, before it is returned. Masks will only be added to these integers. Statistics ride
-behind the adapter in the same vector: a block with its own public bound, grid and noise.
+behind the adapter in the same vector: blocks with their own public bound, grid and noise each
+(`common/blocks.py`), drawn after the adapter's, which they therefore leave as it is.
 
 Sources: clip and integer noise, Agarwal, Kairouz, Liu 2021 (Skellam); randomised rounding,
 Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
@@ -12,6 +13,7 @@ Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,20 @@ from numpy.typing import NDArray
 
 from ..common import noise
 from ..common.accounting import Charge
+from ..common.blocks import Block
 from ..common.clipping import clip
 from ..common.config import PrivacySettings
 from ..common.encoding import pack, round_randomly, rounded_sensitivity, wrap
 from ..common.errors import GateRefused
-from ..common.plan import STATISTICS_BOUND, Plan
+from ..common.plan import Plan
 from ..common.rotation import flat_bound, rotate
 from .ledger import Ledger
 
-__all__ = ["budgets", "charges", "release"]
+__all__ = ["Statistics", "budgets", "charges", "release"]
+
+
+Statistics = Mapping[str, NDArray[np.float64]]
+"""The numbers of each block, by its name; sensitive."""
 
 
 def release(
@@ -38,7 +45,7 @@ def release(
     ledger: Ledger,
     privacy: PrivacySettings,
     source: noise.Source,
-    statistics: NDArray[np.float64] | None = None,
+    statistics: Statistics | None = None,
 ) -> bytes:
     """One contribution -> the bytes that leave.
 
@@ -50,27 +57,25 @@ def release(
         ledger: what this device has spent.
         privacy: the device's own settings: adjacency, delta, budgets.
         source: operating system randomness; a seeded one in tests only.
-        statistics: of the batch `delta` was computed from, shape (plan.statistics_size,).
+        statistics: by the names of `plan.blocks`, each of its block's size.
 
     Returns:
-        Integers mod 2**bits, bit-packed, (d + statistics_size) * bits / 8 bytes.
+        Integers mod 2**bits, bit-packed, `plan.length(d)` * bits / 8 bytes.
 
     Raises:
         GateRefused: the input must not be released; nothing was spent.
         BudgetExceeded: it would cost more than the device allows; nothing was spent.
     """
     _refuse(delta, layout, plan)
-    block = np.zeros(0) if statistics is None else statistics
-    _refuse_statistics(block, plan)
+    behind = _refuse_statistics(statistics or {}, plan)
     clipped = clip(_flattened(delta, plan), plan.clip)
-    bounded = clip(block, STATISTICS_BOUND)
+    bounded = [clip(values, block.bound) for block, values in zip(plan.blocks, behind, strict=True)]
     cost = charges(plan, len(delta), privacy)
     ledger.check(client, cost, budgets(privacy), privacy.delta)
     integers = _noised(_clamped(clipped.vector, plan), plan.step, plan.variance, plan, source)
-    if plan.statistics_size:
-        step, variance = plan.statistics_step, plan.statistics_variance
-        behind = _noised(bounded.vector, step, variance, plan, source)
-        integers = np.concatenate([integers, behind])
+    for block, values in zip(plan.blocks, bounded, strict=True):
+        drawn = _noised(values.vector, block.step, block.variance, plan, source)
+        integers = np.concatenate([integers, drawn])
     payload = pack(wrap(integers, plan.bits), plan.bits)
     ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload)
     return payload
@@ -100,7 +105,11 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     sensitivity is that, not the clip. With several steps later gradients depend on earlier ones
     and only Opacus's noise is counted.
 
-    Statistics add no charge of their own: each charge is that of both parts (`_with_statistics`).
+    Statistics. A person moves adapter and blocks together, one Gaussian release (`_together`). A
+    record is in the batch by a draw, and moves the adapter and the block of losses if it is:
+    these too are one release, sampled. Gains and arms are computed from every record in every
+    round, the draw hides nothing of them: they are a second charge, unsampled. Their noise is
+    independent of the batch and its noise, so the two charges compose.
     """
     found: list[Charge] = []
     released = plan.noise_at != "none" and plan.variance > 0
@@ -131,38 +140,54 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
             found.append(dataclasses.replace(inside, against="unmasked server"))
     if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
         found.append(Charge("client", "analyst", privacy.client.adjacency, 0.0))
-    return tuple(_with_statistics(charge, plan) for charge in found)
+    every = list[Charge]()
+    for charge in found:
+        everything = charge.unit == "client" or charge.sampling_rate == charge.steps == 1
+        joint = [block for block in plan.blocks if block.sampled or everything]
+        apart = [block for block in plan.blocks if block not in joint]
+        every.append(_together([charge, *(_of_block(block, charge, plan) for block in joint)]))
+        if apart:
+            every.append(_together([_of_block(block, charge, plan) for block in apart]))
+    return tuple(every)
 
 
-def _with_statistics(charge: Charge, plan: Plan) -> Charge:
-    """The adapter's charge -> that of adapter and statistics, released together.
+def _together(parts: Sequence[Charge]) -> Charge:
+    """Charges of parts released together -> one charge, with the draw of the first.
 
-    Adapter part and block have independent Gaussian noise. With each divided by its own noise,
-    their concatenation is one Gaussian mechanism with noise 1, which one unit moves by at most
-    sqrt(z_adapter^-2 + z_block^-2): that is the multiplier's inverse. Two charges instead, each
-    with the sampling rate, would be wrong: both parts are computed from one Poisson batch, and
+    The parts have independent Gaussian noise. With each divided by its own noise, their
+    concatenation is one Gaussian mechanism with noise 1, which one unit moves by at most
+    sqrt(z_1^-2 + z_2^-2 + ...): that is the multiplier's inverse. Two charges instead, each with
+    the sampling rate, would be wrong: adapter and losses are computed from one Poisson batch, and
     composing two sampled charges stands for a batch drawn anew for each, which hides more.
-
-    The block's noise is what the adversary sees: all of it in the sum; one share where a server
-    reads this contribution alone; none where the server adds it later, and then nothing is hidden.
     """
-    if not plan.statistics_size:
-        return charge
+    noises = [part.noise_multiplier for part in parts]
+    return dataclasses.replace(
+        parts[0],
+        noise_multiplier=1 / math.hypot(*(1 / one for one in noises)) if min(noises) else 0.0,
+        distance=math.fsum(part.distance for part in parts),
+        ratio=math.fsum(part.ratio for part in parts),
+    )
+
+
+def _of_block(block: Block, charge: Charge, plan: Plan) -> Charge:
+    """A block by itself: to the unit and adversary of `charge`, nothing drawn.
+
+    Its noise is what the adversary sees: all of it in the sum; one share where a server reads this
+    contribution alone; none where the server adds it later, and then nothing is hidden.
+    """
     alone = charge.against == "unmasked server"
     before = charge.against == "server" and plan.noise_at == "server"
     adders = 1 if alone else plan.adders
-    variance = 0.0 if before else plan.statistics_variance * adders
-    moved = STATISTICS_BOUND if charge.unit == "client" else math.sqrt(2) / plan.batch_size
-    size, step = plan.statistics_size, plan.statistics_step
-    block = float(variance**0.5 / rounded_sensitivity(moved, step, size)[0])
-    if min(block, charge.noise_multiplier) == 0:
-        return dataclasses.replace(charge, noise_multiplier=0.0)
-    near = noise.gaussian_closeness(variance, size, adders)
-    return dataclasses.replace(
-        charge,
-        noise_multiplier=1 / math.hypot(1 / block, 1 / charge.noise_multiplier),
-        distance=charge.distance + near.slack,
-        ratio=charge.ratio + near.ratio,
+    variance = 0.0 if before else block.variance * adders
+    moved = block.bound if charge.unit == "client" else block.moved
+    near = noise.gaussian_closeness(variance, block.size, adders)
+    return Charge(
+        charge.unit,
+        charge.against,
+        charge.adjacency,
+        float(variance**0.5 / rounded_sensitivity(moved, block.step, block.size)[0]),
+        distance=near.slack if variance else 0.0,
+        ratio=near.ratio if variance else 0.0,
     )
 
 
@@ -210,9 +235,18 @@ def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:
         )
 
 
-def _refuse_statistics(block: NDArray[np.float64], plan: Plan) -> None:
-    if block.shape != (plan.statistics_size,):
+def _refuse_statistics(given: Statistics, plan: Plan) -> list[NDArray[np.float64]]:
+    """The blocks in the plan's order, if they are those of the plan."""
+    asked = {block.name: (block.size,) for block in plan.blocks}
+    if {name: values.shape for name, values in given.items()} != asked:
         raise GateRefused(
-            f"round {plan.round}: the plan asks for {plan.statistics_size} statistics, training "
-            f"gave shape {block.shape}; nothing was released"
+            f"round {plan.round}: the plan asks for the statistics {asked}, the device gave "
+            f"{ {name: values.shape for name, values in given.items()} }; nothing was released"
         )
+    for block in plan.blocks:
+        if not (np.isfinite(given[block.name]).all() and block.fits(given[block.name])):
+            raise GateRefused(
+                f"round {plan.round}: the block {block.name} holds numbers that are not finite or "
+                "outside their public range; it stays here"
+            )
+    return [given[block.name] for block in plan.blocks]

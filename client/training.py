@@ -136,10 +136,10 @@ def train(
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
-    """Losses under the start adapter, shape (records,) -> the block, its order as `STATISTICS`."""
-    if not plan.statistics_size:
+    """Losses under the start adapter, shape (records,) -> the block of losses."""
+    if not plan.losses_bound:
         return np.zeros(0)
-    bounded = np.clip(losses / plan.statistics_loss_bound, 0.0, 1.0)
+    bounded = np.clip(losses / plan.losses_bound, 0.0, 1.0)
     return np.array([bounded.sum(), len(losses)]) / plan.batch_size
 
 

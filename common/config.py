@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .blocks import MOST_ARMS
 from .errors import ConfigError
 
 NoiseAt = Literal["device", "distributed", "server"]
@@ -105,11 +106,31 @@ class MaskingSettings(_Settings):
 
 
 class StatisticsSettings(_Settings):
-    """Noised sums that ride in the contribution: the losses of the batches, and their sizes."""
+    """Noised sums that ride in the contribution: losses of the batches, gains, A/B outcomes."""
 
     enabled: bool = False
     noise_multiplier: float = Field(3.0, gt=0, description="against the block's public l2 bound")
     loss_bound: float = Field(10.0, gt=0, description="a record's loss is clipped to 0 .. this")
+    gains: bool = Field(False, description="what adapter and head gain on held-out records")
+    gain_bound: float = Field(0.5, gt=0, description="a gain is clipped to -this .. this")
+    gain_noise_multiplier: float = Field(4.0, gt=0)
+    arms: tuple[Literal["base", "shared", "personal"], ...] = Field(
+        (), max_length=MOST_ARMS, description="models compared: a device measures one of them"
+    )
+    arm_noise_multiplier: float = Field(4.0, gt=0)
+
+    def multiplier(self, block: str) -> float:
+        """Noise of a block over its bound."""
+        return {
+            "losses": self.noise_multiplier,
+            "gains": self.gain_noise_multiplier,
+            "arms": self.arm_noise_multiplier,
+        }[block]
+
+    def allows(self, block: str, arms: tuple[str, ...]) -> bool:
+        """Whether a device with these settings takes part in a block."""
+        own = {"losses": True, "gains": self.gains, "arms": {*arms} <= {*self.arms}}
+        return self.enabled and own[block]
 
 
 class BudgetSettings(_Settings):
@@ -226,6 +247,8 @@ class Config(_Settings):
             self._refuse_hopeless_masking()
         if self.statistics.enabled:
             self._refuse_hopeless_statistics()
+        elif self.statistics.gains or self.statistics.arms:
+            raise ValueError("statistics.gains and statistics.arms need statistics.enabled = true")
         if client.enabled and client.noise_multiplier == 0 and self.insecure_test_seed is None:
             raise ValueError(
                 "privacy.client.noise_multiplier = 0 gives no client-level guarantee; take a "
@@ -261,6 +284,13 @@ class Config(_Settings):
                 "the devices, or the server would read losses without noise and every device "
                 'would decline; set privacy.client.noise_at = "distributed" or "device"'
             )
+        arms = self.statistics.arms
+        if arms and len({*arms}) < 2:
+            raise ValueError(
+                f"statistics.arms = {list(arms)}: a comparison needs at least two different ones"
+            )
+        if "personal" in arms and not self.head.enabled:
+            raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
     @property
     def digest(self) -> str:

@@ -58,6 +58,7 @@ class Purpose(Enum):
     ANNOUNCEMENT = "signature of an announcement"
     SURVIVORS = "signature of a survivor list"
     GRAPH = "order of the neighbour ring"
+    ARM = "arm of a comparison that a device is in"
     SIMULATED_IDENTITY = "identity of a simulated device"
 
 

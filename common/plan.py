@@ -12,21 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
 from .config import Config
 from .errors import ProtocolError
 from .masking import MOST_PARTICIPANTS, Terms
 from .noise import MAX_VARIANCE
 
-__all__ = ["STATISTICS", "STATISTICS_BOUND", "VERSION", "Plan"]
+__all__ = ["VERSION", "Plan"]
 
-VERSION = 3
-
-STATISTICS = ("losses", "records")
-"""The block of statistics: two sums over the local batch, in shares of the public batch size."""
-
-STATISTICS_BOUND = 1.5
-"""l2 bound of the block. A record adds at most 1 to each share, so a batch of the public size, its
-losses at half their bound, has norm 1.12; where the bound is passed, losses over records stays."""
+VERSION = 4
 
 PLACES = ("device", "distributed", "server")
 """Where noise may be added, the safest first."""
@@ -48,10 +42,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "rate": (5e-324, 1),
     "record_clip": (0, math.inf),
     "record_noise": (0, math.inf),
-    "statistics_size": (0, len(STATISTICS)),
-    "statistics_step": (5e-324, math.inf),
-    "statistics_variance": (0, MAX_VARIANCE),
-    "statistics_loss_bound": (5e-324, math.inf),
+    **{f"{name}_bound": (0, math.inf) for name in ENTRIES},
+    **{f"{name}_step": (5e-324, math.inf) for name in ENTRIES},
+    **{f"{name}_variance": (0, MAX_VARIANCE) for name in ENTRIES},
 }
 
 
@@ -76,9 +69,11 @@ class Plan:
         attempt: counts every masked round the server began, repeated ones too; it is no part of
             the digest.
         record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
-        statistics_size: numbers behind the adapter's, in the same vector and modulus; 0 for none.
-        statistics_step, statistics_variance: their own grid and noise, as `step` and `variance`.
-        statistics_loss_bound: a record's loss is clipped to 0 .. this, and divided by it.
+        losses_bound, gains_bound, arms_bound: what a loss, a gain, an arm's loss is clipped to and
+            divided by, in the loss's unit; 0: the block is not asked for (`common/blocks.py`).
+        arms: the models an arms block compares, with commas; the same one may occur twice.
+        losses_step, losses_variance and so on: each block's own grid and noise, as `step` and
+            `variance`; the modulus is the adapter's.
     """
 
     run: str
@@ -101,10 +96,16 @@ class Plan:
     record_clip: float
     record_noise: float
     attempt: int = 1
-    statistics_size: int = 0
-    statistics_step: float = 1.0
-    statistics_variance: float = 0.0
-    statistics_loss_bound: float = 1.0
+    losses_bound: float = 0.0
+    losses_step: float = 1.0
+    losses_variance: float = 0.0
+    gains_bound: float = 0.0
+    gains_step: float = 1.0
+    gains_variance: float = 0.0
+    arms: str = ""
+    arms_bound: float = 0.0
+    arms_step: float = 1.0
+    arms_variance: float = 0.0
     version: int = VERSION
 
     @property
@@ -129,9 +130,28 @@ class Plan:
         text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks asked for, in the order they have in a contribution."""
+        sizes = {**ENTRIES, "arms": ENTRIES["arms"] * len(arm_names(self.arms))}
+        moved = {"losses": math.sqrt(2) / self.batch_size, **DIAMETERS}
+        return tuple(
+            Block(
+                name,
+                size,
+                BOUNDS[name],
+                moved[name],
+                name == "losses",
+                getattr(self, f"{name}_step"),
+                getattr(self, f"{name}_variance"),
+            )
+            for name, size in sizes.items()
+            if getattr(self, f"{name}_bound")
+        )
+
     def length(self, dimension: int) -> int:
-        """Integers in a contribution: the adapter's and the statistics'."""
-        return dimension + self.statistics_size
+        """Integers in a contribution: the adapter's and the blocks'."""
+        return dimension + sum(block.size for block in self.blocks)
 
     def terms(self, dimension: int) -> Terms:
         """What the masking protocol binds every key and signature of this attempt to."""
@@ -173,10 +193,19 @@ class Plan:
                 f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
                 f"{', '.join(PLACES)}, none"
             )
-        if given["statistics_size"] and given["local_steps"] != 1:
+        if given["losses_bound"] and given["local_steps"] != 1:
             raise ProtocolError(
                 f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
                 "statistics are asked for"
+            )
+        try:
+            arms = arm_names(given["arms"])
+        except ValueError as why:
+            raise ProtocolError(f"the round plan's arms = {given['arms']!r}: {why}") from None
+        if bool(arms) != bool(given["arms_bound"]):
+            raise ProtocolError(
+                f"the round plan's arms = {given['arms']!r} with arms_bound = "
+                f"{given['arms_bound']!r}: expected both or neither"
             )
         plan = cls(**given)
         if plan.adders < 1 or plan.survivors > plan.cohort:
@@ -193,7 +222,6 @@ class Plan:
             ProtocolError: the plan is weaker than the device allows; names the field.
         """
         client, example = own.privacy.client, own.privacy.example
-        asked = self.statistics_size
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("clip", self.clip <= client.clip, client.clip),
@@ -218,12 +246,12 @@ class Plan:
                 ("survivors", self.survivors >= least, least),
                 ("colluders", self.colluders >= feared, feared),
             )
-        if asked:
-            floor = own.statistics.noise_multiplier * STATISTICS_BOUND if client.enabled else 0.0
-            found = (self.statistics_variance * self.adders) ** 0.5 * self.statistics_step
+        for block in self.blocks:
+            floor = own.statistics.multiplier(block.name) * block.bound if client.enabled else 0.0
+            found = (block.variance * self.adders) ** 0.5 * block.step
             checks += (
-                ("statistics", own.statistics.enabled and asked == len(STATISTICS), "none"),
-                ("statistics_noise", found >= floor * (1 - 1e-9), floor),
+                (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
+                (f"{block.name}_noise", found >= floor * (1 - 1e-9), floor),
             )
         if example.enabled:
             checks += (

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.accounting import Charge
-from ..common.config import Config
-from ..common.plan import STATISTICS_BOUND
+from ..common.blocks import BOUNDS
+from ..common.config import Config, StatisticsSettings
 
 __all__ = [
     "ADDERS",
@@ -23,6 +23,7 @@ __all__ = [
     "holds_against",
     "line_name",
     "main_line",
+    "measured",
     "no_claims",
     "noise_at",
     "noise_counted",
@@ -177,7 +178,30 @@ def noise_counted(at: str | None, charges: Sequence[Charge], statistics: bool = 
     With statistics a charge is that of adapter and block together.
     """
     said = _both_counted if statistics else _one_counted
-    return "; ".join(said(at, charge, n) for charge, n in Counter(charges).items())
+    return "; ".join(
+        _measured_counted(charge, n) if measured(charge, charges) else said(at, charge, n)
+        for charge, n in Counter(charges).items()
+    )
+
+
+def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
+    """Whether a charge is that of gains and arms: of a record, and in a line with batches it is
+    the one that no batch was drawn for."""
+    return (
+        charge.unit == "example"
+        and charge.sampling_rate == 1
+        and any(other.unit == "example" and other.sampling_rate < 1 for other in charges)
+    )
+
+
+def _measured_counted(charge: Charge, times: int) -> str:
+    often = f"in {times} releases" if times > 1 else "in one release"
+    whose = "the device's own share of " if charge.against == "unmasked server" else ""
+    return (
+        f"{whose}the Skellam noise on gains and A/B outcomes, which every record of a person "
+        f"enters in every round, {charge.noise_multiplier:.3g} times the most that one record can "
+        f"move them ({often})"
+    )
 
 
 def _both_counted(at: str | None, charge: Charge, times: int) -> str:
@@ -300,10 +324,12 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
         said.append(
             "To each person: the sum of a batch's losses, each clipped to "
             f"{config.statistics.loss_bound:g}, and its number of records leave in the same "
-            f"vector, clipped to norm {STATISTICS_BOUND:g} in shares of the public batch size; "
+            f"vector, clipped to norm {BOUNDS['losses']:g} in shares of the public batch size; "
             f"Skellam noise of {config.statistics.noise_multiplier:g} times that is added "
             + _PLACES[client.noise_at]
         )
+    if config.statistics.enabled and client.enabled:
+        said += _measured_promises(config.statistics, _PLACES[client.noise_at])
     if budgets:
         limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
         said.append(
@@ -312,6 +338,21 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"{config.privacy.delta:g}."
         )
     return said
+
+
+def _measured_promises(own: StatisticsSettings, place: str) -> list[str]:
+    whats = {
+        "gains": "what adapter and head gain on the person's own held-out records, each gain "
+        f"clipped to {own.gain_bound:g}",
+        "arms": "the held-out loss under one model, which a secret of the device chooses of "
+        f"{', '.join(own.arms)}, clipped to {own.loss_bound:g}",
+    }
+    return [
+        f"To each person: {what}, leaves in the same vector, with Skellam noise of "
+        f"{own.multiplier(name):g} times the norm it can have added {place}"
+        for name, what in whats.items()
+        if (own.gains if name == "gains" else own.arms)
+    ]
 
 
 def no_claims(

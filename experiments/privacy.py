@@ -263,6 +263,15 @@ def _mechanisms(
     totals: Mapping[str, tuple[Charge, ...]], delta: float, statistics: bool
 ) -> list[dict[str, Any]]:
     release = "adapter and statistics as one" if statistics else "Skellam noise on the release"
+
+    def name(charge: Charge) -> str:
+        if claims.from_training(charge):
+            return "DP-SGD steps (Opacus)"
+        return "gains and A/B outcomes" if claims.measured(charge, line_of(charge)) else release
+
+    def line_of(charge: Charge) -> list[Charge]:
+        return [other for other in every if other.against == charge.against]
+
     every = Counter(charge for charges in totals.values() for charge in charges)
     most = Counter[Charge]()
     for charges in set(totals.values()):
@@ -270,7 +279,7 @@ def _mechanisms(
     ordered = sorted(every, key=lambda c: (c.unit, c.against, c.noise_multiplier))
     return [
         {
-            "mechanism": "DP-SGD steps (Opacus)" if claims.from_training(charge) else release,
+            "mechanism": name(charge),
             "unit": charge.unit,
             "against": charge.against,
             "adjacency": charge.adjacency,

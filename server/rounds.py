@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.config import Config
+from ..common.config import Config, StatisticsSettings
 from ..common.encoding import (
     decode,
     unpack,
@@ -32,11 +31,12 @@ from ..common.encoding import (
 )
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
 from ..common.files import append_line, read_lines, write_atomic
-from ..common.plan import STATISTICS, STATISTICS_BOUND, Plan
+from ..common.plan import Plan
 from ..common.rotation import unrotate
 from . import aggregation, checkpoint, masking
 from .cohort import draw
-from .sizing import size, sized
+from .sizing import size, sized_block
+from .statistics import told
 
 __all__ = ["Reply", "make_plan", "masked_sum", "run_rounds"]
 
@@ -108,8 +108,8 @@ def run_rounds(
             state = State(number, state.adapter, state.optimizer)
         else:
             mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
-            if plan.statistics_size:
-                record["statistics"] = _statistics(sums, plan, counts["answered"])
+            if plan.blocks:
+                record["statistics"] = told(sums, plan, counts["answered"])
             adapter, memory = aggregation.apply(config.rounds, state.optimizer, state.adapter, mean)
             _refuse_overflow(number, adapter)
             record["mean_norm"] = float(np.linalg.norm(mean))
@@ -137,18 +137,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     colluders = allowed.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
     sizing = size(client, cohort, shares, len(adapter))
-    block: dict[str, Any] = {}
-    if config.statistics.enabled:
-        multiplier = config.statistics.noise_multiplier
-        own = client.model_copy(update={"clip": STATISTICS_BOUND, "noise_multiplier": multiplier})
-        fine = sized(own, cohort, shares, len(STATISTICS), sizing.grid.bits, rotated=False)
-        block = {
-            "statistics_size": len(STATISTICS),
-            "statistics_step": fine.grid.step,
-            "statistics_variance": fine.deviation**2,
-            "statistics_loss_bound": config.statistics.loss_bound,
-        }
-    return Plan(
+    plan = Plan(
         run=run,
         round=number,
         layout=layout,
@@ -168,8 +157,27 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         rate=config.sampling_rate,
         record_clip=example.clip if example.enabled else 0.0,
         record_noise=example.noise_multiplier if example.enabled else 0.0,
-        **block,
+        **_asked(config.statistics),
     )
+    grids: dict[str, Any] = {}
+    for block in plan.blocks:
+        multiplier = config.statistics.multiplier(block.name)
+        fine = sized_block(client, cohort, shares, plan.bits, block, multiplier)
+        grids[f"{block.name}_step"] = fine.grid.step
+        grids[f"{block.name}_variance"] = fine.deviation**2
+    return dataclasses.replace(plan, **grids)
+
+
+def _asked(statistics: StatisticsSettings) -> dict[str, Any]:
+    """Which blocks a plan asks for, and their public bounds."""
+    if not statistics.enabled:
+        return {}
+    return {
+        "losses_bound": statistics.loss_bound,
+        "gains_bound": statistics.gain_bound if statistics.gains else 0.0,
+        "arms": ",".join(statistics.arms),
+        "arms_bound": statistics.loss_bound if statistics.arms else 0.0,
+    }
 
 
 def _sum(
@@ -275,48 +283,25 @@ def _collect(
 
 def _noised_mean(
     total: NDArray[np.uint32], plan: Plan, test_seed: int | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """Noise where it is the server's to add, then integers -> reals.
 
     Returns:
-        The adapter's mean over the public cohort, and the sums of the statistics.
+        The adapter's mean over the public cohort, and the sums of each block.
     """
-    dimension = len(total) - plan.statistics_size
+    parts = [(len(total) - sum(block.size for block in plan.blocks), plan.step, plan.variance)]
+    parts += [(block.size, block.step, block.variance) for block in plan.blocks]
     if plan.noise_at == "server":
         source = noise.source(test_seed, f"server round {plan.round}")
-        drawn = noise.skellam(noise.skellam_table(plan.variance), dimension, source)
-        if plan.statistics_size:
-            table = noise.skellam_table(plan.statistics_variance)
-            drawn = np.append(drawn, noise.skellam(table, plan.statistics_size, source))
-        total = total + wrap(drawn, plan.bits)
+        drawn = [noise.skellam(noise.skellam_table(each), n, source) for n, _, each in parts]
+        total = total + wrap(np.concatenate(drawn), plan.bits)
     centred = unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits)
-    mean = decode(centred[:dimension], plan.step) / plan.cohort
+    ends = np.cumsum([count for count, _, _ in parts])[:-1]
+    pieces = np.split(centred, ends)
+    adapter, *sums = (decode(piece, g) for piece, (_, g, _) in zip(pieces, parts, strict=True))
+    mean = adapter / plan.cohort
     mean = unrotate(mean, plan.start) if plan.rotated else mean
-    return mean, decode(centred[dimension:], plan.statistics_step)
-
-
-def _statistics(sums: NDArray[np.float64], plan: Plan, answered: int) -> dict[str, float | None]:
-    """What the noised sums say, and the standard deviation of their noise in it.
-
-    The loss is a quotient of two noised sums; its noise is that to first order, and where the
-    noise is a third of the records or more, the quotient says nothing and is None.
-    """
-    adders = {"none": 0, "server": 1}.get(plan.noise_at, answered)
-    spread = (adders * plan.statistics_variance) ** 0.5 * plan.statistics_step
-    losses, records = map(float, sums)
-    found: dict[str, float | None] = {
-        "train_loss": None,
-        "train_loss_std": None,
-        "records_per_client": records * plan.batch_size / answered,
-        "records_per_client_std": spread * plan.batch_size / answered,
-    }
-    if records > 3 * spread:
-        mean = losses / records
-        found["train_loss"] = plan.statistics_loss_bound * mean
-        found["train_loss_std"] = (
-            plan.statistics_loss_bound * spread * math.hypot(1, mean) / records
-        )
-    return found
+    return mean, {block.name: found for block, found in zip(plan.blocks, sums, strict=True)}
 
 
 def _refuse_overflow(number: int, adapter: Vector) -> None:

@@ -6,6 +6,7 @@ From public numbers only: cohort, clip, noise, dimension.
 import math
 from dataclasses import dataclass
 
+from ..common.blocks import Block
 from ..common.config import ClientPrivacySettings
 from ..common.encoding import (
     NOISE_DEVIATIONS,
@@ -18,7 +19,7 @@ from ..common.encoding import (
 from ..common.errors import ConfigError
 from ..common.rotation import flat_bound
 
-__all__ = ["Sizing", "size", "sized"]
+__all__ = ["Sizing", "size", "sized", "sized_block"]
 
 FINE_ROUNDING, FINE_VARIANCE = 1.002, 2.0**21
 
@@ -91,3 +92,20 @@ def sized(
         if cannot_wrap(grid, largest, noisiest, cohort):
             return Sizing(grid, multiplier * l2, rotated)
         norm = l2 * grid.step
+
+
+def sized_block(
+    client: ClientPrivacySettings,
+    cohort: int,
+    shares: int,
+    bits: int,
+    block: Block,
+    multiplier: float,
+) -> Sizing:
+    """The grid of a block of statistics: its own bound and noise, the adapter's modulus.
+
+    Raises:
+        ConfigError: that modulus is too small for the block's noise: its sum could wrap.
+    """
+    own = client.model_copy(update={"clip": block.bound, "noise_multiplier": multiplier})
+    return sized(own, cohort, shares, block.size, bits, rotated=False)

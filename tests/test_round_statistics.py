@@ -20,6 +20,7 @@ from privet.client.release import charges, release
 from privet.client.training import Trainer, train
 from privet.common.accounting import Charge, epsilon
 from privet.common.adapter import attach
+from privet.common.blocks import BOUNDS
 from privet.common.clipping import clip
 from privet.common.config import AdapterSettings, Config, parse
 from privet.common.encoding import (
@@ -36,11 +37,11 @@ from privet.common.encoding import (
 from privet.common.errors import ConfigError, GateRefused, ProtocolError
 from privet.common.files import read_lines
 from privet.common.noise import TestSource, skellam, skellam_table
-from privet.common.plan import STATISTICS_BOUND, Plan
+from privet.common.plan import Plan
 from privet.experiments import engine, progress
 from privet.experiments.privacy import History, facts_of
 from privet.experiments.simulate import prepare
-from privet.server import rounds
+from privet.server import rounds, statistics
 from privet.server.cohort import draw
 from privet.server.rounds import Reply, make_plan, run_rounds
 
@@ -48,6 +49,7 @@ from .test_gate import leaves_the_same, records
 from .tiny import fresh, population, tiny_config
 
 LAYOUT, RUN, SIZE, COHORT = "0" * 64, "run-1", 30, 12
+BOUND = BOUNDS["losses"]
 OFF: dict[str, Any] = {"enabled": False}
 FREE: Any = SimpleNamespace(check=lambda *_: None, commit=lambda *_: None)
 """A ledger that allows everything and keeps nothing."""
@@ -79,7 +81,7 @@ def released(
     config: Config, plan: Plan, block: Any, seed: int = 1, ledger: Ledger = FREE
 ) -> NDArray[np.int64]:
     """The integers that leave, the block's last."""
-    given = None if block is None else np.array(block, np.float64)
+    given = None if block is None else {"losses": np.array(block, np.float64)}
     source = TestSource(seed, "release")
     payload = release(vector(), LAYOUT, plan, "ann", ledger, config.privacy, source, given)
     return unwrap(unpack(payload, plan.length(SIZE), plan.bits), plan.bits)
@@ -117,7 +119,7 @@ def test_without_noise_the_statistics_are_the_true_ones_to_the_rounding(tmp_path
     kept = the_round(tmp_path, config, blocks)
     asked = draw(20, COHORT, 1, config.data.seed)
     losses, counts = np.sum([blocks[client] for client in asked], axis=0)
-    step = planned(config).statistics_step
+    step = planned(config).losses_step
     assert kept["statistics"] == {
         "train_loss": pytest.approx(10 * losses / counts, abs=20 * step * COHORT),
         "train_loss_std": 0.0,
@@ -142,8 +144,8 @@ def noise_of(config: Config, plan: Plan, seed: int) -> NDArray[np.float64]:
     """Of the block of an empty batch, where the noise is added; real units."""
     if plan.noise_at == "server":
         total = np.zeros(plan.length(SIZE), np.uint32)
-        return rounds._noised_mean(total, dataclasses.replace(plan, round=seed), 1)[1]
-    return decode(released(config, plan, (0, 0), seed)[-2:], plan.statistics_step)
+        return rounds._noised_mean(total, dataclasses.replace(plan, round=seed), 1)[1]["losses"]
+    return decode(released(config, plan, (0, 0), seed)[-2:], plan.losses_step)
 
 
 @pytest.mark.parametrize("noise_at", ["device", "distributed", "server"])
@@ -151,8 +153,8 @@ def test_the_noise_of_the_block_has_the_declared_variance(noise_at):
     config = configured(noise_at, example=False)
     plan = planned(config)
     found = np.array([noise_of(config, plan, seed) for seed in range(1, 1501)])
-    declared = plan.statistics_variance * plan.statistics_step**2
-    assert declared * plan.adders == pytest.approx((4.0 * STATISTICS_BOUND) ** 2, rel=1e-3)
+    declared = plan.losses_variance * plan.losses_step**2
+    assert declared * plan.adders == pytest.approx((4.0 * BOUND) ** 2, rel=1e-3)
     assert fits(found, declared)
     assert not fits(found, declared * 2 / 3)
     assert not fits(found, declared * 3 / 2)
@@ -173,9 +175,9 @@ def test_disabled_statistics_leave_the_bytes_as_they_were_and_enabled_ones_the_a
 def test_no_block_can_wrap_where_the_adapter_cannot():
     config = configured("distributed")
     plan = planned(config)
-    noise = COHORT * skellam_table(plan.statistics_variance).bound
-    grid = Grid(plan.statistics_step, plan.bits)
-    assert cannot_wrap(grid, STATISTICS_BOUND, noise, COHORT)
+    noise = COHORT * skellam_table(plan.losses_variance).bound
+    grid = Grid(plan.losses_step, plan.bits)
+    assert cannot_wrap(grid, BOUND, noise, COHORT)
 
 
 # --- bounds ------------------------------------------------------------------------------------
@@ -188,12 +190,12 @@ def test_a_client_with_a_hundred_times_the_losses_moves_the_block_by_at_most_the
     assert wild.tolist() == [1.0, 1.0]
 
     def faulty(losses: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.array([losses.sum() / plan.statistics_loss_bound, len(losses)]) / plan.batch_size
+        return np.array([losses.sum() / plan.losses_bound, len(losses)]) / plan.batch_size
 
-    assert np.linalg.norm(faulty(np.full(8, 500.0))) > 60 * STATISTICS_BOUND
+    assert np.linalg.norm(faulty(np.full(8, 500.0))) > 60 * BOUND
     # a device with broken training: the gate bounds it all the same
     found = released(config, plan, faulty(np.full(800, 500.0)))[-2:]
-    limit = rounded_sensitivity(STATISTICS_BOUND, plan.statistics_step, 2)[0]
+    limit = rounded_sensitivity(BOUND, plan.losses_step, 2)[0]
     assert np.linalg.norm(found) <= limit
     assert (released(config, plan, wild * 1e9)[-2:] <= limit).all()
 
@@ -206,7 +208,7 @@ def test_a_client_with_a_hundred_times_the_losses_moves_the_block_by_at_most_the
 def test_one_record_moves_the_block_by_at_most_root_two_over_the_batch_size(losses, one, size):
     plan = dataclasses.replace(planned(configured()), batch_size=size)
     blocks = [training._statistics(np.array(x), plan) for x in (losses, [*losses, one])]
-    moved = clip(blocks[1], STATISTICS_BOUND).vector - clip(blocks[0], STATISTICS_BOUND).vector
+    moved = clip(blocks[1], BOUND).vector - clip(blocks[0], BOUND).vector
     assert np.linalg.norm(moved) <= math.sqrt(2) / size * (1 + 1e-9)
 
 
@@ -267,7 +269,7 @@ def test_every_line_counts_adapter_and_block_as_one_release(noise_at):
     with_it, without = cost(noise_at), cost(noise_at, enabled=False)
     assert with_it.keys() == without.keys()
     # noise of 4 times the block's bound, a record moves it by sqrt(2) / 8
-    block = 4.0 * STATISTICS_BOUND / (math.sqrt(2) / 8)
+    block = 4.0 * BOUND / (math.sqrt(2) / 8)
     assert with_it["client", "analyst"].noise_multiplier == pytest.approx(both(2.0, 4.0))
     expected = {"analyst": block, "server": block}
     if noise_at == "server":
@@ -332,16 +334,16 @@ def test_a_device_takes_part_in_statistics_only_if_its_own_settings_say_so():
     on, off = configured(), configured(enabled=False)
     planned(on).refuse_if_laxer(on)
     planned(off).refuse_if_laxer(on)  # none asked is stricter
-    with pytest.raises(ProtocolError, match="laxer than this device allows: statistics "):
+    with pytest.raises(ProtocolError, match="laxer than this device allows: losses "):
         planned(on).refuse_if_laxer(off)
 
 
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("statistics_variance", lambda plan: plan.statistics_variance * 0.99),
-        ("statistics_variance", lambda _: 0.0),
-        ("statistics_step", lambda plan: plan.statistics_step * 0.9),
+        ("losses_variance", lambda plan: plan.losses_variance * 0.99),
+        ("losses_variance", lambda _: 0.0),
+        ("losses_step", lambda plan: plan.losses_step * 0.9),
     ],
 )
 @pytest.mark.parametrize("noise_at", ["device", "distributed"])
@@ -349,20 +351,18 @@ def test_a_plan_with_less_noise_on_the_block_is_refused_by_name(noise_at, field,
     config = configured(noise_at)
     plan = planned(config)
     laxer = dataclasses.replace(plan, **{field: change(plan)})
-    with pytest.raises(ProtocolError, match="statistics_noise"):
+    with pytest.raises(ProtocolError, match="losses_noise"):
         laxer.refuse_if_laxer(config)
-    stricter = dataclasses.replace(plan, statistics_variance=plan.statistics_variance * 2)
+    stricter = dataclasses.replace(plan, losses_variance=plan.losses_variance * 2)
     stricter.refuse_if_laxer(config)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"statistics_size": 3}, "statistics_size"),
-        ({"statistics_size": -1}, "statistics_size"),
-        ({"statistics_step": 0.0}, "statistics_step"),
-        ({"statistics_variance": math.nan}, "statistics_variance"),
-        ({"statistics_loss_bound": 0.0}, "statistics_loss_bound"),
+        ({"losses_step": 0.0}, "losses_step"),
+        ({"losses_variance": math.nan}, "losses_variance"),
+        ({"losses_bound": -1.0}, "losses_bound"),
         ({"local_steps": 2}, "expected 1 where statistics"),
     ],
 )
@@ -370,13 +370,6 @@ def test_a_number_that_no_honest_server_sends_is_refused_by_name(changes, named)
     given = planned(configured()).to_dict() | changes
     with pytest.raises(ProtocolError, match=named):
         Plan.from_dict(given)
-
-
-def test_half_a_block_is_refused():
-    config = configured()
-    half = dataclasses.replace(planned(config), statistics_size=1)
-    with pytest.raises(ProtocolError, match="statistics"):
-        half.refuse_if_laxer(config)
 
 
 def test_the_masking_terms_count_the_block():
@@ -402,20 +395,20 @@ def test_settings_under_which_statistics_could_not_be_counted_are_refused(change
 
 
 def test_the_noise_said_beside_the_loss_is_that_of_the_loss():
-    plan = dataclasses.replace(planned(configured()), statistics_loss_bound=10.0)
+    plan = dataclasses.replace(planned(configured()), losses_bound=10.0)
     answered, truth = 900, np.array([4000.0, 8000.0])
-    spread = (answered * plan.statistics_variance) ** 0.5 * plan.statistics_step
+    spread = (answered * plan.losses_variance) ** 0.5 * plan.losses_step
     rng = np.random.default_rng(0)
     drawn = (truth + rng.normal(0, spread, 2) for _ in range(4000))
-    losses = [rounds._statistics(sums, plan, answered)["train_loss"] for sums in drawn]
-    said = rounds._statistics(truth, plan, answered)
+    losses = [statistics.told({"losses": sums}, plan, answered)["train_loss"] for sums in drawn]
+    said = statistics.told({"losses": truth}, plan, answered)
     assert said["train_loss"] == pytest.approx(5.0)
     assert np.std(np.array(losses, float)) == pytest.approx(said["train_loss_std"], rel=0.05)
 
 
 def test_where_the_noise_outweighs_the_records_no_loss_is_told():
     plan = planned(configured())
-    assert rounds._statistics(np.array([0.1, 0.2]), plan, 12)["train_loss"] is None
+    assert statistics.told({"losses": np.array([0.1, 0.2])}, plan, 12)["train_loss"] is None
 
 
 def test_the_line_of_a_round_says_the_loss_and_its_noise():
