@@ -11,7 +11,7 @@ from typing import Any
 
 from . import pictures
 from .claims import ADDERS, headline, line_name, main_line, spoken
-from .report import interval_text, verdict
+from .report import differences, interval_text, statistics_series, verdict
 from .style import style
 
 __all__ = ["page"]
@@ -35,6 +35,7 @@ def page(facts: Facts) -> str:
         _section("2. What was spent", _spent(privacy)),
         _section("3. Against whom it holds, and what it does not cover", _holds(privacy)),
         _section("4. What the people got for it", _gained(summary)),
+        *_of_rounds(facts.get("statistics", [])),
         _section("How this was made", _made(summary)),
     ]
     title = escape(f"privet report: {privacy['run']}")
@@ -259,6 +260,31 @@ def _gained(summary: Facts) -> str:
     parts.append(_beside(pictures.svg(drawn, "differences", alt), _comparisons(summary)))
     parts.append("<h3>The losses themselves</h3>" + _losses(summary))
     return "".join(parts)
+
+
+def _of_rounds(rows: Sequence[Facts]) -> list[str]:
+    """The section on noised statistics; none where no round has any."""
+    if not rows:
+        return []
+    series = statistics_series(rows)
+    latest = rows[-1]
+    ends = [(f"{name}, {panel}", points[-1]) for panel, name, points in series if points]
+    alt = (
+        "Noised statistics of each round with bands of two standard deviations; last: "
+        + "; ".join(f"{name} {mean:.3g} ± {std:.2g}" for name, (_, mean, std) in ends)
+    )
+    drawn = pictures.svg(pictures.over_rounds(series), "statistics", alt)
+    cells = [[name, f"{number}", f"{mean:.4g}", f"{std:.2g}"] for name, (number, mean, std) in ends]
+    text = "The last round that says it; ± is one standard deviation."
+    table = _table(["statistic", "round", "mean", "±"], cells, text)
+    about = (
+        "<p>Means over a round's devices, decoded from the same noised sum as the adapter: what "
+        "they cost is part of every epsilon above. Bands are two standard deviations, of the "
+        "noise for losses and gains, of noise and sampling for arms. Gains above zero are good, "
+        "losses are better low.</p>"
+    )
+    body = about + _beside(drawn, table) + _list(differences(latest))
+    return [_section("5. What the rounds' noised sums say", body)]
 
 
 def _gain_table(gain: Facts) -> str:

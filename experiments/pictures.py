@@ -212,6 +212,50 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit:
     return drawn
 
 
+def over_rounds(series: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]]) -> "Figure":
+    """Means over rounds with bands of two standard deviations; one panel for each kind.
+
+    Args:
+        series: (panel, name, [(round, mean, standard deviation)]); names stand at the curve's end.
+    """
+    kinds = list(dict.fromkeys(panel for panel, _, _ in series))
+    drawn, panels = figure(0.5 + 1.35 * len(kinds), len(kinds))
+    rounds = [number for _, _, points in series for number, _, _ in points] or [1]
+    first, last = min(rounds), max(rounds)
+    width = max(1, last - first)
+    for panel, kind in zip(panels, kinds, strict=True):
+        curves = [(name, points) for each, name, points in series if each == kind and points]
+        ends = []
+        for place, (_, points) in enumerate(curves):
+            numbers, means, spreads = (list(column) for column in zip(*points, strict=True))
+            colour = LIGHT[("client", "gain", "hurt", "example")[place % 4]]
+            low, high = ([m + side * s for m, s in zip(means, spreads, strict=True)]
+                         for side in (-2, 2))  # fmt: skip
+            if len(numbers) > 1:
+                panel.fill_between(numbers, low, high, color=colour, alpha=0.18, linewidth=0)
+            panel.errorbar(numbers, means, [2 * s for s in spreads], fmt="o-", markersize=3.5,
+                           color=colour, linewidth=1.3, elinewidth=0.8)  # fmt: skip
+            ends.append((means[-1], colour))
+        bottom, top = panel.get_ylim()
+        order = sorted(range(len(ends)), key=lambda place: ends[place][0])
+        places = _apart([ends[place][0] for place in order], 0.2 * (top - bottom))
+        for place, where in zip(order, places, strict=True):
+            panel.text(last + 0.06 * width, where, curves[place][0], fontsize=8, va="center",
+                       color=ends[place][1])  # fmt: skip
+        panel.set_xlim(first - 0.08 * width, last + 0.75 * width)
+        panel.set_title(kind, loc="left", fontsize=9, color=LIGHT["ink"])
+        if not curves:
+            panel.text(0.02, 0.5, "lost in the noise", fontsize=8.5, color=LIGHT["muted"],
+                       transform=panel.transAxes)  # fmt: skip
+    panels[-1].set_xticks(sorted({first, last, *_middle(first, last)}))
+    panels[-1].set_xlabel("round", color=LIGHT["ink"])
+    return drawn
+
+
+def _middle(first: int, last: int) -> list[int]:
+    return [(first + last) // 2] if last - first > 1 else []
+
+
 def line_label(line: Mapping[str, Any]) -> str:
     """What a line is about, in a few words: `client-level, against the analyst`."""
     return f"{line['unit']}-level, against the {line['against']}"

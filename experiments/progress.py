@@ -89,9 +89,8 @@ def tensorboard(folder: Path) -> None:
         names = {"mean_norm": "noised_mean_norm", "update_norm": "update_norm"}
         names |= {name: name for name in ("answered", "declined")}
         for record in read_lines(folder / "rounds.jsonl"):
-            for name, value in record.get("statistics", {}).items():
-                if value is not None:
-                    events.add_scalar(f"statistics/{name}", value, record["round"])
+            for name, value in _scalars(record.get("statistics", {})):
+                events.add_scalar(f"statistics/{name}", value, record["round"])
             for key, name in names.items():
                 if key in record:
                     events.add_scalar(f"rounds/{name}", record[key], record["round"])
@@ -117,11 +116,33 @@ def line(record: Mapping[str, Any], count: int) -> str:
     )
 
 
-def _statistics(found: Mapping[str, float | None]) -> str:
-    """`noised loss 3.21 +- 0.41  ` where the noise leaves one to be read."""
-    if found.get("train_loss") is None:
-        return "loss lost in the noise  " if found else ""
-    return f"noised loss {found['train_loss']:.3g} +- {found['train_loss_std']:.2g}  "
+def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What of a round's statistics is a number; arms by place and name, as one may occur twice."""
+    arms = {
+        f"arms/{place}_{arm['arm']}_{name}": value
+        for place, arm in enumerate(found.get("arms", ()), 1)
+        for name, value in arm.items()
+    }
+    for name, value in {**found, **arms}.items():
+        if isinstance(value, int | float):
+            yield name, value
+
+
+def _statistics(found: Mapping[str, Any]) -> str:
+    """`noised loss 3.21 +- 0.41  ` where the noise leaves one to be read; gains, arms likewise."""
+    text = ""
+    for key, name in (("train_loss", "loss"), ("gain_shared", "gain"), ("gain_personal", "head")):
+        if key in found and found[key] is None:
+            text += f"{name} lost in the noise  "
+        elif key in found:
+            sign = "" if name == "loss" else "+"
+            text += f"noised {name} {found[key]:{sign}.3g} +- {found[f'{key}_std']:.2g}  "
+    for arm in found.get("arms", ())[1:]:
+        if arm["ci95"] is not None:
+            low, high = arm["ci95"]
+            first = found["arms"][0]["arm"]
+            text += f"{arm['arm']} - {first} {arm['difference']:+.2g} ({low:+.2g} to {high:+.2g})  "
+    return text
 
 
 def _bar() -> Progress:

@@ -18,18 +18,28 @@ from rich.text import Text
 
 from ..common.config import read
 from ..common.errors import StateError
-from ..common.files import write_atomic, write_json_atomic
+from ..common.files import read_lines, write_atomic, write_json_atomic
 from .claims import headline, line_name, main_line
 from .privacy import privacy_facts
 from .summary import MEASURED, build_summary
 
-__all__ = ["build_summary", "interval_text", "report_facts", "show", "verdict", "write"]
+__all__ = [
+    "build_summary",
+    "differences",
+    "interval_text",
+    "report_facts",
+    "show",
+    "statistics_series",
+    "verdict",
+    "write",
+]
 
 
 def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `privet report --json` prints: `{"summary": ..., "privacy": ...}`.
+    """What `privet report --json` prints: `{"summary": ..., "privacy": ..., "statistics": [...]}`.
 
-    A run without an evaluation has `summary["metrics"]` = None.
+    A run without an evaluation has `summary["metrics"]` = None; `statistics` has what the noised
+    sums of each round said, and is empty where rounds have none.
 
     Args:
         run_folder: the run, finished or under way.
@@ -46,6 +56,11 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
     return {
         "summary": build_summary(config, privacy, evaluation, known),
         "privacy": privacy,
+        "statistics": [
+            {"round": record["round"], **record["statistics"]}
+            for record in read_lines(run_folder / "rounds.jsonl")
+            if record.get("statistics")
+        ],
     }
 
 
@@ -116,6 +131,7 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     _print_spent(privacy, console)
     _print_holds(privacy, console)
     _print_gained(summary, console)
+    _print_statistics(facts["statistics"], console)
 
 
 def _print_promises(privacy: Mapping[str, Any], console: Console) -> None:
@@ -187,6 +203,64 @@ def _print_gained(summary: Mapping[str, Any], console: Console) -> None:
         table.add_row(row["title"], f"{row['mean']:+.4f}", interval_text(row["ci95"]))
     console.print(table)
     console.print(Text(verdict(metrics)))
+
+
+def _print_statistics(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    if not rows:
+        return
+    _heading("What the rounds' noised sums say", console)
+    series = statistics_series(rows)
+    table = _table("round", *(f"{name}, {panel}" for panel, name, _ in series))
+    for row in _last(rows, 6):
+        cells = []
+        for _, _, points in series:
+            found = [(mean, std) for number, mean, std in points if number == row["round"]]
+            cells.append("–" if not found else f"{found[0][0]:.3g} ± {found[0][1]:.2g}")
+        table.add_row(str(row["round"]), *cells)
+    console.print(table)
+    for text in differences(rows[-1]):
+        console.print(Text(text))
+
+
+Points = list[tuple[int, float, float]]
+
+
+def statistics_series(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Points]]:
+    """What can be drawn over the rounds: (panel, name, [(round, mean, standard deviation)]).
+
+    A round in which the noise outweighed the count has no point.
+    """
+    found: list[tuple[str, str, Points]] = []
+    named = (("loss", "train", "train_loss"), ("gain", "shared over base", "gain_shared"),
+             ("gain", "personal over shared", "gain_personal"))  # fmt: skip
+    for panel, name, key in named:
+        if any(key in row for row in rows):
+            found.append((panel, name, _points(rows, rows, key)))
+    for place, arm in enumerate(rows[0].get("arms", ()) if rows else ()):
+        found.append(("loss by arm", arm["arm"],
+                      _points(rows, [row["arms"][place] for row in rows], "loss")))  # fmt: skip
+    return found
+
+
+def _points(rows: Sequence[Any], values: Sequence[Any], key: str) -> Points:
+    return [
+        (row["round"], value[key], value[f"{key}_std"])
+        for row, value in zip(rows, values, strict=True)
+        if value.get(key) is not None
+    ]
+
+
+def differences(row: Mapping[str, Any]) -> list[str]:
+    """A sentence for each arm that a round compares with the first."""
+    arms = row.get("arms", ())
+    said = []
+    for arm in arms[1:]:
+        what = f"Round {row['round']}, loss of the arm {arm['arm']} less that of {arms[0]['arm']}: "
+        known = "lost in the noise"
+        if arm["ci95"] is not None:
+            known = f"{arm['difference']:+.3g}, 95 % interval {interval_text(arm['ci95'], '+.3g')}"
+        said.append(f"{what}{known}")
+    return said
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
