@@ -258,7 +258,7 @@ class Config(_Settings):
 
     def _refuse_hopeless_masking(self) -> None:
         cohort, masking = self.rounds.cohort, self.masking
-        smallest, colluders = masking.smallest_sum(cohort), masking.colluders(cohort)
+        smallest, colluders = self.smallest_sum, masking.colluders(cohort)
         if cohort < masking.smallest_cohort:
             raise ValueError(
                 f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
@@ -291,6 +291,12 @@ class Config(_Settings):
             )
         if "personal" in arms and not self.head.enabled:
             raise ValueError('statistics.arms with "personal" needs head.enabled = true')
+
+    @property
+    def smallest_sum(self) -> int:
+        """Vectors that a masked sum must have; one below the quorum would be opened for nothing."""
+        quorum = math.ceil(self.rounds.quorum * self.rounds.cohort - 1e-9)
+        return max(quorum, self.masking.smallest_sum(self.rounds.cohort))
 
     @property
     def digest(self) -> str:

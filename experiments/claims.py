@@ -264,11 +264,11 @@ def assumptions(
     sampled = any(charge.sampling_rate < 1 for charge in charges)
     said = ["the person's device runs the privet that was installed, unchanged"]
     if at == "distributed" and release:
-        smallest = config.masking.smallest_sum(config.rounds.cohort)
         said.append(
             "masking holds (SecAgg+, docs/masking.md): the devices check each other's identities "
             "against a directory that the server cannot add to, and in every sum of at least "
-            f"{smallest} at most {config.masking.colluders(config.rounds.cohort)} collude"
+            f"{config.smallest_sum} at most "
+            f"{config.masking.colluders(config.rounds.cohort)} collude"
         )
     if not by_device:
         said.append("the server runs as written: it adds the noise, and publishes nothing else")

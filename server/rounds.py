@@ -102,7 +102,7 @@ def run_rounds(
             "round": number,
             "asked": len(cohort),
             **counts,
-            "void": total is None or counts["answered"] < config.rounds.quorum * len(cohort),
+            "void": total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9,
         }
         if total is None or record["void"]:
             state = State(number, state.adapter, state.optimizer)
@@ -133,7 +133,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     cohort, allowed = config.rounds.cohort, config.masking
     noise_at = client.noise_at if client.enabled else "none"
     masked = noise_at == "distributed"
-    survivors = allowed.smallest_sum(cohort) if masked else 0
+    survivors = config.smallest_sum if masked else 0
     colluders = allowed.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
     sizing = size(client, cohort, shares, len(adapter))

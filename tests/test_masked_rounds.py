@@ -276,6 +276,21 @@ def test_the_smallest_sum_is_opened_and_one_less_is_not(bench):
     assert round_of(Devices(bench, {("vector", "before"): range(5)}), later) is None
 
 
+@pytest.mark.parametrize(
+    ("quorum", "survivors", "smallest"), [(0.5, 0.6, 8), (0.9, 0.6, 11), (11 / 12, 0.6, 11)]
+)
+def test_no_sum_is_opened_that_the_quorum_would_then_call_void(
+    prepared, folder, quorum, survivors, smallest
+):
+    sections = {"rounds": {"quorum": quorum}, "masking": {"survivors": survivors}}
+    config = changed(prepared[1], **sections)
+    bench = dataclasses.replace(Bench.open(folder), config=config)
+    plan = plan_of(bench)
+    assert plan.survivors == config.smallest_sum == smallest
+    assert smallest >= quorum * 12 - 1e-9
+    plan.refuse_if_laxer(config)
+
+
 # --- the noise ---------------------------------------------------------------------------------
 
 SIZE = 20_000
