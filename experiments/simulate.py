@@ -25,12 +25,15 @@ from typing import Any
 from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, LEDGERS, simulated_identity
 from ..client.ledger import Ledger
+from ..client.release import budgets, charges
 from ..common import config as settings
+from ..common.accounting import Charge, within
 from ..common.adapter import shared
 from ..common.config import Config
 from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
 from ..common.keys import Directory, Secret, write_directory
+from ..common.plan import Plan
 from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
 
@@ -93,6 +96,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     adapter = shared(config)
     plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
     dimension = adapter.layout.dimension
+    _warn_of_declining(config, plan, dimension)
     sizes = {"dimension": dimension, "upload_bytes": -(-plan.length(dimension) * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -113,6 +117,22 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
+
+
+def _warn_of_declining(config: Config, plan: Plan, dimension: int) -> None:
+    """Gains and arms may cost a record more than the budget, and then every device declines."""
+    if not (config.statistics.gains or config.statistics.arms):
+        return
+    lines: dict[tuple[str, str], list[Charge]] = {}
+    for charge in charges(plan, dimension, config.privacy):
+        lines.setdefault((charge.unit, charge.against), []).append(charge)
+    for (unit, against), cost in lines.items():
+        if not within(cost, config.privacy.delta, budgets(config.privacy)[unit]):
+            progress.warn(
+                f"one release costs more than privacy.budget.{unit} allows, {unit}-level against "
+                f"the {against}: every device would decline. More noise on gains and arms, a "
+                "larger budget, or no claim for single records (privacy.example.enabled = false)"
+            )
 
 
 def _enrol(folder: Path, users: Sequence[str]) -> None:

@@ -716,3 +716,16 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
     wanted = np.clip(gains, -2, 2).mean(axis=0)
     assert (said["gain_shared"], said["gain_personal"]) == pytest.approx(tuple(wanted), abs=0.01)
     assert wanted[1] > 0.05  # the personal gain is there to be seen
+
+
+def test_a_budget_that_one_release_would_exceed_is_said_before_the_run(
+    llama_folder, tmp_path, capsys
+):
+    """A record's gains under one device's share of noise, should masking fail."""
+    for name, budget, warned in (("small", 10.0, True), ("large", 1000.0, False)):
+        budgets = {"client": 1000.0, "example": budget}
+        privacy = {"client": {"noise_at": "distributed"}, "budget": budgets}
+        a_run(llama_folder, tmp_path / name, "distributed", privacy=privacy)
+        said = " ".join(capsys.readouterr().err.split())
+        found = "example-level against the unmasked server: every device would decline" in said
+        assert found == warned
