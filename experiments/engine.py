@@ -10,12 +10,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
@@ -23,11 +23,13 @@ from ..common.config import Config
 from ..common.errors import ConfigError, StateError
 from ..server.app import serve
 from . import progress
-from .grid import LocalGrid, Loss
+from .grid import LocalGrid
 
 __all__ = ["ENGINES", "check", "run"]
 
 ENGINES = ("local", "ray")
+LOST = "lost, by simulation.dropout"
+Loss = Literal["before", "after"]
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
 
@@ -50,8 +52,6 @@ def run(name: str, folder: Path, config: Config) -> None:
         ConfigError: as `check`.
     """
     check(name)
-    if name == "ray" and config.simulation.dropout:
-        raise ConfigError("simulation.dropout works with --engine local only")
     folder = folder.resolve()
     with progress.rounds(config, folder) as live:
         if name == "ray":
@@ -75,10 +75,19 @@ def _local(folder: Path, config: Config, live: Any) -> None:
         return reply
 
     try:
-        lost = functools.partial(_lost, config)
-        serve(LocalGrid(timed, config.data.clients, str(folder), lost), folder, live.show)
+        app = functools.partial(mortal, config, timed)
+        serve(LocalGrid(app, config.data.clients, str(folder)), folder, live.show)
     finally:
         add(folder, training=seconds)
+
+
+def mortal(
+    config: Config, app: Callable[[Message, Context], Message], message: Message, context: Context
+) -> Message:
+    """The ClientApp of a device that may die before or after it has handled a message."""
+    loss = _lost(config, message, int(context.node_config["partition-id"]))
+    reply = None if loss == "before" else app(message, context)
+    return Message(Error(code=0, reason=LOST), reply_to=message) if reply is None or loss else reply
 
 
 def _lost(config: Config, message: Message, client: int) -> Loss | None:
@@ -120,7 +129,7 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
     try:
         run_simulation(
             server_app,
-            told,
+            functools.partial(mortal, config, told),
             num_supernodes=config.data.clients,
             backend_config={
                 "client_resources": resources,
@@ -166,7 +175,7 @@ class _Strict:
         if self._stopped.is_set():
             raise KeyboardInterrupt
         for message in self._grid.pull_messages(message_ids):
-            if message.has_error():
+            if message.has_error() and message.error.reason != LOST:
                 # Flower and Ray put their own tracebacks around what the device said
                 said = message.error.reason.rpartition(" occurred. Message: ")[2]
                 raise StateError(said.removesuffix("'>"))

@@ -7,16 +7,13 @@ raises: in a simulation a broken device is a bug, not weather.
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["LocalGrid"]
-
-Loss = Literal["before", "after"]
 
 RUN_ID = 1
 SERVER = 1
@@ -30,7 +27,6 @@ class LocalGrid(Grid):
         app: the ClientApp every node runs.
         clients: how many nodes there are.
         run: the run folder, given to the clients as run configuration.
-        lost: whether a client dies at this message, before or after it has handled it.
     """
 
     def __init__(
@@ -38,13 +34,11 @@ class LocalGrid(Grid):
         app: Callable[[Message, Context], Message],
         clients: int,
         run: str,
-        lost: Callable[[Message, int], Loss | None] = lambda _, __: None,
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
         self._app = app
         self._clients = clients
         self._run_config = {"run": run}
-        self._lost = lost
         self._pending: dict[str, Message] = {}
         self._states: dict[int, RecordDict] = {}
         self._ids = itertools.count(1)
@@ -89,14 +83,7 @@ class LocalGrid(Grid):
             node = message.metadata.dst_node_id
             state = self._states.setdefault(node, RecordDict())
             where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
-            loss = self._lost(message, node - FIRST_NODE)
-            if loss != "before":
-                reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
-            if loss:
-                reply = Message(
-                    Error(code=0, reason="lost, by simulation.dropout"), reply_to=message
-                )
-            yield reply
+            yield self._app(message, Context(RUN_ID, node, where, state, self._run_config))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -68,6 +68,31 @@ def test_the_local_grid_and_flowers_ray_engine_give_the_same_adapter_and_ledgers
     assert [line[:9] for line in told] == ["round 1/2", "round 2/2"]  # and no word of Ray's
 
 
+@pytest.mark.heavy
+def test_devices_die_at_the_same_phases_in_both_engines(llama_folder, tmp_path):
+    people = population(tmp_path / "people", 16, 8)
+    config = prepare(
+        tiny_config(
+            llama_folder,
+            people,
+            data={"clients": 12},
+            rounds={"count": 1, "cohort": 12},
+            privacy={"client": {"noise_at": "distributed"}},
+            simulation={"dropout": 0.25},
+        ),
+        tmp_path / "local",
+        resume=False,
+    )
+    ray = Path(shutil.copytree(tmp_path / "local", tmp_path / "ray"))
+    for name in ("local", "ray"):
+        engine.run(name, tmp_path / name, config)
+    (one,), (other,) = (read_lines(tmp_path / name / "rounds.jsonl") for name in ("local", "ray"))
+    assert one["answered"] == other["answered"] < 12
+    assert not one["void"]
+    assert adapter(tmp_path / "local") == adapter(ray)
+    assert spent(tmp_path / "local") == spent(ray)
+
+
 def damage(ledger: Path) -> None:
     ledger.write_bytes(ledger.read_bytes()[: 4096 + 100])
 

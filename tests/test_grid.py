@@ -1,11 +1,14 @@
 """experiments/grid.py: Flower's grid without Flower's start-up."""
 
+import functools
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from privet.common.errors import ProtocolError
+from privet.experiments import engine
 from privet.experiments.grid import LocalGrid
 from privet.server.app import exchange
 
@@ -60,10 +63,19 @@ def test_a_message_is_handled_when_its_reply_is_pulled_so_one_is_held_at_a_time(
     assert len(list(pulled)) == 3
 
 
+def mortal(dead: Collection[int], side: engine.Loss, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`echo` on devices of which some die."""
+    monkeypatch.setattr(engine, "_lost", lambda _, __, client: side if client in dead else None)
+    config: Any = None
+    return functools.partial(engine.mortal, config, echo)
+
+
 @pytest.mark.parametrize(("side", "heard"), [("before", 1), ("after", 2)])
-def test_a_lost_node_gives_an_error_before_or_after_it_has_heard_the_message(side, heard):
+def test_a_lost_node_gives_an_error_before_or_after_it_has_heard_the_message(
+    side, heard, monkeypatch
+):
     dead = {1}
-    grid = LocalGrid(echo, 3, "run", lambda _, client: side if client in dead else None)
+    grid = LocalGrid(mortal(dead, side, monkeypatch), 3, "run")
     replies = list(grid.send_and_receive(messages(grid)))
     assert [reply.has_error() for reply in replies] == [False, True, False]
     assert replies[1].metadata.src_node_id == list(grid.get_node_ids())[1]
@@ -75,8 +87,8 @@ def test_a_lost_node_gives_an_error_before_or_after_it_has_heard_the_message(sid
     ]
 
 
-def test_the_server_says_once_how_many_nodes_failed_and_the_first_reason(caplog):
-    grid = LocalGrid(echo, 5, "run", lambda _, client: "before" if client in (1, 3, 4) else None)
+def test_the_server_says_once_how_many_nodes_failed_and_the_first_reason(caplog, monkeypatch):
+    grid = LocalGrid(mortal((1, 3, 4), "before", monkeypatch), 5, "run")
     replies = [said(reply)["me"] for reply in exchange(grid, messages(grid), 10.0)]
     assert replies == [0, 2]
     (line,) = caplog.messages

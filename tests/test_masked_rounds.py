@@ -33,7 +33,7 @@ from privet.common.masking import MaskingPolicy
 from privet.common.noise import TestSource
 from privet.common.plan import Plan
 from privet.experiments import engine, protocol
-from privet.experiments.grid import Loss
+from privet.experiments.engine import Loss
 from privet.experiments.simulate import prepare
 from privet.server import checkpoint, rounds
 from privet.server import masking as served
