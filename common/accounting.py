@@ -331,7 +331,7 @@ def _epsilon(total: _Total, delta: float) -> float:
 
 def _renyi_epsilon(total: _Total, delta: float) -> float:
     """Upper bound on the total: half of delta for the Renyi bound, half for the noise's slack."""
-    if total.adjacency != "add_remove" or _one_gaussian(total) == 0:
+    if total.adjacency == "replace_one" or _one_gaussian(total) == 0:
         return math.inf
     curves = [n * _renyi(z, rate) for z, rate, n in total.parts]
     half = delta / 2 * _exp(-total.ratio)
@@ -342,7 +342,7 @@ def _renyi_epsilon(total: _Total, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _renyi(multiplier: float, rate: float) -> NDArray[np.float64]:
-    """Renyi divergence of one release at each of `_FEW_ORDERS`, add_remove."""
+    """Renyi divergence of one release at each of `_FEW_ORDERS`; zero_out has the same."""
     event: Any = dp_event.GaussianDpEvent(multiplier)
     if rate < 1:
         event = dp_event.PoissonSampledDpEvent(rate, event)

@@ -75,7 +75,7 @@ class ExamplePrivacySettings(_Settings):
     enabled: bool = True
     noise_multiplier: float = Field(0.5, ge=0)
     clip: float = Field(1.0, gt=0, description="l2 bound of one record's gradient")
-    adjacency: Adjacency = "add_remove"
+    adjacency: Adjacency = Field("zero_out", description="a record put in would move others")
 
 
 class ClientPrivacySettings(_Settings):
@@ -238,6 +238,13 @@ class Config(_Settings):
             )
         if self.head.in_the_loop:
             raise ValueError("head.in_the_loop = true is not built yet; leave it false")
+        if self.privacy.example.enabled and self.privacy.example.adjacency == "add_remove":
+            raise ValueError(
+                "privacy.example.adjacency = 'add_remove': a record put in moves others across the "
+                "cap of data.records_per_client and the cut of data.holdout, so the batch would "
+                "change by two records where one is counted; take zero_out (one record replaced by "
+                "nothing in its place) or replace_one"
+            )
         if self.data.task == "classification" and len(self.data.classes) == 1:
             raise ValueError(
                 f"data.classes = {list(self.data.classes)}: classification needs at least two"

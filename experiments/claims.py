@@ -50,7 +50,7 @@ ADJACENCY = {
     },
     "example": {
         "add_remove": "one record of one person added or removed",
-        "zero_out": "one record's share replaced by zero",
+        "zero_out": "one record of one person replaced by nothing in its place",
         "replace_one": "one record of one person replaced by another",
     },
 }

@@ -53,6 +53,10 @@ def overridden(tmp_path, *overrides, text=""):
             "privacy.client.noise_at = 'cloud': expected 'device', 'distributed' or 'server'",
         ),
         (
+            {"privacy": {"example": {"adjacency": "add_remove"}}},
+            "privacy.example.adjacency = 'add_remove': a record put in moves others",
+        ),
+        (
             {"privacy": {"example": {"adjacency": "add"}}},
             "expected 'add_remove', 'zero_out' or 'replace_one'",
         ),

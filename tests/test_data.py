@@ -292,3 +292,26 @@ def test_real_tokenizers_give_their_special_tokens():
     assert [encoder.decode(row.ids[0]) for row in rows] == ["[CLS]"] * 2
     assert [encoder.decode(row.ids[-1]) for row in rows] == ["[SEP]"] * 2
     assert len(rows[1].ids) == 64
+
+
+@given(count=st.integers(1, 40), place=st.integers(0, 40), cap=st.integers(1, 20))
+def test_trap_a_record_put_in_moves_another_one_out_of_training(count, place, cap):
+    def trained_on(records):
+        return {record.text for record in capped(split(records, 0.25)[0], cap)}
+
+    records = [Record(text=f"record {number}") for number in range(count)]
+    place = min(place, count - 1)
+    before = trained_on(records)
+    left_out = records[:place] + records[place + 1 :]
+    faulty = before ^ trained_on(left_out)  # add_remove: up to two records, where one is counted
+    assert len(faulty) <= 2
+    nothing = [*records[:place], Record(text="nothing"), *records[place + 1 :]]
+    assert (before ^ trained_on(nothing)) - {"nothing"} <= {f"record {place}"}  # zero_out: one
+
+
+def test_trap_a_record_put_in_front_of_a_full_cap_changes_two_records():
+    records = [Record(text=f"record {number}") for number in range(8)]
+    with_one_more = [Record(text="new"), *records]
+    first = {record.text for record in capped(records, 4)}
+    second = {record.text for record in capped(with_one_more, 4)}
+    assert first ^ second == {"new", "record 3"}

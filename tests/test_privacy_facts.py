@@ -243,7 +243,7 @@ def test_every_line_names_unit_adjacency_delta_and_makes_no_amplified_claim():
     facts = facts_of(fake_config(), [history("a", [1, 2], fake_charges(fake_config()))])
     for shown in facts["lines"]:
         assert shown["unit"] in ("client", "example")
-        assert shown["adjacency"] == "add_remove"
+        assert shown["adjacency"] == {"client": "add_remove", "example": "zero_out"}[shown["unit"]]
         assert shown["delta"] == 1e-5
         assert shown["amplified"] is None
         assert math.isfinite(shown["epsilon"])
