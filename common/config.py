@@ -82,7 +82,7 @@ class ClientPrivacySettings(_Settings):
     """Clip and noise of the whole contribution: the unit is one client."""
 
     enabled: bool = True
-    noise_at: NoiseAt = "server"
+    noise_at: NoiseAt = "distributed"
     noise_multiplier: float = Field(1.0, ge=0)
     clip: float = Field(1.0, gt=0, description="l2 bound of one client's contribution")
     adjacency: Adjacency = "add_remove"

@@ -21,6 +21,7 @@ def fake_config(**changes: Any) -> Config:
         "name": "fake",
         "data": {"clients": 60, "test_clients": 20},
         "rounds": {"count": 4, "cohort": 20},
+        "privacy": {"client": {"noise_at": "server"}},
         "evaluation": {"bootstrap": 200},
     }
     for section, values in changes.items():

@@ -13,7 +13,12 @@ from privet.server.rounds import make_plan
 
 
 def settings(**sections: Any) -> Config:
-    table = {"data": {"clients": 8}, "rounds": {"cohort": 4}, "training": {"steps": 2}}
+    table: dict[str, Any] = {
+        "data": {"clients": 8},
+        "rounds": {"cohort": 4},
+        "training": {"steps": 2},
+    }
+    table["privacy"] = {"client": {"noise_at": "server"}}
     return parse({**table, **sections})
 
 

@@ -42,7 +42,7 @@ def settings(**client: Any) -> Config:
             "rounds": {"cohort": 4},
             "training": training,
             "privacy": {
-                "client": {"bits": 32, **client},
+                "client": {"noise_at": "server", "bits": 32, **client},
                 "example": example,
                 "budget": {"client": budget, "example": budget},
             },

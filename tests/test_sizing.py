@@ -47,7 +47,7 @@ def test_a_smaller_modulus_than_the_chosen_one_would_be_coarser_than_asked():
 
 
 def test_a_rotation_is_used_where_it_makes_the_grid_finer():
-    small = ClientPrivacySettings(clip=1.0, bits=20)
+    small = ClientPrivacySettings(noise_at="server", clip=1.0, bits=20)
     assert size(small, 64, 1, 1 << 17).rotated
     assert not size(small, 64, 1, 16).rotated
     with pytest.raises(ConfigError, match="modulus of 12 bits is too small"):
