@@ -90,6 +90,13 @@ class Adapter:
         return tuple((name, named[_key(name)]) for name, _ in self.layout.pieces)
 
     @property
+    def attached(self) -> bool:
+        """Whether the base model runs through this adapter still."""
+        inside = set(self.base.network.parameters())
+        _, first = self.parameters[0]
+        return first in inside
+
+    @property
     def first_block(self) -> int:
         """Number of the first adapted block; all below it is a frozen prefix."""
         depth = len(self.base.blocks)
@@ -154,8 +161,16 @@ class _Tiny(nn.Module):
 
 
 def shared(config: Config) -> "Adapter":
-    """The adapter of an experiment, one per process: server and simulated clients share it."""
-    return _shared(config.model.base, config.adapter, config.outputs)
+    """The adapter of an experiment, one per process: server and simulated clients share it.
+
+    One that another adapter has pushed out of its base model since is made anew.
+    """
+    wanted = config.model.base, config.adapter, config.outputs
+    found = _shared(*wanted)
+    if not found.attached:
+        _shared.cache_clear()
+        found = _shared(*wanted)
+    return found
 
 
 @lru_cache(maxsize=1)

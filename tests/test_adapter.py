@@ -320,3 +320,15 @@ def test_only_lora_loses_something_when_vectors_are_averaged(llama, family):
     got = products(np.mean(vectors, axis=0))
     error = float((got - wanted).norm() / wanted.norm())
     assert error > 0.1 if family == "lora" else error < 1e-5
+
+
+def test_an_adapter_that_another_one_has_pushed_out_is_made_anew(llama_folder):
+    config = tiny_config(llama_folder)
+    first = shared(config)
+    assert shared(config) is first
+    attach(first.base, AdapterSettings(rank=1, last_blocks=1))
+    again = shared(config)
+    assert again is not first
+    assert again.layout == first.layout
+    assert again.attached
+    assert not first.attached
