@@ -107,16 +107,30 @@ def create(path: Path, owner: str) -> None:
         try:
             with closing(connect(temporary, "rwc")) as db:
                 db.execute("PRAGMA journal_mode = WAL")
-                with transaction(db, "BEGIN IMMEDIATE"):
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
-                        db.execute(statement)
-                    db.execute("INSERT INTO meta VALUES (?, ?, 0)", (FORMAT, owner))
+                fill(db, owner)
             with suppress(FileExistsError):
                 os.link(temporary, path)
             sync_folder(path.parent)
         finally:
             for suffix in ("", "-wal", "-shm", "-journal"):
                 Path(f"{temporary}{suffix}").unlink(missing_ok=True)
+
+
+def fill(db: sqlite3.Connection, owner: str) -> None:
+    """Makes an empty database an empty ledger."""
+    with transaction(db, "BEGIN IMMEDIATE"):
+        for statement in filter(str.strip, _SCHEMA.split(";")):
+            db.execute(statement)
+        db.execute("INSERT INTO meta VALUES (?, ?, 0)", (FORMAT, owner))
+
+
+def memory(content: bytes | None = None) -> sqlite3.Connection:
+    """A database in memory, with the content of a ledger; SQLite puts no part of it on disk."""
+    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA temp_store = MEMORY")
+    if content is not None:
+        db.deserialize(content)
+    return db
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -149,13 +163,18 @@ def sentences(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in _CORRUPT:
+        what_to_do = advice(error)
+        if what_to_do is None:
             raise LedgerCorrupt(f"The ledger {path} is damaged ({error}). {RECOVER}.") from error
-        advice = _ADVICE.get(code, f"{error}: check the disk")
         raise StateError(
-            f"The ledger {path} cannot be used: {advice}. Nothing left the device."
+            f"The ledger {path} cannot be used: {what_to_do}. Nothing left the device."
         ) from error
+
+
+def advice(error: sqlite3.Error) -> str | None:
+    """What a person can do about an error of SQLite; None where the file itself is damaged."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return None if code in _CORRUPT else _ADVICE.get(code, f"{error}: check the disk")
 
 
 def inspect(path: Path, owner: str | None, *, chains: bool = False) -> list[int]:
@@ -168,10 +187,17 @@ def inspect(path: Path, owner: str | None, *, chains: bool = False) -> list[int]
         if path.stat().st_size == 0:
             raise LedgerCorrupt(f"The ledger {path} is empty: it was cut. {RECOVER}.")
     with sentences(path), closing(connect(path, "ro")) as db, transaction(db, "BEGIN"):
-        found_owner = _check_meta(path, db, owner)
-        counts = _walk(path, db, found_owner) if chains else []
-        _check_total(path, db, found_owner)
-        return counts
+        return inspect_open(path, db, owner, chains=chains)
+
+
+def inspect_open(
+    path: Path, db: sqlite3.Connection, owner: str | None, *, chains: bool = False
+) -> list[int]:
+    """`inspect`, of an open database; `path` is for the sentences."""
+    found_owner = _check_meta(path, db, owner)
+    counts = _walk(path, db, found_owner) if chains else []
+    _check_total(path, db, found_owner)
+    return counts
 
 
 def _walk(path: Path, db: sqlite3.Connection, owner: str) -> list[int]:

@@ -17,6 +17,9 @@ in the middle and at the end; it does not find somebody who computes every hash 
 copy of the whole file put back. The outbox holds the last payload as the gate released it: noised
 under `noise_at = device`, only clipped under `noise_at = server`.
 
+`Ledger.open` keeps the file as it is, for simulations. `Ledger.in_vault` keeps the same database as
+a sealed entry of the device's vault, which adds the key that the chain has not.
+
 `client/chain.py` has the tables and the hashes.
 """
 
@@ -26,18 +29,23 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from ..common.accounting import Charge, epsilon, within
 from ..common.errors import BudgetExceeded, LedgerCorrupt, PrivacyError, PrivetError, StateError
 from . import chain
 from .chain import Head, RawRow, verify
 
+if TYPE_CHECKING:  # a simulation's ledger needs no vault, and loads no cryptography
+    from .vault import Vault
+
 __all__ = ["Declined", "Ledger", "Row", "verify"]
+
+_ENTRY, _BEGUN = "ledger", "ledger-begun"
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,12 @@ class Ledger:
     when another process has moved its head.
     """
 
-    def __init__(self, path: Path, owner: str) -> None:
-        """Use `Ledger.open`, which creates or verifies the file first."""
-        self._path = path
+    def __init__(self, place: "Place", owner: str) -> None:
+        """Use `Ledger.open` or `Ledger.in_vault`, which create or verify it first."""
+        self._place = place
+        self._path = place.path
         self._owner = owner
-        self._connection: sqlite3.Connection | None = None
-        self._lock = threading.RLock()
+        self._lock = place.lock
         self._verified: dict[str, Head] = {}
         self._allowed: dict[str, tuple[Head, str]] = {}
         _close_before_every_fork(self)
@@ -106,15 +114,31 @@ class Ledger:
                 )
             chain.create(path, owner)
         chain.inspect(path, owner)
-        return cls(path, owner)
+        return cls(FilePlace(path), owner)
+
+    @classmethod
+    def in_vault(cls, vault: "Vault", *, owner: str) -> Self:
+        """Opens the ledger that `vault` keeps sealed, beginning it where there never was one.
+
+        It is held in memory; what a method writes is in the vault, durably, when it returns. Do not
+        close the vault before the ledger's last use.
+
+        Raises:
+            LedgerCorrupt: the vault had a ledger and has none, or one that does not verify, or
+                another owner's; it is left as it is.
+            StateError: the vault cannot be read or written.
+        """
+        place = VaultPlace(vault)
+        with chain.sentences(place.path):
+            place.begin(owner)
+            with place.transaction("BEGIN") as db:
+                chain.inspect_open(place.path, db, owner)
+        return cls(place, owner)
 
     def close(self) -> None:
         """Lets go of the file; a later call opens it again."""
-        with self._lock:
-            connection, self._connection = self._connection, None
-            if connection is not None:
-                with chain.sentences(self._path):
-                    connection.close()
+        with self._lock, chain.sentences(self._path):
+            self._place.close()
 
     def __enter__(self) -> Self:
         return self
@@ -318,11 +342,116 @@ class Ledger:
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        with self._lock, chain.sentences(self._path):
-            if self._connection is None:
-                self._connection = chain.connect(self._path, "rw")
-            with chain.transaction(self._connection, begin) as db:
-                yield db
+        with self._lock, chain.sentences(self._path), self._place.transaction(begin) as db:
+            yield db
+
+
+class Place(Protocol):
+    """Where a ledger is: who gives the connection, and what makes a transaction durable.
+
+    Attributes:
+        path: for the sentences.
+        lock: keeps the threads of this process apart.
+    """
+
+    path: Path
+    lock: threading.RLock
+
+    def transaction(self, begin: str) -> AbstractContextManager[sqlite3.Connection]:
+        """Durable when the block ends, undone when it raises."""
+
+    def close(self) -> None:
+        """Lets go; the next transaction connects again."""
+
+
+class FilePlace:
+    """A SQLite file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+
+    @contextmanager
+    def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """See `Place`."""
+        if self._connection is None:
+            self._connection = chain.connect(self.path, "rw")
+        with chain.transaction(self._connection, begin) as db:
+            yield db
+
+    def close(self) -> None:
+        """See `Place`."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class VaultPlace:
+    """An entry of a vault: the whole database, sealed anew by each transaction that writes.
+
+    **Guarantee**: a transaction that writes holds the vault's write lock from before it reads until
+    the vault is durable, so that no other process writes in between. Where the vault cannot be
+    written the block raises, and memory is dropped: the next call reads what the vault has.
+    """
+
+    def __init__(self, vault: "Vault") -> None:
+        self.path = vault.folder / "vault.sqlite"
+        self.lock = vault.lock
+        self._vault = vault
+        self._connection: sqlite3.Connection | None = None
+        self._version: int | None = None
+
+    def begin(self, owner: str) -> None:
+        """Makes an empty ledger, in a vault that never had one."""
+        if self._vault.version(_ENTRY) is not None:
+            return
+        with self._vault.transaction(outermost=True):
+            # Another process may have begun it meanwhile, and both entries came together.
+            if self._vault.version(_BEGUN) is None:
+                with closing(chain.memory()) as db:
+                    chain.fill(db, owner)
+                    self._vault.put_all({_ENTRY: db.serialize(), _BEGUN: owner.encode()})
+
+    @contextmanager
+    def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """See `Place`."""
+        writing = begin != "BEGIN"
+        try:
+            with self._vault.transaction(writing=writing, outermost=writing):
+                # An error of the database in memory is not one of the vault.
+                with (
+                    chain.sentences(self.path),
+                    chain.transaction(self._current(), begin) as db,
+                ):
+                    yield db
+                if writing:
+                    self._vault.put(_ENTRY, db.serialize())
+                    self._version = self._vault.version(_ENTRY)
+        except BaseException:
+            if writing:
+                self.close()
+            raise
+
+    def close(self) -> None:
+        """See `Place`."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    def _current(self) -> sqlite3.Connection:
+        """The database, read again if another process has written it."""
+        version = self._vault.version(_ENTRY)
+        if self._connection is None or version != self._version:
+            self.close()
+            content = self._vault.get(_ENTRY)
+            if not content:
+                raise LedgerCorrupt(
+                    f"The vault {self.path} had a ledger and has none: it was deleted. "
+                    f"{chain.RECOVER}."
+                )
+            self._connection, self._version = chain.memory(content), version
+        return self._connection
 
 
 def _close_before_every_fork(ledger: Ledger) -> None:
