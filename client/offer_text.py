@@ -1,0 +1,274 @@
+"""What a run asks for, in plain words, and what it would cost: for the owner, before round one.
+
+Everything here is computed from the offered configuration: no model, no server, no network.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from ..common.config import Config
+from .limits import Policy
+from .policy import reasons
+
+if TYPE_CHECKING:
+    from ..common.accounting import Charge
+    from ..common.plan import Plan
+    from .offers import Offer
+
+__all__ = ["describe", "expected", "shown"]
+
+TYPICAL_DIMENSION = 4096
+"""Numbers in an adapter whose model has not been loaded yet; epsilon hardly depends on it."""
+
+# the coarsest grid that a server chooses by itself (rounding lengthens a contribution by 0.2 %, a
+# sum's noise is 2^10.5 steps), so that what is shown is rather too much than too little
+FINE, DEVIATION = 500.0, 2.0**10.5
+
+UNITS = {"client": "all your records together", "example": "any one of your records"}
+AGAINST = {
+    "analyst": "whoever sees what is published",
+    "server": "the server",
+    "unmasked server": "the server, should the masks fail",
+}
+NEIGHBOURS = {
+    "add_remove": "whether it was there at all",
+    "zero_out": "whether its share was replaced by zero",
+    "replace_one": "whether it was this or something else",
+}
+PLACES = {
+    "device": "this device adds all of it before anything leaves; it holds against the server too",
+    "distributed": "each device adds a share, and masks show the server the sum alone",
+    "server": "the server adds it, and reads your clipped contribution before that",
+}
+
+
+def describe(
+    offer: "Offer",
+    policy: Policy,
+    *,
+    dimension: int | None = None,
+    spent: Sequence["Charge"] = (),
+) -> list[tuple[str, str]]:
+    """What a run asks for, as (label, text), before its first round.
+
+    Args:
+        offer: the run.
+        policy: the owner's.
+        dimension: numbers in its adapter, if known.
+        spent: what this device's ledger holds already.
+
+    Epsilons are those of the configuration on the coarsest grid that a server takes by itself,
+    rounded up to two digits: the ledger will hold the exact ones, of each round's own plan. Of
+    names that the server chose, what a terminal would obey is replaced.
+    """
+    config = offer.config
+    rows = [
+        ("run", shown(offer.run)),
+        ("server", shown(offer.server)),
+        ("received", f"{datetime.fromtimestamp(offer.received, UTC):%Y-%m-%d %H:%M} UTC"),
+        ("base model", shown(config.model.base)),
+        ("adapter", _adapter(config, dimension)),
+        ("rounds", _rounds(config)),
+        ("work", _work(config)),
+        ("noise", _noise(config)),
+        *_epsilons(config, policy, dimension or TYPICAL_DIMENSION, spent),
+        ("statistics", _statistics(config)),
+    ]
+    if config.insecure_test_seed is not None:
+        rows.insert(0, ("NOT PRIVATE", "a test: anybody can compute its noise and take it away"))
+    found = reasons(policy, config, offer.server)
+    rows += [("refused", reason) for reason in found]
+    return rows if found else [*rows, ("policy", "inside the limits of policy.toml")]
+
+
+def expected(config: Config, dimension: int = TYPICAL_DIMENSION) -> tuple["Charge", ...]:
+    """What one release of a run would cost, as the gate will charge it, on a usual grid."""
+    from .release import charges
+
+    return charges(_plan(config, dimension), dimension, config.privacy)
+
+
+def shown(value: object) -> str:
+    """A peer's word, harmless to a terminal and short."""
+    words = value if isinstance(value, str) else repr(value)
+    plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
+    return plain if len(plain) <= 120 else plain[:120] + "..."
+
+
+def _plan(config: Config, dimension: int) -> "Plan":
+    """A plan as a server would make it from this configuration: noise calibrated after rounding."""
+    from ..common.plan import STATISTICS, STATISTICS_BOUND, Plan
+
+    client, example, masking = config.privacy.client, config.privacy.example, config.masking
+    cohort, noised = config.rounds.cohort, client.enabled
+    masked = noised and client.noise_at == "distributed"
+    survivors = masking.smallest_sum(cohort) if masked else 0
+    colluders = masking.colluders(cohort) if masked else 0
+    shares = survivors - colluders if masked else 1
+    step, variance = _grid(client.noise_multiplier * noised, shares, client.clip, dimension)
+    block: dict[str, Any] = {}
+    if config.statistics.enabled:
+        size, multiplier = len(STATISTICS), config.statistics.noise_multiplier * noised
+        own, noise = _grid(multiplier, shares, STATISTICS_BOUND, size)
+        block = {
+            "statistics_size": size,
+            "statistics_step": own,
+            "statistics_variance": noise,
+            "statistics_loss_bound": config.statistics.loss_bound,
+        }
+    return Plan(
+        run="",
+        round=1,
+        layout="",
+        start="",
+        cohort=cohort,
+        clip=client.clip,
+        step=step,
+        bits=client.bits or 32,
+        rotated=False,
+        noise_at=client.noise_at if noised else "none",
+        variance=variance,
+        survivors=survivors,
+        colluders=colluders,
+        learning_rate=config.training.learning_rate,
+        local_steps=config.training.steps,
+        batch_size=config.training.batch_size,
+        rate=config.sampling_rate,
+        record_clip=example.clip if example.enabled else 0.0,
+        record_noise=example.noise_multiplier if example.enabled else 0.0,
+        **block,
+    )
+
+
+def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple[float, float]:
+    """(step, variance of one adder): together the adders have `multiplier` after rounding."""
+    from ..common.encoding import rounded_sensitivity
+
+    one = multiplier / shares**0.5
+    steps = max(FINE * dimension**0.5, DEVIATION / multiplier if multiplier else 0.0)
+    step = bound / steps
+    return step, (one * rounded_sensitivity(bound, step, dimension)[0]) ** 2
+
+
+def _epsilons(
+    config: Config, policy: Policy, dimension: int, spent: Sequence["Charge"]
+) -> list[tuple[str, str]]:
+    """A row for each epsilon; adversaries who share one share the row."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for charge in dict.fromkeys(expected(config, dimension)):
+        text = _epsilon(config, policy, charge, spent)
+        against = said.setdefault((charge.unit, text), [])
+        against.append(AGAINST[charge.against])
+    return [
+        (f"epsilon, {unit}-level", f"{UNITS[unit]}, against {' and '.join(against)}: {text}")
+        for (unit, text), against in said.items()
+    ]
+
+
+def _epsilon(config: Config, policy: Policy, charge: "Charge", spent: Sequence["Charge"]) -> str:
+    from ..common.accounting import epsilon
+
+    count, delta = config.rounds.count, min(config.privacy.delta, policy.budget.delta)
+    once, always = (epsilon([_times(charge, n)], delta) for n in (1, count))
+    if math.isinf(once):
+        return "no bound at all: some part of it has no noise, so this device declines every round"
+    own, asked = policy.budget, config.privacy.budget
+    budget = min(getattr(own, charge.unit), getattr(asked, charge.unit))
+    line = [one for one in spent if _line(one) == _line(charge)]
+    return (
+        f"{_about(once)} after 1 release"
+        + (f", {_about(always)} after {count}" if count > 1 else "")
+        + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
+        f"{NEIGHBOURS[charge.adjacency]}); budget {budget:g}"
+        + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")
+        + _ends(charge, line, delta, budget, count)
+    )
+
+
+def _ends(
+    charge: "Charge", line: Sequence["Charge"], delta: float, budget: float, count: int
+) -> str:
+    """How many releases the budget allows, where that is fewer than the run asks for."""
+    from ..common.accounting import within
+
+    low, high = 0, count + 1
+    while high - low > 1:
+        middle = count if high > count else (low + high) // 2
+        fits = within([*line, _times(charge, middle)], delta, budget)
+        low, high = (middle, high) if fits else (low, middle)
+    if low == count:
+        return ""
+    return f", which ends it after about {low}" if low else ", which does not allow a single one"
+
+
+def _adapter(config: Config, dimension: int | None) -> str:
+    own = config.adapter
+    size = "" if dimension is None else f", {dimension:,} numbers"
+    return f"{own.family}, rank {own.rank}, in the last {own.last_blocks} blocks{size}"
+
+
+def _rounds(config: Config) -> str:
+    own, masking = config.rounds, config.masking
+    said = (
+        f"{own.count}, of {own.cohort} devices each; this device may be asked for one release in "
+        f"each, {own.count} at most, and what it sends cannot be taken back"
+    )
+    if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
+        said += (
+            f"; a sum is opened from {masking.smallest_sum(own.cohort)} devices on, and holds if "
+            f"at most {masking.colluders(own.cohort)} of them work for the server"
+        )
+    return said
+
+
+def _work(config: Config) -> str:
+    own, data = config.training, config.data
+    most = own.steps * own.batch_size * data.max_tokens
+    return (
+        f"in each round {own.steps} training steps of about {own.batch_size} records, at most "
+        f"{data.max_tokens} tokens of each (about {most:,} tokens); of your records at most "
+        f"{data.records_per_client}"
+    )
+
+
+def _noise(config: Config) -> str:
+    client, example = config.privacy.client, config.privacy.example
+    said = ["no client-level noise"]
+    if client.enabled:
+        said = [
+            f"client-level: contribution clipped to {client.clip:g}, noise of "
+            f"{client.noise_multiplier:g} times that; {PLACES[client.noise_at]}"
+        ]
+    said.append(
+        f"example-level: each record's gradient clipped to {example.clip:g}, noise of "
+        f"{example.noise_multiplier:g} times that in each step (DP-SGD)"
+        if example.enabled
+        else "no example-level noise"
+    )
+    return "; ".join(said)
+
+
+def _statistics(config: Config) -> str:
+    if not config.statistics.enabled:
+        return "none"
+    return (
+        "the training loss and the number of records of a batch leave too, in the same noised "
+        f"vector (noise {config.statistics.noise_multiplier:g} times their bound)"
+    )
+
+
+def _about(epsilon: float) -> str:
+    if math.isinf(epsilon):
+        return "no bound"
+    return f"about {math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+
+
+def _times(charge: "Charge", count: int) -> "Charge":
+    return replace(charge, steps=charge.steps * count)
+
+
+def _line(charge: "Charge") -> tuple[str, str, str]:
+    return charge.unit, charge.against, charge.adjacency
