@@ -1,0 +1,484 @@
+"""`privet server`: init, enrol, up, run, status.
+
+Heavy imports wait inside the functions, so that `privet server status` answers at once.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..common.errors import AssetError, ConfigError, RunExists, StateError
+from ..common.files import explain_os_errors, read_lines, write_atomic
+
+if TYPE_CHECKING:
+    from ..common.config import Config
+    from .setup import Server
+
+__all__ = ["app", "facts", "follow", "prepare", "supervise"]
+
+app = typer.Typer(help="The server: set it up, let devices join, run.", no_args_is_help=True)
+
+LOG = "rounds.jsonl"
+LOOK_S = 0.5
+FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 1.0, 60.0, 30.0
+PATIENCE_S = 10.0
+
+_Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The server's folder.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@app.command("init")
+def init(
+    folder: _Folder,
+    host: Annotated[
+        list[str] | None,
+        typer.Option("--host", metavar="NAME", help="Name or address devices use; repeatable."),
+    ] = None,
+    days: Annotated[int, typer.Option(help="How long the certificates hold.")] = 365,
+    port: Annotated[int, typer.Option(help="Of the proxy: the one port to open.")] = 9092,
+    inner_port: Annotated[int, typer.Option(help="Of the SuperLink, on this machine.")] = 9093,
+    renew: Annotated[bool, typer.Option("--renew", help="New certificates, same CA.")] = False,
+    ca_key: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --renew: where the CA's key is.")
+    ] = None,
+) -> None:
+    """Make the server's folder: certificates, proxy, commands, units; README.md has the steps."""
+    from . import setup
+
+    if renew:
+        setup.renew(folder, host or (), days=days, ca_key=ca_key)
+        print(f"{folder} has new certificates for {days} days; devices keep their ca.crt.")
+        print("Start SuperLink, SuperExec and proxy again to use them.")
+        return
+    if ca_key is not None:
+        raise ConfigError("--ca-key goes with --renew; a new folder gets a CA of its own")
+    setup.init(folder, host or (), port=port, inner_port=inner_port, days=days)
+    print(f"{folder} is made; {folder}/README.md has the steps.")
+    print(
+        f"Move {folder}/ca away from this machine now: who has ca/ca.key can pretend to be this "
+        "server. It is needed again for --renew only."
+    )
+
+
+@app.command("enrol")
+def enrol(
+    folder: _Folder,
+    cards: Annotated[
+        list[str], typer.Argument(metavar="CARD...", help="Cards' files; with --remove or numbers.")
+    ],
+    remove: Annotated[bool, typer.Option("--remove", help="Let them join no more.")] = False,
+) -> None:
+    """Let devices join, by the cards that `privet client card` printed."""
+    from . import enrolment, setup
+
+    server = setup.load(folder)
+    if remove:
+        enrolment.remove(server, cards, print)
+    else:
+        enrolment.enrol(server, [Path(card) for card in cards], print)
+
+
+@app.command("up")
+def up(
+    folder: _Folder,
+    fetch_nginx: Annotated[
+        bool, typer.Option("--fetch-nginx", help="Debian: unpack nginx into the cache, no root.")
+    ] = False,
+) -> None:
+    """Run SuperLink, SuperExec and proxy here until Ctrl-C; for good, use the systemd units."""
+    from ..common.assets import cache_folder
+    from . import setup
+
+    server = setup.load(folder)
+    cache = cache_folder()
+    nginx = setup.find_or_fetch_nginx(cache) if fetch_nginx else setup.find_nginx(cache)
+    if nginx is None:
+        raise AssetError(
+            "there is no nginx on PATH, in /usr/sbin or in the cache; install it (sudo apt install "
+            "nginx), or on Debian without root add --fetch-nginx"
+        )
+    for number in (server.port, server.inner_port):
+        if _answers(number):
+            raise StateError(
+                f"port {number} is taken already: is `privet server up` running elsewhere? Stop it"
+            )
+    supervise(setup.commands(server, nginx), setup.environment(server), server.folder / "logs", say)
+
+
+@app.command("run")
+def run(
+    folder: _Folder,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run there is.")] = False,
+) -> None:
+    """Start a run with the enrolled devices, and follow it: a line a round."""
+    from ..common.config import read
+    from . import enrolment, setup
+
+    server = setup.load(folder)
+    settings = prepare(server, read(config, set_ or []), resume=resume)
+    place = server.folder / "runs" / settings.name
+    for warning in settings.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    going = next((r for r in enrolment.runs(server) if r.folder == str(place) and not r.over), None)
+    flower = going.run_id if going else enrolment.start_run(server, place)
+    print(
+        f"run {settings.name}: {settings.rounds.count} rounds of {settings.rounds.cohort} devices"
+    )
+    try:
+        follow(server, place, flower, settings.rounds.count, print)
+    except KeyboardInterrupt:
+        print(
+            f"\nThe run goes on without this command. Look: privet server status {folder}\n"
+            f"Follow it again: privet server run {folder} {config} --resume",
+            file=sys.stderr,
+        )
+        raise SystemExit(130) from None
+
+
+@app.command("status")
+def status(folder: _Folder, as_json: _Json = False) -> None:
+    """What is up, who is enrolled and online, how far the runs are."""
+    from . import setup
+
+    found = facts(setup.load(folder))
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for name in ("superlink", "proxy"):
+        print(f"{name}: {'up' if found[name] else 'DOWN'}")
+    print(f"certificates: until {found['certified_until'][:10]}")
+    people = found["devices"]
+    print(
+        f"devices: {people['enrolled']} enrolled, {_number(people['registered'])} registered, "
+        f"{_number(people['online'])} online"
+    )
+    for one in found["runs"]:
+        void = sum(record["void"] for record in one["rounds"])
+        print(
+            f"run {one['name']}: {one['status']}, {len(one['rounds'])} of {one['count']} rounds"
+            + (f", {void} void" if void else "")
+        )
+        for record in one["rounds"]:
+            print(f"  {_line(record, one['count'])}")
+
+
+def facts(server: "Server") -> dict[str, Any]:
+    """What `privet server status --json` prints; where the SuperLink is down, None for unknown.
+
+    Of a round: who was asked, came, declined, in numbers only; reasons stay on the device.
+    """
+    from . import enrolment, setup
+
+    enrolled = [device for device in enrolment.devices(server) if not device.removed]
+    known: Sequence[enrolment.Node] | None = None
+    started: Sequence[enrolment.Run] = ()
+    if _answers(server.inner_port):
+        with suppress(StateError):
+            known, started = enrolment.nodes(server), enrolment.runs(server)
+    keys = {device.card.node for device in enrolled}
+    ours = None if known is None else [node for node in known if node.key in keys]
+    latest = {one.folder: one.status for one in reversed(started)}
+    return {
+        "superlink": known is not None,
+        "proxy": _answers(server.port),
+        "certified_until": setup.certified_until(server).isoformat(),
+        "devices": {
+            "enrolled": len(enrolled),
+            "registered": None if ours is None else len(ours),
+            "online": None if ours is None else sum(node.status == "online" for node in ours),
+        },
+        "runs": [
+            _run_facts(place, latest, known is not None)
+            for place in sorted((server.folder / "runs").glob("*/config.toml"))
+        ],
+    }
+
+
+def _run_facts(config: Path, latest: Mapping[str, str], asked: bool) -> dict[str, Any]:
+    from ..common.config import read
+
+    place = config.parent
+    counts = ("round", "asked", "answered", "declined", "refused", "void")
+    return {
+        "name": place.name,
+        "status": latest.get(str(place), "not started" if asked else "unknown"),
+        "count": read(config).rounds.count,
+        "rounds": [
+            {name: record[name] for name in counts if name in record}
+            for record in read_lines(place / LOG)
+        ],
+    }
+
+
+def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
+    """The run folder `runs/NAME`, whole or not at all: settings, run id, directory.
+
+    Model, adapter and plan are tried first, so that settings they refuse leave nothing behind.
+
+    Returns:
+        The resolved settings.
+
+    Raises:
+        ConfigError: settings that real devices cannot take part in, or others than the run that
+            is resumed was started with.
+        RunExists: there is a run of this name, and `resume` is false.
+        StateError: nothing to resume, or nobody is enrolled.
+    """
+    from ..common.config import read, to_toml
+
+    config = _resolved(server, config)
+    place = server.folder / "runs" / config.name
+    if (place / "config.toml").is_file():
+        if not resume:
+            raise RunExists(
+                f"{place} holds a run already; go on with --resume, or choose another name with "
+                "--set name=..."
+            )
+        kept = read(place / "config.toml")
+        if kept.digest != config.digest:
+            raise ConfigError(
+                f"{place} was started with other settings, or other devices were enrolled then; "
+                "resume with the same ones, or choose another name with --set name=..."
+            )
+        return kept
+    _try_out(config)
+    partial = place.with_name(f".{place.name}.partial")
+    try:
+        with explain_os_errors(place, "make the run folder"):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, mode=0o700)
+        write_atomic(partial / "config.toml", to_toml(config).encode())
+        write_atomic(partial / "run-id", f"{config.name}-{os.urandom(8).hex()}\n".encode())
+        with explain_os_errors(place, "make the run folder"):
+            shutil.copyfile(server.folder / "directory", partial / "directory")
+            os.replace(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return config
+
+
+def _resolved(server: "Server", config: "Config") -> "Config":
+    """With the number of devices and the task filled in."""
+    from ..common.config import DEVICES
+    from ..common.keys import read_directory
+
+    enrolled = len(read_directory(server.folder / "directory").known)
+    data, simulation = config.data, config.simulation
+    if data.source != DEVICES:
+        raise ConfigError(
+            f"data.source = {data.source!r}: a run with real devices says data.source = "
+            f'"{DEVICES}"; `privet simulate` runs the others'
+        )
+    if not enrolled:
+        raise StateError("nobody is enrolled; take cards first: privet server enrol FOLDER CARD...")
+    if "clients" in data.model_fields_set and data.clients != enrolled:
+        raise ConfigError(
+            f"data.clients = {data.clients}, but {enrolled} devices are enrolled; leave it out"
+        )
+    for name in ("dropout", "noise_cohort"):
+        if getattr(simulation, name, None):
+            raise ConfigError(f"simulation.{name} is for simulations; leave it out for devices")
+    task = data.task
+    if task == "auto":
+        task = "classification" if data.classes else "generation"
+    people = data.model_copy(update={"clients": enrolled, "test_clients": 0, "task": task})
+    # validated again: a cohort may be too large for those who are enrolled
+    from ..common.config import parse
+
+    return parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
+
+
+def _try_out(config: "Config") -> None:
+    from ..common.adapter import shared
+    from .rounds import make_plan
+
+    adapter = shared(config)
+    make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
+
+
+def follow(
+    server: "Server", place: Path, flower: int, count: int, show: Callable[[str], None]
+) -> None:
+    """Show each round as it ends, until the run ends; a SuperLink that restarts is waited for.
+
+    Raises:
+        StateError: the run failed or was stopped.
+    """
+    from . import enrolment
+
+    shown, gone = 0, False
+    while True:
+        try:
+            now = next((r for r in enrolment.runs(server) if r.run_id == flower), None)
+            gone = False
+        except StateError as error:
+            if not gone:
+                show(f"waiting: {error}")
+            now, gone = None, True
+        records = read_lines(place / LOG)  # after the status: the last round is never missed
+        for record in records[shown:]:
+            show(_line(record, count))
+        shown = len(records)
+        if now is not None and now.over:
+            break
+        time.sleep(LOOK_S)
+    if now.status != "completed":
+        raise StateError(
+            f"the run {place.name} {'was stopped' if now.status == 'stopped' else 'failed'}: "
+            f"{now.details or 'see logs/superexec.log'}; go on with --resume"
+        )
+    show(f"done: {place / 'adapter'}")
+
+
+def supervise(
+    programs: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str],
+    logs: Path,
+    show: Callable[[str], None],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Run programs until SIGINT or SIGTERM; start again whatever ends, after 1, 2, 4 … 60 s.
+
+    What they print goes to `logs/NAME.log` (that of the time before: `NAME.log.1`). On Linux they
+    also end when this process is killed.
+    """
+    stop = False
+
+    def asked(*_: object) -> None:
+        nonlocal stop
+        stop = True
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    children = {name: _Child(name, tuple(command)) for name, command in programs.items()}
+    variables = {**os.environ, **environment}
+    files = {name: _log(logs, name) for name in children}
+    try:
+        while not stop:
+            for name, child in children.items():
+                children[name] = _looked_after(child, variables, files[name], show)
+            time.sleep(0.1)
+    finally:
+        _end([child for child in reversed(children.values()) if child.process], patience_s, show)
+        for file in files.values():
+            file.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True, eq=False)
+class _Child:
+    """A program that should be running.
+
+    Attributes:
+        process: None while it waits for its next start.
+        since: when it was started; `due`: when it is to be (monotonic seconds).
+        failures: how often in a row it ended early.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    process: "subprocess.Popen[bytes] | None" = None
+    since: float = 0.0
+    due: float = 0.0
+    failures: int = 0
+
+
+def _looked_after(
+    child: _Child, variables: Mapping[str, str], log: IO[bytes], show: Callable[[str], None]
+) -> _Child:
+    now = time.monotonic()
+    if child.process is None:
+        if now < child.due:
+            return child
+        process = subprocess.Popen(
+            child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
+            start_new_session=True, preexec_fn=_end_with_parent,
+        )  # fmt: skip
+        show(f"{child.name} started (process {process.pid})")
+        return _Child(child.name, child.command, process, now, 0.0, child.failures)
+    code = child.process.poll()
+    if code is None:
+        return child
+    failures = 0 if now - child.since > STEADY_S else child.failures
+    wait = min(FIRST_WAIT_S * 2**failures, LONGEST_WAIT_S)
+    why = f"killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    show(f"{child.name} {why}; {log.name} says why; starts again in {wait:g} s")
+    return _Child(child.name, child.command, None, 0.0, now + wait, failures + 1)
+
+
+def _end(children: Sequence[_Child], patience_s: float, show: Callable[[str], None]) -> None:
+    running = [child.process for child in children if child.process is not None]
+    for process in running:
+        process.terminate()
+    limit = time.monotonic() + patience_s
+    for process in running:
+        try:
+            process.wait(max(limit - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with suppress(ProcessLookupError):  # a run's server part that the SuperExec started
+            os.killpg(process.pid, signal.SIGKILL)
+    show("all stopped")
+
+
+def _end_with_parent() -> None:
+    """Linux: this child is told to end when its parent dies, even by SIGKILL."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _log(logs: Path, name: str) -> IO[bytes]:
+    path = logs / f"{name}.log"
+    with explain_os_errors(path, "write"):
+        if path.exists():
+            os.replace(path, f"{path}.1")
+        return open(path, "ab", buffering=0)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def say(line: str) -> None:
+    """One line with the time, at once."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
+def _line(record: Mapping[str, Any], count: int) -> str:
+    """`round 3/8  6 asked  5 came  1 declined`"""
+    text = (
+        f"round {record['round']}/{count}  {record['asked']} asked  {record['answered']} came  "
+        f"{record['declined']} declined"
+    )
+    if record.get("refused"):
+        text += f"  {record['refused']} did not fit"
+    if record["void"]:
+        text += "  void: too few, nothing was revealed"
+    return text + (f"  {record['seconds']:.1f} s" if "seconds" in record else "")

@@ -1,0 +1,492 @@
+"""Devices at the server: their cards, their node keys at the SuperLink, the directory.
+
+The one file of the server's commands that speaks Flower's Control API (private to Flower 1.41;
+`tests/test_proxy.py` runs it against a real SuperLink, so a new minor version fails loudly).
+
+**Guarantee**: a number belongs to one identity for ever: numbers are not given out again, neither
+after `remove` nor after a crash between two steps, and `devices.json` is whole or as it was.
+Enrolling says who may join; what a device releases is decided on the device alone.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from ..common.errors import DataError, StateError
+from ..common.files import explain_os_errors, write_json_atomic
+from ..common.keys import KEY_BYTES, Directory, write_directory
+from .setup import Server
+
+__all__ = [
+    "Card",
+    "Device",
+    "Node",
+    "Run",
+    "control",
+    "devices",
+    "enrol",
+    "nodes",
+    "read_card",
+    "remove",
+    "runs",
+    "start_run",
+]
+
+DEVICES = "devices.json"
+DIRECTORY = "directory"
+CARD_BYTES = 16384
+CARD_KEYS = {"privet", "identity", "node", "name"}
+_PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]{0,64}")
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a device tells its server, all of it public.
+
+    Attributes:
+        identity: Ed25519 public key, 64 hexadecimal digits.
+        node: ECDSA P-384 public key, PEM.
+        name: a label its owner chose; may be empty.
+    """
+
+    identity: str
+    node: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """An enrolled device.
+
+    Attributes:
+        number: its client number, never another device's.
+        card: what it showed.
+        removed: no longer listed; its number, identity and node key stay taken.
+    """
+
+    number: int
+    card: Card
+    removed: bool = False
+
+    def __str__(self) -> str:
+        return f"client {self.number}" + (f" ({self.card.name})" if self.card.name else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A SuperNode that the SuperLink knows: its id, PEM key, and `registered`, `online`, …"""
+
+    node_id: int
+    key: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that the SuperLink knows.
+
+    Attributes:
+        run_id: Flower's.
+        folder: the run folder it was started on.
+        status: `pending`, `starting`, `running`, `completed`, `failed` or `stopped`.
+        details: Flower's words about it.
+    """
+
+    run_id: int
+    folder: str
+    status: str
+    details: str
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status in ("completed", "failed", "stopped")
+
+
+def read_card(path: Path) -> Card:
+    """A device's card, strictly checked.
+
+    Raises:
+        DataError: unreadable, not one JSON object with the four keys, of another version of
+            privet, or a key that is none.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(CARD_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read the card {path}: {error.strerror}") from None
+    if len(data) > CARD_BYTES:
+        raise DataError(f"{path} is larger than a card can be ({CARD_BYTES} bytes); give the card")
+    try:
+        value = json.loads(data, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} is no card ({error}): expected the one line of JSON that "
+            "`privet client card` prints"
+        ) from None
+    if not isinstance(value, dict) or set(value) != CARD_KEYS:
+        found = ", ".join(sorted(map(str, value)))[:200] if isinstance(value, dict) else "no object"
+        raise DataError(f"{path}: expected the keys {', '.join(sorted(CARD_KEYS))}; found {found}")
+    return _checked(path, value)
+
+
+def _checked(path: Path, value: Mapping[str, object]) -> Card:
+    for name in CARD_KEYS:
+        if not isinstance(value[name], str):
+            raise DataError(f"{path}: {name} should be a text, and is {value[name]!r:.80}")
+    theirs, identity, node, name = (str(value[k]) for k in ("privet", "identity", "node", "name"))
+    mine = version("privet")
+    if theirs != mine:
+        raise DataError(
+            f"{path}: the device runs privet {theirs[:20]!r}, this server {mine}; bring both to "
+            "one version, and print the card again"
+        )
+    if not re.fullmatch(r"[0-9a-f]{64}", identity):
+        raise DataError(f"{path}: identity should be 64 hexadecimal digits, in small letters")
+    if not _of_prime_order(bytes.fromhex(identity)):
+        raise DataError(
+            f"{path}: identity is no Ed25519 key of full order: anybody could sign for it, or "
+            "nobody; make a new one on the device"
+        )
+    if not _PRINTABLE.fullmatch(name):
+        raise DataError(f"{path}: name should be at most 64 letters, none of them a control one")
+    return Card(identity, _node_key(path, node), name)
+
+
+def _no_key_twice(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key appears twice")
+    return dict(pairs)
+
+
+def _node_key(path: Path, text: str) -> str:
+    """The key in the one spelling the SuperLink compares, whether it came as PEM or OpenSSH."""
+    data = text.strip().encode()
+    try:
+        if data.startswith(b"ecdsa-"):
+            key: object = serialization.load_ssh_public_key(data)
+        else:
+            key = serialization.load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise DataError(f"{path}: node should be a public ECDSA key on the curve P-384")
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    return key.public_bytes(serialization.Encoding.PEM, form).decode()
+
+
+_P = 2**255 - 19
+_L = 2**252 + 27742317777372353535851937790883648493
+_D = -121665 * pow(121666, -1, _P) % _P
+_Point = tuple[int, int, int, int]
+
+
+def _of_prime_order(encoded: bytes) -> bool:
+    """Whether 32 bytes are a point that an honest Ed25519 key can be.
+
+    A point of low order verifies signatures that nobody made; OpenSSL does not look. RFC 8032,
+    sections 5.1.3 and 5.1.4; takes 3 ms, needs no secrecy.
+    """
+    sign, y = encoded[-1] >> 7, int.from_bytes(encoded, "little") & ((1 << 255) - 1)
+    if len(encoded) != KEY_BYTES or y >= _P:
+        return False
+    square = (y * y - 1) * pow(_D * y * y + 1, -1, _P) % _P
+    x = pow(square, (_P + 3) // 8, _P)
+    if x * x % _P != square:
+        x = x * pow(2, (_P - 1) // 4, _P) % _P
+    if x * x % _P != square or (x == 0 and sign):
+        return False
+    x = _P - x if x & 1 != sign else x
+    point, total, left = (x, y, 1, x * y % _P), (0, 1, 1, 0), _L
+    while left:
+        total = _add(total, point) if left & 1 else total
+        point, left = _add(point, point), left >> 1
+    neutral = total[0] == 0 and total[1] == total[2]
+    return neutral and (x, y) != (0, 1)
+
+
+def _add(p: _Point, q: _Point) -> _Point:
+    a, b = (p[1] - p[0]) * (q[1] - q[0]) % _P, (p[1] + p[0]) * (q[1] + q[0]) % _P
+    c, d = 2 * p[3] * q[3] * _D % _P, 2 * p[2] * q[2] % _P
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % _P, g * h % _P, f * g % _P, e * h % _P
+
+
+def enrol(server: Server, paths: Sequence[Path], show: Show) -> Sequence[Device]:
+    """Let devices join: all of these cards or, where one is refused, none.
+
+    A card that is enrolled already changes nothing; its node key is registered again where the
+    SuperLink has lost it (a new database). After a crash, the same command goes on.
+
+    Raises:
+        DataError: a card is refused, or its keys are another device's.
+        StateError: the SuperLink does not answer or refuses; `devices.json` cannot be written.
+    """
+    cards = [(path, read_card(path)) for path in paths]
+    with _locked(server), control(server) as client:
+        everybody = list(devices(server))
+        chosen, fresh = [], []
+        for path, card in cards:
+            device = _found(everybody, path, card)
+            if device is None:
+                device = Device(len(everybody), card)
+                everybody.append(device)
+                fresh.append(device)
+            chosen.append(device)
+        registered = {node.key for node in _nodes(client)}
+        for device in dict.fromkeys(chosen):
+            known = device.card.node in registered
+            if not known:
+                _register(client, device)
+            if device not in fresh:
+                again = "" if known else "; the SuperLink had lost its node key"
+                show(f"{device} is enrolled already{again}")
+        _keep(server, everybody)
+    for device in fresh:
+        show(f"{device} is enrolled")
+    return chosen
+
+
+def remove(server: Server, named: Sequence[str], show: Show) -> None:
+    """Let devices join no more, each named by its card's file or its number.
+
+    Its number, identity and node key stay taken: the device comes back with new keys only.
+
+    Raises:
+        DataError: a card is refused, or names nobody who is enrolled.
+        StateError: as `enrol`.
+    """
+    with _locked(server), control(server) as client:
+        everybody = list(devices(server))
+        leaving = [_named(everybody, name) for name in named]
+        ids = {node.key: node.node_id for node in _nodes(client)}
+        for name, device in zip(named, leaving, strict=True):
+            if device.removed and device.card.node not in ids:
+                raise DataError(f"{name}: {device} was removed already")
+            # the list first: one that the SuperLink alone forgot would be registered again
+            everybody[device.number] = replace(device, removed=True)
+        _keep(server, everybody)
+        for device in dict.fromkeys(leaving):
+            if device.card.node in ids:
+                _unregister(client, ids[device.card.node])
+            show(f"{device} is removed")
+
+
+def devices(server: Server) -> Sequence[Device]:
+    """Everybody who was ever enrolled, in the order of their numbers.
+
+    Raises:
+        StateError: `devices.json` is damaged.
+    """
+    path = server.folder / DEVICES
+    if not path.exists():
+        return []
+    try:
+        with explain_os_errors(path, "read"):
+            entries = json.loads(path.read_bytes())
+        found = [Device(int(e["number"]), Card(**e["card"]), bool(e["removed"])) for e in entries]
+        if [device.number for device in found] != list(range(len(found))):
+            raise ValueError("numbers are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path} is damaged ({error}); restore it from a copy") from None
+    return found
+
+
+def _found(everybody: Sequence[Device], path: Path, card: Card) -> Device | None:
+    """The device of a card; None for a new one."""
+    for device in everybody:
+        same_identity = device.card.identity == card.identity
+        same_node = device.card.node == card.node
+        if not same_identity and not same_node:
+            continue
+        if device.removed:
+            raise DataError(
+                f"{path}: {device} was removed, and keys do not come back; make a new identity on "
+                "the device, and print its card again"
+            )
+        if not (same_identity and same_node):
+            which = "identity" if same_identity else "node key"
+            raise DataError(
+                f"{path}: the {which} is that of {device}, with another card; no two "
+                "devices share a key, so make a new identity on one of them"
+            )
+        return device
+    return None
+
+
+def _named(everybody: Sequence[Device], name: str) -> Device:
+    """The device of a number or card, also one whose removal was cut short."""
+    if name.isdecimal():
+        device = everybody[int(name)] if int(name) < len(everybody) else None
+    else:
+        card = read_card(Path(name))
+        device = next((device for device in everybody if device.card == card), None)
+    if device is None:
+        raise DataError(f"{name}: nobody with this number or card is enrolled")
+    return device
+
+
+def _keep(server: Server, everybody: Sequence[Device]) -> None:
+    """The list first: the directory follows from it, and is written again by every call."""
+    write_json_atomic(server.folder / DEVICES, [asdict(device) for device in everybody])
+    known = {d.number: bytes.fromhex(d.card.identity) for d in everybody if not d.removed}
+    write_directory(server.folder / DIRECTORY, Directory(known, closed=True))
+
+
+@contextmanager
+def _locked(server: Server) -> Iterator[None]:
+    """One enrolment at a time: two would give out one number."""
+    path = server.folder / ".enrolment.lock"
+    with explain_os_errors(path, "lock"), open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def control(server: Server) -> Iterator[Any]:
+    """The SuperLink's Control API, over TLS with the inner CA.
+
+    Raises:
+        StateError: the SuperLink does not answer, or refuses; in its own words.
+    """
+    import httpx
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.error import FlowerError
+    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+    authority = server.certificate("internal-ca.crt")
+    with explain_os_errors(authority, "read"):
+        roots = authority.read_bytes()
+    client = ControlHttpClient.from_server_address(
+        server.inner, False, roots, [RuntimeVersionHttpInterceptor(component_name="privet server")]
+    )
+    try:
+        yield client
+    except httpx.HTTPStatusError as error:
+        told = FlowerError.from_json(error.response.text)
+        reason = told.message if told else error
+        raise StateError(f"the SuperLink at {server.inner} refused: {reason}") from None
+    except httpx.RequestError as error:
+        raise StateError(
+            f"the SuperLink does not answer at {server.inner} ({error}); start it with `privet "
+            f"server up {server.folder}`, or its systemd unit, and run this again"
+        ) from None
+    finally:
+        client.close()
+
+
+def nodes(server: Server) -> Sequence[Node]:
+    """All SuperNodes that are registered and not removed.
+
+    Raises:
+        StateError: as `control`.
+    """
+    with control(server) as client:
+        return _nodes(client)
+
+
+def _nodes(client: Any) -> Sequence[Node]:
+    from flwr.proto.control_pb2 import ListNodesRequest
+
+    answer = client.ListNodes(ListNodesRequest())
+    return [
+        Node(node.node_id, node.public_key.decode(), node.status)
+        for node in answer.nodes_info
+        if node.status != "unregistered"
+    ]
+
+
+def _register(client: Any, device: Device) -> None:
+    from flwr.proto.control_pb2 import RegisterNodeRequest
+
+    key = device.card.node.encode()
+    client.RegisterNode(RegisterNodeRequest(public_key=key, name=f"client-{device.number}"))
+
+
+def _unregister(client: Any, node_id: int) -> None:
+    from flwr.proto.control_pb2 import UnregisterNodeRequest
+
+    client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+
+
+def runs(server: Server) -> Sequence[Run]:
+    """The last hundred runs, the newest first.
+
+    Raises:
+        StateError: as `control`.
+    """
+    from flwr.proto.control_pb2 import ListRunsRequest
+
+    with control(server) as client:
+        answer = client.ListRuns(ListRunsRequest(limit=100))
+    newest = sorted(answer.run_dict.values(), key=lambda run: run.pending_at, reverse=True)
+    return [
+        Run(
+            run.run_id,
+            run.override_config["run"].string,
+            run.status.sub_status or run.status.status,
+            run.status.details,
+        )
+        for run in newest
+        if "run" in run.override_config
+    ]
+
+
+def start_run(server: Server, folder: Path) -> int:
+    """Start a run on a run folder; the ServerApp is the one installed here.
+
+    The bundle that Flower wants names the two apps and holds no code of theirs: a device runs
+    what it has installed.
+
+    Returns:
+        Flower's id of the run.
+
+    Raises:
+        StateError: as `control`.
+    """
+    from flwr.cli.build import build_fab_from_files
+    from flwr.common.serde import fab_to_proto, user_config_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.supercore.fab import Fab
+
+    content, _ = build_fab_from_files({"pyproject.toml": _bundle().encode()})
+    fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
+    settings = user_config_to_proto({"run": str(folder)})
+    with control(server) as client:
+        answer = client.StartRun(StartRunRequest(fab=fab, override_config=settings))
+    if not answer.HasField("run_id"):
+        raise StateError(f"the SuperLink at {server.inner} did not start the run; see its log")
+    return int(answer.run_id)
+
+
+def _bundle() -> str:
+    return f"""[project]
+name = "privet-devices"
+version = "{version("privet")}"
+description = "Names the two apps of privet; every machine runs its own."
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "privet"
+
+[tool.flwr.app.components]
+serverapp = "privet.server.app:app"
+clientapp = "privet.client.app:app"
+
+[tool.flwr.app.config]
+run = ""
+"""

@@ -1,0 +1,392 @@
+"""A server's folder, its certificates, the programs that run, and a run's folder."""
+
+import datetime
+import itertools
+import os
+import signal
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from privet.common.config import parse
+from privet.common.errors import AssetError, ConfigError, PrivetError, RunExists, StateError
+from privet.common.files import append_line
+from privet.common.keys import Directory, read_directory, write_directory
+from privet.server import cli, enrolment, setup
+from privet.server.enrolment import Run
+
+NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
+DAY = datetime.timedelta(days=1)
+
+
+def made(tmp_path: Path, **chosen: Any) -> setup.Server:
+    return setup.init(tmp_path / "server", ["privet.example.org", "192.0.2.7"], **chosen)
+
+
+def verify(server: setup.Server, name: str, authority: Path, when: datetime.datetime) -> None:
+    certificate = x509.load_pem_x509_certificate(server.certificate(name).read_bytes())
+    store = Store([x509.load_pem_x509_certificate(authority.read_bytes())])
+    subject = x509.DNSName("localhost")
+    PolicyBuilder().store(store).time(when).build_server_verifier(subject).verify(certificate, [])
+
+
+def everything(folder: Path) -> Mapping[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_everything_in_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    for path in (server.folder, *server.folder.rglob("*")):
+        if not path.is_symlink():
+            expected = 0o700 if path.is_dir() else 0o600
+            assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+def test_a_folder_read_back_is_the_one_that_was_made(tmp_path: Path) -> None:
+    server = made(tmp_path, port=4000, inner_port=4001)
+    assert setup.load(server.folder) == server
+    assert (server.folder / "directory").read_bytes() == b""
+
+
+def test_a_folder_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    before = everything(server.folder)
+    with pytest.raises(RunExists, match="--renew"):
+        made(tmp_path)
+    assert everything(server.folder) == before
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: setup.Server) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(setup, "_readme", full)  # the last file of all
+    with pytest.raises(StateError, match="disk is full"):
+        made(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "host", ["", "https://a.org", "a.org:9092", "a_b", "300.1.1.1", "a..b", "-a", "a" * 254, "ä"]
+)
+def test_a_host_that_is_no_name_is_refused_and_nothing_is_made(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match="--host"):
+        setup.init(tmp_path / "server", [host])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"port": 0}, {"port": 9093}, {"inner_port": 70000}, {"days": 0}, {"days": 4000}]
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, chosen: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        made(tmp_path, **chosen)
+
+
+def test_no_host_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one --host"):
+        setup.init(tmp_path / "server", [])
+
+
+def test_the_certificate_names_the_hosts_and_this_machine(tmp_path: Path) -> None:
+    data = made(tmp_path).certificate("server.crt").read_bytes()
+    names = x509.load_pem_x509_certificate(data).extensions.get_extension_for_class(
+        x509.SubjectAlternativeName
+    )
+    dns = names.value.get_values_for_type(x509.DNSName)
+    addresses = names.value.get_values_for_type(x509.IPAddress)
+    assert dns == ["privet.example.org", "localhost"]
+    assert list(map(str, addresses)) == ["192.0.2.7", "127.0.0.1", "::1"]
+
+
+def test_certificates_hold_for_their_days_and_under_their_own_authority(tmp_path: Path) -> None:
+    server = made(tmp_path, days=10, now=NOW)
+    outer, inner = server.folder / "ca.crt", server.certificate("internal-ca.crt")
+    for name, own, other in (("server.crt", outer, inner), ("internal.crt", inner, outer)):
+        for when in (NOW, NOW + 9 * DAY):
+            verify(server, name, own, when)
+        for when in (NOW - DAY, NOW + 11 * DAY):
+            with pytest.raises(VerificationError):
+                verify(server, name, own, when)
+        with pytest.raises(VerificationError):
+            verify(server, name, other, NOW)
+    assert setup.certified_until(server) == NOW + 10 * DAY
+
+
+def test_the_authority_cannot_make_another_authority(tmp_path: Path) -> None:
+    data = (made(tmp_path).folder / "ca.crt").read_bytes()
+    found = x509.load_pem_x509_certificate(data).extensions.get_extension_for_class(
+        x509.BasicConstraints
+    )
+    assert (found.critical, found.value.ca, found.value.path_length) == (True, True, 0)
+
+
+def test_no_key_of_the_inner_authority_is_kept(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    keys = [name for name, data in everything(server.folder).items() if b"PRIVATE KEY" in data]
+    assert sorted({Path(name).name for name in keys}) == ["ca.key", "internal.key", "server.key"]
+
+
+def test_renewed_certificates_have_new_keys_and_the_same_authority(tmp_path: Path) -> None:
+    server = made(tmp_path, days=10, now=NOW)
+    authority = (server.folder / "ca.crt").read_bytes()
+    before = {n: server.certificate(n).read_bytes() for n in ("server.key", "internal.key")}
+    renewed = setup.renew(server.folder, days=20, now=NOW + 5 * DAY)
+    assert renewed == server
+    assert (server.folder / "ca.crt").read_bytes() == authority
+    assert all(server.certificate(name).read_bytes() != data for name, data in before.items())
+    assert setup.certified_until(server) == NOW + 25 * DAY
+    verify(server, "server.crt", server.folder / "ca.crt", NOW + 24 * DAY)
+    assert [p.name for p in server.folder.glob("certificates.*")] == ["certificates.2"]
+
+
+def test_a_renewal_that_is_cut_short_changes_nothing_and_can_be_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    before = server.certificate("server.crt").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "symlink_to", full)
+        with pytest.raises(StateError, match="disk is full"):
+            setup.renew(server.folder)
+    assert server.certificate("server.crt").read_bytes() == before
+    setup.renew(server.folder, ["new.example.org"])
+    assert setup.load(server.folder).hosts == ("new.example.org",)
+    assert server.certificate("server.crt").read_bytes() != before
+
+
+def test_renewal_asks_for_an_authority_key_that_was_moved_away(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    stick = tmp_path / "stick"
+    os.replace(server.folder / "ca", stick)
+    with pytest.raises(StateError, match="--ca-key"):
+        setup.renew(server.folder)
+    setup.renew(server.folder, ca_key=stick / "ca.key")
+
+
+def test_renewal_refuses_the_key_of_another_authority_and_what_is_no_key(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    other = setup.init(tmp_path / "other", ["b.org"])
+    with pytest.raises(StateError, match="another CA"):
+        setup.renew(server.folder, ca_key=other.folder / "ca" / "ca.key")
+    with pytest.raises(StateError, match="PEM"):
+        setup.renew(server.folder, ca_key=server.folder / "README.md")
+
+
+def test_a_folder_that_is_none_damaged_or_newer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="no server's folder"):
+        setup.load(tmp_path)
+    server = made(tmp_path)
+    facts = server.folder / "server.json"
+    facts.write_text(facts.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(StateError, match="format 2"):
+        setup.load(server.folder)
+    facts.write_text("[]")
+    with pytest.raises(StateError, match="damaged"):
+        setup.load(server.folder)
+
+
+def test_the_superlink_listens_on_loopback_with_tls_and_node_keys(tmp_path: Path) -> None:
+    server = made(tmp_path)
+    command = setup.commands(server)["superlink"]
+    options = dict(itertools.pairwise(command))
+    assert options["--host"] == "127.0.0.1"
+    assert options["--isolation"] == "process"
+    assert "--enable-supernode-auth" in command
+    assert "--insecure" not in command
+    assert Path(options["--superexec-auth-secret-file"]).read_bytes()
+
+
+def test_a_systemd_word_is_taken_as_text() -> None:
+    assert setup._unit_word('a b%h$HOME"\\') == '"a b%%h$$HOME\\"\\\\"'
+
+
+def test_nginx_that_can_neither_be_found_nor_fetched_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "find_nginx", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AssetError, match="apt install nginx"):
+        setup.find_or_fetch_nginx(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_program_that_ends_is_started_again_later_and_later(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def show(line: str) -> None:
+        said.append(line)
+        if sum("started" in line for line in said) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    program = [sys.executable, "-c", "print('hello'); raise SystemExit(3)"]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    cli.supervise({"it": program}, {}, tmp_path, show)
+    assert "ended with code 3" in said[1]
+    assert "again in 1 s" in said[1]
+    assert said[-1] == "all stopped"
+    assert b"hello" in (tmp_path / "it.log").read_bytes()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_program_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None:
+    pids: list[int] = []
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True)\n"
+
+    def show(line: str) -> None:
+        if "started" not in line:
+            return
+        pids.append(int(line.split()[-1].rstrip(")")))
+        while b"deaf" not in (tmp_path / "it.log").read_bytes():
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    program = [sys.executable, "-c", code + "while True: time.sleep(1)"]
+    cli.supervise({"it": program}, {}, tmp_path, show, patience_s=0.1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+@pytest.fixture
+def enrolled(tmp_path: Path) -> setup.Server:
+    server = made(tmp_path)
+    known = {number: bytes([number]) * 32 for number in range(4)}
+    write_directory(server.folder / "directory", Directory(known, closed=True))
+    return server
+
+
+def settings(llama: Path, **more: Any) -> Any:
+    return parse(
+        {
+            "name": "first",
+            "data": {"source": "devices", **more.pop("data", {})},
+            "model": {"base": str(llama)},
+            "adapter": {"last_blocks": 1},
+            "rounds": {"cohort": 4, "count": 3, **more.pop("rounds", {})},
+            "masking": {"smallest_cohort": 3},
+            "insecure_test_seed": 1,
+            **more,
+        }
+    )
+
+
+def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
+    enrolled: setup.Server, llama_folder: Path
+) -> None:
+    config = cli.prepare(enrolled, settings(llama_folder), resume=False)
+    place = enrolled.folder / "runs" / "first"
+    assert config.data.clients == 4
+    assert config.data.task == "generation"
+    assert sorted(p.name for p in place.iterdir()) == ["config.toml", "directory", "run-id"]
+    assert read_directory(place / "directory").known.keys() == {0, 1, 2, 3}
+    assert (place / "run-id").read_text().startswith("first-")
+
+
+def test_a_run_is_resumed_with_the_same_settings_only(
+    enrolled: setup.Server, llama_folder: Path
+) -> None:
+    first = cli.prepare(enrolled, settings(llama_folder), resume=False)
+    with pytest.raises(RunExists, match="--resume"):
+        cli.prepare(enrolled, settings(llama_folder), resume=False)
+    assert cli.prepare(enrolled, settings(llama_folder), resume=True) == first
+    with pytest.raises(ConfigError, match="other settings"):
+        cli.prepare(enrolled, settings(llama_folder, rounds={"count": 9}), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"data": {"source": "shakespeare"}}, "data.source"),
+        ({"data": {"clients": 5}}, "4 devices are enrolled"),
+        ({"rounds": {"cohort": 5}}, "rounds.cohort = 5"),
+        ({"simulation": {"dropout": 0.1}}, "simulation.dropout"),
+        ({"model": {"base": "/nowhere"}}, "/nowhere"),
+    ],
+)
+def test_settings_no_device_can_take_part_in_leave_nothing_behind(
+    enrolled: setup.Server, llama_folder: Path, more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(PrivetError, match=told):
+        cli.prepare(enrolled, settings(llama_folder, **more), resume=False)
+    assert list((enrolled.folder / "runs").iterdir()) == []
+
+
+def test_a_run_without_devices_is_refused(tmp_path: Path, llama_folder: Path) -> None:
+    with pytest.raises(StateError, match="nobody is enrolled"):
+        cli.prepare(made(tmp_path), settings(llama_folder), resume=False)
+
+
+def record(number: int, **more: Any) -> dict[str, Any]:
+    counts = {"asked": 4, "answered": 3, "declined": 1, "refused": 0, "void": False}
+    return {"round": number, **counts, "seconds": 1.5, **more}
+
+
+def following(
+    monkeypatch: pytest.MonkeyPatch, place: Path, server: setup.Server, states: list[Any]
+) -> list[str]:
+    """What `follow` shows while the SuperLink tells these states, a round after each."""
+    place.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+
+    def told(_: setup.Server) -> list[Run]:
+        state = states.pop(0)
+        append_line(place / "rounds.jsonl", record(3 - len(states)))
+        if isinstance(state, Exception):
+            raise state
+        return [Run(7, str(place), state, "a reason")]
+
+    monkeypatch.setattr(enrolment, "runs", told)
+    monkeypatch.setattr(cli, "LOOK_S", 0.0)
+    cli.follow(server, place, 7, 3, said.append)
+    return said
+
+
+def test_following_shows_each_round_once_and_waits_for_a_superlink_that_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    states = ["running", StateError("gone"), "completed"]
+    said = following(monkeypatch, server.folder / "runs" / "a", server, states)
+    assert [line.split()[0] for line in said] == ["round", "waiting:", "round", "round", "done:"]
+    assert said[0] == "round 1/3  4 asked  3 came  1 declined  1.5 s"
+
+
+def test_a_run_that_fails_ends_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    with pytest.raises(StateError, match=r"failed: a reason; go on with --resume"):
+        following(monkeypatch, server.folder / "runs" / "a", server, ["failed"])
+
+
+def test_status_without_a_superlink_says_what_the_files_say(
+    enrolled: setup.Server, llama_folder: Path
+) -> None:
+    quiet = setup.Server(enrolled.folder, enrolled.hosts, 1, 2)  # nothing answers there
+    cli.prepare(enrolled, settings(llama_folder), resume=False)
+    append_line(enrolled.folder / "runs" / "first" / "rounds.jsonl", record(1, mean_norm=0.5))
+    found = cli.facts(quiet)
+    assert found["superlink"] is False
+    assert found["devices"] == {"enrolled": 0, "registered": None, "online": None}
+    (run,) = found["runs"]
+    assert (run["name"], run["status"], run["count"]) == ("first", "unknown", 3)
+    assert run["rounds"] == [
+        {"round": 1, "asked": 4, "answered": 3, "declined": 1, "refused": 0, "void": False}
+    ]
+
+
+def test_the_readme_names_the_port_and_where_the_authority_goes(tmp_path: Path) -> None:
+    server = made(tmp_path, port=4321)
+    text = (server.folder / "README.md").read_text()
+    assert "privet.example.org:4321" in text
+    assert "Move `ca/` away" in text
