@@ -3,31 +3,69 @@
 Every field of a reply but `vector` is public: fixed by the plan, or by who takes part. A device
 that declines says so and nothing else; the reason stays in its ledger. A device that fails says
 one fixed sentence: Flower would send the text of its error, which may quote private records.
+
+The same two functions, `greet` and `answer`, serve a simulated device (`Simulated`) and a person's
+own (`client/home.py`, called by `client/worker.py`).
 """
 
 import os
 import pickle
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
-from ..common.errors import StateError
+from ..common.errors import PrivacyError, ProtocolError, StateError
 from ..common.plan import Plan
-from .device import Bench, masked_phase, take_part
+
+if TYPE_CHECKING:
+    from .device import Device
+
+__all__ = ["Seat", "Simulated", "answer", "app", "greet"]
 
 app = ClientApp()
 
+BEGINS = ("keys", "round")
 FAILED = "this device could not take part; the reason is in its own log"
+
+
+class Seat(Protocol):
+    """Where a message finds its device."""
+
+    def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Who is here and whether it takes part: `identity` and `accepted`."""
+
+    def device(self, plan: Plan, number: int, begins: bool, /) -> "Device":
+        """The device, known to the server by `number`; PrivacyError where it does not take part.
+
+        `begins`: whether this is the first phase of a round.
+        """
+
+    def recall(self) -> Any:
+        """What the phase before left, once; None at the first."""
+
+    def keep(self, state: Any) -> None:
+        """What the next phase needs."""
+
+    def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
+        """Bytes that are about to leave."""
+
+    def decline(self, plan: Plan, reason: str) -> None:
+        """Nothing leaves; the reason stays."""
+
+    def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
+        """The run is over; this is its adapter."""
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Who is there, and with which version: the first message of a run."""
-    me = {"version": version("privet"), "client": int(context.node_config["partition-id"])}
-    return Message(RecordDict({"hello": ConfigRecord(me)}), reply_to=message)
+    """The first message of a run, to a simulated device."""
+    return greet(message, Simulated(context))
 
 
 @app.train("round")
@@ -37,35 +75,100 @@ def hello(message: Message, context: Context) -> Message:
 @app.train("confirm")
 @app.train("unmask")
 def phase(message: Message, context: Context) -> Message:
-    """One phase of one device; without masking a round has one, `round`.
+    """One phase of one simulated device; without masking a round has one, `round`."""
+    return answer(message, Simulated(context))
 
-    What a device keeps between the phases of a masked round stays in Flower's node state: in the
-    memory of its SuperNode, never on the wire.
-    """
-    number = int(context.node_config["partition-id"])
-    name = message.metadata.message_type.partition(".")[2]
+
+def greet(message: Message, seat: Seat) -> Message:
+    """Who is there, with which version, and whether this device takes part in the run offered."""
     try:
-        plan = Plan.from_dict(dict(message.content["plan"]))
-        given = message.content.get("adapter")
-        start: Any = None if given is None else given["vector"].numpy()
-        device = Bench.open(run_folder(context)).device(number)
-        if name == "round":
-            vector = take_part(device, plan, start)
-        else:
-            kept, vector = masked_phase(
-                device, name, plan, message.content["protocol"]["message"], start, _recall(context)
-            )
-            context.state["masking"] = ConfigRecord({"state": pickle.dumps(kept)})
+        found = {"version": version("privet"), **seat.hello(dict(message.content["offer"]))}
     except Exception as error:
         raise StateError(FAILED) from error
-    reply = {"client": number, "released": vector is not None, "vector": vector or b""}
+    return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
+
+
+def answer(message: Message, seat: Seat) -> Message:
+    """One phase of a round, or the end of the run (`keep`): the reply says `released` or not."""
+    name = message.metadata.message_type.partition(".")[2]
+    number = -1
+    try:
+        given = message.content.get("adapter")
+        start: Any = None if given is None else given["vector"].numpy()
+        if name == "keep":
+            seat.finish(str(message.content["offer"]["run"]), start)
+            payload: bytes | None = b""
+        else:
+            number = int(message.content["protocol"]["client"])
+            payload = _phase(name, message, start, seat, number)
+    except Exception as error:
+        raise StateError(FAILED) from error
+    reply = {"client": number, "released": payload is not None, "vector": payload or b""}
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 
 
-def _recall(context: Context) -> Any:
-    """What this device itself kept after the phase before; None at the first. Once only."""
-    kept = context.state.pop("masking", None)
-    return None if kept is None else pickle.loads(kept["state"])
+def _phase(name: str, message: Message, start: Any, seat: Seat, number: int) -> bytes | None:
+    from .device import masked_phase, take_part  # loads torch, which a greeting does not need
+
+    plan = Plan.from_dict(dict(message.content["plan"]))
+    try:
+        device = seat.device(plan, number, name in BEGINS)
+    except (PrivacyError, ProtocolError) as refusal:
+        seat.decline(plan, str(refusal))
+        return None
+    if name == "round":
+        payload = take_part(device, plan, start)
+    else:
+        given = message.content["protocol"]["message"]
+        kept, payload = masked_phase(device, name, plan, given, start, seat.recall())
+        seat.keep(kept)
+    if payload is not None:
+        seat.sent(plan, name, payload)
+    return payload
+
+
+class Simulated:
+    """A simulated device: its run's folder, and Flower's node state between the phases.
+
+    Engines that move a device between processes need the state in Flower's hands: in the memory
+    of its node, never on the wire.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def _own(self) -> "Device":
+        from .device import Bench
+
+        number = int(self._context.node_config["partition-id"])
+        return Bench.open(run_folder(self._context)).device(number)
+
+    def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Every simulated device takes part."""
+        own = self._own()
+        return {"identity": own.bench.identity(own.name).public, "accepted": True}
+
+    def device(self, _plan: Plan, _number: int, _begins: bool) -> "Device":
+        """The one of this partition."""
+        return self._own()
+
+    def recall(self) -> Any:
+        """From Flower's node state."""
+        kept = self._context.state.pop("masking", None)
+        return None if kept is None else pickle.loads(kept["state"])
+
+    def keep(self, state: Any) -> None:
+        """Into Flower's node state."""
+        self._context.state["masking"] = ConfigRecord({"state": pickle.dumps(state)})
+
+    def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
+        """The ledger has it."""
+
+    def decline(self, plan: Plan, reason: str) -> None:
+        """The ledger has it."""
+
+    def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
+        """The experimenter fits the heads."""
 
 
 def run_folder(context: Context) -> Path:

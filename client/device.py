@@ -1,7 +1,7 @@
 """One device: what it owns, and what it does in a round.
 
-`take_part` is a client's whole round, read downwards. `Bench` is what all devices simulated by
-one process share: the loaded base model, the adapter in it, the data's index, the ledger file.
+`take_part` is a client's whole round, read downwards. What a device works with is its `Desk`: a
+person's own (`client/home.py`), or a `Bench`, which all devices simulated by one process share.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from .measure import arm_of, arms_block, gains_block, measured
 from .release import Statistics, budgets, charges, release
 from .training import Trainer, train
 
-__all__ = ["Bench", "Device", "masked_phase", "take_part"]
+__all__ = ["Bench", "Desk", "Device", "masked_phase", "take_part"]
 
 LEDGERS = "ledgers.sqlite"
 DEVICE_SECRET = "device-secret"
@@ -45,9 +46,56 @@ def simulated_identity(secret: Secret, name: str) -> Identity:
     return Identity.of(derive(secret, Purpose.SIMULATED_IDENTITY, name.encode()).value)
 
 
+class Desk(Protocol):
+    """What a device works with in one run."""
+
+    @property
+    def config(self) -> Config:
+        """The device's own floor: a plan may be stricter."""
+
+    @property
+    def trainer(self) -> Trainer:
+        """The base model, loaded once, and the adapter in it."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent."""
+
+    @property
+    def directory(self) -> Directory:
+        """The identities this device knows."""
+
+    def pin(self, directory: Directory) -> None:
+        """Keep the identities that were seen first in this round."""
+
+    def identity(self, name: str) -> Identity:
+        """The device's long-lived key."""
+
+    def number(self, name: str) -> int:
+        """The device's number in the directory."""
+
+    def records(self, name: str) -> Sequence[data.Record]:
+        """All records of the person, earliest first."""
+
+    def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
+        """Records as token ids."""
+
+
+def tokenised(
+    records: Sequence[data.Record], config: Config, trainer: Trainer, task: data.Task
+) -> list[data.Tokenised]:
+    """Records as token ids; a class name becomes its number."""
+    tokenizer = trainer.adapter.base.tokenizer
+    found = data.tokenize(records, tokenizer, config.data.max_tokens, task)
+    if not config.data.classes:
+        return found
+    numbers = {name: float(i) for i, name in enumerate(config.data.classes)}
+    return [dataclasses.replace(one, label=numbers[str(one.label)]) for one in found]
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A run folder, opened by one process."""
+    """A run folder, opened by one process: the desk of every simulated device."""
 
     folder: Path
     run: str
@@ -75,14 +123,20 @@ class Bench:
         directory = read_directory(folder / DIRECTORY)
         return cls(folder, run, config, index, trainer, ledger, secret, directory)
 
+    def records(self, name: str) -> Sequence[data.Record]:
+        """Read from the run folder, one block of it."""
+        return data.read_user(self.folder, name, self.index)
+
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
-        """Records as token ids; a class name becomes its number."""
-        config, tokenizer = self.config, self.trainer.adapter.base.tokenizer
-        found = data.tokenize(records, tokenizer, config.data.max_tokens, self.index.task)
-        if not config.data.classes:
-            return found
-        numbers = {name: float(i) for i, name in enumerate(config.data.classes)}
-        return [dataclasses.replace(one, label=numbers[str(one.label)]) for one in found]
+        """As `tokenised`, for the run's task."""
+        return tokenised(records, self.config, self.trainer, self.index.task)
+
+    def number(self, name: str) -> int:
+        """Place among the train users."""
+        return self.index.train_users.index(name)
+
+    def pin(self, directory: Directory) -> None:
+        """Nothing to keep: the directory of a simulation is whole."""
 
     def identity(self, name: str) -> Identity:
         """A simulated device's long-lived key, from the one secret of the run's devices."""
@@ -98,19 +152,18 @@ class Device:
     """One person's device."""
 
     name: str
-    bench: Bench
+    bench: Desk
 
     def records(self) -> Sequence[data.Tokenised]:
         """Own records for training: neither held out nor above the public cap."""
         bench, settings = self.bench, self.bench.config.data
-        mine, _ = data.split(data.read_user(bench.folder, self.name, bench.index), settings.holdout)
+        mine, _ = data.split(bench.records(self.name), settings.holdout)
         return bench.tokenised(data.capped(mine, settings.records_per_client))
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """The latest own records, which the head is fitted on, and the first ones held out."""
         bench, limits = self.bench, self.bench.config.evaluation
-        everything = data.read_user(bench.folder, self.name, bench.index)
-        own, held_out = data.split(everything, bench.config.data.holdout)
+        own, held_out = data.split(bench.records(self.name), bench.config.data.holdout)
         return bench.tokenised(own[-limits.fit_records :]), bench.tokenised(
             held_out[: limits.records]
         )
@@ -223,7 +276,9 @@ def masked_phase(
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
-            return masking.share(state, message, bench.directory, os.urandom)
+            shared, sealed = masking.share(state, message, bench.directory, os.urandom)
+            bench.pin(shared.directory)
+            return shared, sealed
         if phase == "vector" and start is not None:
             received = masking.receive(state, message)
             return masking.mask(received, _contribution(device, plan, start))
@@ -253,9 +308,10 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
         colluding=own.colluding,
     )
     last = bench.ledger.announce(name, plan.run, plan.attempt)
-    number = bench.index.train_users.index(name)
     terms = plan.terms(dimension)
-    return masking.announce(number, bench.identity(name), terms, policy, last, os.urandom)
+    return masking.announce(
+        bench.number(name), bench.identity(name), terms, policy, last, os.urandom
+    )
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.config import Config
 from .limits import Policy
@@ -100,26 +100,16 @@ def shown(value: object) -> str:
 
 def _plan(config: Config, dimension: int) -> "Plan":
     """A plan as a server would make it from this configuration: noise calibrated after rounding."""
-    from ..common.plan import STATISTICS, STATISTICS_BOUND, Plan
+    from ..common.plan import Plan
 
     client, example, masking = config.privacy.client, config.privacy.example, config.masking
     cohort, noised = config.rounds.cohort, client.enabled
     masked = noised and client.noise_at == "distributed"
-    survivors = masking.smallest_sum(cohort) if masked else 0
+    survivors = config.smallest_sum if masked else 0
     colluders = masking.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
     step, variance = _grid(client.noise_multiplier * noised, shares, client.clip, dimension)
-    block: dict[str, Any] = {}
-    if config.statistics.enabled:
-        size, multiplier = len(STATISTICS), config.statistics.noise_multiplier * noised
-        own, noise = _grid(multiplier, shares, STATISTICS_BOUND, size)
-        block = {
-            "statistics_size": size,
-            "statistics_step": own,
-            "statistics_variance": noise,
-            "statistics_loss_bound": config.statistics.loss_bound,
-        }
-    return Plan(
+    plan = Plan(
         run="",
         round=1,
         layout="",
@@ -139,8 +129,14 @@ def _plan(config: Config, dimension: int) -> "Plan":
         rate=config.sampling_rate,
         record_clip=example.clip if example.enabled else 0.0,
         record_noise=example.noise_multiplier if example.enabled else 0.0,
-        **block,
+        **config.statistics.asked(),
     )
+    grids: dict[str, float] = {}
+    for block in plan.blocks:
+        multiplier = config.statistics.multiplier(block.name) * noised
+        own, noise = _grid(multiplier, shares, block.bound, block.size)
+        grids |= {f"{block.name}_step": own, f"{block.name}_variance": noise}
+    return replace(plan, **grids)  # type: ignore[arg-type]
 
 
 def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple[float, float]:
@@ -254,10 +250,21 @@ def _noise(config: Config) -> str:
 def _statistics(config: Config) -> str:
     if not config.statistics.enabled:
         return "none"
-    return (
-        "the training loss and the number of records of a batch leave too, in the same noised "
-        f"vector (noise {config.statistics.noise_multiplier:g} times their bound)"
-    )
+    own = config.statistics
+    said = [
+        f"a batch's training loss and its size (noise {own.noise_multiplier:g} times the bound)"
+    ]
+    if own.gains:
+        said.append(
+            "what adapter and personal head gain on records of yours that are held out (noise "
+            f"{own.gain_noise_multiplier:g} times the bound)"
+        )
+    if own.arms:
+        said.append(
+            f"the loss under one of {', '.join(own.arms)}, drawn on this device (noise "
+            f"{own.arm_noise_multiplier:g} times the bound)"
+        )
+    return f"leave too, in the same noised vector: {'; '.join(said)}"
 
 
 def _about(epsilon: float) -> str:

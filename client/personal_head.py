@@ -17,11 +17,23 @@ from ..common.files import explain_os_errors, write_atomic
 from .label_head import LabelHead
 from .text_head import TextHead
 
-__all__ = ["load_label_head", "load_text_head", "save_label_head", "save_text_head"]
+__all__ = ["head_bytes", "load_label_head", "load_text_head", "save_label_head", "save_text_head"]
 
 _Path = str | os.PathLike[str]
 _TEXT_TENSORS = ("tokens", "bias", "keys", "slots", "centre")
 _LABEL_TENSORS = ("weight", "bias")
+
+
+def head_bytes(head: TextHead | LabelHead) -> bytes:
+    """A head as the safetensors file that the savers write; what a vault keeps."""
+    if isinstance(head, TextHead):
+        kind, names = "text", list(_TEXT_TENSORS)
+        facts = {"bias_weight": repr(head.bias_weight), "memory_offset": repr(head.memory_offset)}
+    else:
+        kind, names = "label", list(_LABEL_TENSORS)
+        facts = {"task": head.task, "strength": repr(head.strength)}
+    plain = {name: getattr(head, name).detach().cpu().contiguous() for name in names}
+    return safetensors.torch.save(plain, {"privet": f"{kind} head 1", **facts})
 
 
 def save_text_head(head: TextHead, path: _Path) -> None:
@@ -30,8 +42,7 @@ def save_text_head(head: TextHead, path: _Path) -> None:
     Raises:
         StateError: as `write_atomic`.
     """
-    facts = {"bias_weight": repr(head.bias_weight), "memory_offset": repr(head.memory_offset)}
-    _save("text", {name: getattr(head, name) for name in _TEXT_TENSORS}, facts, path)
+    write_atomic(path, head_bytes(head))
 
 
 def load_text_head(path: _Path) -> TextHead:
@@ -59,8 +70,7 @@ def save_label_head(head: LabelHead, path: _Path) -> None:
     Raises:
         StateError: as `write_atomic`.
     """
-    facts = {"task": head.task, "strength": repr(head.strength)}
-    _save("label", {name: getattr(head, name) for name in _LABEL_TENSORS}, facts, path)
+    write_atomic(path, head_bytes(head))
 
 
 def load_label_head(path: _Path) -> LabelHead:
@@ -78,11 +88,6 @@ def load_label_head(path: _Path) -> LabelHead:
         return LabelHead(**tensors, task=task, strength=_number(facts, "strength", path))
     except DataError as error:
         raise _damaged(path, str(error)) from error
-
-
-def _save(kind: str, tensors: Mapping[str, Tensor], facts: dict[str, str], path: _Path) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors.torch.save(plain, {"privet": f"{kind} head 1", **facts}))
 
 
 def _load(

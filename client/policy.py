@@ -38,6 +38,7 @@ __all__ = [
 PLACES: tuple[NoiseAt, ...] = get_args(NoiseAt)
 """Where noise may be added, the safest first, as in `common/plan.py`, which would load NumPy."""
 
+BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier", "arm_noise_multiplier")
 LARGEST_FILE = 1_000_000
 """Bytes; a larger policy file is somebody else's file."""
 
@@ -181,7 +182,10 @@ def own_config(policy: Policy, config: Config) -> Config:
         statistics=_with(
             config.statistics,
             enabled=config.statistics.enabled and policy.allowed.statistics,
-            noise_multiplier=max(config.statistics.noise_multiplier, limits.smallest_noise),
+            **{
+                name: max(getattr(config.statistics, name), limits.smallest_noise)
+                for name in BLOCK_NOISE
+            },
         ),
         training=_with(
             config.training, steps=min(config.training.steps, limits.largest_steps)
@@ -221,8 +225,9 @@ def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
         yield _at_least(field, given, record_noise, "limits.smallest_example_noise")
         yield _adjacency("example", example.adjacency, budget.example_adjacency)
     if config.statistics.enabled:
-        field, given = "statistics.noise_multiplier", config.statistics.noise_multiplier
-        yield _at_least(field, given, noise, "limits.smallest_noise")
+        for name in BLOCK_NOISE:
+            given = getattr(config.statistics, name)
+            yield _at_least(f"statistics.{name}", given, noise, "limits.smallest_noise")
     yield _at_most("privacy.client.clip", client.clip, limits.largest_clip, "limits.largest_clip")
 
 

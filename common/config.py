@@ -25,6 +25,9 @@ Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 Family = Literal["tiny", "ffa", "lora"]
 Task = Literal["auto", "generation", "regression", "classification"]
 
+DEVICES = "devices"
+"""`data.source` of a run on people's own devices: their records are nobody else's to name."""
+
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
@@ -119,6 +122,17 @@ class StatisticsSettings(_Settings):
     )
     arm_noise_multiplier: float = Field(4.0, gt=0)
 
+    def asked(self) -> dict[str, Any]:
+        """Which blocks a plan asks for, and their public bounds, as a plan names them."""
+        if not self.enabled:
+            return {}
+        return {
+            "losses_bound": self.loss_bound,
+            "gains_bound": self.gain_bound if self.gains else 0.0,
+            "arms": ",".join(self.arms),
+            "arms_bound": self.loss_bound if self.arms else 0.0,
+        }
+
     def multiplier(self, block: str) -> float:
         """Noise of a block over its bound."""
         return {
@@ -155,7 +169,8 @@ class RoundSettings(_Settings):
     count: int = Field(4, ge=1)
     cohort: int = Field(64, ge=1, description="clients asked in a round; the public denominator")
     quorum: float = Field(0.5, gt=0, le=1, description="smaller share of replies: round is void")
-    timeout_s: float = Field(3600.0, gt=0)
+    timeout_s: float = Field(3600.0, gt=0, description="what training may last on a device")
+    answer_timeout_s: float = Field(60.0, gt=0, description="the other phases of a round")
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
     learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)

@@ -224,6 +224,7 @@ class Plan:
         client, example = own.privacy.client, own.privacy.example
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
         checks: tuple[tuple[str, bool, float | str], ...] = (
+            ("round", self.round <= own.rounds.count, own.rounds.count),
             ("clip", self.clip <= client.clip, client.clip),
             ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("bits", self.bits >= client.bits, client.bits),

@@ -67,6 +67,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _command() -> click.Command:
+    from ..client import cli as client_cli
+    from ..server import cli as server_cli
     from . import assets_cli, cli
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
@@ -74,6 +76,8 @@ def _command() -> click.Command:
     for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
         app.command()(function)
     app.add_typer(assets_cli.app, name="assets")
+    app.add_typer(client_cli.app, name="client")
+    app.add_typer(server_cli.app, name="server")
     return typer.main.get_command(app)
 
 

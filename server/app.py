@@ -3,9 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -14,13 +15,17 @@ from numpy.typing import NDArray
 
 from ..common import config as settings
 from ..common.adapter import shared
-from ..common.errors import ConfigError, ProtocolError, StateError
+from ..common.config import DEVICES
+from ..common.errors import ConfigError
+from ..common.keys import read_directory
 from ..common.plan import Plan
+from .crowd import Crowd
 from .rounds import Reply, Show, run_rounds
 
 app = ServerApp()
 
 POLL_S = 0.1
+HELLO_S = 10.0
 WITH_ADAPTER = ("round", "vector")
 
 logger = logging.getLogger(__name__)
@@ -42,8 +47,18 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     """All rounds of the run in `folder`; at the end the adapter is there as a PEFT folder."""
     config = settings.read(folder / "config.toml")
     adapter = shared(config)
-    nodes = enrolled(grid, config.data.clients, config.rounds.timeout_s)
-    numbers = {node: number for number, node in nodes.items()}
+    run = (folder / "run-id").read_text().strip()
+    text = (folder / "config.toml").read_text("utf-8")
+    offer = ConfigRecord({"version": version("privet"), "run": run, "config": text})
+
+    def hello(nodes: Iterable[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        outgoing = [Message(RecordDict({"offer": offer}), node, "query.hello") for node in nodes]
+        limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
+        for message in exchange(grid, outgoing, limit):
+            yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
+
+    directory = read_directory(folder / "directory")
+    crowd = Crowd(grid.get_node_ids, hello, directory, config)
 
     def ask(
         phase: str, messages: Mapping[int, bytes], plan: Plan, start: NDArray[np.float32]
@@ -51,44 +66,29 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         common = {"plan": ConfigRecord(plan.to_dict())}
         if phase in WITH_ADAPTER:
             common["adapter"] = ArrayRecord({"vector": Array(start)})
-        outgoing = [
-            _message(
-                RecordDict({**common, "protocol": ConfigRecord({"message": message})}),
-                f"train.{phase}",
-                nodes[number],
-            )
-            for number, message in messages.items()
-        ]
-        for message in exchange(grid, outgoing, config.rounds.timeout_s):
+        outgoing = []
+        for number, message in messages.items():
+            protocol = ConfigRecord({"message": message, "client": number})
+            content = RecordDict({**common, "protocol": protocol})
+            outgoing.append(Message(content, crowd.accepted[number], f"train.{phase}"))
+        numbers = {node: number for number, node in crowd.accepted.items()}
+        limit = config.rounds.timeout_s
+        if phase not in WITH_ADAPTER:
+            limit = min(limit, config.rounds.answer_timeout_s)
+        for message in exchange(grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
-    run = (folder / "run-id").read_text().strip()
-    final = run_rounds(ask, config, run, adapter.layout.digest, adapter.start, folder, show)
+    final = run_rounds(
+        ask, config, run, adapter.layout.digest, adapter.start, folder, show, crowd.present
+    )
     adapter.write(final)
     adapter.save(folder / "adapter")
-
-
-def enrolled(grid: Grid, clients: int, timeout_s: float) -> Mapping[int, int]:
-    """The clients' own numbers -> node ids; all must run this version of privet.
-
-    Raises:
-        StateError: not everybody came before the timeout.
-        ProtocolError: a node runs another version.
-    """
-    limit, nodes = time.monotonic() + timeout_s, dict[int, int]()
-    while len(ids := list(grid.get_node_ids())) < clients and time.monotonic() < limit:
-        time.sleep(POLL_S)
-    mine = version("privet")
-    for message in exchange(
-        grid, [_message(RecordDict(), "query.hello", i) for i in ids], timeout_s
-    ):
-        hello, node = message.content["hello"], message.metadata.src_node_id
-        if hello["version"] != mine:
-            raise ProtocolError(f"node {node} runs privet {hello['version']}, this server {mine}")
-        nodes[int(hello["client"])] = node
-    if sorted(nodes) != list(range(clients)):
-        raise StateError(f"expected {clients} clients, {len(nodes)} answered in {timeout_s:g} s")
-    return nodes
+    if config.data.source == DEVICES:
+        content = {"offer": offer, "adapter": ArrayRecord({"vector": Array(final)})}
+        nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
+        ends = [Message(RecordDict(content), node, "query.keep") for node in nodes]
+        for _ in exchange(grid, ends, config.rounds.timeout_s):
+            pass
 
 
 def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
@@ -119,7 +119,3 @@ def _reply(message: Message, number: int) -> Reply:
     if not isinstance(reply, ConfigRecord) or not isinstance(reply.get("vector"), bytes):
         return Reply(number, b"")
     return Reply(number, reply["vector"] if reply.get("released") else None)
-
-
-def _message(content: RecordDict, kind: str, node: int) -> Message:
-    return Message(content, node, kind)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.config import Config, StatisticsSettings
+from ..common.config import Config
 from ..common.encoding import (
     decode,
     unpack,
@@ -58,6 +58,7 @@ class Reply:
 Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
 """Phase, a message for each client, plan, global adapter -> the replies as they arrive."""
 Show = Callable[[Mapping[str, Any]], None]
+Present = Callable[[], Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,7 @@ def run_rounds(
     start: Vector,
     folder: Path,
     show: Show,
+    present: Present | None = None,
 ) -> Vector:
     """All rounds that are still missing in `folder`; the same bits whether interrupted or not.
 
@@ -88,6 +90,7 @@ def run_rounds(
         start: adapter before the first round, shape (d,).
         folder: where checkpoint and `rounds.jsonl` go.
         show: called with each round's record.
+        present: the clients that are there as a round begins, ascending; all of them when None.
 
     Returns:
         The global adapter after the last round.
@@ -95,7 +98,10 @@ def run_rounds(
     state = _resume(config, run, layout, start, folder)
     for number in range(state.round + 1, config.rounds.count + 1):
         began = time.perf_counter()
-        cohort = draw(config.data.clients, config.rounds.cohort, number, config.data.seed)
+        there = range(config.data.clients) if present is None else present()
+        asked = min(config.rounds.cohort, len(there))
+        drawn = draw(len(there), asked, number, config.data.seed)
+        cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter)
         total, counts = _sum(ask, cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
@@ -157,7 +163,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         rate=config.sampling_rate,
         record_clip=example.clip if example.enabled else 0.0,
         record_noise=example.noise_multiplier if example.enabled else 0.0,
-        **_asked(config.statistics),
+        **config.statistics.asked(),
     )
     grids: dict[str, Any] = {}
     for block in plan.blocks:
@@ -166,18 +172,6 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         grids[f"{block.name}_step"] = fine.grid.step
         grids[f"{block.name}_variance"] = fine.deviation**2
     return dataclasses.replace(plan, **grids)
-
-
-def _asked(statistics: StatisticsSettings) -> dict[str, Any]:
-    """Which blocks a plan asks for, and their public bounds."""
-    if not statistics.enabled:
-        return {}
-    return {
-        "losses_bound": statistics.loss_bound,
-        "gains_bound": statistics.gain_bound if statistics.gains else 0.0,
-        "arms": ",".join(statistics.arms),
-        "arms_bound": statistics.loss_bound if statistics.arms else 0.0,
-    }
 
 
 def _sum(

@@ -46,7 +46,8 @@ def prepared(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     """A run folder as it is before the first round."""
     folder = tmp_path_factory.mktemp("gate")
     people = population(folder / "people", 10, 10)
-    config = tiny_config(llama_folder, people, privacy={"client": {"noise_at": "device"}})
+    privacy = {"client": {"noise_at": "device"}}
+    config = tiny_config(llama_folder, people, rounds={"count": 4}, privacy=privacy)
     return folder / "run", prepare(config, folder / "run", resume=False)
 
 
@@ -81,6 +82,8 @@ def asked(folder: Path, client: Any, kind: str = "train.round") -> Message:
         {
             "adapter": ArrayRecord({"vector": Array(bench.trainer.adapter.start)}),
             "plan": ConfigRecord(plan_of(bench).to_dict()),
+            "protocol": ConfigRecord({"message": b"", "client": 0}),
+            "offer": ConfigRecord({"run": bench.run}),
         }
     )
     (reply,) = grid.send_and_receive([Message(content, next(iter(grid.get_node_ids())), kind)])
@@ -175,7 +178,9 @@ def masked_replies(folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -
             common["adapter"] = ArrayRecord({"vector": Array(start)})
         sent = [
             Message(
-                RecordDict({**common, "protocol": ConfigRecord({"message": message})}),
+                RecordDict(
+                    {**common, "protocol": ConfigRecord({"message": message, "client": number})}
+                ),
                 nodes[number],
                 f"train.{phase}",
             )
@@ -243,7 +248,7 @@ def test_an_app_that_hides_a_count_in_any_phase_of_a_masked_round_is_caught(
 def test_the_greeting_says_who_and_which_version_and_nothing_else(prepared):
     reply = asked(prepared[0], app, "query.hello")
     assert {(name, *record) for name, record in reply.content.items()} == {
-        ("hello", "version", "client")
+        ("hello", "version", "identity", "accepted")
     }
 
 

@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from ...client import app as client_app
@@ -62,7 +63,10 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
 
         with mock.patch.object(device, "train", random_delta):
             began = time.perf_counter()
-            nodes = server_app.enrolled(grid, clients, 60.0)
+            nodes = list(grid.get_node_ids())
+            offer = RecordDict({"offer": ConfigRecord({"run": "benchmark"})})
+            greetings = [Message(offer, node, "query.hello") for node in nodes]
+            list(server_app.exchange(grid, greetings, 60.0))
             hello = time.perf_counter() - began
             began, ends = time.perf_counter(), []
             server_app.serve(grid, run, lambda _: ends.append(time.perf_counter()))

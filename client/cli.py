@@ -1,0 +1,760 @@
+"""`privet client`: a person's own device, from `init` to `forget`.
+
+Heavy imports wait inside the functions: no command here loads torch, and `status` loads no
+accountant either. Nothing printed quotes a record.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..common.errors import ConfigError, DataError, StateError
+
+if TYPE_CHECKING:
+    from ..common.accounting import Charge
+    from .home import Home
+    from .offers import Offer
+    from .sources import Scanned
+
+__all__ = ["app"]
+
+app = typer.Typer(help="This device: what it gives, and what it allows.", no_args_is_help=True)
+
+FEW = 12
+"""Lines of a list that are shown without --all."""
+
+_Home = Annotated[
+    Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
+]
+_Pass = Annotated[
+    Path | None,
+    typer.Option("--passphrase-file", metavar="FILE", help="Else it is asked for."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_All = Annotated[bool, typer.Option("--all", help="Every line, however many.")]
+
+
+# --- the home ------------------------------------------------------------------------------------
+
+
+@app.command("init")
+def init(
+    home: _Home = None,
+    passphrase: _Pass = None,
+    name: Annotated[str, typer.Option(help="A label for the operator; free text.")] = "",
+    keyring: Annotated[
+        bool, typer.Option("--keyring", help="Open with the OS keyring, without a passphrase.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Make this device's home: identities, vault, policy.toml with safe limits."""
+    from .access import folder_of, from_environment, new_unlock
+    from .home import Home
+    from .unlock import KEY_FILE
+    from .vault import FILE
+
+    folder = folder_of(home)
+    if any(os.path.lexists(folder / one) for one in (FILE, KEY_FILE)):
+        raise StateError(
+            f"there is a home in {folder} already, which was left as it is; `privet client status` "
+            "looks at it, --home names another"
+        )
+    file = passphrase or (None if keyring else from_environment())
+    with Home.create(folder, new_unlock(file, keyring, "New passphrase"), name) as made:
+        card = made.card
+    if as_json:
+        _print_json({"home": str(folder), "card": json.loads(card)})
+        return
+    print(f"{folder} is this device's home; policy.toml in it says what privet may do.\n")
+    print(f"Its card, for the operator of a server (public):\n{card}\n")
+    print("Next: privet client add PATH...      your own texts, which stay here")
+    print("      privet client join --server HOST:PORT --ca FILE")
+    print("      privet client start")
+    if not keyring:
+        print("\nKeep the passphrase: nobody can open the home without it.")
+
+
+@app.command("card")
+def card(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+    """Print the card again: one line of JSON for a server's operator, nothing secret."""
+    with _opened(home, passphrase) as found:
+        print(found.card if not as_json else json.dumps(json.loads(found.card), indent=2))
+
+
+@app.command("policy")
+def policy(
+    home: _Home = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether it can be used.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Where policy.toml is, and the limits in force."""
+    from . import policy as policies
+    from .access import folder_of
+    from .home import POLICY
+
+    path = folder_of(home) / POLICY
+    found = policies.read(path)
+    values = found.model_dump(mode="json")
+    warnings = found.warnings()
+    if as_json:
+        _print_json({"path": str(path), "limits": values, "warnings": warnings})
+        return
+    print(path if not check else f"{path} can be used")
+    if not check:
+        rows = [(f"{s}.{key}", json.dumps(v)) for s in values for key, v in values[s].items()]
+        _table(("limit", "value"), rows)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+@app.command("passphrase")
+def passphrase(
+    home: _Home = None,
+    passphrase: _Pass = None,
+    new_file: Annotated[
+        Path | None, typer.Option("--new-file", metavar="FILE", help="Of the new passphrase.")
+    ] = None,
+    keyring: Annotated[
+        bool, typer.Option("--keyring", help="Open with the OS keyring from now on.")
+    ] = False,
+    as_json: _Json = False,
+) -> None:
+    """Change how the home is opened; nothing else in it changes."""
+    from .access import folder_of, new_unlock, unlock_of
+    from .home import Home
+    from .vault import rewrap, unlock_kind
+
+    folder = folder_of(home)
+    old = unlock_of(folder, passphrase)
+    Home.open(folder, old).close()  # a wrong one is said before the new one is asked for
+    rewrap(folder, old, new_unlock(new_file, keyring, "New passphrase"))
+    kind = unlock_kind(folder)
+    _say(as_json, {"home": str(folder), "opens_by": kind}, f"{folder} is opened by a {kind} now.")
+
+
+@app.command("forget")
+def forget(
+    home: _Home = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Erase everything of this device, the key first, and prove it. Nothing brings it back."""
+    from .access import folder_of
+    from .status import worker
+    from .vault import exclusive
+
+    folder = folder_of(home)
+    if worker(folder) is not None:
+        with exclusive(folder):  # says who has it
+            pass
+    if not yes:
+        _confirm(
+            f"Everything in {folder} is erased: records, heads, keys, and the ledger of what "
+            "was spent. Type FORGET to go on",
+            "FORGET",
+        )
+    erased = _erase(folder)
+    from dataclasses import asdict
+
+    _say(as_json, {**asdict(erased), "folder_removed": not folder.exists()}, str(erased))
+    if not as_json and not folder.exists():
+        print(f"{folder} is gone.")
+
+
+def _erase(folder: Path) -> Any:
+    """The vault with its proof, then the policy, then the folder where nothing else is in it."""
+    from contextlib import suppress
+    from dataclasses import replace
+
+    from .home import POLICY
+    from .vault import destroy
+
+    erased = destroy(folder)
+    path = folder / POLICY
+    if POLICY in erased.kept and path.is_file() and not path.is_symlink():
+        size = path.stat().st_size
+        path.unlink()
+        kept = tuple(name for name in erased.kept if name != POLICY)
+        erased = replace(erased, removed=(*erased.removed, (POLICY, size)), kept=kept)
+    with suppress(OSError):
+        folder.rmdir()
+    return erased
+
+
+def _confirm(question: str, word: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was erased: there is no terminal to confirm it at; add --yes")
+    if typer.prompt(question, err=True) != word:
+        raise ConfigError(f"nothing was erased: {word} was not typed")
+
+
+# --- own records ---------------------------------------------------------------------------------
+
+
+@app.command("add")
+def add(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="PATH...", help="Files or folders; none: look again."),
+    ] = None,
+    me: Annotated[
+        list[str] | None,
+        typer.Option("--me", metavar="NAME", help="You, as in chats and mails; repeatable."),
+    ] = None,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    every: _All = False,
+    as_json: _Json = False,
+) -> None:
+    """Take your own texts into the vault, and watch their folders for new ones."""
+    from . import sources
+    from .intake import key_of
+
+    roots = [Path(os.path.abspath(path.expanduser())) for path in paths or ()]
+    for root in roots:
+        if not os.path.lexists(root):
+            raise DataError(f"there is no {key_of(root)}: name a file or a folder that is there")
+    with _opened(home, passphrase) as found, _progress() as step:
+        before = sources.read(found)
+        if not before.roots and not roots:
+            raise DataError("nothing is watched yet: name files or folders, add PATH...")
+        scanned = sources.rescan(
+            found,
+            roots=[*before.roots, *map(key_of, roots)],
+            me=[*before.me, *(me or ())],
+            progress=step,
+        )
+    _show_scan(scanned, every, as_json)
+
+
+@app.command("sources")
+def sources_(
+    remove: Annotated[
+        Path | None, typer.Option("--remove", metavar="PATH", help="Watch it no more.")
+    ] = None,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """List what is watched; with --remove, forget one with all its records."""
+    from . import sources
+    from .intake import key_of
+
+    with _opened(home, passphrase) as found:
+        held = sources.read(found)
+        if remove is not None:
+            key = key_of(Path(os.path.abspath(remove.expanduser())))
+            if key not in held.roots:
+                known = ", ".join(held.roots) or "nothing"
+                raise DataError(f"{key} is not watched: {known} is")
+            with _progress() as step:
+                rest = [root for root in held.roots if root != key]
+                sources.rescan(found, roots=rest, progress=step)
+            held = sources.read(found)
+    counts = {root: _below(root, held.files) for root in held.roots}
+    if as_json:
+        _print_json({"sources": counts, "records": held.records, "me": held.me})
+        return
+    _table(("source", "records"), counts.items())
+    print(f"{held.records:,} records in all")
+
+
+def _below(root: str, files: Mapping[str, Any]) -> int:
+    """Records of the files in a source; a file in two sources counts in both."""
+    from .intake import key_of, path_of
+
+    real = key_of(Path(os.path.realpath(path_of(root))))
+    return sum(
+        held.records
+        for key, held in files.items()
+        if key == real or key.startswith(real.rstrip("/") + "/")
+    )
+
+
+def _show_scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
+    if as_json:
+        found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
+        ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
+        counts = {name: getattr(scanned, name) for name in ("unchanged", "gone", "records")}
+        _print_json({"files": found, "ignored": ignored, **counts})
+        return
+    shown = scanned.found if every else scanned.found[:FEW]
+    if shown:
+        _table(("file", "records"), [(path, count) for path, count, _ in shown])
+    if len(shown) < len(scanned.found):
+        rest = scanned.found[len(shown) :]
+        records = sum(count for _, count, _ in rest)
+        print(f"… and {len(rest):,} more files with {records:,} records (--all shows them)")
+    left_out = [(path, note) for path, _, notes in scanned.found for note in notes]
+    _show_reasons("left out of a file", left_out, every)
+    _show_reasons("ignored", scanned.ignored, every)
+    said = f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
+    print(f"{said}{scanned.records:,} records in all")
+
+
+def _show_reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
+    """A line each where they are few, else a line for each reason."""
+    if not lines:
+        return
+    if every or len(lines) <= FEW:
+        _table((title, "why"), lines)
+        return
+    groups: dict[str, list[str]] = {}
+    for path, reason in lines:
+        groups.setdefault(reason, []).append(path)
+    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [(f"{len(paths):,}, such as {paths[0]}", why) for why, paths in largest[:FEW]]
+    _table((title, "why"), rows)
+    if len(largest) > FEW:
+        print(f"… and {len(largest) - FEW:,} more reasons (--all shows every line)")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[object], None]]:
+    """A line that says how many files were looked at, where there is a terminal to see it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    files = records = 0
+    with Console(stderr=True).status("looking") as line:
+
+        def step(item: object) -> None:
+            nonlocal files, records
+            files, records = files + 1, records + len(getattr(item, "records", ()))
+            line.update(f"{files:,} files, {records:,} new records")
+
+        yield step
+
+
+# --- the server ----------------------------------------------------------------------------------
+
+
+@app.command("join")
+def join(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Of the operator.")],
+    ca: Annotated[
+        Path | None, typer.Option("--ca", metavar="FILE", help="The operator's certificate, PEM.")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--directory", metavar="FILE", help="The devices there are; no others."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure-test", help="Without TLS, on this machine only: a test.")
+    ] = False,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """Belong to a server. Nothing is sent before you agree to one of its runs."""
+    from . import join as joining
+
+    with _opened(home, passphrase) as found:
+        said = joining.join(found, joining.Asked(server, ca, directory, insecure))
+    facts = {"server": server, "insecure": insecure, "closed": directory is not None, "said": said}
+    _say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
+
+
+@app.command("leave")
+def leave(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+    """Belong to no server; records, heads and the ledger stay."""
+    from .status import worker
+
+    with _opened(home, passphrase) as found:
+        joined = found.joined
+        if joined is None:
+            raise StateError("this device has joined no server: there is none to leave")
+        found.leave()
+        running = worker(found.folder)
+    said = f"This device has left {joined.server} and answers none of its runs any more."
+    if running is not None:
+        said += f" Stop `privet client start` too (its worker is process {running})."
+    _say(as_json, {"left": joined.server, "worker": running}, said)
+
+
+@app.command("runs")
+def runs(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="One of them, in full; its beginning will do."),
+    ] = None,
+    agree: Annotated[bool, typer.Option("--agree", help="Take part in it.")] = False,
+    decline: Annotated[bool, typer.Option("--decline", help="Take no part in it.")] = False,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """What the server asks for; nothing is answered before you agree."""
+    from . import status
+
+    if agree and decline:
+        raise ConfigError("--agree and --decline were given: choose one of them")
+    if run is None and (agree or decline):
+        raise ConfigError("name the run: privet client runs RUN --agree")
+    with _opened(home, passphrase) as found:
+        if run is None:
+            _show_runs(status.runs(found), as_json)
+        else:
+            _decide(found, _offer(found, run), agree, decline, as_json)
+
+
+def _offer(home: "Home", run: str) -> "Offer":
+    offers = [offer for offer, _ in home.runs()]
+    found = [one for one in offers if one.run == run] or [
+        one for one in offers if one.run.startswith(run)
+    ]
+    if len(found) != 1:
+        names = ", ".join(one.run for one in found or offers) or "none was offered yet"
+        what = "more than one run begins with" if found else "there is no run"
+        raise StateError(f"{what} {run!r}: {names}")
+    return found[0]
+
+
+def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: bool) -> None:
+    """Show one run in full, then record what the owner said."""
+    from . import offers
+    from .home import ME
+    from .status import runs
+
+    rows = offers.describe(offer, home.policy, spent=home.ledger.charges(ME))
+    before = home.agreed(offer.run)
+    changed = [] if before is None else offers.changes(before[0], offer)
+    if not as_json:
+        _table(("", "what it asks for"), rows)
+        if changed:
+            _table(("changed since you agreed",), [(line,) for line in changed])
+    if agree:
+        home.agree(offer, "owner")
+    if decline:
+        home.withdraw(offer)
+    state = next(one for one in runs(home) if one["run"] == offer.run)
+    if as_json:
+        _print_json({**state, "asks": rows, "changed": changed, "digest": offer.digest})
+    else:
+        print(_STATES[state["state"]].format(run=offer.run))
+
+
+_STATES = {
+    "agreed": "Agreed: this device takes part in {run}.",
+    "declined": "Declined: this device takes no part in {run}.",
+    "changed": "It was changed after you agreed, so this device takes no part in {run}: "
+    "decide with --agree or --decline.",
+    "waits": "This device takes no part in {run} yet: decide with --agree or --decline.",
+}
+
+
+def _show_runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json({"runs": found})
+    elif not found:
+        print("No run was offered to this device yet.")
+    else:
+        rows = [(one["run"], one["server"], _time(one["received"]), _word(one)) for one in found]
+        _table(("run", "server", "offered", ""), rows)
+        print("In full, before you decide: privet client runs RUN")
+
+
+def _word(run: Mapping[str, Any]) -> str:
+    words = {"waits": "waits for your yes", "changed": "was changed: waits for another yes"}
+    if run["state"] != "agreed":
+        return words.get(str(run["state"]), str(run["state"]))
+    by = "you" if run["by"] == "owner" else "policy.toml"
+    return f"agreed by {by}, {_time(run['agreed'])}"
+
+
+@app.command("pause")
+def pause(
+    off: Annotated[bool, typer.Option("--off", help="Take part again.")] = False,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """Take part in no round until `pause --off`; a round that has begun is finished."""
+    with _opened(home, passphrase) as found:
+        found.pause(not off)
+    said = "This device takes part again." if off else "This device takes part in no new round."
+    _say(as_json, {"paused": not off}, said)
+
+
+# --- what happened -------------------------------------------------------------------------------
+
+
+@app.command("status")
+def status(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+    """How this device is."""
+    from . import status as statuses
+
+    with _opened(home, passphrase) as found:
+        facts = statuses.facts(found)
+    if as_json:
+        _print_json(facts)
+        return
+    for label, text in _status_lines(facts):
+        print(f"{label:<9}{text}")
+
+
+def _status_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "home", facts["home"]
+    insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
+    yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
+    running = facts["worker"]
+    yield (
+        "worker",
+        "not running (`privet client start`)" if running is None else f"process {running}",
+    )
+    if facts["server"]:
+        yield "now", facts["not_now"] or "takes part when it is asked"
+    if not facts["sources"]:
+        yield "records", "none (`privet client add PATH...`)"
+    else:
+        yield "records", f"{facts['records']:,} of {len(facts['sources'])} sources"
+    for one in facts["runs"]:
+        yield "run", f"{one['run']}: {_word(one)}"
+    if not facts["runs"]:
+        yield "run", "none was offered yet"
+    yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
+    if facts["note"] is not None:
+        yield "note", f"{_time(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
+
+
+@app.command("budget")
+def budget(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+    """What this device has spent of its privacy budget, and against whom it holds."""
+    from . import status as statuses
+    from .offer_text import AGAINST, NEIGHBOURS, UNITS
+
+    with _opened(home, passphrase) as found:
+        facts = statuses.budget(found)
+    if as_json:
+        _print_json(facts)
+        return
+    rows = [
+        (
+            UNITS[line["unit"]],
+            AGAINST[line["against"]],
+            "no bound" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
+            f"{line['budget']:g}",
+            line["releases"],
+            f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}",
+        )
+        for line in facts["lines"]
+    ]
+    if not rows:
+        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
+        print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
+        return
+    _table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
+    print(
+        f"delta = {facts['delta']:g}. However sure somebody was before that something hidden here "
+        "is so, all that this device has released changes the odds by at most e to the power of "
+        "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
+        "is declined."
+    )
+
+
+@app.command("outbox")
+def outbox(
+    seq: Annotated[int | None, typer.Argument(metavar="NUMBER", help="One, in full.")] = None,
+    payload: Annotated[
+        Path | None, typer.Option("--payload", metavar="FILE", help="Write its bytes there.")
+    ] = None,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """Every byte-string that has left this device: when, to whom, under which release."""
+    from . import status as statuses
+
+    if payload is not None and seq is None:
+        raise ConfigError("--payload writes one byte-string: name its number")
+    with _opened(home, passphrase) as found:
+        if seq is not None:
+            _show_sent(found, seq, payload, as_json)
+            return
+        every = statuses.outbox(found)
+    if as_json:
+        _print_json({"outbox": every})
+    elif not every:
+        print("Nothing has left this device.")
+    else:
+        rows = [
+            (
+                one["seq"],
+                _time(one["time"]),
+                one["server"],
+                one["run"],
+                one["round"],
+                one["phase"],
+                f"{one['bytes']:,}",
+                one["sha256"][:16],
+                "" if one["release"] is None else one["release"],
+            )
+            for one in every
+        ]
+        heads = ("no", "when", "to", "run", "round", "phase", "bytes", "SHA-256", "release")
+        _table(heads, rows)
+        print("Without a release: keys, shares of masks and signatures, which say nothing of you.")
+
+
+def _show_sent(home: "Home", seq: int, path: Path | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from . import status as statuses
+
+    sent, row = statuses.release_of(home, seq)
+    if path is not None:
+        _write_payload(home, seq, path)
+    charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
+    release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
+    if as_json:
+        _print_json({**asdict(sent), "release": release, "payload": path and str(path)})
+        return
+    rows = [
+        (name, _time(value) if name == "time" else value) for name, value in asdict(sent).items()
+    ]
+    if row is not None:
+        rows += [("release", row.seq), ("plan", row.plan)]
+        rows += [("cost", _cost(charge)) for charge in row.charges]
+    _table(("", ""), rows)
+    if path is not None:
+        print(f"{path} has its bytes")
+
+
+def _cost(charge: "Charge") -> str:
+    return (
+        f"{charge.unit}-level, against the {charge.against} ({charge.adjacency}): noise multiplier "
+        f"{charge.noise_multiplier:g}, sampling rate {charge.sampling_rate:g}, steps {charge.steps}"
+    )
+
+
+def _write_payload(home: "Home", seq: int, path: Path) -> None:
+    from ..common.files import explain_os_errors
+
+    content = home.payload(seq)
+    if content is None:
+        raise StateError(
+            f"the bytes of number {seq} made room for newer ones (outbox.keep_mb in policy.toml); "
+            "its size and SHA-256 are kept"
+        )
+    if path.exists():
+        raise StateError(f"{path} is there already, and was left as it is: name another file")
+    with explain_os_errors(path, "write"), open(path, "xb") as file:
+        file.write(content)
+
+
+# --- taking part ---------------------------------------------------------------------------------
+
+
+@app.command("start")
+def start(
+    home: _Home = None,
+    passphrase: _Pass = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Between SuperNode and worker; else a free one."),
+    ] = None,
+) -> None:
+    """Take part: SuperNode and worker, started again when they end, until Ctrl-C."""
+    from . import run
+    from .access import folder_of
+
+    run.start(folder_of(home), passphrase, port, _line)
+
+
+# the systemd unit of `client/supervisor.py` calls it by this name
+app.command("run", hidden=True)(start)
+
+
+@app.command("work", hidden=True)
+def work(
+    port: Annotated[int, typer.Option(min=1, max=65535)],
+    secret: Annotated[Path, typer.Option("--secret-file")],
+    home: _Home = None,
+    passphrase: _Pass = None,
+) -> None:
+    """The worker behind the SuperNode on `port`; `start` calls it."""
+    from . import run
+    from .access import folder_of
+
+    run.work(folder_of(home), passphrase, port, secret, _line)
+
+
+@app.command("service")
+def service(home: _Home = None, passphrase: _Pass = None) -> None:
+    """Print a systemd unit that runs `privet client start` for good."""
+    import shutil
+
+    from .access import folder_of
+    from .supervisor import unit_text
+    from .vault import unlock_kind
+
+    folder = folder_of(home)
+    if unlock_kind(folder) == "passphrase" and passphrase is None:
+        raise ConfigError(
+            "a service cannot be asked for a passphrase: put it into a file that only you can "
+            "read and give --passphrase-file FILE, or change to the keyring "
+            "(privet client passphrase --keyring)"
+        )
+    beside = Path(sys.executable).parent / "privet"
+    program = beside if beside.is_file() else Path(shutil.which("privet") or beside)
+    file = None if passphrase is None else Path(os.path.abspath(passphrase))
+    print(unit_text(folder, program, passphrase=file), end="")
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
+    from .access import opened
+
+    with opened(home, passphrase) as found:
+        yield found
+
+
+def _say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
+    if as_json:
+        _print_json(facts)
+    else:
+        print(sentence)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=any(heads))
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(cell)) for cell in row))
+    Console().print(table)
+
+
+def _plain(value: object) -> str:
+    """Text that a terminal does not obey: names may come from a server or a disk."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
+
+
+def _time(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def _line(text: str) -> None:
+    print(text, flush=True)

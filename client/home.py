@@ -1,0 +1,446 @@
+"""A person's own device: its home folder, and what it does when a server asks.
+
+    policy.toml      what the owner allows, readable
+    vault.sqlite     everything else, sealed (client/vault.py)
+    key.json         the vault's key, wrapped
+
+**Guarantee**: nothing is answered for a run that the owner has not agreed to, or whose offer has
+changed since; nothing outside the policy; nothing while the device is paused or the policy's
+conditions do not hold. What leaves is written to the outbox, durably, before it leaves.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ..common.config import DEVICES
+from ..common.errors import PrivacyError, ProtocolError, StateError
+from ..common.keys import Directory, Identity
+from . import chain, conditions, offers
+from . import policy as policies
+from .limits import Policy
+from .offers import Consent, Offer
+from .unlock import Unlock
+from .vault import Vault
+
+if TYPE_CHECKING:  # the accountant and numpy, which `privet client status` has no time to load
+    from .data import Record
+    from .ledger import Ledger
+
+__all__ = ["ME", "POLICY", "Home", "Joined", "Sent"]
+
+ME = "me"
+"""The one client in a device's own ledger."""
+
+POLICY = "policy.toml"
+RUN_ENTRIES = ("runs/", "agreed/", "declined/")
+MOST_RUNS = 100
+"""Offers kept; a server that sends more pushes out the oldest nobody agreed to."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The server this device belongs to.
+
+    Attributes:
+        server: HOST:PORT.
+        ca: the certificate it must be signed by, PEM; empty with `insecure`.
+        closed: whether only devices in the operator's directory exist.
+        insecure: without TLS, for tests on this machine.
+    """
+
+    server: str
+    ca: str
+    closed: bool
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One byte-string that left: when (seconds since 1970), to whom, in which phase, its hash."""
+
+    seq: int
+    time: float
+    server: str
+    run: str
+    round: int
+    phase: str
+    bytes: int
+    sha256: str
+
+
+class Home:
+    """An open home: the vault and the policy of one device."""
+
+    def __init__(self, folder: Path, vault: Vault) -> None:
+        """Use `Home.create` or `Home.open`."""
+        self.folder, self.vault = folder, vault
+
+    def __repr__(self) -> str:
+        return f"Home({str(self.folder)!r})"
+
+    def close(self) -> None:
+        """Lets go of the vault and of its keys."""
+        if "ledger" in self.__dict__:
+            self.ledger.close()
+        self.vault.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @classmethod
+    def create(cls, folder: Path, unlock: Unlock, name: str = "") -> "Home":
+        """A new home: vault, identities, the default policy.
+
+        Raises:
+            StateError: there is one already; nothing was changed.
+        """
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import (
+            Encoding,
+            NoEncryption,
+            PrivateFormat,
+            PublicFormat,
+        )
+
+        vault = Vault.create(folder, unlock)
+        node = ec.generate_private_key(ec.SECP384R1())
+        public = node.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        seed = os.urandom(32)
+        card = {
+            "privet": version("privet"),
+            "identity": Identity.of(seed).public.hex(),
+            "node": public.decode(),
+            "name": name,
+        }
+        vault.put_all(
+            {
+                "identity": seed,
+                "node-key": node.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()),
+                "card": _json(card),
+            }
+        )
+        if not (folder / POLICY).exists():
+            policies.write_default(folder / POLICY)
+        home = cls(folder, vault)
+        home.ledger.close()
+        return home
+
+    @classmethod
+    def open(cls, folder: Path, unlock: Unlock) -> "Home":
+        """The home in `folder`.
+
+        Raises:
+            StateError: there is none, or it cannot be opened.
+        """
+        return cls(folder, Vault.open(folder, unlock))
+
+    @property
+    def policy(self) -> Policy:
+        """Read again each time: the owner may have changed it."""
+        return policies.read(self.folder / POLICY)
+
+    @property
+    def card(self) -> str:
+        """What an operator needs to enrol this device: one line of JSON, public."""
+        return self._entry("card").decode()
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The device's long-lived Ed25519 key."""
+        return Identity.of(self._entry("identity"))
+
+    @cached_property
+    def ledger(self) -> "Ledger":
+        """What this device has spent."""
+        from .ledger import Ledger
+
+        return Ledger.in_vault(self.vault, owner=self.identity.public.hex())
+
+    @property
+    def releases(self) -> int:
+        """How many releases the ledger counts; it is not verified, and no accountant is loaded."""
+        content = self.vault.get("ledger")
+        if content is None:
+            return 0
+        with chain.sentences(self.folder), closing(chain.memory(content)) as db:
+            head = chain.find_head(db, ME)
+        return 0 if head is None else head.count
+
+    # the server
+
+    @property
+    def joined(self) -> Joined | None:
+        """The server this device belongs to, or None."""
+        kept = self.vault.get("joined")
+        return None if kept is None else Joined(**json.loads(kept))
+
+    def join(self, joined: Joined, directory: Directory) -> None:
+        """Belong to a server; one at a time."""
+        present = self.joined
+        if present is not None and present.server != joined.server:
+            raise StateError(
+                f"this device has joined {present.server}; leave it first, with "
+                "`privet client leave`"
+            )
+        self.vault.put_all(
+            {
+                "joined": _json(asdict(joined)),
+                "directory": _written(directory),
+            }
+        )
+
+    def leave(self) -> None:
+        """Belong to no server; what was spent stays in the ledger, and so do the heads."""
+        runs = [name for kind in RUN_ENTRIES for name in self.vault.names(kind)]
+        self.vault.put_all(dict.fromkeys(["joined", "directory", *runs]))
+
+    @property
+    def directory(self) -> Directory:
+        """The identities this device knows: its operator's list, or those it has pinned."""
+        joined = self.joined
+        if joined is None:
+            raise PrivacyError("this device has joined no server")
+        known = {}
+        for line in (self.vault.get("directory") or b"").decode().splitlines():
+            number, identity = line.split()
+            known[int(number)] = bytes.fromhex(identity)
+        return Directory(known, joined.closed)
+
+    def pin(self, directory: Directory) -> None:
+        """Keep the identities seen first."""
+        written = _written(directory)
+        if self.vault.get("directory") != written:
+            self.vault.put("directory", written)
+
+    # runs
+
+    @property
+    def paused(self) -> bool:
+        """Whether the owner has told the device to stay out."""
+        return self.vault.get("paused") is not None
+
+    def pause(self, on: bool) -> None:
+        """Stay out of all rounds, or not."""
+        self.vault.put_all({"paused": b"yes" if on else None})
+
+    def runs(self) -> list[tuple[Offer, Consent | None]]:
+        """What servers have asked for, and what was agreed to, oldest first."""
+        found = [offers.restore(self._entry(name)) for name in self.vault.names("runs/")]
+        return sorted(found, key=lambda one: one[0].received)
+
+    def run(self, run: str) -> tuple[Offer, Consent | None]:
+        """One of them.
+
+        Raises:
+            PrivacyError: no such run was offered.
+        """
+        kept = self.vault.get(f"runs/{run}")
+        if kept is None:
+            raise PrivacyError(f"no run {run!r} was offered to this device")
+        return offers.restore(kept)
+
+    def agree(self, offer: Offer, how: offers.How) -> None:
+        """Record a yes to exactly this offer.
+
+        Raises:
+            PrivacyError: the policy forbids it; all reasons.
+        """
+        consent = offers.agree(offer, self.policy, how, time.time())
+        stored = offers.store(offer, consent)
+        self.vault.put_all(
+            {
+                f"runs/{offer.run}": stored,
+                f"agreed/{offer.run}": stored,
+                f"declined/{offer.run}": None,
+            }
+        )
+
+    def agreed(self, run: str) -> tuple[Offer, Consent | None] | None:
+        """The offer of this run that was agreed to last, which may not be the present one."""
+        kept = self.vault.get(f"agreed/{run}")
+        return None if kept is None else offers.restore(kept)
+
+    def withdraw(self, offer: Offer) -> None:
+        """The owner says no; it stands, whatever the policy accepts, until the owner agrees."""
+        self.vault.put_all(
+            {f"runs/{offer.run}": offers.store(offer, None), f"declined/{offer.run}": b"yes"}
+        )
+
+    def declined(self, run: str) -> bool:
+        """Whether the owner said no to this run."""
+        return self.vault.get(f"declined/{run}") is not None
+
+    def receive(self, run: str, text: str) -> bool:
+        """Keep an offer of the joined server; whether this device takes part in it.
+
+        An offer that has changed since the owner agreed waits for another yes.
+        """
+        joined = self.joined
+        if joined is None:
+            raise PrivacyError("this device has joined no server")
+        offer = offers.receive(run, joined.server, text, time.time())
+        if offer.config.data.source != DEVICES:
+            raise ProtocolError(
+                f"run {run}: data.source = {offer.config.data.source!r}: expected {DEVICES!r}, "
+                "which says that people are real devices"
+            )
+        kept = self.vault.get(f"runs/{run}")
+        known, consent = (None, None) if kept is None else offers.restore(kept)
+        if known is None:
+            self._make_room_for_an_offer()
+        if known is None or known.digest != offer.digest:
+            consent = None
+            self.vault.put(f"runs/{run}", offers.store(offer, None))
+        if consent is None:
+            if self.policy.consent.ask or self.declined(run):
+                return False
+            self.agree(offer, "policy")
+        return True
+
+    def _make_room_for_an_offer(self) -> None:
+        if len(self.vault.names("runs/")) < MOST_RUNS:
+            return
+        oldest = next((offer.run for offer, consent in self.runs() if consent is None), None)
+        if oldest is None:
+            raise PrivacyError(
+                f"this device has agreed to {MOST_RUNS} runs already and keeps no more; "
+                "`privet client leave` ends them"
+            )
+        self.vault.put_all(dict.fromkeys(f"{kind}{oldest}" for kind in RUN_ENTRIES))
+
+    def taking_part(self, run: str, begins: bool) -> Offer:
+        """The offer, if this device takes part in the run now.
+
+        Args:
+            run: its id.
+            begins: whether a round begins; in the middle of one the conditions are not asked.
+
+        Raises:
+            PrivacyError: why it does not.
+        """
+        offer, consent = self.run(run)
+        offers.refuse_without_consent(offer, consent)
+        policies.refuse_run(self.policy, offer.config, offer.server)
+        if begins:
+            reading = conditions.read_conditions(paused=self.paused)
+            reason = conditions.not_now(self.policy, datetime.now(), reading)
+            if reason is not None:
+                raise PrivacyError(reason)
+        return offer
+
+    def note(self, sentence: str) -> None:
+        """The last thing the owner should know; `privet client status` shows it."""
+        self.vault.put("note", _json([time.time(), sentence]))
+
+    @property
+    def last_note(self) -> tuple[float, str] | None:
+        """When (seconds since 1970) and what; None: nothing yet."""
+        kept = self.vault.get("note")
+        if kept is None:
+            return None
+        when, sentence = json.loads(kept)
+        return float(when), str(sentence)
+
+    # the outbox
+
+    def sent(self, run: str, round: int, phase: str, payload: bytes) -> None:
+        """Write down what is about to leave, durably; the oldest payloads make room.
+
+        Only the worker, of which there is one, calls it: what is kept is counted once a process.
+        """
+        joined, digest = self.joined, hashlib.sha256(payload).hexdigest()
+        server = "" if joined is None else joined.server
+        last, before = self._kept
+        entry = Sent(last + 1, time.time(), server, run, round, phase, len(payload), digest)
+        sizes = {**before, entry.seq: len(payload)}
+        gone = _above(sizes, self.policy.outbox.keep_mb * 2**20)
+        self.vault.put_all(
+            {
+                f"outbox/{entry.seq:08d}": _json(asdict(entry)),
+                f"payload/{entry.seq:08d}": payload,
+                **{f"payload/{seq:08d}": None for seq in gone},
+            }
+        )
+        self._kept = entry.seq, {seq: size for seq, size in sizes.items() if seq not in gone}
+
+    @cached_property
+    def _kept(self) -> tuple[int, dict[int, int]]:
+        """The last number of the outbox, and the sizes of the payloads that are kept."""
+        kept = {int(name.partition("/")[2]) for name in self.vault.names("payload/")}
+        every = self.outbox()
+        sizes = {one.seq: one.bytes for one in every if one.seq in kept}
+        return max((one.seq for one in every), default=0), sizes
+
+    def outbox(self) -> list[Sent]:
+        """Everything that left, oldest first."""
+        return [Sent(**json.loads(self._entry(name))) for name in self.vault.names("outbox/")]
+
+    def payload(self, seq: int) -> bytes | None:
+        """The bytes themselves, while they are kept."""
+        return self.vault.get(f"payload/{seq:08d}")
+
+    # own records
+
+    def records(self) -> "Sequence[Record]":
+        """All records, earliest first; those without a time come first."""
+        from .data import parse_line
+
+        with self.vault.transaction(writing=False):  # as of one moment: a scan may be writing
+            found = [
+                parse_line(line, name).record
+                for name in self.vault.names("records/")
+                for line in self._entry(name).splitlines()
+            ]
+        return sorted(found, key=_when)
+
+    def _entry(self, name: str) -> bytes:
+        found = self.vault.get(name)
+        if found is None:
+            raise StateError(
+                f"{self.folder}: the vault has no entry {name!r}: making it was interrupted; "
+                "erase it with `privet client forget`, and begin again"
+            )
+        return found
+
+
+def _written(directory: Directory) -> bytes:
+    lines = (f"{number} {key.hex()}\n" for number, key in sorted(directory.known.items()))
+    return "".join(lines).encode()
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def _when(record: "Record") -> tuple[int, float, str]:
+    """Without a time, then by number, then by text."""
+    if record.time is None:
+        return 0, 0.0, ""
+    return (2, 0.0, record.time) if isinstance(record.time, str) else (1, record.time, "")
+
+
+def _above(sizes: Mapping[int, int], limit: float) -> frozenset[int]:
+    """The oldest, all those for which there is no room beside the newer ones."""
+    newest = sorted(sizes, reverse=True)
+    totals = accumulate(sizes[seq] for seq in newest)
+    return frozenset(seq for seq, total in zip(newest, totals, strict=True) if total > limit)

@@ -1,0 +1,52 @@
+"""The end of a run on a person's own device: the personal head is fitted, and kept in the vault.
+
+**Guarantee**: head, adapter and figures go into the vault and nowhere else; the server is told
+that the message arrived, whatever came of it.
+"""
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from ..common.errors import PrivetError
+from .device import Device
+from .home import ME
+from .measure import measure_of
+from .personal_head import head_bytes
+
+if TYPE_CHECKING:
+    from .seat import OwnDesk
+
+__all__ = ["keep"]
+
+
+def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
+    """Fit the head on the own records under the run's last adapter, and keep both.
+
+    Args:
+        desk: of the run.
+        adapter: the shared adapter, shape (d,).
+
+    Also kept: the losses on the person's held-out records under the base model, the shared adapter
+    and the head, for the person to see. Somebody without held-out records keeps the adapter alone.
+    """
+    entries = {f"adapters/{desk.run}": safetensors.numpy.save({"adapter": adapter})}
+    own, held_out = Device(ME, desk).measured_on()
+    measure = measure_of(desk.trainer.adapter, adapter)
+    try:
+        person = measure.person(own, held_out, fit=True)
+    except PrivetError as failed:
+        desk.home.note(f"no personal head for {desk.run}: {failed}")
+        person = None
+    if person is not None:
+        losses = {"base": person.base, "shared": measure.loss(person, None)}
+        if person.head is not None:
+            losses["personal"] = measure.loss(person, person.head)
+            entries[f"heads/{desk.run}"] = head_bytes(person.head)
+        facts = {"time": time.time(), "records": len(own), "held_out": len(held_out), **losses}
+        entries[f"measured/{desk.run}"] = json.dumps(facts).encode()
+    desk.home.vault.put_all(entries)

@@ -1,0 +1,180 @@
+"""Where a server's message finds a person's own device: `Seat` of `client/app.py`, over a home.
+
+The state between the phases of a masked round, the base model and the adapter stay in this
+process; everything else is in the vault. **Guarantee**: as `client/home.py`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from ..common.config import Config
+from ..common.errors import PrivacyError, PrivetError
+from ..common.keys import Directory, Identity
+from .conditions import threads
+from .home import ME, Home
+from .policy import own_config
+
+if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no SciPy, no model
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..common.plan import Plan
+    from .data import Record, Tokenised
+    from .device import Device
+    from .ledger import Ledger
+    from .training import Trainer
+
+__all__ = ["OwnDesk", "OwnSeat"]
+
+NOBODY = -1
+"""The device's number before a round has told it."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnDesk:
+    """What the device works with in one run (`client/device.py` says what each is)."""
+
+    home: Home
+    run: str
+    config: Config
+    trainer: "Trainer"
+    place: int
+
+    @property
+    def ledger(self) -> "Ledger":
+        """One for all runs: a budget is for life."""
+        return self.home.ledger
+
+    @property
+    def directory(self) -> Directory:
+        """As the vault has it."""
+        return self.home.directory
+
+    def pin(self, directory: Directory) -> None:
+        """Into the vault."""
+        self.home.pin(directory)
+
+    def identity(self, _: str) -> Identity:
+        """The vault's."""
+        return self.home.identity
+
+    def number(self, _: str) -> int:
+        """As the server's directory numbers this device; others check it against their own."""
+        return self.place
+
+    def records(self, _: str) -> Sequence["Record"]:
+        """Everything the owner has added."""
+        return self.home.records()
+
+    def tokenised(self, records: Sequence["Record"]) -> list["Tokenised"]:
+        """Records as token ids; those without a label are left out of a labelled task."""
+        from .device import tokenised
+
+        task = self.config.data.task
+        if task in ("regression", "classification"):
+            records = [record for record in records if record.label is not None]
+        return tokenised(
+            records, self.config, self.trainer, "generation" if task == "auto" else task
+        )
+
+
+class OwnSeat:
+    """One person's device, for as long as its worker lives."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._state: Any = None
+        self._desk: OwnDesk | None = None
+
+    def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keep the offer, and say whether this device takes part in it now.
+
+        One that does loads the model first, so that no round waits for it; should that outlast the
+        server's patience, the next greeting finds it ready.
+        """
+        home, mine = self._home, version("privet")
+        accepted = False
+        try:
+            if offer["version"] != mine:
+                raise PrivacyError(
+                    f"the server runs privet {offer['version']}, this device {mine}: install the "
+                    "same version on both; this device runs its own code only"
+                )
+            accepted = home.receive(str(offer["run"]), str(offer["config"]))
+            if accepted:
+                self._desk_of(str(offer["run"]), NOBODY, begins=True)
+            elif not home.declined(str(offer["run"])):
+                home.note(f"run {offer['run']} waits for your yes: see `privet client runs`")
+        except PrivetError as refusal:
+            accepted = False
+            home.note(str(refusal))
+        return {"identity": home.identity.public, "accepted": accepted}
+
+    def device(self, plan: "Plan", number: int, begins: bool) -> "Device":
+        """The device at its desk; the model is loaded once."""
+        from .device import Device
+
+        return Device(ME, self._desk_of(plan.run, number, begins))
+
+    def _desk_of(self, run: str, number: int, begins: bool) -> OwnDesk:
+        offer = self._home.taking_part(run, begins)
+        config = own_config(self._home.policy, offer.config)
+        desk = self._desk
+        if desk is None or (desk.run, desk.place) != (run, number) or desk.config != config:
+            desk = self._desk = self._opened(run, config, number)
+        return desk
+
+    def _opened(self, run: str, config: Config, number: int) -> OwnDesk:
+        import torch
+
+        from ..common.adapter import shared
+        from .training import Trainer
+
+        torch.set_num_threads(threads(self._home.policy.resources))
+        trainer = Trainer.of(shared(config), config.speed.cache_mb)
+        return OwnDesk(self._home, run, config, trainer, number)
+
+    def recall(self) -> Any:
+        """What the phase before left, once."""
+        state, self._state = self._state, None
+        return state
+
+    def keep(self, state: Any) -> None:
+        """In memory: a worker that dies in a round has dropped out of it."""
+        self._state = state
+
+    def sent(self, plan: "Plan", phase: str, payload: bytes) -> None:
+        """Into the outbox."""
+        self._home.sent(plan.run, plan.round, phase, payload)
+
+    def decline(self, plan: "Plan", reason: str) -> None:
+        """Into the ledger, and where the owner sees it."""
+        self._home.ledger.decline(ME, plan.run, plan.round, reason)
+        self._home.note(f"round {plan.round} of {plan.run}: {reason}")
+
+    def finish(self, run: str, adapter: "NDArray[np.float32]") -> None:
+        """Fit the personal head on the run's last adapter, and keep both."""
+        from .keeping import keep
+
+        keep(self._desk_of(run, NOBODY, begins=False), adapter)
+
+    def rest(self) -> None:
+        """Let the model go, when nobody has asked for long."""
+        self._desk = self._state = None
+        let_go()
+
+
+def let_go() -> None:
+    """Forget every model this process has loaded."""
+    import sys
+
+    if "torch" not in sys.modules:
+        return
+    from ..common import adapter, models
+    from .training import Trainer
+
+    Trainer.of.cache_clear()
+    adapter._shared.cache_clear()
+    models.load.cache_clear()

@@ -1,0 +1,89 @@
+"""Who is there: nodes say hello, show their identity, and have accepted the run or not."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from ..common.config import DEVICES, Config
+from ..common.errors import ProtocolError, StateError
+from ..common.keys import Directory
+
+__all__ = ["Crowd"]
+
+POLL_S = 0.1
+AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
+HELLO_S = 30.0  # what a device that has joined may take for an answer before the round goes on
+
+Hello = Callable[[Iterable[int]], Iterator[tuple[int, Mapping[str, Any]]]]
+"""Node ids -> (node id, its reply) as they arrive."""
+
+
+@dataclass(eq=False)
+class Crowd:
+    """The devices of a run: number in the directory -> Flower's node id.
+
+    Args:
+        online: the node ids connected now.
+        hello: says hello to some of them.
+        directory: the identities the operator enrolled.
+        config: of the run.
+    """
+
+    online: Callable[[], Iterable[int]]
+    hello: Hello
+    directory: Directory
+    config: Config
+    accepted: dict[int, int] = field(default_factory=dict)
+    _asked: dict[int, float] = field(default_factory=dict)
+    _begun: bool = False
+
+    def present(self) -> list[int]:
+        """Numbers of the devices that are online and have accepted, ascending.
+
+        Waits until there are enough for a round: all of a simulation, and of real devices as many
+        as the smallest sum that may be opened, and a whole cohort for as long as it is worth it.
+
+        Raises:
+            StateError: not enough came before `rounds.timeout_s`.
+            ProtocolError: a node runs another version (simulations: a mixed installation).
+        """
+        config, began = self.config, time.monotonic()
+        real = config.data.source == DEVICES
+        wanted = config.rounds.cohort if real else config.data.clients
+        least = max(2, config.smallest_sum) if real else wanted
+        while True:
+            found = self._look()
+            waited = time.monotonic() - began
+            # a device that was here a round ago is not waited for again
+            if len(found) >= wanted or (len(found) >= least and (self._begun or waited > HELLO_S)):
+                self._begun = True
+                return found
+            if waited > config.rounds.timeout_s:
+                raise StateError(
+                    f"a round needs {least} devices that are online and have accepted the run, and "
+                    f"{len(found)} of {len(self.directory.known)} enrolled ones are; "
+                    f"rounds.timeout_s = {config.rounds.timeout_s:g} has passed"
+                )
+            time.sleep(POLL_S)
+
+    def _look(self) -> list[int]:
+        online = set(self.online())
+        known = set(self.accepted.values())
+        owners = {identity: number for number, identity in self.directory.known.items()}
+        mine = version("privet")
+        due = time.monotonic() - AGAIN_S
+        new = sorted(node for node in online - known if self._asked.get(node, due) <= due)
+        self._asked.update(dict.fromkeys(new, time.monotonic()))
+        for node, reply in self.hello(new) if new else ():
+            number = owners.get(bytes(reply.get("identity", b"")))
+            if reply.get("version") != mine:
+                if self.config.data.source != DEVICES:
+                    raise ProtocolError(
+                        f"node {node} runs privet {reply.get('version')}, this server {mine}; "
+                        "install the same on both"
+                    )
+            elif number is not None and reply.get("accepted") is True:
+                self.accepted[number] = node
+        return sorted(number for number, node in self.accepted.items() if node in online)
