@@ -21,6 +21,7 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from ..common.errors import PrivacyError, ProtocolError, StateError
+from ..common.keys import Identity, greeting
 from ..common.plan import Plan
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ FAILED = "this device could not take part; the reason is in its own log"
 class Seat(Protocol):
     """Where a message finds its device."""
 
+    @property
+    def identity(self) -> Identity:
+        """The device's long-lived key."""
+
     def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Who is here and whether it takes part: `identity` and `accepted`."""
+        """Whether the device takes part in what is offered: `accepted`."""
 
     def device(self, plan: Plan, number: int, begins: bool, /) -> "Device":
         """The device, known to the server by `number`; PrivacyError where it does not take part.
@@ -82,7 +87,14 @@ def phase(message: Message, context: Context) -> Message:
 def greet(message: Message, seat: Seat) -> Message:
     """Who is there, with which version, and whether this device takes part in the run offered."""
     try:
-        found = {"version": version("privet"), **seat.hello(dict(message.content["offer"]))}
+        offer, identity = dict(message.content["offer"]), seat.identity
+        said = greeting(str(offer["run"]), offer.pop("nonce"), message.metadata.dst_node_id)
+        found = {
+            "version": version("privet"),
+            "identity": identity.public,
+            "signature": identity.sign(said),
+            **seat.hello(offer),
+        }
     except Exception as error:
         raise StateError(FAILED) from error
     return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
@@ -143,10 +155,15 @@ class Simulated:
         number = int(self._context.node_config["partition-id"])
         return Bench.open(run_folder(self._context)).device(number)
 
+    @property
+    def identity(self) -> Identity:
+        """Derived from the run's one secret."""
+        own = self._own()
+        return own.bench.identity(own.name)
+
     def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every simulated device takes part."""
-        own = self._own()
-        return {"identity": own.bench.identity(own.name).public, "accepted": True}
+        return {"accepted": True}
 
     def device(self, _plan: Plan, _number: int, _begins: bool) -> "Device":
         """The one of this partition."""

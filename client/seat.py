@@ -88,6 +88,11 @@ class OwnSeat:
         self._state: Any = None
         self._desk: OwnDesk | None = None
 
+    @property
+    def identity(self) -> Identity:
+        """The vault's."""
+        return self._home.identity
+
     def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
         """Keep the offer, and say whether this device takes part in it now.
 
@@ -110,7 +115,7 @@ class OwnSeat:
         except PrivetError as refusal:
             accepted = False
             home.note(str(refusal))
-        return {"identity": home.identity.public, "accepted": accepted}
+        return {"accepted": accepted}
 
     def device(self, plan: "Plan", number: int, begins: bool) -> "Device":
         """The device at its desk; the model is loaded once."""

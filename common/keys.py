@@ -31,6 +31,7 @@ __all__ = [
     "Secret",
     "derive",
     "digest",
+    "greeting",
     "read_directory",
     "verify",
     "write_directory",
@@ -58,6 +59,7 @@ class Purpose(Enum):
     ANNOUNCEMENT = "signature of an announcement"
     SURVIVORS = "signature of a survivor list"
     GRAPH = "order of the neighbour ring"
+    GREETING = "answer to a server's greeting"
     ARM = "arm of a comparison that a device is in"
     SIMULATED_IDENTITY = "identity of a simulated device"
 
@@ -120,6 +122,20 @@ class Identity:
     def sign(self, message: bytes) -> bytes:
         """64 bytes, deterministic."""
         return _signing(self.seed.value).sign(message)
+
+
+def greeting(run: str, nonce: bytes, node: int) -> bytes:
+    """What a device signs when a server greets it.
+
+    **Guarantee**: who answers at this node of this run holds the identity's key. A node cannot pass
+    for another device by naming its public identity, nor by handing on a signature.
+
+    Args:
+        run: its id.
+        nonce: the server's, fresh for each greeting.
+        node: Flower's id of the node that answers.
+    """
+    return digest(Purpose.GREETING, run.encode(), nonce, str(node).encode())
 
 
 def _signing(seed: bytes) -> Ed25519PrivateKey:

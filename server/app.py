@@ -49,16 +49,17 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     adapter = shared(config)
     run = (folder / "run-id").read_text().strip()
     text = (folder / "config.toml").read_text("utf-8")
-    offer = ConfigRecord({"version": version("privet"), "run": run, "config": text})
+    offer = {"version": version("privet"), "run": run, "config": text}
 
-    def hello(nodes: Iterable[int]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        outgoing = [Message(RecordDict({"offer": offer}), node, "query.hello") for node in nodes]
+    def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
+        outgoing = [Message(RecordDict(content), node, "query.hello") for node in nodes]
         limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
         for message in exchange(grid, outgoing, limit):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
 
     directory = read_directory(folder / "directory")
-    crowd = Crowd(grid.get_node_ids, hello, directory, config)
+    crowd = Crowd(grid.get_node_ids, hello, directory, config, run)
 
     def ask(
         phase: str, messages: Mapping[int, bytes], plan: Plan, start: NDArray[np.float32]
@@ -84,7 +85,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     adapter.write(final)
     adapter.save(folder / "adapter")
     if config.data.source == DEVICES:
-        content = {"offer": offer, "adapter": ArrayRecord({"vector": Array(final)})}
+        content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
         ends = [Message(RecordDict(content), node, "query.keep") for node in nodes]
         for _ in exchange(grid, ends, config.rounds.timeout_s):

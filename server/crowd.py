@@ -1,5 +1,6 @@
 """Who is there: nodes say hello, show their identity, and have accepted the run or not."""
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 from ..common.config import DEVICES, Config
 from ..common.errors import ProtocolError, StateError
-from ..common.keys import Directory
+from ..common.keys import Directory, greeting, verify
 
 __all__ = ["Crowd"]
 
@@ -16,8 +17,8 @@ POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
 HELLO_S = 30.0  # what a device that has joined may take for an answer before the round goes on
 
-Hello = Callable[[Iterable[int]], Iterator[tuple[int, Mapping[str, Any]]]]
-"""Node ids -> (node id, its reply) as they arrive."""
+Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
+"""Node ids and a nonce -> (node id, its reply) as they arrive."""
 
 
 @dataclass(eq=False)
@@ -29,12 +30,16 @@ class Crowd:
         hello: says hello to some of them.
         directory: the identities the operator enrolled.
         config: of the run.
+        run: its id.
+
+    **Guarantee**: a number is given to a node that has signed for its identity in this run only.
     """
 
     online: Callable[[], Iterable[int]]
     hello: Hello
     directory: Directory
     config: Config
+    run: str
     accepted: dict[int, int] = field(default_factory=dict)
     _asked: dict[int, float] = field(default_factory=dict)
     _begun: bool = False
@@ -76,14 +81,21 @@ class Crowd:
         due = time.monotonic() - AGAIN_S
         new = sorted(node for node in online - known if self._asked.get(node, due) <= due)
         self._asked.update(dict.fromkeys(new, time.monotonic()))
-        for node, reply in self.hello(new) if new else ():
-            number = owners.get(bytes(reply.get("identity", b"")))
+        nonce = secrets.token_bytes(32)
+        for node, reply in self.hello(new, nonce) if new else ():
             if reply.get("version") != mine:
                 if self.config.data.source != DEVICES:
                     raise ProtocolError(
                         f"node {node} runs privet {reply.get('version')}, this server {mine}; "
                         "install the same on both"
                     )
-            elif number is not None and reply.get("accepted") is True:
-                self.accepted[number] = node
+                continue
+            identity, signature = (_bytes(reply.get(name)) for name in ("identity", "signature"))
+            signed = verify(identity, greeting(self.run, nonce, node), signature)
+            if signed and identity in owners and reply.get("accepted") is True:
+                self.accepted[owners[identity]] = node
         return sorted(number for number, node in self.accepted.items() if node in online)
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else b""

@@ -83,7 +83,7 @@ def asked(folder: Path, client: Any, kind: str = "train.round") -> Message:
             "adapter": ArrayRecord({"vector": Array(bench.trainer.adapter.start)}),
             "plan": ConfigRecord(plan_of(bench).to_dict()),
             "protocol": ConfigRecord({"message": b"", "client": 0}),
-            "offer": ConfigRecord({"run": bench.run}),
+            "offer": ConfigRecord({"run": bench.run, "nonce": bytes(32)}),
         }
     )
     (reply,) = grid.send_and_receive([Message(content, next(iter(grid.get_node_ids())), kind)])
@@ -248,7 +248,7 @@ def test_an_app_that_hides_a_count_in_any_phase_of_a_masked_round_is_caught(
 def test_the_greeting_says_who_and_which_version_and_nothing_else(prepared):
     reply = asked(prepared[0], app, "query.hello")
     assert {(name, *record) for name, record in reply.content.items()} == {
-        ("hello", "version", "identity", "accepted")
+        ("hello", "version", "identity", "signature", "accepted")
     }
 
 

@@ -64,7 +64,7 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
         with mock.patch.object(device, "train", random_delta):
             began = time.perf_counter()
             nodes = list(grid.get_node_ids())
-            offer = RecordDict({"offer": ConfigRecord({"run": "benchmark"})})
+            offer = RecordDict({"offer": ConfigRecord({"run": "benchmark", "nonce": bytes(32)})})
             greetings = [Message(offer, node, "query.hello") for node in nodes]
             list(server_app.exchange(grid, greetings, 60.0))
             hello = time.perf_counter() - began
