@@ -58,6 +58,7 @@ class Reply:
 Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
 """Phase, a message for each client, plan, global adapter -> the replies as they arrive."""
 Show = Callable[[Mapping[str, Any]], None]
+Summed = tuple[NDArray[np.uint32] | None, list[int], dict[str, int]]
 Present = Callable[[], Sequence[int]]
 
 
@@ -103,11 +104,12 @@ def run_rounds(
         drawn = draw(len(there), asked, number, config.data.seed)
         cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter)
-        total, counts = _sum(ask, cohort, plan, state.adapter, folder)
+        total, came, counts = _sum(ask, cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
             "round": number,
             "asked": len(cohort),
             **counts,
+            "who": {"asked": cohort, "came": came},
             "void": total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9,
         }
         if total is None or record["void"]:
@@ -174,9 +176,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     return dataclasses.replace(plan, **grids)
 
 
-def _sum(
-    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path
-) -> tuple[NDArray[np.uint32] | None, dict[str, int]]:
+def _sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
         attempt = _next_attempt(folder)
@@ -193,16 +193,14 @@ def _next_attempt(folder: Path) -> int:
     return attempt
 
 
-def masked_sum(
-    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector
-) -> tuple[NDArray[np.uint32] | None, dict[str, int]]:
+def masked_sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector) -> Summed:
     """One masked round, phase by phase (`experiments/protocol.py` shows both sides).
 
     A client that is missing, declines or is refused in a phase has dropped out of the rest.
 
     Returns:
-        The sum over the survivors, or None when the round is void and nothing was revealed; and
-        how many answered, declined, and were refused.
+        The sum over the survivors, or None when the round is void and nothing was revealed; their
+        numbers; and how many answered, declined, and were refused.
     """
     counts = {"answered": 0, "declined": 0, "refused": 0}
 
@@ -233,9 +231,9 @@ def masked_sum(
         outcome = masking.unmask(agreed, phase("unmask", out))
     except RoundVoid as void:
         logger.warning("%s", void)
-        return None, counts
+        return None, [], counts
     counts["answered"] = len(outcome.survivors)
-    return outcome.total, counts
+    return outcome.total, sorted(outcome.survivors), counts
 
 
 def _given(
@@ -254,15 +252,13 @@ def _given(
             yield reply.client, reply.payload
 
 
-def _collect(
-    replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence[int]
-) -> tuple[NDArray[np.uint32], dict[str, int]]:
-    """Sum mod 2**bits of the vectors as they arrive; how many answered, declined, were refused.
+def _collect(replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence[int]) -> Summed:
+    """Sum mod 2**bits of the vectors as they arrive; whose; and the counts, as `masked_sum`.
 
     A vector that does not fit the plan is left out and the round goes on: one broken client must
     not stop the others.
     """
-    total = np.zeros(length, np.uint32)
+    total, came = np.zeros(length, np.uint32), list[int]()
     counts = {"answered": 0, "declined": 0, "refused": 0}
     for client, vector in _given(replies, plan, set(cohort), counts):
         try:
@@ -271,8 +267,9 @@ def _collect(
             logger.warning("round %d: client %d is left out: %s", plan.round, client, error)
             counts["refused"] += 1
             continue
-        counts["answered"] += 1
-    return total, counts
+        came.append(client)
+    counts["answered"] = len(came)
+    return total, sorted(came), counts
 
 
 def _noised_mean(

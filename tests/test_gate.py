@@ -190,7 +190,7 @@ def masked_replies(folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -
             own = reply.content["reply"]
             yield Reply(own["client"], own["vector"] if own["released"] else None)
 
-    total, _ = masked_sum(ask, range(12), plan_of(bench), bench.trainer.adapter.start)
+    total, _, _ = masked_sum(ask, range(12), plan_of(bench), bench.trainer.adapter.start)
     assert total is not None
     return list(grid.seen)
 

@@ -114,7 +114,7 @@ class Devices:
 
 
 def round_of(devices: Devices, plan: Plan) -> NDArray[np.uint32] | None:
-    total, counts = masked_sum(devices.ask, EVERYBODY, plan, devices.bench.trainer.adapter.start)
+    total, _, counts = masked_sum(devices.ask, EVERYBODY, plan, devices.bench.trainer.adapter.start)
     assert counts["refused"] == 0
     return total
 
@@ -166,7 +166,7 @@ def plain_sum(bench: Bench) -> Any:
 
     def found(
         _: Any, cohort: Any, plan: Plan, adapter: NDArray[np.float32], __: Path
-    ) -> tuple[NDArray[np.uint32], dict[str, int]]:
+    ) -> rounds.Summed:
         replies = (Reply(n, _answer(bench.device(n), plan, adapter)) for n in cohort)
         return rounds._collect(replies, plan, len(adapter), cohort)
 
