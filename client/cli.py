@@ -149,8 +149,8 @@ def forget(
 ) -> None:
     """Erase everything of this device, the key first, and prove it. Nothing brings it back."""
     from .access import folder_of
+    from .erase import exclusive
     from .status import worker
-    from .vault import exclusive
 
     folder = folder_of(home)
     if worker(folder) is not None:
@@ -175,8 +175,8 @@ def _erase(folder: Path) -> Any:
     from contextlib import suppress
     from dataclasses import replace
 
+    from .erase import destroy
     from .home import POLICY
-    from .vault import destroy
 
     erased = destroy(folder)
     path = folder / POLICY

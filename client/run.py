@@ -19,6 +19,7 @@ from . import policy as policies
 from . import sources
 from .access import unlock_of
 from .conditions import limit_process
+from .erase import exclusive
 from .home import POLICY, Home
 from .supervisor import (
     Spec,
@@ -29,7 +30,6 @@ from .supervisor import (
     supervise,
 )
 from .unlock import Passphrase, Unlock
-from .vault import exclusive
 
 __all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import PrivetError, StateError
 from . import conditions, sources
+from .erase import LOCK
 from .home import ME, Home, Sent
-from .vault import LOCK
 
 if TYPE_CHECKING:
     from ..common.accounting import Charge

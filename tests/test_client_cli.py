@@ -24,9 +24,9 @@ from cryptography.x509.oid import NameOID
 
 from privet.client import access, cli, run, sources, supervisor
 from privet.client import unlock as unlock_module
+from privet.client.erase import exclusive
 from privet.client.home import ME, Home, Joined
 from privet.client.unlock import Passphrase
-from privet.client.vault import exclusive
 from privet.common.accounting import Charge
 from privet.common.errors import StateError
 from privet.common.keys import Directory, write_directory

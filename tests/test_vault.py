@@ -25,15 +25,13 @@ from hypothesis import strategies as st
 
 from privet.client import unlock as unlock_module
 from privet.client import vault as vault_module
+from privet.client.erase import LOCK, destroy, exclusive
 from privet.client.unlock import KEY_FILE, private_file
 from privet.client.vault import (
     FILE,
-    LOCK,
     Keyring,
     Passphrase,
     Vault,
-    destroy,
-    exclusive,
     rewrap,
     unlock_kind,
 )
@@ -868,7 +866,7 @@ def test_a_vault_in_use_by_a_worker_is_not_destroyed(home: Path) -> None:
 
 HOLD = """
 import sys
-from privet.client.vault import exclusive
+from privet.client.erase import exclusive
 with exclusive(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

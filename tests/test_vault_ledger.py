@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from privet.client import chain
+from privet.client.erase import destroy
 from privet.client.ledger import Ledger
-from privet.client.vault import FILE, Keyring, Passphrase, Vault, destroy
+from privet.client.vault import FILE, Keyring, Passphrase, Vault
 from privet.common.errors import LedgerCorrupt, PrivacyError, StateError
 
 from . import test_ledger
