@@ -32,7 +32,8 @@ from typing import BinaryIO, NamedTuple
 
 from ..common.errors import ConfigError, DataError
 from .data import Record
-from .formats import SUFFIXES, Note, Reading, read
+from .formats import SUFFIXES, read
+from .reading import Note, Reading
 
 __all__ = ["Found", "Ignored", "Limits", "Unchanged", "gone", "key_of", "path_of", "scan"]
 

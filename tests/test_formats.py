@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.data import RECORD_LIMIT, Record
-from privet.client.formats import Note, Reading, clean, pieces, read
+from privet.client.formats import read
+from privet.client.reading import Note, Reading, clean, pieces
 from privet.common.errors import DataError
 
 MTIME = 1_700_000_000.5
