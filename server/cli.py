@@ -99,11 +99,11 @@ def up(
 ) -> None:
     """Run SuperLink, SuperExec and proxy here until Ctrl-C; for good, use the systemd units."""
     from ..common.assets import cache_folder
-    from . import setup
+    from . import proxy, services, setup
 
     server = setup.load(folder)
     cache = cache_folder()
-    nginx = setup.find_or_fetch_nginx(cache) if fetch_nginx else setup.find_nginx(cache)
+    nginx = proxy.find_or_fetch_nginx(cache) if fetch_nginx else proxy.find_nginx(cache)
     if nginx is None:
         raise AssetError(
             "there is no nginx on PATH, in /usr/sbin or in the cache; install it (sudo apt install "
@@ -114,7 +114,9 @@ def up(
             raise StateError(
                 f"port {number} is taken already: is `privet server up` running elsewhere? Stop it"
             )
-    supervise(setup.commands(server, nginx), setup.environment(server), server.folder / "logs", say)
+    supervise(
+        services.commands(server, nginx), services.environment(server), server.folder / "logs", say
+    )
 
 
 @app.command("run")
@@ -128,15 +130,15 @@ def run(
 ) -> None:
     """Start a run with the enrolled devices, and follow it: a line a round."""
     from ..common.config import read
-    from . import enrolment, setup
+    from . import control, setup
 
     server = setup.load(folder)
     settings = prepare(server, read(config, set_ or []), resume=resume)
     place = server.folder / "runs" / settings.name
     for warning in settings.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    going = next((r for r in enrolment.runs(server) if r.folder == str(place) and not r.over), None)
-    flower = going.run_id if going else enrolment.start_run(server, place)
+    going = next((r for r in control.runs(server) if r.folder == str(place) and not r.over), None)
+    flower = going.run_id if going else control.start_run(server, place)
     print(
         f"run {settings.name}: {settings.rounds.count} rounds of {settings.rounds.cohort} devices"
     )
@@ -183,14 +185,14 @@ def facts(server: "Server") -> dict[str, Any]:
 
     Of a round: who was asked, came, declined, in numbers only; reasons stay on the device.
     """
-    from . import enrolment, setup
+    from . import control, enrolment, setup
 
     enrolled = [device for device in enrolment.devices(server) if not device.removed]
-    known: Sequence[enrolment.Node] | None = None
-    started: Sequence[enrolment.Run] = ()
+    known: Sequence[control.Node] | None = None
+    started: Sequence[control.Run] = ()
     if _answers(server.inner_port):
         with suppress(StateError):
-            known, started = enrolment.nodes(server), enrolment.runs(server)
+            known, started = control.nodes(server), control.runs(server)
     keys = {device.card.node for device in enrolled}
     ours = None if known is None else [node for node in known if node.key in keys]
     latest = {one.folder: one.status for one in reversed(started)}
@@ -320,12 +322,12 @@ def follow(
     Raises:
         StateError: the run failed or was stopped.
     """
-    from . import enrolment
+    from . import control
 
     shown, gone = 0, False
     while True:
         try:
-            now = next((r for r in enrolment.runs(server) if r.run_id == flower), None)
+            now = next((r for r in control.runs(server) if r.run_id == flower), None)
             gone = False
         except StateError as error:
             if not gone:

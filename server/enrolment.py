@@ -1,15 +1,11 @@
 """Devices at the server: their cards, their node keys at the SuperLink, the directory.
 
-The one file of the server's commands that speaks Flower's Control API (private to Flower 1.41;
-`tests/test_proxy.py` runs it against a real SuperLink, so a new minor version fails loudly).
-
 **Guarantee**: a number belongs to one identity for ever: numbers are not given out again, neither
 after `remove` nor after a crash between two steps, and `devices.json` is whole or as it was.
 Enrolling says who may join; what a device releases is decided on the device alone.
 """
 
 import fcntl
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -26,22 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ..common.errors import DataError, StateError
 from ..common.files import explain_os_errors, write_json_atomic
 from ..common.keys import KEY_BYTES, Directory, write_directory
+from .control import control, nodes_of, register, unregister
 from .setup import Server
 
-__all__ = [
-    "Card",
-    "Device",
-    "Node",
-    "Run",
-    "control",
-    "devices",
-    "enrol",
-    "nodes",
-    "read_card",
-    "remove",
-    "runs",
-    "start_run",
-]
+__all__ = ["Card", "Device", "devices", "enrol", "read_card", "remove"]
 
 DEVICES = "devices.json"
 DIRECTORY = "directory"
@@ -83,37 +66,6 @@ class Device:
 
     def __str__(self) -> str:
         return f"client {self.number}" + (f" ({self.card.name})" if self.card.name else "")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A SuperNode that the SuperLink knows: its id, PEM key, and `registered`, `online`, …"""
-
-    node_id: int
-    key: str
-    status: str
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that the SuperLink knows.
-
-    Attributes:
-        run_id: Flower's.
-        folder: the run folder it was started on.
-        status: `pending`, `starting`, `running`, `completed`, `failed` or `stopped`.
-        details: Flower's words about it.
-    """
-
-    run_id: int
-    folder: str
-    status: str
-    details: str
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.status in ("completed", "failed", "stopped")
 
 
 def read_card(path: Path) -> Card:
@@ -246,11 +198,11 @@ def enrol(server: Server, paths: Sequence[Path], show: Show) -> Sequence[Device]
                 everybody.append(device)
                 fresh.append(device)
             chosen.append(device)
-        registered = {node.key for node in _nodes(client)}
+        registered = {node.key for node in nodes_of(client)}
         for device in dict.fromkeys(chosen):
             known = device.card.node in registered
             if not known:
-                _register(client, device)
+                register(client, device.card.node, f"client-{device.number}")
             if device not in fresh:
                 again = "" if known else "; the SuperLink had lost its node key"
                 show(f"{device} is enrolled already{again}")
@@ -272,7 +224,7 @@ def remove(server: Server, named: Sequence[str], show: Show) -> None:
     with _locked(server), control(server) as client:
         everybody = list(devices(server))
         leaving = [_named(everybody, name) for name in named]
-        ids = {node.key: node.node_id for node in _nodes(client)}
+        ids = {node.key: node.node_id for node in nodes_of(client)}
         for name, device in zip(named, leaving, strict=True):
             if device.removed and device.card.node not in ids:
                 raise DataError(f"{name}: {device} was removed already")
@@ -281,7 +233,7 @@ def remove(server: Server, named: Sequence[str], show: Show) -> None:
         _keep(server, everybody)
         for device in dict.fromkeys(leaving):
             if device.card.node in ids:
-                _unregister(client, ids[device.card.node])
+                unregister(client, ids[device.card.node])
             show(f"{device} is removed")
 
 
@@ -353,140 +305,3 @@ def _locked(server: Server) -> Iterator[None]:
     with explain_os_errors(path, "lock"), open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def control(server: Server) -> Iterator[Any]:
-    """The SuperLink's Control API, over TLS with the inner CA.
-
-    Raises:
-        StateError: the SuperLink does not answer, or refuses; in its own words.
-    """
-    import httpx
-    from flwr.supercore.control import ControlHttpClient
-    from flwr.supercore.error import FlowerError
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-
-    authority = server.certificate("internal-ca.crt")
-    with explain_os_errors(authority, "read"):
-        roots = authority.read_bytes()
-    client = ControlHttpClient.from_server_address(
-        server.inner, False, roots, [RuntimeVersionHttpInterceptor(component_name="privet server")]
-    )
-    try:
-        yield client
-    except httpx.HTTPStatusError as error:
-        told = FlowerError.from_json(error.response.text)
-        reason = told.message if told else error
-        raise StateError(f"the SuperLink at {server.inner} refused: {reason}") from None
-    except httpx.RequestError as error:
-        raise StateError(
-            f"the SuperLink does not answer at {server.inner} ({error}); start it with `privet "
-            f"server up {server.folder}`, or its systemd unit, and run this again"
-        ) from None
-    finally:
-        client.close()
-
-
-def nodes(server: Server) -> Sequence[Node]:
-    """All SuperNodes that are registered and not removed.
-
-    Raises:
-        StateError: as `control`.
-    """
-    with control(server) as client:
-        return _nodes(client)
-
-
-def _nodes(client: Any) -> Sequence[Node]:
-    from flwr.proto.control_pb2 import ListNodesRequest
-
-    answer = client.ListNodes(ListNodesRequest())
-    return [
-        Node(node.node_id, node.public_key.decode(), node.status)
-        for node in answer.nodes_info
-        if node.status != "unregistered"
-    ]
-
-
-def _register(client: Any, device: Device) -> None:
-    from flwr.proto.control_pb2 import RegisterNodeRequest
-
-    key = device.card.node.encode()
-    client.RegisterNode(RegisterNodeRequest(public_key=key, name=f"client-{device.number}"))
-
-
-def _unregister(client: Any, node_id: int) -> None:
-    from flwr.proto.control_pb2 import UnregisterNodeRequest
-
-    client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
-
-
-def runs(server: Server) -> Sequence[Run]:
-    """The last hundred runs, the newest first.
-
-    Raises:
-        StateError: as `control`.
-    """
-    from flwr.proto.control_pb2 import ListRunsRequest
-
-    with control(server) as client:
-        answer = client.ListRuns(ListRunsRequest(limit=100))
-    newest = sorted(answer.run_dict.values(), key=lambda run: run.pending_at, reverse=True)
-    return [
-        Run(
-            run.run_id,
-            run.override_config["run"].string,
-            run.status.sub_status or run.status.status,
-            run.status.details,
-        )
-        for run in newest
-        if "run" in run.override_config
-    ]
-
-
-def start_run(server: Server, folder: Path) -> int:
-    """Start a run on a run folder; the ServerApp is the one installed here.
-
-    The bundle that Flower wants names the two apps and holds no code of theirs: a device runs
-    what it has installed.
-
-    Returns:
-        Flower's id of the run.
-
-    Raises:
-        StateError: as `control`.
-    """
-    from flwr.cli.build import build_fab_from_files
-    from flwr.common.serde import fab_to_proto, user_config_to_proto
-    from flwr.proto.control_pb2 import StartRunRequest
-    from flwr.supercore.fab import Fab
-
-    content, _ = build_fab_from_files({"pyproject.toml": _bundle().encode()})
-    fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-    settings = user_config_to_proto({"run": str(folder)})
-    with control(server) as client:
-        answer = client.StartRun(StartRunRequest(fab=fab, override_config=settings))
-    if not answer.HasField("run_id"):
-        raise StateError(f"the SuperLink at {server.inner} did not start the run; see its log")
-    return int(answer.run_id)
-
-
-def _bundle() -> str:
-    return f"""[project]
-name = "privet-devices"
-version = "{version("privet")}"
-description = "Names the two apps of privet; every machine runs its own."
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "privet"
-
-[tool.flwr.app.components]
-serverapp = "privet.server.app:app"
-clientapp = "privet.client.app:app"
-
-[tool.flwr.app.config]
-run = ""
-"""

@@ -293,7 +293,7 @@ def test_a_removal_that_is_cut_short_is_finished_by_the_same_command(
         def killed(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        broken.setattr(enrolment, "_unregister", killed)
+        broken.setattr(enrolment, "unregister", killed)
         with pytest.raises(KeyboardInterrupt):
             remove(server, ["0"], quiet)
     assert not listed(server)

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from privet.common.assets import cache_folder
 from privet.common.errors import AssetError, StateError
 from privet.common.keys import Identity
-from privet.server import cli, enrolment, setup
+from privet.server import cli, control, enrolment, proxy, services, setup
 
 DAY = datetime.timedelta(days=1)
 BIN = Path(sys.executable).parent
@@ -69,7 +69,7 @@ def answers(port: int) -> bool:
 @pytest.fixture(scope="module")
 def nginx() -> Path:
     try:
-        return setup.find_or_fetch_nginx(cache_folder())
+        return proxy.find_or_fetch_nginx(cache_folder())
     except AssetError as error:
         pytest.skip(str(error))
 
@@ -81,10 +81,10 @@ def up(nginx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("proxy") / "a server"
     server = setup.init(folder, ["localhost"], port=outer, inner_port=inner)
     code = (
-        "import sys; from pathlib import Path; from privet.server import cli, setup\n"
+        "import sys; from pathlib import Path; from privet.server import cli, services, setup\n"
         "server = setup.load(Path(sys.argv[1]))\n"
-        "programs = dict(setup.commands(server, Path(sys.argv[2]))); del programs['superexec']\n"
-        "cli.supervise(programs, setup.environment(server), server.folder / 'logs', cli.say)"
+        "programs = dict(services.commands(server, Path(sys.argv[2]))); del programs['superexec']\n"
+        "cli.supervise(programs, services.environment(server), server.folder / 'logs', cli.say)"
     )
     supervisor = subprocess.Popen(
         [sys.executable, "-c", code, str(folder), str(nginx)],
@@ -196,13 +196,13 @@ def calls() -> Mapping[str, Callable[[Any], Any]]:
     register = RegisterNodeRequest(
         public_key=key.public_bytes(serialization.Encoding.PEM, public), name="intruder"
     )
-    content, _ = build_fab_from_files({"pyproject.toml": enrolment._bundle().encode()})
+    content, _ = build_fab_from_files({"pyproject.toml": control._bundle().encode()})
     start = StartRunRequest(fab=fab_to_proto(Fab("0", content, {})))
     return {
-        "registering a node": lambda control: control.RegisterNode(register),
-        "starting a run": lambda control: control.StartRun(start),
-        "listing runs": lambda control: control.ListRuns(ListRunsRequest()),
-        "listing nodes": lambda control: control.ListNodes(ListNodesRequest()),
+        "registering a node": lambda api: api.RegisterNode(register),
+        "starting a run": lambda api: api.StartRun(start),
+        "listing runs": lambda api: api.ListRuns(ListRunsRequest()),
+        "listing nodes": lambda api: api.ListNodes(ListNodesRequest()),
     }
 
 
@@ -282,11 +282,11 @@ def test_a_proxy_that_passes_paths_on_as_they_came_is_caught_by_these_tests(
     inner.write_bytes(up.server.certificate("internal-ca.crt").read_bytes())
     path = server.folder / "nginx.conf"
     rules = [rule for rule in path.read_text().splitlines() if "location = " not in rule]
-    raw = [f"location = {fleet} {{ proxy_pass https://superlink; }}" for fleet in setup.FLEET_PATHS]
+    raw = [f"location = {fleet} {{ proxy_pass https://superlink; }}" for fleet in proxy.FLEET_PATHS]
     for rule in ("location /v1/ { proxy_pass https://superlink; }", "\n".join(raw)):
         faulty = [f"{rule}\n{line}" if "location / " in line else line for line in rules]
         path.write_text("\n".join(faulty))
-        proxy = subprocess.Popen(setup.commands(server, up.nginx)["proxy"])
+        running = subprocess.Popen(services.commands(server, up.nginx)["proxy"])
         try:
             until(lambda: answers(port))
             if "= " in rule:
@@ -295,8 +295,8 @@ def test_a_proxy_that_passes_paths_on_as_they_came_is_caught_by_these_tests(
             else:
                 calls()["listing runs"](client(port, server.folder / "ca.crt"))
         finally:
-            proxy.terminate()
-            proxy.wait()
+            running.terminate()
+            running.wait()
         until(lambda: not answers(port))
 
 
@@ -347,8 +347,10 @@ def test_a_node_joins_with_an_enrolled_key_and_not_without(up: Up, tmp_path: Pat
         until(lambda: cli.facts(up.server)["devices"]["online"] == 1)
         assert "connection to the SuperLink" in ended(stranger)
         assert known.poll() is None
-        with pytest.raises(StateError, match="refused"), enrolment.control(up.server) as control:
-            enrolment._register(control, enrolment.devices(up.server)[0])  # its key is taken
+        with pytest.raises(StateError, match="refused"), control.control(up.server) as connected:
+            control.register(
+                connected, enrolment.devices(up.server)[0].card.node, "again"
+            )  # its key is taken
         enrolment.remove(up.server, [str(path)], lambda _: None)
     finally:
         for process in (known, stranger):
@@ -374,7 +376,8 @@ def pretenders(up: Up, tmp_path: Path) -> Iterator[Mapping[str, tuple[setup.Serv
     made["another"] = made["another"][0], up.server.folder / "ca.crt"
     setup.renew(made["not yet"][0].folder, now=now + 2 * DAY)
     running = [
-        subprocess.Popen(setup.commands(server, up.nginx)["proxy"]) for server, _ in made.values()
+        subprocess.Popen(services.commands(server, up.nginx)["proxy"])
+        for server, _ in made.values()
     ]
     try:
         until(lambda: all(answers(server.port) for server, _ in made.values()))

@@ -18,8 +18,8 @@ from privet.common.config import parse
 from privet.common.errors import AssetError, ConfigError, PrivetError, RunExists, StateError
 from privet.common.files import append_line
 from privet.common.keys import Directory, read_directory, write_directory
-from privet.server import cli, enrolment, setup
-from privet.server.enrolment import Run
+from privet.server import cli, control, proxy, services, setup
+from privet.server.control import Run
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
@@ -66,7 +66,7 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     def full(_: setup.Server) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(setup, "_readme", full)  # the last file of all
+    monkeypatch.setattr(setup, "readme", full)  # the last file of all
     with pytest.raises(StateError, match="disk is full"):
         made(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +198,7 @@ def test_a_folder_that_is_none_damaged_or_newer_is_named(tmp_path: Path) -> None
 
 def test_the_superlink_listens_on_loopback_with_tls_and_node_keys(tmp_path: Path) -> None:
     server = made(tmp_path)
-    command = setup.commands(server)["superlink"]
+    command = services.commands(server)["superlink"]
     options = dict(itertools.pairwise(command))
     assert options["--host"] == "127.0.0.1"
     assert options["--isolation"] == "process"
@@ -208,16 +208,16 @@ def test_the_superlink_listens_on_loopback_with_tls_and_node_keys(tmp_path: Path
 
 
 def test_a_systemd_word_is_taken_as_text() -> None:
-    assert setup._unit_word('a b%h$HOME"\\') == '"a b%%h$$HOME\\"\\\\"'
+    assert services._unit_word('a b%h$HOME"\\') == '"a b%%h$$HOME\\"\\\\"'
 
 
 def test_nginx_that_can_neither_be_found_nor_fetched_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "find_nginx", lambda _: None)
+    monkeypatch.setattr(proxy, "find_nginx", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(AssetError, match="apt install nginx"):
-        setup.find_or_fetch_nginx(tmp_path / "cache")
+        proxy.find_or_fetch_nginx(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -345,7 +345,7 @@ def following(
             raise state
         return [Run(7, str(place), state, "a reason")]
 
-    monkeypatch.setattr(enrolment, "runs", told)
+    monkeypatch.setattr(control, "runs", told)
     monkeypatch.setattr(cli, "LOOK_S", 0.0)
     cli.follow(server, place, 7, 3, said.append)
     return said
