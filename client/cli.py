@@ -7,28 +7,23 @@ accountant either. Nothing printed quotes a record.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..common.errors import ConfigError, DataError, StateError
+from . import show
 
 if TYPE_CHECKING:
-    from ..common.accounting import Charge
     from .home import Home
     from .offers import Offer
-    from .sources import Scanned
 
 __all__ = ["app"]
 
 app = typer.Typer(help="This device: what it gives, and what it allows.", no_args_is_help=True)
-
-FEW = 12
-"""Lines of a list that are shown without --all."""
 
 _Home = Annotated[
     Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
@@ -70,7 +65,7 @@ def init(
     with Home.create(folder, new_unlock(file, keyring, "New passphrase"), name) as made:
         card = made.card
     if as_json:
-        _print_json({"home": str(folder), "card": json.loads(card)})
+        show.dump({"home": str(folder), "card": json.loads(card)})
         return
     print(f"{folder} is this device's home; policy.toml in it says what privet may do.\n")
     print(f"Its card, for the operator of a server (public):\n{card}\n")
@@ -106,12 +101,12 @@ def policy(
     values = found.model_dump(mode="json")
     warnings = found.warnings()
     if as_json:
-        _print_json({"path": str(path), "limits": values, "warnings": warnings})
+        show.dump({"path": str(path), "limits": values, "warnings": warnings})
         return
     print(path if not check else f"{path} can be used")
     if not check:
         rows = [(f"{s}.{key}", json.dumps(v)) for s in values for key, v in values[s].items()]
-        _table(("limit", "value"), rows)
+        show.table(("limit", "value"), rows)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
@@ -138,7 +133,9 @@ def passphrase(
     Home.open(folder, old).close()  # a wrong one is said before the new one is asked for
     rewrap(folder, old, new_unlock(new_file, keyring, "New passphrase"))
     kind = unlock_kind(folder)
-    _say(as_json, {"home": str(folder), "opens_by": kind}, f"{folder} is opened by a {kind} now.")
+    show.say(
+        as_json, {"home": str(folder), "opens_by": kind}, f"{folder} is opened by a {kind} now."
+    )
 
 
 @app.command("forget")
@@ -165,7 +162,7 @@ def forget(
     erased = _erase(folder)
     from dataclasses import asdict
 
-    _say(as_json, {**asdict(erased), "folder_removed": not folder.exists()}, str(erased))
+    show.say(as_json, {**asdict(erased), "folder_removed": not folder.exists()}, str(erased))
     if not as_json and not folder.exists():
         print(f"{folder} is gone.")
 
@@ -223,7 +220,7 @@ def add(
     for root in roots:
         if not os.path.lexists(root):
             raise DataError(f"there is no {key_of(root)}: name a file or a folder that is there")
-    with _opened(home, passphrase) as found, _progress() as step:
+    with _opened(home, passphrase) as found, show.progress() as step:
         before = sources.read(found)
         if not before.roots and not roots:
             raise DataError("nothing is watched yet: name files or folders, add PATH...")
@@ -233,7 +230,7 @@ def add(
             me=[*before.me, *(me or ())],
             progress=step,
         )
-    _show_scan(scanned, every, as_json)
+    show.scan(scanned, every, as_json)
 
 
 @app.command("sources")
@@ -256,15 +253,15 @@ def sources_(
             if key not in held.roots:
                 known = ", ".join(held.roots) or "nothing"
                 raise DataError(f"{key} is not watched: {known} is")
-            with _progress() as step:
+            with show.progress() as step:
                 rest = [root for root in held.roots if root != key]
                 sources.rescan(found, roots=rest, progress=step)
             held = sources.read(found)
     counts = {root: _below(root, held.files) for root in held.roots}
     if as_json:
-        _print_json({"sources": counts, "records": held.records, "me": held.me})
+        show.dump({"sources": counts, "records": held.records, "me": held.me})
         return
-    _table(("source", "records"), counts.items())
+    show.table(("source", "records"), counts.items())
     print(f"{held.records:,} records in all")
 
 
@@ -278,63 +275,6 @@ def _below(root: str, files: Mapping[str, Any]) -> int:
         for key, held in files.items()
         if key == real or key.startswith(real.rstrip("/") + "/")
     )
-
-
-def _show_scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
-    if as_json:
-        found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
-        ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
-        counts = {name: getattr(scanned, name) for name in ("unchanged", "gone", "records")}
-        _print_json({"files": found, "ignored": ignored, **counts})
-        return
-    shown = scanned.found if every else scanned.found[:FEW]
-    if shown:
-        _table(("file", "records"), [(path, count) for path, count, _ in shown])
-    if len(shown) < len(scanned.found):
-        rest = scanned.found[len(shown) :]
-        records = sum(count for _, count, _ in rest)
-        print(f"… and {len(rest):,} more files with {records:,} records (--all shows them)")
-    left_out = [(path, note) for path, _, notes in scanned.found for note in notes]
-    _show_reasons("left out of a file", left_out, every)
-    _show_reasons("ignored", scanned.ignored, every)
-    said = f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
-    print(f"{said}{scanned.records:,} records in all")
-
-
-def _show_reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
-    """A line each where they are few, else a line for each reason."""
-    if not lines:
-        return
-    if every or len(lines) <= FEW:
-        _table((title, "why"), lines)
-        return
-    groups: dict[str, list[str]] = {}
-    for path, reason in lines:
-        groups.setdefault(reason, []).append(path)
-    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
-    rows = [(f"{len(paths):,}, such as {paths[0]}", why) for why, paths in largest[:FEW]]
-    _table((title, "why"), rows)
-    if len(largest) > FEW:
-        print(f"… and {len(largest) - FEW:,} more reasons (--all shows every line)")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[object], None]]:
-    """A line that says how many files were looked at, where there is a terminal to see it."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    files = records = 0
-    with Console(stderr=True).status("looking") as line:
-
-        def step(item: object) -> None:
-            nonlocal files, records
-            files, records = files + 1, records + len(getattr(item, "records", ()))
-            line.update(f"{files:,} files, {records:,} new records")
-
-        yield step
 
 
 # --- the server ----------------------------------------------------------------------------------
@@ -363,7 +303,7 @@ def join(
     with _opened(home, passphrase) as found:
         said = joining.join(found, joining.Asked(server, ca, directory, insecure))
     facts = {"server": server, "insecure": insecure, "closed": directory is not None, "said": said}
-    _say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
+    show.say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
 
 
 @app.command("leave")
@@ -380,7 +320,7 @@ def leave(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) 
     said = f"This device has left {joined.server} and answers none of its runs any more."
     if running is not None:
         said += f" Stop `privet client start` too (its worker is process {running})."
-    _say(as_json, {"left": joined.server, "worker": running}, said)
+    show.say(as_json, {"left": joined.server, "worker": running}, said)
 
 
 @app.command("runs")
@@ -404,7 +344,7 @@ def runs(
         raise ConfigError("name the run: privet client runs RUN --agree")
     with _opened(home, passphrase) as found:
         if run is None:
-            _show_runs(status.runs(found), as_json)
+            show.runs(status.runs(found), as_json)
         else:
             _decide(found, _offer(found, run), agree, decline, as_json)
 
@@ -431,16 +371,16 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
     before = home.agreed(offer.run)
     changed = [] if before is None else offers.changes(before[0], offer)
     if not as_json:
-        _table(("", "what it asks for"), rows)
+        show.table(("", "what it asks for"), rows)
         if changed:
-            _table(("changed since you agreed",), [(line,) for line in changed])
+            show.table(("changed since you agreed",), [(line,) for line in changed])
     if agree:
         home.agree(offer, "owner")
     if decline:
         home.withdraw(offer)
     state = next(one for one in runs(home) if one["run"] == offer.run)
     if as_json:
-        _print_json({**state, "asks": rows, "changed": changed, "digest": offer.digest})
+        show.dump({**state, "asks": rows, "changed": changed, "digest": offer.digest})
     else:
         print(_STATES[state["state"]].format(run=offer.run))
 
@@ -454,25 +394,6 @@ _STATES = {
 }
 
 
-def _show_runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    if as_json:
-        _print_json({"runs": found})
-    elif not found:
-        print("No run was offered to this device yet.")
-    else:
-        rows = [(one["run"], one["server"], _time(one["received"]), _word(one)) for one in found]
-        _table(("run", "server", "offered", ""), rows)
-        print("In full, before you decide: privet client runs RUN")
-
-
-def _word(run: Mapping[str, Any]) -> str:
-    words = {"waits": "waits for your yes", "changed": "was changed: waits for another yes"}
-    if run["state"] != "agreed":
-        return words.get(str(run["state"]), str(run["state"]))
-    by = "you" if run["by"] == "owner" else "policy.toml"
-    return f"agreed by {by}, {_time(run['agreed'])}"
-
-
 @app.command("pause")
 def pause(
     off: Annotated[bool, typer.Option("--off", help="Take part again.")] = False,
@@ -484,7 +405,7 @@ def pause(
     with _opened(home, passphrase) as found:
         found.pause(not off)
     said = "This device takes part again." if off else "This device takes part in no new round."
-    _say(as_json, {"paused": not off}, said)
+    show.say(as_json, {"paused": not off}, said)
 
 
 # --- what happened -------------------------------------------------------------------------------
@@ -497,70 +418,17 @@ def status(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False)
 
     with _opened(home, passphrase) as found:
         facts = statuses.facts(found)
-    if as_json:
-        _print_json(facts)
-        return
-    for label, text in _status_lines(facts):
-        print(f"{label:<9}{text}")
-
-
-def _status_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "home", facts["home"]
-    insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
-    yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
-    running = facts["worker"]
-    yield (
-        "worker",
-        "not running (`privet client start`)" if running is None else f"process {running}",
-    )
-    if facts["server"]:
-        yield "now", facts["not_now"] or "takes part when it is asked"
-    if not facts["sources"]:
-        yield "records", "none (`privet client add PATH...`)"
-    else:
-        yield "records", f"{facts['records']:,} of {len(facts['sources'])} sources"
-    for one in facts["runs"]:
-        yield "run", f"{one['run']}: {_word(one)}"
-    if not facts["runs"]:
-        yield "run", "none was offered yet"
-    yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
-    if facts["note"] is not None:
-        yield "note", f"{_time(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
+    show.status(facts, as_json)
 
 
 @app.command("budget")
 def budget(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
     """What this device has spent of its privacy budget, and against whom it holds."""
     from . import status as statuses
-    from .offer_text import AGAINST, NEIGHBOURS, UNITS
 
     with _opened(home, passphrase) as found:
         facts = statuses.budget(found)
-    if as_json:
-        _print_json(facts)
-        return
-    rows = [
-        (
-            UNITS[line["unit"]],
-            AGAINST[line["against"]],
-            "no bound" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
-            f"{line['budget']:g}",
-            line["releases"],
-            f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}",
-        )
-        for line in facts["lines"]
-    ]
-    if not rows:
-        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
-        print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
-        return
-    _table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
-    print(
-        f"delta = {facts['delta']:g}. However sure somebody was before that something hidden here "
-        "is so, all that this device has released changes the odds by at most e to the power of "
-        "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
-        "is declined."
-    )
+    show.budget(facts, as_json)
 
 
 @app.command("outbox")
@@ -583,59 +451,16 @@ def outbox(
             _show_sent(found, seq, payload, as_json)
             return
         every = statuses.outbox(found)
-    if as_json:
-        _print_json({"outbox": every})
-    elif not every:
-        print("Nothing has left this device.")
-    else:
-        rows = [
-            (
-                one["seq"],
-                _time(one["time"]),
-                one["server"],
-                one["run"],
-                one["round"],
-                one["phase"],
-                f"{one['bytes']:,}",
-                one["sha256"][:16],
-                "" if one["release"] is None else one["release"],
-            )
-            for one in every
-        ]
-        heads = ("no", "when", "to", "run", "round", "phase", "bytes", "SHA-256", "release")
-        _table(heads, rows)
-        print("Without a release: keys, shares of masks and signatures, which say nothing of you.")
+    show.outbox(every, as_json)
 
 
 def _show_sent(home: "Home", seq: int, path: Path | None, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from . import status as statuses
 
     sent, row = statuses.release_of(home, seq)
     if path is not None:
         _write_payload(home, seq, path)
-    charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
-    release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
-    if as_json:
-        _print_json({**asdict(sent), "release": release, "payload": path and str(path)})
-        return
-    rows = [
-        (name, _time(value) if name == "time" else value) for name, value in asdict(sent).items()
-    ]
-    if row is not None:
-        rows += [("release", row.seq), ("plan", row.plan)]
-        rows += [("cost", _cost(charge)) for charge in row.charges]
-    _table(("", ""), rows)
-    if path is not None:
-        print(f"{path} has its bytes")
-
-
-def _cost(charge: "Charge") -> str:
-    return (
-        f"{charge.unit}-level, against the {charge.against} ({charge.adjacency}): noise multiplier "
-        f"{charge.noise_multiplier:g}, sampling rate {charge.sampling_rate:g}, steps {charge.steps}"
-    )
+    show.sent(sent, row, path, as_json)
 
 
 def _write_payload(home: "Home", seq: int, path: Path) -> None:
@@ -669,7 +494,7 @@ def start(
     from . import run
     from .access import folder_of
 
-    run.start(folder_of(home), passphrase, port, _line)
+    run.start(folder_of(home), passphrase, port, show.line)
 
 
 # the systemd unit of `client/supervisor.py` calls it by this name
@@ -687,7 +512,7 @@ def work(
     from . import run
     from .access import folder_of
 
-    run.work(folder_of(home), passphrase, port, secret, _line)
+    run.work(folder_of(home), passphrase, port, secret, show.line)
 
 
 @app.command("service")
@@ -721,40 +546,3 @@ def _opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
 
     with opened(home, passphrase) as found:
         yield found
-
-
-def _say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
-    if as_json:
-        _print_json(facts)
-    else:
-        print(sentence)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, show_header=any(heads))
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_plain(cell)) for cell in row))
-    Console().print(table)
-
-
-def _plain(value: object) -> str:
-    """Text that a terminal does not obey: names may come from a server or a disk."""
-    return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
-
-
-def _time(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
-
-
-def _line(text: str) -> None:
-    print(text, flush=True)

@@ -1,0 +1,271 @@
+"""How the commands of `client/cli.py` print: tables, JSON, sentences.
+
+**Guarantee**: names that come from a server or a disk are printed as text that a terminal does not
+obey.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..common.accounting import Charge
+    from .home import Sent
+    from .ledger import Row
+    from .sources import Scanned
+
+__all__ = [
+    "budget",
+    "dump",
+    "line",
+    "outbox",
+    "progress",
+    "runs",
+    "say",
+    "scan",
+    "sent",
+    "status",
+    "table",
+]
+
+FEW = 12
+"""Lines of a list that are shown without --all."""
+
+
+def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
+    """What a scan took and what it left out, with the reasons; `every`: however many."""
+    if as_json:
+        found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
+        ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
+        counts = {name: getattr(scanned, name) for name in ("unchanged", "gone", "records")}
+        dump({"files": found, "ignored": ignored, **counts})
+        return
+    shown = scanned.found if every else scanned.found[:FEW]
+    if shown:
+        table(("file", "records"), [(path, count) for path, count, _ in shown])
+    if len(shown) < len(scanned.found):
+        rest = scanned.found[len(shown) :]
+        records = sum(count for _, count, _ in rest)
+        print(f"… and {len(rest):,} more files with {records:,} records (--all shows them)")
+    left_out = [(path, note) for path, _, notes in scanned.found for note in notes]
+    _reasons("left out of a file", left_out, every)
+    _reasons("ignored", scanned.ignored, every)
+    said = f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
+    print(f"{said}{scanned.records:,} records in all")
+
+
+def _reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
+    """A line each where they are few, else a line for each reason."""
+    if not lines:
+        return
+    if every or len(lines) <= FEW:
+        table((title, "why"), lines)
+        return
+    groups: dict[str, list[str]] = {}
+    for path, reason in lines:
+        groups.setdefault(reason, []).append(path)
+    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [(f"{len(paths):,}, such as {paths[0]}", why) for why, paths in largest[:FEW]]
+    table((title, "why"), rows)
+    if len(largest) > FEW:
+        print(f"… and {len(largest) - FEW:,} more reasons (--all shows every line)")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[object], None]]:
+    """A line that says how many files were looked at, where there is a terminal to see it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    files = records = 0
+    with Console(stderr=True).status("looking") as shown:
+
+        def step(item: object) -> None:
+            nonlocal files, records
+            files, records = files + 1, records + len(getattr(item, "records", ()))
+            shown.update(f"{files:,} files, {records:,} new records")
+
+        yield step
+
+
+def runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """The offers, a line each."""
+    if as_json:
+        dump({"runs": found})
+    elif not found:
+        print("No run was offered to this device yet.")
+    else:
+        rows = [(one["run"], one["server"], _when(one["received"]), _word(one)) for one in found]
+        table(("run", "server", "offered", ""), rows)
+        print("In full, before you decide: privet client runs RUN")
+
+
+def _word(run: Mapping[str, Any]) -> str:
+    words = {"waits": "waits for your yes", "changed": "was changed: waits for another yes"}
+    if run["state"] != "agreed":
+        return words.get(str(run["state"]), str(run["state"]))
+    by = "you" if run["by"] == "owner" else "policy.toml"
+    return f"agreed by {by}, {_when(run['agreed'])}"
+
+
+def status(facts: Mapping[str, Any], as_json: bool) -> None:
+    """How the device is, a line for each thing."""
+    if as_json:
+        dump(facts)
+        return
+    for label, text in _lines(facts):
+        print(f"{label:<9}{text}")
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "home", facts["home"]
+    insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
+    yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
+    running = facts["worker"]
+    yield (
+        "worker",
+        "not running (`privet client start`)" if running is None else f"process {running}",
+    )
+    if facts["server"]:
+        yield "now", facts["not_now"] or "takes part when it is asked"
+    if not facts["sources"]:
+        yield "records", "none (`privet client add PATH...`)"
+    else:
+        yield "records", f"{facts['records']:,} of {len(facts['sources'])} sources"
+    for one in facts["runs"]:
+        yield "run", f"{one['run']}: {_word(one)}"
+    if not facts["runs"]:
+        yield "run", "none was offered yet"
+    yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
+    if facts["note"] is not None:
+        yield "note", f"{_when(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
+
+
+def budget(facts: Mapping[str, Any], as_json: bool) -> None:
+    """What was spent, a line for each unit, adversary and adjacency."""
+    from .offer_text import AGAINST, NEIGHBOURS, UNITS
+
+    if as_json:
+        dump(facts)
+        return
+    rows = [
+        (
+            UNITS[line["unit"]],
+            AGAINST[line["against"]],
+            "no bound" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
+            f"{line['budget']:g}",
+            line["releases"],
+            f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}",
+        )
+        for line in facts["lines"]
+    ]
+    if not rows:
+        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
+        print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
+        return
+    table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
+    print(
+        f"delta = {facts['delta']:g}. However sure somebody was before that something hidden here "
+        "is so, all that this device has released changes the odds by at most e to the power of "
+        "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
+        "is declined."
+    )
+
+
+def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What has left, a line each."""
+    if as_json:
+        dump({"outbox": every})
+    elif not every:
+        print("Nothing has left this device.")
+    else:
+        rows = [
+            (
+                one["seq"],
+                _when(one["time"]),
+                one["server"],
+                one["run"],
+                one["round"],
+                one["phase"],
+                f"{one['bytes']:,}",
+                one["sha256"][:16],
+                "" if one["release"] is None else one["release"],
+            )
+            for one in every
+        ]
+        heads = ("no", "when", "to", "run", "round", "phase", "bytes", "SHA-256", "release")
+        table(heads, rows)
+        print("Without a release: keys, shares of masks and signatures, which say nothing of you.")
+
+
+def sent(one: "Sent", row: "Row | None", path: Path | None, as_json: bool) -> None:
+    """One byte-string in full, with the release it belongs to."""
+    charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
+    release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
+    if as_json:
+        dump({**asdict(one), "release": release, "payload": path and str(path)})
+        return
+    rows = [
+        (name, _when(value) if name == "time" else value) for name, value in asdict(one).items()
+    ]
+    if row is not None:
+        rows += [("release", row.seq), ("plan", row.plan)]
+        rows += [("cost", _cost(charge)) for charge in row.charges]
+    table(("", ""), rows)
+    if path is not None:
+        print(f"{path} has its bytes")
+
+
+def _cost(charge: "Charge") -> str:
+    return (
+        f"{charge.unit}-level, against the {charge.against} ({charge.adjacency}): noise multiplier "
+        f"{charge.noise_multiplier:g}, sampling rate {charge.sampling_rate:g}, steps {charge.steps}"
+    )
+
+
+def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
+    """A sentence, or the facts as JSON."""
+    if as_json:
+        dump(facts)
+    else:
+        print(sentence)
+
+
+def dump(value: Any) -> None:
+    """JSON, on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Columns under `heads`; without a box, so that it is copied as text."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, show_header=any(heads))
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_plain(cell)) for cell in row))
+    Console().print(made)
+
+
+def _plain(value: object) -> str:
+    """Text that a terminal does not obey: names may come from a server or a disk."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def line(text: str) -> None:
+    """One line, at once: also where standard output is a file."""
+    print(text, flush=True)
