@@ -21,7 +21,7 @@ HOME, PASSPHRASE_FILE, CREDENTIALS = (
     "PRIVET_PASSPHRASE_FILE",
     "CREDENTIALS_DIRECTORY",
 )
-CREDENTIAL_NAMES = ("privet-passphrase", "passphrase")
+CREDENTIAL_NAME = "privet-passphrase"
 LONGEST = 65_536
 
 
@@ -94,7 +94,8 @@ def from_environment() -> Path | None:
         return Path(os.environ[PASSPHRASE_FILE])
     folder = os.environ.get(CREDENTIALS)
     if folder:
-        return next((p for name in CREDENTIAL_NAMES if (p := Path(folder) / name).exists()), None)
+        found = Path(folder) / CREDENTIAL_NAME
+        return found if found.exists() else None
     return None
 
 

@@ -497,10 +497,6 @@ def start(
     run.start(folder_of(home), passphrase, port, show.line)
 
 
-# the systemd unit of `client/supervisor.py` calls it by this name
-app.command("run", hidden=True)(start)
-
-
 @app.command("work", hidden=True)
 def work(
     port: Annotated[int, typer.Option(min=1, max=65535)],

@@ -16,7 +16,7 @@ from ..common.errors import ConfigError
 from ..common.files import explain_os_errors
 from ..common.keys import Directory, read_directory
 from .home import Home, Joined
-from .policy import _matches
+from .policy import matches
 
 __all__ = ["Asked", "join"]
 
@@ -54,7 +54,7 @@ def join(home: Home, asked: Asked, now: datetime | None = None) -> list[str]:
     host = _host(asked.server)
     _refuse_without_tls(asked, host)
     allowed = [one.lower() for one in home.policy.allowed.servers]
-    if allowed and not _matches(asked.server.lower(), allowed):
+    if allowed and not matches(asked.server.lower(), allowed):
         raise ConfigError(
             f"server = {asked.server!r}: this device's owner allows {', '.join(allowed)} "
             "(allowed.servers in policy.toml)"

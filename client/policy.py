@@ -7,19 +7,18 @@ of an accepted run is checked against afterwards (`Plan.refuse_if_laxer`, the ga
 The keys' comments in the file are the descriptions in `client/limits.py`: a number is typed once.
 """
 
-import difflib
 import re
 import stat
 import textwrap
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from ..common.config import Config, NoiseAt
+from ..common.config import Config, NoiseAt, faults, shortened
 from ..common.errors import ConfigError, PrivacyError, StateError
 from ..common.files import explain_os_errors, write_atomic
 from .limits import Policy
@@ -27,6 +26,7 @@ from .limits import Policy
 __all__ = [
     "DEFAULT",
     "Policy",
+    "matches",
     "own_config",
     "read",
     "reasons",
@@ -65,8 +65,7 @@ def read(path: Path) -> Policy:
     try:
         return Policy.model_validate(table)
     except ValidationError as error:
-        faults = "\n".join(_sentence(fault) for fault in error.errors(include_url=False))
-        raise ConfigError(f"the policy {path} does not fit:\n{faults}") from None
+        raise ConfigError(f"the policy {path} does not fit:\n{faults(error, Policy)}") from None
 
 
 def text(policy: Policy) -> str:
@@ -101,7 +100,7 @@ def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
     Each names the configuration's field and value, the owner's limit, and its key in policy.toml.
     """
     return tuple(
-        f"{field} = {_shortened(value)}: this device's owner {demand} ({key} in policy.toml)"
+        f"{field} = {shortened(value)}: this device's owner {demand} ({key} in policy.toml)"
         for field, value, kept, demand, key in (
             *_promises(policy, config),
             *_masks(policy, config),
@@ -260,9 +259,9 @@ def _work(policy: Policy, config: Config) -> Iterator[_Check]:
 def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     allowed, base, seed = policy.allowed, config.model.base, config.insecure_test_seed
     demand = f"allows {', '.join(allowed.models)}"
-    yield "model.base", base, _matches(base, allowed.models), demand, "allowed.models"
+    yield "model.base", base, matches(base, allowed.models), demand, "allowed.models"
     demand, known = f"allows {', '.join(allowed.servers)}", [one.lower() for one in allowed.servers]
-    kept = not known or _matches(server.lower(), known)
+    kept = not known or matches(server.lower(), known)
     yield "server", server, kept, demand, "allowed.servers"
     kept = allowed.statistics or not config.statistics.enabled
     demand, key = "allows no statistics", "allowed.statistics"
@@ -285,7 +284,7 @@ def _adjacency(unit: str, given: str, own: str) -> _Check:
     return f"privacy.{unit}.adjacency", given, given == own, demand, f"budget.{unit}_adjacency"
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
     """`*` stands for anything but a colon, so that no pattern for hosts swallows a port."""
     return any(
         re.fullmatch(re.escape(pattern).replace(r"\*", "[^:]*"), name) for pattern in patterns
@@ -324,39 +323,6 @@ def _comment(words: str) -> str:
         " ".join(words.split()), 96, initial_indent="# ", subsequent_indent="# ",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-
-
-def _sentence(fault: Mapping[str, Any]) -> str:
-    place = tuple(part for part in fault["loc"] if isinstance(part, str))
-    where = ".".join(place)
-    if fault["type"] == "extra_forbidden":
-        return f"  {where}: unknown key{_nearest(place)}"
-    if fault["type"] == "value_error":
-        return f"  {where}: {fault['ctx']['error']}"
-    expected = str(fault["msg"]).removeprefix("Input should be ")
-    expected = expected.replace("String should have", "a text of")
-    known = {
-        "model_type": f"a section, as in [{where}]",
-        "tuple_type": 'a list, as in ["one", "two"]',
-        "bool_type": "true or false",
-    }
-    return (
-        f"  {where} = {_shortened(fault['input'])}: expected {known.get(fault['type'], expected)}"
-    )
-
-
-def _shortened(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 100 else f"{shown[:100]}..."
-
-
-def _nearest(place: tuple[str, ...]) -> str:
-    section: Any = Policy
-    for part in place[:-1]:
-        section = section.model_fields[part].annotation
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
 DEFAULT = text(Policy())

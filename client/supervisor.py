@@ -343,13 +343,13 @@ def _program(name: str) -> str:
 
 
 def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -> str:
-    """A systemd user unit that runs `privet client run`: save as ~/.config/systemd/user/.
+    """A systemd user unit that runs `privet client start`: save as ~/.config/systemd/user/.
 
     Args:
         home: the device's home, the only folder it may write to beside privet's cache.
         executable: the `privet` command.
         passphrase: file with the vault's passphrase, readable by its owner only; systemd hands it
-            over as a credential, `$CREDENTIALS_DIRECTORY/passphrase`. None: the OS keyring.
+            over as a credential, `$CREDENTIALS_DIRECTORY/privet-passphrase`. None: the OS keyring.
 
     Raises:
         ConfigError: a path is not absolute or holds a line break, or the executable's has quotes.
@@ -360,10 +360,10 @@ def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -
     if set(str(executable)) & set("\"'\\"):
         raise ConfigError(f"systemd runs no program whose path has quotes, got {str(executable)!r}")
     # Variables are replaced in arguments only, never in the program's own path.
-    command = f"{_quoted(executable)} client run --home {_quoted(home, '$')}"
+    command = f"{_quoted(executable)} client start --home {_quoted(home, '$')}"
     credential = ""
     if passphrase is not None:
-        credential = f"LoadCredential=passphrase:{str(passphrase).replace('%', '%%')}\n"
+        credential = f"LoadCredential=privet-passphrase:{str(passphrase).replace('%', '%%')}\n"
     return f"""[Unit]
 Description=privet: federated personalisation on this device
 StartLimitIntervalSec=0

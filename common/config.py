@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -367,8 +367,7 @@ def parse(table: Mapping[str, Any], *, source: str = "the configuration") -> Con
     try:
         return Config.model_validate(table)
     except ValidationError as error:
-        faults = "\n".join(_sentence(fault) for fault in error.errors(include_url=False))
-        raise ConfigError(f"{source} does not fit:\n{faults}") from None
+        raise ConfigError(f"{source} does not fit:\n{faults(error, Config)}") from None
 
 
 def read(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -405,26 +404,45 @@ def _set(table: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _sentence(fault: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in fault["loc"])
+def faults(error: ValidationError, root: type[BaseModel]) -> str:
+    """A sentence for each fault of settings, a line each.
+
+    Args:
+        error: of reading them.
+        root: what was to be read; of its sections the nearest known key is named.
+    """
+    return "\n".join(_sentence(fault, root) for fault in error.errors(include_url=False))
+
+
+def shortened(value: object) -> str:
+    """A value as it was given, of which a file or a server may have sent any amount."""
+    shown = repr(value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}..."
+
+
+def _sentence(fault: Mapping[str, Any], root: type[BaseModel]) -> str:
+    place = tuple(part for part in fault["loc"] if isinstance(part, str))
+    where = ".".join(place)
     if fault["type"] == "extra_forbidden":
-        return f"  {where}: unknown key{_nearest(fault['loc'])}"
-    if fault["type"] == "value_error" and not where:
-        return f"  {fault['ctx']['error']}"
-    expected = fault["msg"].removeprefix("Input should be ")
+        return f"  {where}: unknown key{_nearest(place, root)}"
+    if fault["type"] == "value_error":
+        return f"  {where}: {fault['ctx']['error']}" if where else f"  {fault['ctx']['error']}"
+    expected = str(fault["msg"]).removeprefix("Input should be ")
     expected = expected.replace("String should match pattern", "a text that fits")
     expected = expected.replace("String should have", "a text of")
-    if fault["type"] == "model_type":
-        expected = f"a section, as in [{where}] or {where}.KEY=VALUE"
-    if fault["type"] == "tuple_type":
-        expected = 'a list, as in ["one", "two"]'
-    return f"  {where} = {fault['input']!r}: expected {expected}"
+    known = {
+        "model_type": f"a section, as in [{where}]",
+        "tuple_type": 'a list, as in ["one", "two"]',
+        "bool_type": "true or false",
+    }
+    found = known.get(fault["type"], expected)
+    return f"  {where} = {shortened(fault['input'])}: expected {found}"
 
 
-def _nearest(location: tuple[int | str, ...]) -> str:
-    section: Any = Config
-    for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
+def _nearest(place: Sequence[str], root: type[BaseModel]) -> str:
+    section: Any = root
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
     known = list(section.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

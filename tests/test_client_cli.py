@@ -754,4 +754,4 @@ def test_a_service_has_the_home_and_where_the_passphrase_lies(made: Path, say: A
     names = {command.name for command in cli.app.registered_commands}
     assert (words[1], words[2] in names) == ("client", True)
     credential = unit.partition("LoadCredential=")[2].partition(":")[0]
-    assert credential in access.CREDENTIAL_NAMES
+    assert credential == access.CREDENTIAL_NAME

@@ -61,7 +61,7 @@ def overridden(tmp_path, *overrides, text=""):
             "expected 'add_remove', 'zero_out' or 'replace_one'",
         ),
         ({"privacy": {"client": {"bits": 64}}}, "privacy.client.bits = 64: expected less than"),
-        ({"privacy": 3}, "privacy = 3: expected a section, as in [privacy] or privacy.KEY=VALUE"),
+        ({"privacy": 3}, "privacy = 3: expected a section, as in [privacy]"),
         ({"data": {"clients": 0}}, "data.clients = 0: expected greater than or equal to 1"),
         ({"data": {"min_records": 0}}, "data.min_records = 0: expected greater than or equal to 1"),
         ({"data": {"holdout": 1.0}}, "data.holdout = 1.0: expected less than 1"),
