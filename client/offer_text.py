@@ -100,9 +100,9 @@ def shown(value: object) -> str:
 
 def _plan(config: Config, dimension: int) -> "Plan":
     """A plan as a server would make it from this configuration: noise calibrated after rounding."""
-    from ..common.plan import Plan
+    from ..common.plan import Plan, work
 
-    client, example, masking = config.privacy.client, config.privacy.example, config.masking
+    client, masking = config.privacy.client, config.masking
     cohort, noised = config.rounds.cohort, client.enabled
     masked = noised and client.noise_at == "distributed"
     survivors = config.smallest_sum if masked else 0
@@ -123,13 +123,7 @@ def _plan(config: Config, dimension: int) -> "Plan":
         variance=variance,
         survivors=survivors,
         colluders=colluders,
-        learning_rate=config.training.learning_rate,
-        local_steps=config.training.steps,
-        batch_size=config.training.batch_size,
-        rate=config.sampling_rate,
-        record_clip=example.clip if example.enabled else 0.0,
-        record_noise=example.noise_multiplier if example.enabled else 0.0,
-        **config.statistics.asked(),
+        **work(config),
     )
     grids: dict[str, float] = {}
     for block in plan.blocks:

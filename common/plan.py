@@ -18,7 +18,7 @@ from .errors import ProtocolError
 from .masking import MOST_PARTICIPANTS, Terms
 from .noise import MAX_VARIANCE
 
-__all__ = ["VERSION", "Plan"]
+__all__ = ["VERSION", "Plan", "work"]
 
 VERSION = 4
 
@@ -266,3 +266,17 @@ class Plan:
                     f"round {self.round}: the server's plan is laxer than this device allows: "
                     f"{name} (own limit {limit})"
                 )
+
+
+def work(config: Config) -> dict[str, Any]:
+    """The fields of a plan that say how a device trains: straight from the run's settings."""
+    training, example = config.training, config.privacy.example
+    return {
+        "learning_rate": training.learning_rate,
+        "local_steps": training.steps,
+        "batch_size": training.batch_size,
+        "rate": config.sampling_rate,
+        "record_clip": example.clip if example.enabled else 0.0,
+        "record_noise": example.noise_multiplier if example.enabled else 0.0,
+        **config.statistics.asked(),
+    }

@@ -31,7 +31,7 @@ from ..common.encoding import (
 )
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
 from ..common.files import append_line, read_lines, write_atomic
-from ..common.plan import Plan
+from ..common.plan import Plan, work
 from ..common.rotation import unrotate
 from . import aggregation, checkpoint, masking
 from .cohort import draw
@@ -137,7 +137,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     Raises:
         ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
     """
-    client, example = config.privacy.client, config.privacy.example
+    client = config.privacy.client
     cohort, allowed = config.rounds.cohort, config.masking
     noise_at = client.noise_at if client.enabled else "none"
     masked = noise_at == "distributed"
@@ -159,13 +159,7 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         variance=sizing.deviation**2,
         survivors=survivors,
         colluders=colluders,
-        learning_rate=config.training.learning_rate,
-        local_steps=config.training.steps,
-        batch_size=config.training.batch_size,
-        rate=config.sampling_rate,
-        record_clip=example.clip if example.enabled else 0.0,
-        record_noise=example.noise_multiplier if example.enabled else 0.0,
-        **config.statistics.asked(),
+        **work(config),
     )
     grids: dict[str, Any] = {}
     for block in plan.blocks:
