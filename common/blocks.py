@@ -19,9 +19,11 @@ with the square and 0.22 / 0.11 / 0.046 without.
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # every command reads settings, and few need numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["ARMS", "BOUNDS", "ENTRIES", "MOST_ARMS", "Block", "arm_names"]
 
@@ -65,7 +67,7 @@ class Block:
     step: float
     variance: float
 
-    def fits(self, values: NDArray[np.float64]) -> bool:
+    def fits(self, values: "NDArray[np.float64]") -> bool:
         """Whether these are numbers that `bound` and `moved` hold for; what the gate asks.
 
         Args:
@@ -74,7 +76,7 @@ class Block:
         if self.sampled or not values.any():
             return True
         if self.name == "gains":
-            return bool(values[2] == 1 and np.abs(values).max() <= 1)
+            return bool(values[2] == 1 and abs(values).max() <= 1)
         rows = values.reshape(-1, ENTRIES["arms"])
         used = rows[rows.any(axis=1)]
         one, outcome, square = used[0]

@@ -30,7 +30,9 @@ DEVICES = "devices"
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=False, defer_build=True
+    )
 
 
 class DataSettings(_Settings):
@@ -158,9 +160,9 @@ class PrivacySettings(_Settings):
     """Everything an epsilon depends on besides what happened."""
 
     delta: float = Field(1e-5, gt=0, lt=1)
-    example: ExamplePrivacySettings = ExamplePrivacySettings()
-    client: ClientPrivacySettings = ClientPrivacySettings()
-    budget: BudgetSettings = BudgetSettings()
+    example: ExamplePrivacySettings = Field(default_factory=ExamplePrivacySettings)
+    client: ClientPrivacySettings = Field(default_factory=ClientPrivacySettings)
+    budget: BudgetSettings = Field(default_factory=BudgetSettings)
 
 
 class RoundSettings(_Settings):
@@ -214,18 +216,18 @@ class Config(_Settings):
     """One experiment, resolved."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    data: DataSettings = DataSettings()
-    model: ModelSettings = ModelSettings()
-    adapter: AdapterSettings = AdapterSettings()
-    training: TrainingSettings = TrainingSettings()
-    privacy: PrivacySettings = PrivacySettings()
-    rounds: RoundSettings = RoundSettings()
-    masking: MaskingSettings = MaskingSettings()
-    statistics: StatisticsSettings = StatisticsSettings()
-    head: HeadSettings = HeadSettings()
-    simulation: SimulationSettings = SimulationSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    speed: SpeedSettings = SpeedSettings()
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    privacy: PrivacySettings = Field(default_factory=PrivacySettings)
+    rounds: RoundSettings = Field(default_factory=RoundSettings)
+    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    statistics: StatisticsSettings = Field(default_factory=StatisticsSettings)
+    head: HeadSettings = Field(default_factory=HeadSettings)
+    simulation: SimulationSettings = Field(default_factory=SimulationSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    speed: SpeedSettings = Field(default_factory=SpeedSettings)
     insecure_test_seed: int | None = Field(None, ge=0, description="tests only: not private")
 
     @model_validator(mode="after")

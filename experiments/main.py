@@ -25,7 +25,9 @@ _QUIET_LIBRARIES = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "PYDANTIC_DISABLE_PLUGINS": "1",  # it would ask every installed package for one
 }
+_GROUPS = ("assets", "client", "server")
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     verbose = bool(_VERBOSE & set(arguments))
     arguments = [argument for argument in arguments if argument not in _VERBOSE]
     try:
-        code = _command()(arguments, prog_name="privet", standalone_mode=False)
+        code = _command(arguments)(arguments, prog_name="privet", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
@@ -66,19 +68,32 @@ def run(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _command() -> click.Command:
-    from ..client import cli as client_cli
-    from ..server import cli as server_cli
-    from . import assets_cli, cli
+def _command(arguments: Sequence[str]) -> click.Command:
+    """The command with all its sub-commands, or with the one group the line begins with.
 
+    `privet client status` has no time to import the others.
+    """
+    asked = arguments[0] if arguments and arguments[0] in _GROUPS else None
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
-    for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
-        app.command()(function)
-    app.add_typer(assets_cli.app, name="assets")
-    app.add_typer(client_cli.app, name="client")
-    app.add_typer(server_cli.app, name="server")
+    if asked is None:
+        from . import cli
+
+        for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
+            app.command()(function)
+    for name in _GROUPS if asked is None else (asked,):
+        app.add_typer(_group(name), name=name)
     return typer.main.get_command(app)
+
+
+def _group(name: str) -> typer.Typer:
+    if name == "assets":
+        from .assets_cli import app
+    elif name == "client":
+        from ..client.cli import app
+    else:
+        from ..server.cli import app
+    return app
 
 
 def _print_version(asked: bool) -> None:

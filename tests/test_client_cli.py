@@ -41,22 +41,14 @@ ENTRY = "import sys; from privet.client.cli import app; app()"
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, `privet client` alone, a cheap passphrase in a file."""
+    """An empty folder, a cheap passphrase in a file."""
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
-    monkeypatch.setattr(main, "_command", mounted)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pass").write_text("own words\n")
     for name, value in (("HOME", "home"), ("PASSPHRASE_FILE", "pass")):
         monkeypatch.setenv(f"PRIVET_{name}", str(tmp_path / value))
     return tmp_path
-
-
-def mounted() -> Any:
-    root = typer.Typer()
-    root.callback()(main._root)
-    root.add_typer(cli.app, name="client")
-    return typer.main.get_command(root)
 
 
 @pytest.fixture
@@ -535,11 +527,12 @@ def test_a_running_worker_is_seen_and_a_stale_lock_is_not(made: Path, ask: Any):
 
 @pytest.mark.usefixtures("spent")
 def test_status_loads_nothing_heavy(place: Path):
-    heavy = ("torch", "flwr", "transformers", "opacus", "dp_accounting", "scipy", "peft", "keyring")
+    heavy = {"torch", "flwr", "transformers", "opacus", "dp_accounting", "scipy", "peft", "keyring"}
+    heavy |= {"numpy", "httpx", "privet.server", "privet.experiments.cli", "privet.common.assets"}
     code = (
-        "import sys; from privet.client.cli import app\n"
-        "try: app(['status', '--json'])\n"
-        f"except SystemExit: print('HEAVY', sorted(set({heavy!r}) & set(sys.modules)))"
+        "import sys; from privet.experiments.main import run\n"
+        "run(['client', 'status', '--json'])\n"
+        f"print('HEAVY', sorted({heavy!r} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=place)

@@ -214,7 +214,7 @@ def test_every_error_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(main, "_command", lambda: Faults(error))
+    monkeypatch.setattr(main, "_command", lambda _: Faults(error))
     assert main.run(arguments) == code
     told = capsys.readouterr().err
     assert said in told
@@ -225,7 +225,7 @@ def test_every_error_is_told_in_one_line(
 def test_the_traceback_is_printed_only_with_v(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(main, "_command", lambda: Faults(RuntimeError("odd")))
+    monkeypatch.setattr(main, "_command", lambda _: Faults(RuntimeError("odd")))
     assert main.run(arguments) == 1
     assert "Traceback" in capsys.readouterr().err
     assert main.run(["simulate"]) == 1
