@@ -10,10 +10,10 @@ children as open file descriptors, never as files.
 import contextlib
 import ctypes
 import fcntl
+import importlib.util
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +41,8 @@ LIVED_S = 60.0  # a child that lived so long starts afresh with the shortest pau
 GRACE_S = 20.0
 TICK_S = 0.1
 PR_SET_PDEATHSIG = 1
+NODE = "from privet.client.node import main; main()  # flower-supernode"
+"""With the name that a list of processes is searched for."""
 
 Say = Callable[[str], None]
 
@@ -293,7 +295,7 @@ def node_spec(
     insecure: bool = False,
     extra: tuple[str, ...] = (),
 ) -> Spec:
-    """The stock SuperNode, which runs nothing itself: `--isolation process`.
+    """The installed SuperNode (`client/node.py`), which runs nothing itself: `--isolation process`.
 
     Args:
         server: the SuperLink's `host:port`.
@@ -308,12 +310,16 @@ def node_spec(
     every start ends with Flower's exit code 305 (status 1) until that time is over.
 
     Raises:
-        StateError: there is no `flower-supernode` beside this Python and none on PATH.
+        StateError: Flower is not installed.
         ConfigError: key or certificates given together with `insecure`.
     """
     if insecure and (key is not None or certificates is not None):
         raise ConfigError("without TLS a SuperNode takes no key and no certificates: leave them.")
-    command = [_program("flower-supernode"), "--superlink", server, "--isolation", "process"]
+    if importlib.util.find_spec("flwr") is None:
+        raise StateError(f"flwr was not found beside {sys.executable}: install privet again.")
+    # -P: what lies in the folder this was started from is not imported
+    command = [sys.executable, "-P", "-c", NODE]
+    command += ["--superlink", server, "--isolation", "process"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     given = {"--superexec-auth-secret-file": secret, "--auth-supernode-private-key": key}
     given["--root-certificates"] = certificates
@@ -332,14 +338,6 @@ def node_spec(
         longest_s=10.0,
         linger_s=1.5,  # it looks for replies to send every 0.5 s
     )
-
-
-def _program(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise StateError(f"{name} was not found beside {sys.executable} or on PATH: install flwr.")
-    return found
 
 
 def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -> str:

@@ -321,10 +321,9 @@ def test_without_tls_a_node_takes_no_key():
         node_spec("a:1", 2, key=b"key", certificates=None, secret=b"s", insecure=True)
 
 
-def test_a_device_without_flower_is_told_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StateError, match="flower-supernode was not found"):
+def test_a_device_without_flower_is_told_so(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(StateError, match="flwr was not found"):
         node_spec("a:1", 2, key=None, certificates=None, secret=b"s")
 
 
