@@ -104,7 +104,8 @@ def run_rounds(
         drawn = draw(len(there), asked, number, config.data.seed)
         cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter)
-        total, came, counts = _sum(ask, cohort, plan, state.adapter, folder)
+        phases: dict[str, float] = {}
+        total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
             "round": number,
             "asked": len(cohort),
@@ -126,6 +127,7 @@ def run_rounds(
             )
             state = State(number, adapter, memory)
         record["seconds"] = time.perf_counter() - began
+        record["phases"] = phases
         _keep(folder, config, run, layout, state, record)
         show(record)
     return state.adapter
@@ -168,6 +170,19 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
         grids[f"{block.name}_step"] = fine.grid.step
         grids[f"{block.name}_variance"] = fine.deviation**2
     return dataclasses.replace(plan, **grids)
+
+
+def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
+    """The same wire; how long each phase lasted, from its first message to its last reply."""
+
+    def asked(
+        phase: str, messages: Mapping[int, bytes], plan: Plan, start: Vector
+    ) -> Iterator[Reply]:
+        began = time.perf_counter()
+        yield from ask(phase, messages, plan, start)
+        seconds[phase] = time.perf_counter() - began
+
+    return asked
 
 
 def _sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path) -> Summed:

@@ -89,7 +89,8 @@ def asked(config: Config) -> list[int]:
 
 def without_seconds(folder: Path) -> list[dict[str, Any]]:
     lines = read_lines(folder / "rounds.jsonl")
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    times = ("seconds", "phases")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 # --- the mean ----------------------------------------------------------------------------------

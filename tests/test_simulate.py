@@ -153,7 +153,9 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "checkpoint": {k: v.tobytes() for k, v in load_file(run / CURRENT).items()},
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
-        "rounds": [{k: v for k, v in line.items() if k != "seconds"} for line in lines],
+        "rounds": [
+            {k: v for k, v in line.items() if k not in ("seconds", "phases")} for line in lines
+        ],
         "spent": spent,
         "evaluation": json.loads((run / "evaluation.json").read_text()),
         "summary": {key: value for key, value in summary.items() if key not in times},
