@@ -1,0 +1,221 @@
+"""A server and devices on this machine for the benchmarks: TLS, registered keys, own processes."""
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...client import join, sources
+from ...client import policy as policies
+from ...client.home import POLICY, Home
+from ...client.limits import Policy
+from ...client.unlock import Passphrase
+from ...common.assets import cache_folder
+from ...common.config import Config, parse
+from ...server import cli, enrolment, setup
+from .worker import Program, free_port, listening, program, wait_for
+
+__all__ = [
+    "Up",
+    "children",
+    "followed",
+    "homes",
+    "people",
+    "processor_s",
+    "quiet",
+    "run_config",
+    "server_up",
+    "tiny_model",
+]
+
+ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.experiments.main import main; main()"
+PASSPHRASE = "own"
+WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
+OWNER: Mapping[str, Mapping[str, Any]] = {
+    "budget": {"client": 1e5, "example": 1e5},
+    "limits": {"smallest_cohort": 3, "colluding": 0.0, "smallest_example_noise": 0.0},
+    "when": {"largest_load": 1000.0},
+    "resources": {"nice": 0},
+    "consent": {"ask": False},
+}
+
+
+@dataclass(frozen=True)
+class Up:
+    """A server that is up.
+
+    Attributes:
+        server: its folder.
+        address: where devices reach it: the proxy, or the SuperLink itself where there is no nginx.
+        authority: the certificate they trust there.
+        programs: `superlink`, `superexec` and, if there, `proxy`.
+        env: the environment these were started with.
+    """
+
+    server: setup.Server
+    address: str
+    authority: Path
+    programs: Mapping[str, Program]
+    env: dict[str, str]
+
+
+@contextmanager
+def server_up(folder: Path) -> Iterator[Up]:
+    """`privet server init` and `up`, in `folder / "server"`."""
+    server = setup.init(folder / "server", ["localhost"], port=free_port(), inner_port=free_port())
+    nginx = setup.find_nginx(cache_folder())
+    lines = dict(setup.commands(server, nginx))
+    if nginx is None:
+        del lines["proxy"]
+    env = {**os.environ, **setup.environment(server), "PYTHONUNBUFFERED": "1"}
+    programs: dict[str, Program] = {}
+    with ExitStack() as stack:
+        for name, line in lines.items():
+            programs[name] = stack.enter_context(program(list(line), env))
+            if name == "superlink":
+                wait_for(lambda: listening(server.inner), 90, "the SuperLink")
+        outside = f"localhost:{server.port}"
+        if nginx is None:
+            yield Up(server, server.inner, server.certificate("internal-ca.crt"), programs, env)
+        else:
+            wait_for(lambda: listening(outside), 30, "the proxy")
+            yield Up(server, outside, server.folder / "ca.crt", programs, env)
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def homes(folder: Path, up: Up, count: int, models: list[str]) -> list[Path]:
+    """So many devices with a few records each, joined and enrolled; nothing of them runs."""
+    found, cards = [], []
+    allowed = Policy.model_validate({**OWNER, "allowed": {"models": models}})
+    (folder / "pass").write_text(PASSPHRASE)
+    for number in range(count):
+        home, texts = folder / f"home{number}", folder / f"texts{number}"
+        texts.mkdir()
+        draw = random.Random(number)
+        lines = [" ".join(draw.choices(WORDS, k=40)) for _ in range(40)]
+        (texts / "notes.txt").write_text("\n\n".join(lines))
+        with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
+            (home / POLICY).write_text(policies.text(allowed))
+            join.join(made, join.Asked(up.address, up.authority, None, insecure=False))
+            sources.rescan(made, roots=[str(texts)])
+            cards.append(folder / f"card{number}.json")
+            cards[-1].write_text(made.card)
+        found.append(home)
+    enrolment.enrol(up.server, cards, quiet)
+    return found
+
+
+@contextmanager
+def people(homes: list[Path]) -> Iterator[list[Program]]:
+    """`privet client start` for each home, until the block ends."""
+    with ExitStack() as stack:
+        started = []
+        for home in homes:
+            command = [sys.executable, "-c", ENTRY, "client", "start", "--home", str(home)]
+            command += ["--passphrase-file", str(home.parent / "pass")]
+            env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            started.append(stack.enter_context(program(command, env)))
+        yield started
+
+
+def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) -> Config:
+    """A run of masked rounds of all devices; `changes` replace whole sections.
+
+    A sum needs all of three devices, of which none may collude: how long a round takes does not
+    depend on it.
+    """
+    table: dict[str, Any] = {
+        "name": name,
+        "data": {
+            "source": "devices",
+            "clients": count,
+            "records_per_client": 32,
+            "max_tokens": 16,
+            "task": "generation",
+        },
+        "model": {"base": base},
+        "adapter": {"rank": 16, "last_blocks": 4},
+        "training": {"batch_size": 4},
+        "rounds": {"count": rounds, "cohort": count, "timeout_s": 900.0, "answer_timeout_s": 600.0},
+        "head": {"enabled": False},
+        "privacy": {"budget": {"client": 1e5, "example": 1e5}},
+        "masking": {"survivors": 0.6, "colluding": 0.0, "smallest_cohort": 3},
+        "speed": {"threads": 1},
+    }
+    return parse({**table, **changes})
+
+
+def followed(
+    up: Up, config: Config, limit_s: float, began: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Starts a run, waits for its end; the records of its rounds."""
+    resolved = cli.prepare(up.server, config, resume=False)
+    place = up.server.folder / "runs" / resolved.name
+    number = enrolment.start_run(up.server, place)
+    began()
+    until, log = time.monotonic() + limit_s, place / "rounds.jsonl"
+    while True:
+        run = next(run for run in enrolment.runs(up.server) if run.run_id == number)
+        if run.over:
+            break
+        if time.monotonic() > until:
+            raise TimeoutError(f"the run {config.name} is not over after {limit_s:.0f} s")
+        time.sleep(1)
+    if run.status != "completed":
+        said = "".join(line for _, line in up.programs["superexec"].lines[-40:])
+        raise RuntimeError(f"the run {config.name} has {run.status}: {run.details}\n{said}")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def children(pid: int) -> list[int]:
+    """Every process below one, at any depth."""
+    found: list[int] = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *children(int(child))]
+    except OSError:
+        pass
+    return found
+
+
+def processor_s(pid: int) -> float:
+    """Processor seconds a process has used so far, all threads; 0 for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random decoder (width 32, four blocks): training it costs next to nothing."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    marks = ("[PAD]", "[UNK]", "<s>", "</s>")
+    numbers = {word: number for number, word in enumerate((*marks, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>",
+        eos_token="</s>",
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(1)
+    size = LlamaConfig(
+        vocab_size=len(numbers), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(size).save_pretrained(folder)
+    return folder
