@@ -226,6 +226,7 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
     from flwr.common.constant import ErrorCode, SubStatus
     from flwr.common.serde import context_from_proto
     from flwr.proto.runtime_pb2 import PullTaskInputRequest
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
     from flwr.supercore.task_identity import TaskIdentity
     from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
@@ -246,7 +247,13 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
         status, details = SubStatus.FAILED, FAILED
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=FAILED)
         reply = Message(failure, reply_to=_envelope(listed))
-    push_message(client, reply, context)
+    try:
+        push_message(client, reply, context)
+    except ObjectPushError:
+        # The SuperNode has sent what it had, the server wanted nothing of it, and the reply is
+        # forgotten: nobody waits for the rest. A task left open would end in 60 s with an error
+        # reply to whatever message of the run is in hand then.
+        say("a reply was not wanted any more: it came too late")
     push_task_output(client=client, context=context, sub_status=status, details=details)
 
 

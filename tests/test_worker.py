@@ -271,6 +271,26 @@ def test_a_worker_killed_while_it_takes_a_task_does_not_silence_the_node(order, 
     assert len(found) == (1 if order == "ours" else 0)
 
 
+def test_a_reply_that_came_too_late_leaves_no_open_task_behind(monkeypatch):
+    """An open one ends in 60 s, and answers for the messages that are in hand then."""
+    node = Node()
+
+    def not_wanted(*_: Any) -> bool:  # the server asks for no object: the node forgets the reply
+        names = [one.metadata.message_id for one in node.replies()]
+        node.state.delete_messages(message_ids=names)
+        return False
+
+    monkeypatch.setattr(node.state, "store_object", not_wanted)
+    with node.up(), working(node, answer) as lines:
+        late = node.give(1)
+        node.ended(late)
+        told(lines, 1)
+    assert "came too late" in lines[0]
+    monkeypatch.undo()
+    node.expire()
+    assert not node.replies()
+
+
 def test_a_task_in_hand_is_kept_alive(monkeypatch):
     monkeypatch.setattr(worker, "BEAT_S", 0.05)
     seen: list[bool] = []
