@@ -21,11 +21,13 @@ from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
 from .rounds import Reply, Show, run_rounds
+from .serving import alone
 
 app = ServerApp()
 
 POLL_S = 0.1
 HELLO_S = 10.0
+SPARE_S = 900.0
 WITH_ADAPTER = ("round", "vector")
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
             "this run has no folder: make one with `privet simulate CONFIG --prepare-only`, and "
             "name it with --run-config 'run=\"/absolute/path\"'"
         )
-    serve(grid, Path(str(folder)), print)
+    with alone(Path(str(folder)), context.run_id):
+        serve(grid, Path(str(folder)), print)
 
 
 def serve(grid: Grid, folder: Path, show: Show) -> None:
@@ -53,8 +56,8 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
 
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
         content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
-        outgoing = [Message(RecordDict(content), node, "query.hello") for node in nodes]
         limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
+        outgoing = [_sent(content, node, "query.hello", limit) for node in nodes]
         for message in exchange(grid, outgoing, limit):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
 
@@ -67,15 +70,14 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         common = {"plan": ConfigRecord(plan.to_dict())}
         if phase in WITH_ADAPTER:
             common["adapter"] = ArrayRecord({"vector": Array(start)})
-        outgoing = []
-        for number, message in messages.items():
-            protocol = ConfigRecord({"message": message, "client": number})
-            content = RecordDict({**common, "protocol": protocol})
-            outgoing.append(Message(content, crowd.accepted[number], f"train.{phase}"))
-        numbers = {node: number for number, node in crowd.accepted.items()}
         limit = config.rounds.timeout_s
         if phase not in WITH_ADAPTER:
             limit = min(limit, config.rounds.answer_timeout_s)
+        outgoing = []
+        for number, message in messages.items():
+            content = {**common, "protocol": ConfigRecord({"message": message, "client": number})}
+            outgoing.append(_sent(content, crowd.accepted[number], f"train.{phase}", limit))
+        numbers = {node: number for number, node in crowd.accepted.items()}
         for message in exchange(grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
@@ -87,9 +89,18 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     if config.data.source == DEVICES:
         content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
-        ends = [Message(RecordDict(content), node, "query.keep") for node in nodes]
+        ends = [_sent(content, node, "query.keep", config.rounds.timeout_s) for node in nodes]
         for _ in exchange(grid, ends, config.rounds.timeout_s):
             pass
+
+
+def _sent(content: Mapping[str, Any], node: int, kind: str, limit_s: float) -> Message:
+    """A message that a device which was away for long is not given any more.
+
+    A reply is refused where the device's clock is past the message's end. The SuperLink bears
+    clocks that differ by 305 s; the spare time is more.
+    """
+    return Message(RecordDict(dict(content)), node, kind, ttl=limit_s + SPARE_S)
 
 
 def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:

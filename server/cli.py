@@ -24,6 +24,7 @@ from ..common.files import explain_os_errors, read_lines, write_atomic
 
 if TYPE_CHECKING:
     from ..common.config import Config
+    from .control import Run
     from .setup import Server
 
 __all__ = ["app", "facts", "follow", "prepare", "supervise"]
@@ -34,6 +35,8 @@ LOG = "rounds.jsonl"
 LOOK_S = 0.5
 FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 1.0, 60.0, 30.0
 PATIENCE_S = 10.0
+SILENCE_S = 2.0  # a process that ends by itself tells Flower so, a moment after its lock is free
+TRIES = 5
 
 _Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The server's folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -137,8 +140,8 @@ def run(
     place = server.folder / "runs" / settings.name
     for warning in settings.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    going = next((r for r in control.runs(server) if r.folder == str(place) and not r.over), None)
-    flower = going.run_id if going else control.start_run(server, place)
+    going = _going(server, place)
+    flower = going if going is not None else control.start_run(server, place)
     print(
         f"run {settings.name}: {settings.rounds.count} rounds of {settings.rounds.cohort} devices"
     )
@@ -317,14 +320,19 @@ def _try_out(config: "Config") -> None:
 def follow(
     server: "Server", place: Path, flower: int, count: int, show: Callable[[str], None]
 ) -> None:
-    """Show each round as it ends, until the run ends; a SuperLink that restarts is waited for.
+    """Show each round as it ends, until the run ends.
+
+    A SuperLink that restarts is waited for. A run whose server process was lost (killed, or its
+    machine was) is started again from its last checkpoint, after 1, 2, 4 … s and `TRIES` times
+    without a round in between.
 
     Raises:
-        StateError: the run failed or was stopped.
+        StateError: the run was refused or stopped, or was lost too often.
     """
-    from . import control
+    from . import control, serving
 
-    shown, gone = 0, False
+    shown = failures = 0
+    gone, silent = False, 0.0
     while True:
         try:
             now = next((r for r in control.runs(server) if r.run_id == flower), None)
@@ -336,16 +344,59 @@ def follow(
         records = read_lines(place / LOG)  # after the status: the last round is never missed
         for record in records[shown:]:
             show(_line(record, count))
+        failures = 0 if len(records) > shown else failures
         shown = len(records)
-        if now is not None and now.over:
+        if now is not None and now.status == "completed":
             break
+        is_silent = now is not None and not now.over and serving.lost(place, flower)
+        silent = silent or time.monotonic() if is_silent else 0.0
+        is_lost = is_silent and time.monotonic() - silent >= SILENCE_S
+        if now is not None and (is_lost or now.over):
+            refused = serving.refusal(place, flower)
+            if refused or now.status == "stopped" or failures == TRIES:
+                raise _ended(place, now, refused)
+            failures += 1
+            flower = _again(server, place, flower, failures, show)
+            silent = 0.0
         time.sleep(LOOK_S)
-    if now.status != "completed":
-        raise StateError(
-            f"the run {place.name} {'was stopped' if now.status == 'stopped' else 'failed'}: "
-            f"{now.details or 'see logs/superexec.log'}; go on with --resume"
-        )
     show(f"done: {place / 'adapter'}")
+
+
+def _ended(place: Path, run: "Run", refused: str) -> StateError:
+    how = "was stopped" if run.status == "stopped" else "failed"
+    why = refused or run.details or "its server process ended without a word"
+    return StateError(
+        f"the run {place.name} {how}: {why}; see logs/superexec.log, and go on with --resume"
+    )
+
+
+def _again(
+    server: "Server", place: Path, flower: int, failures: int, show: Callable[[str], None]
+) -> int:
+    """Start a lost run again, as soon as the SuperLink answers; Flower's new id."""
+    from . import control
+
+    wait, told = FIRST_WAIT_S * 2 ** (failures - 1), ""
+    show(f"the run was lost; it goes on from its checkpoint in {wait:g} s ({failures} of {TRIES})")
+    while True:
+        time.sleep(wait)
+        try:
+            control.stop_run(server, flower)
+            # one that was started a moment ago, whose answer was lost
+            going = _going(server, place)
+            return going if going is not None else control.start_run(server, place)
+        except StateError as error:
+            if str(error) != told:
+                show(f"waiting: {error}")
+            wait, told = FIRST_WAIT_S, str(error)
+
+
+def _going(server: "Server", place: Path) -> int | None:
+    """Flower's id of the run that is going on in a folder."""
+    from . import control
+
+    found = (r for r in control.runs(server) if r.folder == str(place) and not r.over)
+    return next((run.run_id for run in found), None)
 
 
 def supervise(

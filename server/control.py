@@ -25,6 +25,7 @@ __all__ = [
     "register",
     "runs",
     "start_run",
+    "stop_run",
     "unregister",
 ]
 
@@ -177,6 +178,19 @@ def start_run(server: Server, folder: Path) -> int:
     if not answer.HasField("run_id"):
         raise StateError(f"the SuperLink at {server.inner} did not start the run; see its log")
     return int(answer.run_id)
+
+
+def stop_run(server: Server, run: int) -> None:
+    """Tell the SuperLink that a run is over, which may know it already.
+
+    Raises:
+        StateError: as `control`.
+    """
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    if any(one.run_id == run and not one.over for one in runs(server)):
+        with control(server) as client:
+            client.StopRun(StopRunRequest(run_id=run))
 
 
 def _bundle() -> str:

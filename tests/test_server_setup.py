@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import json
 import os
 import signal
 import stat
@@ -18,7 +19,7 @@ from privet.common.config import parse
 from privet.common.errors import AssetError, ConfigError, PrivetError, RunExists, StateError
 from privet.common.files import append_line
 from privet.common.keys import Directory, read_directory, write_directory
-from privet.server import cli, control, proxy, services, setup
+from privet.server import cli, control, proxy, services, serving, setup
 from privet.server.control import Run
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
@@ -337,13 +338,21 @@ def following(
     """What `follow` shows while the SuperLink tells these states, a round after each."""
     place.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
+    number = [7]
 
     def told(_: setup.Server) -> list[Run]:
         state = states.pop(0)
         append_line(place / "rounds.jsonl", record(3 - len(states)))
         if isinstance(state, Exception):
             raise state
-        return [Run(7, str(place), state, "a reason")]
+        return [Run(number[0], str(place), state, "a reason")]
+
+    def again(*_: object) -> int:
+        if states[0] == "away":
+            states.pop(0)
+            raise StateError("gone")
+        number[0] += 1
+        return number[0]
 
     monkeypatch.setattr(control, "runs", told)
     monkeypatch.setattr(cli, "LOOK_S", 0.0)
@@ -361,12 +370,69 @@ def test_following_shows_each_round_once_and_waits_for_a_superlink_that_restarts
     assert said[0] == "round 1/3  4 asked  3 came  1 declined  1.5 s"
 
 
-def test_a_run_that_fails_ends_with_the_reason(
+def serving_file(place: Path, run: int, refused: str) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    (place / serving.LOCK).write_text(json.dumps({"run": run, "refused": refused}))
+
+
+def test_a_run_that_privet_refuses_ends_with_its_own_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = made(tmp_path)
-    with pytest.raises(StateError, match=r"failed: a reason; go on with --resume"):
-        following(monkeypatch, server.folder / "runs" / "a", server, ["failed"])
+    place = server.folder / "runs" / "a"
+    serving_file(place, 7, "a round needs 3 devices")
+    with pytest.raises(StateError, match=r"failed: a round needs 3 devices; .*--resume"):
+        following(monkeypatch, place, server, ["failed"])
+
+
+def test_a_run_that_somebody_stopped_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    with pytest.raises(StateError, match=r"was stopped: a reason"):
+        following(monkeypatch, server.folder / "runs" / "a", server, ["stopped"])
+
+
+@pytest.mark.parametrize("how", ["failed", "running"])
+def test_a_run_whose_server_process_was_lost_is_started_again(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower says so after a minute; that nobody holds the lock is seen at once."""
+    server = made(tmp_path)
+    place = server.folder / "runs" / "a"
+    serving_file(place, 7, "")
+    said = following(monkeypatch, place, server, [how, "away", "running", "completed"])
+    assert [line.split()[0] for line in said] == [
+        "round", "the", "waiting:", "round", "round", "done:"
+    ]  # fmt: skip
+    assert "goes on from its checkpoint" in said[1]
+
+
+def test_a_run_that_is_lost_again_and_again_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    monkeypatch.setattr(cli, "read_lines", lambda _: [])
+    with pytest.raises(StateError, match="failed: a reason"):
+        following(monkeypatch, server.folder / "runs" / "a", server, ["failed"] * 6)
+
+
+def test_one_process_at_a_time_serves_a_run_folder(tmp_path: Path) -> None:
+    assert not serving.lost(tmp_path, 7)
+    with serving.alone(tmp_path, 7):
+        assert not serving.lost(tmp_path, 7)
+        with (
+            pytest.raises(StateError, match="another process serves"),
+            serving.alone(tmp_path, 8, patience_s=0),
+        ):
+            pass
+    assert serving.lost(tmp_path, 7)
+    assert not serving.lost(tmp_path, 8)
+    assert serving.refusal(tmp_path, 7) == ""
+    with pytest.raises(ConfigError), serving.alone(tmp_path, 9):
+        raise ConfigError("a sentence")
+    assert serving.refusal(tmp_path, 9) == "a sentence"
+    assert serving.refusal(tmp_path, 7) == ""
 
 
 def test_status_without_a_superlink_says_what_the_files_say(

@@ -18,7 +18,7 @@ from ...client.limits import Policy
 from ...client.unlock import Passphrase
 from ...common.assets import cache_folder
 from ...common.config import Config, parse
-from ...server import cli, enrolment, setup
+from ...server import cli, control, enrolment, services, setup
 from .worker import Program, free_port, listening, program, wait_for
 
 __all__ = [
@@ -70,10 +70,10 @@ def server_up(folder: Path) -> Iterator[Up]:
     """`privet server init` and `up`, in `folder / "server"`."""
     server = setup.init(folder / "server", ["localhost"], port=free_port(), inner_port=free_port())
     nginx = setup.find_nginx(cache_folder())
-    lines = dict(setup.commands(server, nginx))
+    lines = dict(services.commands(server, nginx))
     if nginx is None:
         del lines["proxy"]
-    env = {**os.environ, **setup.environment(server), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **services.environment(server), "PYTHONUNBUFFERED": "1"}
     programs: dict[str, Program] = {}
     with ExitStack() as stack:
         for name, line in lines.items():
@@ -160,11 +160,11 @@ def followed(
     """Starts a run, waits for its end; the records of its rounds."""
     resolved = cli.prepare(up.server, config, resume=False)
     place = up.server.folder / "runs" / resolved.name
-    number = enrolment.start_run(up.server, place)
+    number = control.start_run(up.server, place)
     began()
     until, log = time.monotonic() + limit_s, place / "rounds.jsonl"
     while True:
-        run = next(run for run in enrolment.runs(up.server) if run.run_id == number)
+        run = next(run for run in control.runs(up.server) if run.run_id == number)
         if run.over:
             break
         if time.monotonic() > until:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ...client.home import Home
 from ...client.unlock import Passphrase
-from ...server import enrolment, setup
+from ...server import control, services
 from .deployment import (
     ENTRY,
     PASSPHRASE,
@@ -93,7 +93,7 @@ def stock_exchanges(up: Up, folder: Path, exchanges: int) -> list[float]:
     # the SuperExec passes its environment on to the server's app
     env = up.env | {"PRIVET_LOOPBACK": json.dumps(given)}
     with ExitStack() as stack:
-        line = setup.commands(up.server)["superexec"]
+        line = services.commands(up.server)["superexec"]
         stack.enter_context(program(list(line), env))
         for number in range(DEVICES):
             command = [str(Path(sys.executable).parent / "flower-supernode")]
@@ -124,7 +124,7 @@ def _node_key(path: Path) -> bytes:
 def _registered(up: Up, key: bytes, name: str) -> int:
     from flwr.proto.control_pb2 import RegisterNodeRequest
 
-    with enrolment.control(up.server) as client:
+    with control.control(up.server) as client:
         answer = client.RegisterNode(RegisterNodeRequest(public_key=_pem(key), name=name))
     return int(answer.node_id)
 
@@ -151,7 +151,7 @@ def _start_sent(up: Up) -> None:
     files |= {"sent/server.py": SERVER, "sent/client.py": CLIENT}
     content, _ = build_fab_from_files({name: text.encode() for name, text in files.items()})
     fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
-    with enrolment.control(up.server) as client:
+    with control.control(up.server) as client:
         client.StartRun(StartRunRequest(fab=fab))
 
 
