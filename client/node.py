@@ -8,12 +8,18 @@ on any hardware, and Flower has no setting for it. Here both sleeps begin short 
 twentieth each time, up to Flower's own length: a wait is prolonged by about a twentieth of what it
 lasted, and a device that nobody asks is as quiet as Flower makes it, after one minute.
 
+And where Flower's SuperNode gives up, its process ends here. Flower's own goes on for ever, deaf:
+it gives up for good at a TLS handshake that was cut short (a network that breaks, a server that
+restarts), while its runtime API keeps the process alive, and no supervisor sees it.
+
 Nothing else is changed: Flower's code, protocol, keys and arguments. Should a later 1.41 hold its
 sleeps elsewhere, they stay as long as Flower made them; `tests/test_node.py` notices.
 """
 
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -52,14 +58,22 @@ class Waits:
 
 
 def main() -> None:
-    """`flower-supernode`, with these waits; does not return before the SuperNode ends."""
+    """`flower-supernode`, with these waits; ends the process when the SuperNode has ended."""
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
     if getattr(node, "time", None) is time:
         node.time = Waits()
     sys.argv[0] = PROGRAM
-    flower_supernode()
+    try:
+        flower_supernode()
+        print(f"{PROGRAM} has lost its server", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    # not `sys.exit`, which waits for the thread of the runtime API
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 if __name__ == "__main__":

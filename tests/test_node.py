@@ -69,3 +69,34 @@ def test_it_is_flowers_supernode_that_starts():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {PROGRAM}")
     assert "--auth-supernode-private-key" in done.stdout
+
+
+STUBBORN = """
+import threading, time
+import flwr.supernode.cli as cli
+def gives_up():
+    threading.Thread(target=time.sleep, args=(600,)).start()  # as the runtime API's, not a daemon
+    {}
+cli.flower_supernode = gives_up
+from privet.client.node import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "status"), [("", 1), ("raise OSError('broken')", 1), ("time.sleep(600)", None)]
+)
+def test_a_supernode_that_gives_up_ends_its_process(how: str, status: int | None):
+    command = [sys.executable, "-P", "-c", STUBBORN.format(how)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        if status is None:  # the contrast: one that has not given up goes on
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(3)
+        else:
+            said = process.communicate(timeout=60)[1]
+            assert process.returncode == status
+            assert "lost its server" in said or "broken" in said
+    finally:
+        process.kill()
+        process.communicate()
