@@ -18,7 +18,7 @@ from ...client.limits import Policy
 from ...client.unlock import Passphrase
 from ...common.assets import cache_folder
 from ...common.config import Config, parse
-from ...server import cli, control, enrolment, services, setup
+from ...server import cli, control, enrolment, proxy, services, setup
 from .worker import Program, free_port, listening, program, wait_for
 
 __all__ = [
@@ -69,7 +69,7 @@ class Up:
 def server_up(folder: Path) -> Iterator[Up]:
     """`privet server init` and `up`, in `folder / "server"`."""
     server = setup.init(folder / "server", ["localhost"], port=free_port(), inner_port=free_port())
-    nginx = setup.find_nginx(cache_folder())
+    nginx = proxy.find_nginx(cache_folder())
     lines = dict(services.commands(server, nginx))
     if nginx is None:
         del lines["proxy"]
