@@ -206,7 +206,7 @@ class Home:
     def leave(self) -> None:
         """Belong to no server; what was spent stays in the ledger, and so do the heads."""
         runs = [name for kind in RUN_ENTRIES for name in self.vault.names(kind)]
-        self.vault.put_all(dict.fromkeys(["joined", "directory", "node", *runs]))
+        self.vault.put_all(dict.fromkeys(["joined", "directory", *runs]))
 
     @property
     def directory(self) -> Directory:

@@ -38,8 +38,6 @@ ENTRY = "from privet.experiments.main import main; main()"
 SECRET_BYTES = 32
 LONGEST_SECRET = 1024
 DEFAULT_MINUTES = 15.0
-NODE = "node"
-"""The vault's entry of the id that the SuperLink gave this device's SuperNode."""
 
 Say = Callable[[str], None]
 
@@ -105,18 +103,17 @@ def work(folder: Path, passphrase: Path | None, port: int, secret: Path, say: Sa
         limit_process(resources)
         shared = _secret(secret)
         with Home.open(folder, unlock_of(folder, passphrase)) as home:
-            seat, place = OwnSeat(home), _Place(home, say)
+            seat = OwnSeat(home)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
             watcher.start()
             try:
                 worker.work(
                     f"127.0.0.1:{port}",
-                    handler(seat, busy, place.met),
+                    handler(seat, busy),
                     stop=stop,
                     secret=shared,
                     idle_s=60 * resources.idle_minutes,
                     on_idle=seat.rest,
-                    on_lost=place.lost,
                     say=say,
                 )
             finally:
@@ -124,45 +121,16 @@ def work(folder: Path, passphrase: Path | None, port: int, secret: Path, say: Sa
                 watcher.join()
 
 
-class _Place:
-    """The device's place at its SuperLink: its SuperNode's id, kept in the vault."""
-
-    def __init__(self, home: Home, say: Say) -> None:
-        self._home, self._say = home, say
-        self._node = int(home.vault.get(NODE) or 0)
-
-    def met(self, node: int) -> None:
-        """A message came for this node."""
-        if node != self._node:
-            self._home.vault.put(NODE, str(node).encode())
-            self._node = node
-
-    def lost(self) -> None:
-        """The SuperNode has ended; one that was killed could not give its place back."""
-        from .worker import hand_back
-
-        joined, key = self._home.joined, self._home.vault.get("node-key")
-        if joined is None or joined.insecure or key is None or not self._node:
-            return
-        if hand_back(joined.server, joined.ca.encode(), key, self._node):
-            self._say("the SuperNode had ended without a word; its place at the server is free")
-
-
-def handler(
-    seat: Any, busy: threading.Lock, met: Callable[[int], None] = lambda _: None
-) -> Callable[[Any, Any], Any]:
+def handler(seat: Any, busy: threading.Lock) -> Callable[[Any, Any], Any]:
     """What the worker calls with each message; `busy` is held meanwhile.
-
-    `met` gets the id of the SuperNode the message came for.
 
     The app is imported with the first message, so that a worker nobody asks stays small.
     """
 
-    def handle(message: Any, _: Any) -> Any:
+    def handle(message: Any, _context: Any) -> Any:
         with busy:
             from .app import answer, greet
 
-            met(message.metadata.dst_node_id)
             if message.metadata.message_type == "query.hello":
                 return greet(message, seat)
             return answer(message, seat)

@@ -25,15 +25,7 @@ from typing import Any
 
 from ..common.errors import ConfigError
 
-__all__ = [
-    "FAILED",
-    "FLOWER",
-    "hand_back",
-    "pause_s",
-    "refuse_other_flower",
-    "release_memory",
-    "work",
-]
+__all__ = ["FAILED", "FLOWER", "pause_s", "refuse_other_flower", "release_memory", "work"]
 
 FLOWER = "1.41"
 FAILED = "this device could not take part; the reason is in its own log"
@@ -45,7 +37,6 @@ QUICKEST_S, SLOWEST_S = 0.05, 1.0
 LISTED_S = 2.0  # how long a task may be without its message: Flower makes the task first
 BEAT_S = 10.0  # Flower forgets a task after 30 s without a sign of life, then after 60 s
 TIMEOUT_S = 30.0
-HAND_BACK_S = 2.0  # less than a SuperNode needs to be there again
 
 
 def _say(line: str) -> None:
@@ -61,7 +52,6 @@ def work(
     certificates: bytes | None = None,
     idle_s: float = 600.0,
     on_idle: Callable[[], None] = lambda: None,
-    on_lost: Callable[[], None] = lambda: None,
     say: Say = _say,
 ) -> None:
     """Answers the SuperNode's messages, one at a time, until `stop` is set.
@@ -77,7 +67,6 @@ def work(
             loopback may use.
         idle_s, on_idle: called once when no task has come for so many seconds; the caller lets
             its model go there, then freed memory goes back to the system.
-        on_lost: called once when a SuperNode that answered has ended: nobody listens in its place.
         say: gets one line per event, without private data.
 
     A SuperNode that is away (not yet started, restarting) is waited for, without an end. An error
@@ -94,13 +83,10 @@ def work(
     """
     refuse_other_flower()
     node = _connect(address, secret, certificates)
-    last, rested, away, there = time.monotonic(), False, 0, False
+    last, rested, away = time.monotonic(), False, 0
     try:
         while not stop.is_set():
-            served, away, gone = _next(node, handle, stop, away, say)
-            if there and gone:
-                on_lost()
-            there = not gone and (there or not away)
+            served, away = _next(node, handle, stop, away, say)
             quiet = time.monotonic() - last
             if served:
                 last, rested = time.monotonic(), False
@@ -120,42 +106,6 @@ def pause_s(quiet_s: float) -> float:
     50 ms in a run's first quiet minute, 0.2 s after four, 1 s from twenty minutes on.
     """
     return min(SLOWEST_S, max(QUICKEST_S, quiet_s / 1200))
-
-
-def hand_back(server: str, certificates: bytes, key: bytes, node: int) -> bool:
-    """Tells the SuperLink that this device's SuperNode has ended; whether it took note.
-
-    A SuperNode that was killed could not say so itself. The SuperLink takes it for online for 60 s
-    more, and refuses the one that is started in its place.
-
-    Args:
-        server: the SuperLink's `host:port`.
-        certificates: PEM of the CA it must be signed by.
-        key: the device's node key, an OpenSSH ECDSA private key.
-        node: the id by which the SuperLink knows the node.
-
-    Edge case: a SuperNode that has been started again meanwhile is taken for offline until its next
-    sign of life, at most 30 s.
-    """
-    import httpx
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    private: Any = load_ssh_private_key(key, None)
-    signed = NodeAuthHttpInterceptor(private, private.public_key())
-    named = RuntimeVersionHttpInterceptor(component_name="SuperNode")
-    client = FleetHttpClient.from_server_address(server, False, certificates, [named, signed])
-    client._client.timeout = httpx.Timeout(HAND_BACK_S)
-    try:
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
-    except (httpx.HTTPError, ValueError):
-        return False
-    finally:
-        client.close()
-    return True
 
 
 def refuse_other_flower(installed: str | None = None) -> None:
@@ -240,12 +190,8 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
 
 def _next(
     node: _Node, handle: Handle, stop: threading.Event, away: int, say: Say
-) -> tuple[bool, int, bool]:
-    """Serves a task if there is one.
-
-    Returns:
-        Whether it did, how often in a row the node did not answer, and whether nobody listens.
-    """
+) -> tuple[bool, int]:
+    """Serves a task if there is one; whether it did, and how often the node was away in a row."""
     import httpx
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
@@ -256,11 +202,11 @@ def _next(
     except (httpx.HTTPError, ValueError) as error:
         if not away:
             say(f"the SuperNode does not answer ({_why(error)}); waiting for it")
-        return False, min(away + 1, 10), isinstance(error, httpx.ConnectError)
+        return False, min(away + 1, 10)
     if away:
         say("the SuperNode answers again")
     if not found.token:
-        return False, 0, False
+        return False, 0
     node.badge.token = found.token
     try:
         with _heartbeat(node.client):
@@ -271,7 +217,7 @@ def _next(
         say(f"a message was left without a reply: {_where(error)}")
     finally:
         node.badge.token = ""
-    return True, 0, False
+    return True, 0
 
 
 def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None:
