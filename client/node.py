@@ -12,6 +12,10 @@ And where Flower's SuperNode gives up, its process ends here. Flower's own goes 
 it gives up for good at a TLS handshake that was cut short (a network that breaks, a server that
 restarts), while its runtime API keeps the process alive, and no supervisor sees it.
 
+A SuperNode that is killed cannot say so, the SuperLink takes it for online for 60 s more, and
+refuses the next one with the same key. So a node writes down its id, in memory that the supervisor
+holds, and the next one, which the supervisor starts only when it is dead, ends its place.
+
 Nothing else is changed: Flower's code, protocol, keys and arguments. Should a later 1.41 hold its
 sleeps elsewhere, they stay as long as Flower made them; `tests/test_node.py` notices.
 """
@@ -22,14 +26,20 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["PROGRAM", "Waits", "main"]
+__all__ = ["PROGRAM", "Waits", "main", "taking_over"]
 
 PROGRAM = "flower-supernode"
 NO_MESSAGE_S = 3.0
 GROWTH = 1.05
 FIRST_S = {NO_MESSAGE_S: 0.1, 0.5: 0.02}
 """Flower's sleep -> the first of a row in its place, seconds."""
+DIGITS = 20
+"""Of a node's id, 64 bits; always all of them, so that a shorter id leaves no rest of another."""
+
+Activate = Callable[[Any, Any], Any]
+Deactivate = Callable[[Any, int], None]
 
 
 @dataclass
@@ -57,13 +67,42 @@ class Waits:
         self._next = min(self._next * GROWTH, seconds)
 
 
-def main() -> None:
-    """`flower-supernode`, with these waits; ends the process when the SuperNode has ended."""
+def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:
+    """`activate`, but where it is refused it ends the place of the node before, and tries again.
+
+    Args:
+        activate: a request's client and the request -> the response, with the node's id.
+        deactivate: by client and node id.
+        place: descriptor of the id of the node before this one, which is dead; nothing: none.
+    """
+
+    def activated(client: Any, request: Any) -> Any:
+        before = os.pread(place, DIGITS, 0)
+        try:
+            found = activate(client, request)
+        except Exception as refused:
+            if not before.isdigit() or not hasattr(refused, "response"):
+                raise
+            deactivate(client, int(before))
+            found = activate(client, request)
+        os.pwrite(place, str(found.node_id).zfill(DIGITS).encode(), 0)
+        return found
+
+    return activated
+
+
+def main(place: int | None = None) -> None:
+    """`flower-supernode`, with these waits; ends the process when the SuperNode has ended.
+
+    `place`: an open descriptor that the supervisor keeps, of an empty file at first.
+    """
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
     if getattr(node, "time", None) is time:
         node.time = Waits()
+    if place is not None:
+        _take_over(place)
     sys.argv[0] = PROGRAM
     try:
         flower_supernode()
@@ -74,6 +113,17 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+
+
+def _take_over(place: int) -> None:
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
+
+    def deactivate(client: Any, node: int) -> None:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+    activate: Any = taking_over(Fleet.ActivateNode, deactivate, place)
+    setattr(Fleet, "ActivateNode", activate)  # noqa: B010  (mypy knows it as a method)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ LIVED_S = 60.0  # a child that lived so long starts afresh with the shortest pau
 GRACE_S = 20.0
 TICK_S = 0.1
 PR_SET_PDEATHSIG = 1
-NODE = "from privet.client.node import main; main()  # flower-supernode"
+NODE = "from privet.client.node import main; main({})  # flower-supernode"
 """With the name that a list of processes is searched for."""
 
 Say = Callable[[str], None]
@@ -306,8 +306,8 @@ def node_spec(
         insecure: no TLS; for tests on one machine.
         extra: more arguments of `flower-supernode`.
 
-    Its longest pause is 10 s: for 60 s after a crash the SuperLink takes the node for alive, and
-    every start ends with Flower's exit code 305 (status 1) until that time is over.
+    Its longest pause is 10 s: for 60 s after a crash of this process too, the SuperLink takes the
+    node for alive, and every start ends with Flower's exit code 305 (status 1) until that is over.
 
     Raises:
         StateError: Flower is not installed.
@@ -318,12 +318,12 @@ def node_spec(
     if importlib.util.find_spec("flwr") is None:
         raise StateError(f"flwr was not found beside {sys.executable}: install privet again.")
     # -P: what lies in the folder this was started from is not imported
-    command = [sys.executable, "-P", "-c", NODE]
+    descriptors = [_unlinked_file(b"")]  # the node writes its id there, for the one after it
+    command = [sys.executable, "-P", "-c", NODE.format(descriptors[0])]
     command += ["--superlink", server, "--isolation", "process"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     given = {"--superexec-auth-secret-file": secret, "--auth-supernode-private-key": key}
     given["--root-certificates"] = certificates
-    descriptors = []
     for option, data in given.items():
         if data is not None:
             descriptors.append(as_file_descriptor(data))

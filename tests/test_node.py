@@ -1,14 +1,18 @@
 """The SuperNode's two sleeps, and nothing else of it, are privet's."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from privet.client.node import GROWTH, NO_MESSAGE_S, PROGRAM, Waits
+from privet.client.node import GROWTH, NO_MESSAGE_S, PROGRAM, Waits, taking_over
 
 
 def row(seconds: float, count: int, waits: "Waits | None" = None) -> list[float]:
@@ -100,3 +104,59 @@ def test_a_supernode_that_gives_up_ends_its_process(how: str, status: int | None
     finally:
         process.kill()
         process.communicate()
+
+
+class Refused(Exception):
+    """As httpx's, of a request that was answered."""
+
+    response = "403"
+
+
+class Link:
+    """A SuperLink that knows one key: nobody is activated while the place is taken."""
+
+    def __init__(self, *, taken: bool) -> None:
+        self.taken, self.ended = taken, list[int]()
+
+    def activate(self, _: object, request: str) -> SimpleNamespace:
+        if request == "no network":
+            raise OSError(request)
+        if self.taken:
+            raise Refused
+        self.taken = True
+        return SimpleNamespace(node_id=77)
+
+    def deactivate(self, _: object, node: int) -> None:
+        self.ended.append(node)
+        self.taken = False
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / "place", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_a_node_takes_the_place_of_the_one_that_was_killed(place: int):
+    link = Link(taken=False)
+    activate = taking_over(link.activate, link.deactivate, place)
+    assert activate(None, "first").node_id == 77
+    assert link.ended == []
+    assert activate(None, "second").node_id == 77  # the first was killed
+    assert link.ended == [77]
+
+
+def test_a_node_without_one_before_it_ends_nobodys_place(place: int):
+    link = Link(taken=True)
+    with pytest.raises(Refused):
+        taking_over(link.activate, link.deactivate, place)(None, "first")
+    assert link.ended == []
+
+
+def test_a_network_that_is_away_is_no_refusal(place: int):
+    os.pwrite(place, b"77", 0)
+    link = Link(taken=True)
+    with pytest.raises(OSError, match="no network"):
+        taking_over(link.activate, link.deactivate, place)(None, "no network")
+    assert link.ended == []
