@@ -1,0 +1,252 @@
+"""Real devices under chaos: whatever dies, the run ends right or says why, and nothing is spent
+twice or lost.
+
+One fleet serves all fast tests: SuperLink, SuperExec and four devices, each with SuperNode and
+worker, on loopback over TLS with registered keys.
+"""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from privet.client import device as devices
+from privet.client.home import ME, Home
+from privet.client.policy import own_config
+from privet.client.seat import OwnDesk
+from privet.client.training import Trainer
+from privet.common import config as settings
+from privet.common.adapter import shared
+from privet.common.config import Config
+from privet.common.encoding import unpack
+from privet.common.files import read_lines
+from privet.common.plan import Plan
+from privet.server import aggregation, checkpoint
+from privet.server.rounds import LOG, _noised_mean, make_plan
+
+from .fleet import Fleet, Person, running, until
+
+TARGETS = ("worker", "supernode", "superlink", "superexec", "serverapp")
+HOME_FILES = {"policy.toml", "vault.sqlite", "vault.sqlite-wal", "vault.sqlite-shm", "key.json"}
+
+
+class Unspent:
+    """A ledger that allows everything, for recomputing what was released."""
+
+    def resend(self, *_: object) -> None:
+        """Nothing was released."""
+
+    check = commit = resend
+
+
+@dataclass(frozen=True, eq=False)
+class Again(OwnDesk):
+    """The device's desk, with nothing spent."""
+
+    @property
+    def ledger(self) -> Any:
+        return Unspent()
+
+
+def contribution(
+    home: Home, config: Config, plan: Plan, start: NDArray[np.float32]
+) -> NDArray[np.uint32]:
+    """What this device gives to a round, with the test seed; before the masks."""
+    own = own_config(home.policy, config)
+    desk = Again(home, plan.run, own, Trainer.of(shared(own), own.speed.cache_mb), 0)
+    payload = devices._answer(devices.Device(ME, desk), plan, start)
+    return unpack(payload, plan.length(len(start)), plan.bits)
+
+
+def retrace(fleet: Fleet, config: Config) -> list[frozenset[int]]:
+    """Recomputes a run from the devices' own records; whose sum each round's step was.
+
+    The server's adapter must be what some devices, as many as the round's record says, gave: bit
+    for bit.
+    """
+    place = fleet.place(config)
+    config = settings.read(place / "config.toml")
+    run = (place / "run-id").read_text().strip()
+    adapter = shared(config)
+    layout, start = adapter.layout.digest, adapter.start
+    memory = aggregation.begin(config.rounds, len(start))
+    records = read_lines(place / LOG)
+    assert [record["round"] for record in records] == list(range(1, config.rounds.count + 1))
+    found = []
+    for record in records:
+        plan = make_plan(config, run, record["round"], layout, start)
+        if record["void"]:
+            found.append(frozenset[int]())
+            continue
+        given = {}
+        for person in fleet.people:
+            with person.open() as home:
+                given[person.number] = contribution(home, config, plan, start)
+        who, mean = of_whom(given, record, plan, config)
+        start, memory = aggregation.apply(config.rounds, memory, start, mean)
+        found.append(who)
+    kept = checkpoint.load(place, run=run, config_hash=config.digest, layout=layout)
+    assert kept is not None
+    assert kept.round == config.rounds.count
+    np.testing.assert_array_equal(kept.adapter, start)
+    assert (place / "adapter" / "adapter_model.safetensors").is_file()
+    return found
+
+
+def of_whom(
+    given: Mapping[int, NDArray[np.uint32]], record: Mapping[str, Any], plan: Plan, config: Config
+) -> tuple[frozenset[int], NDArray[np.float64]]:
+    """The devices whose sum the server has applied."""
+    for who in itertools.combinations(given, record["answered"]):
+        total = np.sum([given[one] for one in who], axis=0, dtype=np.uint32)
+        wrapped = np.asarray(total & np.uint32(2**plan.bits - 1), np.uint32)
+        mean, _ = _noised_mean(wrapped, plan, config.insecure_test_seed)
+        if float(np.linalg.norm(mean)) == record["mean_norm"]:
+            return frozenset(who), mean
+    raise AssertionError(f"round {record['round']}: nobody's sum is what the server applied")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a device must not lose."""
+
+    identity: bytes
+    card: str
+    rows: Sequence[str]
+    sent: int
+    entries: Mapping[str, bytes]
+
+
+def kept(person: Person) -> Kept:
+    """Of a home that opens, whose ledger verifies, and that holds nothing half-written."""
+    names = {path.name for path in person.home.iterdir()}
+    assert names - HOME_FILES <= {"worker.lock"}, names
+    with person.open() as home:
+        rows = home.ledger.rows(ME)  # verifies the chain
+        sent = home.outbox()
+        heads = {name: home.vault.get(name) or b"" for name in home.vault.names("heads/")}
+        released = [(one.run, one.round) for one in sent if one.phase == "vector"]
+        charged = [(row.run, row.round) for row in rows]
+        assert len(set(charged)) == len(charged), "a release is counted once"
+        assert set(released) <= set(charged), "nothing leaves that is not in the ledger"
+        assert [one.seq for one in sent] == list(range(1, len(sent) + 1))
+        hashes = [row.hash for row in rows]
+        return Kept(home.identity.public, home.card, hashes, len(sent), heads)
+
+
+def nothing_lost(before: Kept, after: Kept) -> None:
+    """Identity, head and ledger are what they were, or have grown."""
+    assert (after.identity, after.card) == (before.identity, before.card)
+    assert after.rows[: len(before.rows)] == before.rows
+    assert after.sent >= before.sent
+    assert after.entries.items() >= before.entries.items()
+
+
+class Run:
+    """`privet server run`, and what it has said so far."""
+
+    def __init__(self, fleet: Fleet, config: Config, *more: str) -> None:
+        self.fleet, self.config = fleet, config
+        self.process, self.lines = fleet.run(config, *more), list[str]()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    @property
+    def over(self) -> bool:
+        """Whether the command has ended."""
+        return self.process.poll() is not None
+
+    def rounds(self) -> list[Any]:
+        """The log so far."""
+        return read_lines(self.fleet.place(self.config) / LOG)
+
+    def ended(self, seconds: float) -> int:
+        """Its exit code."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            said = "\n".join(self.lines)
+            raise AssertionError(f"no end in {seconds:g} s:\n{said}\n{self.fleet.said()}") from None
+        self._reader.join(5)
+        return code
+
+
+def killed(fleet: Fleet, target: str, draw: random.Random) -> str:
+    """SIGKILL, once the target is there; who it was."""
+    if target in ("worker", "supernode"):
+        person = draw.choice(fleet.people)
+        words = {"worker": "client work", "supernode": "flower-supernode"}[target]
+        pid = until(lambda: person.pid(words), 30, f"the {target} of device {person.number}")
+        os.kill(pid, signal.SIGKILL)
+        return f"{target} of device {person.number}"
+    pid = until(lambda: fleet.pid(target), 60, target)
+    os.kill(pid, signal.SIGKILL)
+    return target
+
+
+def storm(fleet: Fleet, seed: int, *, cut_s: tuple[float, float], rounds: int) -> list[str]:
+    """One run in which everything dies once, at a random moment, and one device's wire is cut."""
+    draw = random.Random(seed)
+    config = fleet.config(f"storm-{seed}", count=rounds)
+    before = [kept(person) for person in fleet.people]
+    until(lambda: fleet.online() == len(fleet.people), 120, "all devices online")
+    run, began, done = Run(fleet, config), time.monotonic(), list[str]()
+    until(lambda: fleet.pid("serverapp") or run.over, 60, "the ServerApp")
+    targets = draw.sample([*TARGETS, "wire"], len(TARGETS) + 1)
+    for number, target in enumerate(targets):
+        over = number * rounds // len(targets)
+        until(lambda: len(run.rounds()) >= over or run.over, 240, f"{over} rounds")  # noqa: B023
+        time.sleep(draw.uniform(0.0, 5.0))
+        if run.over:
+            break
+        if target == "wire":
+            person, seconds = draw.choice(fleet.people), draw.uniform(*cut_s)
+            how = draw.choice([person.wire.cut, person.wire.stall])
+            how()
+            threading.Timer(seconds, person.wire.resume).start()
+            who = f"wire of device {person.number} for {seconds:.0f} s"
+        else:
+            who = killed(fleet, target, draw)
+        done.append(f"{time.monotonic() - began:5.1f} s {len(run.rounds())} rounds: {who}")
+    code = run.ended(400)
+    said = [f"{time.monotonic() - began:5.1f} s ended", *run.lines]
+    print("\n".join([*done, *said]))
+    assert code == 0, "\n".join([*done, *said, fleet.said()])
+    print([sorted(one) for one in retrace(fleet, config)])
+    for person, one in zip(fleet.people, before, strict=True):
+        nothing_lost(one, kept(person))
+    return done
+
+
+@pytest.fixture(scope="module")
+def fleet(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Up for all tests of this file."""
+    with running(tmp_path_factory.mktemp("fleet"), llama_folder) as found:
+        yield found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_killed_the_run_ends_right_and_nothing_is_lost(fleet: Fleet, seed: int):
+    storm(fleet, seed, cut_s=(3.0, 6.0), rounds=5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(3, 33))
+def test_whatever_is_killed_over_thirty_seeds(fleet: Fleet, seed: int):
+    storm(fleet, seed, cut_s=(5.0, 90.0), rounds=5)
