@@ -113,6 +113,11 @@ def train(
         The delta as the sum of the steps, because the difference of two rounded adapters would be
         off by more than a small step allows; and the statistics of the first step's batch.
 
+    **Guarantee**: both are finite, whatever adapter a server sends. It could choose one that
+    overflows with some words and not with others, and a device that declined for that would tell
+    its words, at no cost and as often as it is asked. So a record whose gradient is not finite
+    counts as none, a loss that is not as the largest, a delta that still is not as zero.
+
     Raises:
         AdapterError: an adapted layer does not see records one by one.
     """
@@ -132,14 +137,17 @@ def train(
         losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * _gradient(adapter)
     optimizer.zero_grad(set_to_none=True)
-    return Trained(delta.astype(np.float32), _statistics(losses[0], plan))
+    with np.errstate(over="ignore"):
+        rounded = delta.astype(np.float32)
+    usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
+    return Trained(usable, _statistics(losses[0], plan))
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
     """Losses under the start adapter, shape (records,) -> the block of losses."""
     if not plan.losses_bound:
         return np.zeros(0)
-    bounded = np.clip(losses / plan.losses_bound, 0.0, 1.0)
+    bounded = np.clip(np.nan_to_num(losses / plan.losses_bound, nan=1.0), 0.0, 1.0)
     return np.array([bounded.sum(), len(losses)]) / plan.batch_size
 
 
@@ -191,6 +199,7 @@ def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: P
             losses.sum().backward()
             seen += losses.tolist()
             _refuse_mixed(trainer.adapter, len(chunk))
+            _silence(trainer.adapter)
         else:
             for _name, parameter in trainer.adapter.parameters:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
@@ -210,6 +219,18 @@ def _refuse_mixed(adapter: Adapter, records: int) -> None:
                 "cannot be clipped; leave it out of adapter.modules, or set "
                 "privacy.example.enabled = false"
             )
+
+
+def _silence(adapter: Adapter) -> None:
+    """A record whose gradient is not finite gives none, and takes no other's with it."""
+    found: list[torch.Tensor] = [
+        parameter.grad_sample  # type: ignore[attr-defined]
+        for _, parameter in adapter.parameters
+    ]
+    whole = torch.stack([rows.flatten(1).isfinite().all(1) for rows in found]).all(0)
+    if not whole.all():
+        for rows in found:
+            rows[~whole] = 0.0
 
 
 def _plain_step(

@@ -464,13 +464,41 @@ def test_a_clip_that_never_binds_gives_plain_sgd(texts):
     assert np.allclose(run(texts, own, plan(record_clip=1e4), start), plain, rtol=1e-3, atol=1e-5)
 
 
-def test_a_record_whose_gradient_is_not_finite_makes_the_delta_not_finite(labels):
-    """The gate refuses it; one client's NaN must never look like a small contribution."""
+def test_a_record_whose_gradient_is_not_finite_counts_as_none_and_spares_the_others(labels):
+    settings = plan(record_noise=0.0, rate=1.0)
+    wanted = run(labels, records(20), settings)
     for label in (float("nan"), float("inf")):
-        for noise in (0.0, 0.5):
-            own = [*records(20), Tokenised((6, 7, 8), label)]
-            assert not np.isfinite(run(labels, own, plan(record_noise=noise))).all()
-    assert np.isfinite(run(labels, records(20), plan(record_noise=0.5))).all()
+        own = [*records(20), Tokenised((6, 7, 8), label)]
+        assert np.allclose(run(labels, own, settings), wanted, atol=1e-6)
+    assert np.linalg.norm(wanted) > 0.01
+
+
+def test_no_adapter_that_a_server_sends_makes_a_device_decline_for_its_words(texts):
+    """From 1e18 on squares overflow, with some words and not with others: a decline would tell."""
+    direction = np.random.default_rng(0).normal(size=len(texts.adapter.start))
+    words = [Tokenised((4, word, 5)) for word in range(6, 26)]
+    parameters = [parameter for _, parameter in texts.adapter.parameters]
+    told = []
+    for size in np.geomspace(2e18, 2e19, 25):
+        start = (size * direction).astype(np.float32)
+        texts.adapter.write(start)
+        texts.hooked.hooks_enabled = False
+        finite = [_is_finite(training._losses(texts, [word]), parameters) for word in words]
+        told.append(sum(finite))
+        if not 0 < told[-1] < len(words):
+            continue
+        for settings in (plan(record_clip=0.0), plan(losses_bound=1.0)):
+            for word in (words[finite.index(True)], words[finite.index(False)]):
+                drawn = {"batches": np.random.default_rng(1), "source": TestSource(1, "noise")}
+                made = train(texts, start, [word], settings, **drawn)
+                assert np.isfinite(made.delta).all()
+                assert np.isfinite(made.statistics).all()
+    assert any(0 < count < len(words) for count in told)
+
+
+def _is_finite(losses, parameters):
+    found = torch.autograd.grad(losses.sum(), parameters)
+    return all(bool(piece.isfinite().all()) for piece in found)
 
 
 def test_an_interrupted_step_leaves_nothing_to_the_next_client(texts, monkeypatch):
