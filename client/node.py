@@ -6,7 +6,8 @@ Flower 1.41's SuperNode sleeps 3 s whenever no message waits for it, and looks f
 0.5 s. A masked round has five exchanges, so a round in which nothing is computed would last 15 s,
 on any hardware, and Flower has no setting for it. Here both sleeps begin short and grow by a
 twentieth each time, up to Flower's own length: a wait is prolonged by about a twentieth of what it
-lasted, and a device that nobody asks is as quiet as Flower makes it, after one minute.
+lasted, and a device that nobody asks is as quiet as Flower makes it, after one minute. A SuperLink
+that takes long to answer is asked less: at most an eleventh of the time, for each device.
 
 And where Flower's SuperNode gives up, its process ends here. Flower's own goes on for ever, deaf:
 it gives up for good at a TLS handshake that was cut short (a network that breaks, a server that
@@ -33,6 +34,7 @@ __all__ = ["PROGRAM", "Waits", "main", "taking_over"]
 PROGRAM = "flower-supernode"
 NO_MESSAGE_S = 3.0
 GROWTH = 1.05
+PATIENCE = 10
 FIRST_S = {NO_MESSAGE_S: 0.1, 0.5: 0.02}
 """Flower's sleep -> the first of a row in its place, seconds."""
 DIGITS = 20
@@ -46,12 +48,15 @@ Deactivate = Callable[[Any, int], None]
 class Waits:
     """Stands for the module `time` in Flower's SuperNode: `sleep` is its own, the rest is `time`'s.
 
-    A row of sleeps for one reason ends with the first sleep for another.
+    A row of sleeps for one reason ends with the first sleep for another. Within a row the time
+    between two sleeps is what one question took.
     """
 
     pause: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
     _reason: float = field(default=0.0, init=False)
     _next: float = field(default=0.0, init=False)
+    _woke: float = field(default=0.0, init=False)
 
     def __getattr__(self, name: str) -> object:
         return getattr(time, name)
@@ -61,10 +66,14 @@ class Waits:
         if seconds not in FIRST_S:
             self.pause(seconds)
             return
-        if seconds != self._reason:
+        asked = 0.0
+        if seconds == self._reason:
+            asked = self.clock() - self._woke
+        else:
             self._reason, self._next = seconds, FIRST_S[seconds]
-        self.pause(min(self._next, seconds))
+        self.pause(min(max(self._next, PATIENCE * asked), seconds))
         self._next = min(self._next * GROWTH, seconds)
+        self._woke = self.clock()
 
 
 def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:

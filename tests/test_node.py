@@ -15,10 +15,15 @@ import pytest
 from privet.client.node import GROWTH, NO_MESSAGE_S, PROGRAM, Waits, taking_over
 
 
+def still(slept: list[float]) -> Waits:
+    """Waits of a node whose questions take no time."""
+    return Waits(pause=slept.append, clock=lambda: 0.0)
+
+
 def row(seconds: float, count: int, waits: "Waits | None" = None) -> list[float]:
     """The first sleeps of a row."""
     slept: list[float] = []
-    waits = waits or Waits(pause=slept.append)
+    waits = waits or still(slept)
     for _ in range(count):
         waits.sleep(seconds)
     return slept
@@ -42,16 +47,24 @@ def test_a_device_that_nobody_asks_is_as_quiet_as_flower_makes_it_after_a_minute
 
 def test_a_message_in_hand_makes_the_node_quick_again():
     slept: list[float] = []
-    waits = Waits(pause=slept.append)
+    waits = still(slept)
     row(NO_MESSAGE_S, 100, waits)
     waits.sleep(0.5)
     waits.sleep(NO_MESSAGE_S)
     assert slept[-3:] == [NO_MESSAGE_S, 0.02, 0.1]
 
 
+def test_a_superlink_that_answers_slowly_is_asked_less():
+    moments = iter([0.0, 0.02, 0.1, 0.15, 1.0, 1.2, 2.0, 2.4, 3.0])
+    slept: list[float] = []
+    waits = Waits(pause=slept.append, clock=lambda: next(moments))
+    row(NO_MESSAGE_S, 5, waits)
+    assert slept == pytest.approx([0.1, 0.2, 0.5, 2.0, NO_MESSAGE_S])
+
+
 def test_other_sleeps_and_the_rest_of_the_module_are_left_alone():
     slept: list[float] = []
-    waits = Waits(pause=slept.append)
+    waits = still(slept)
     waits.sleep(7.0)
     assert slept == [7.0]
     assert waits.monotonic is time.monotonic
