@@ -28,16 +28,16 @@ from privet.client.limits import Policy
 from privet.client.unlock import Passphrase
 from privet.common.config import Config, parse, to_toml
 from privet.common.errors import StateError
-from privet.server import enrolment, setup
+from privet.server import control, enrolment, setup
 
 from .tiny import WORDS
 
 ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.experiments.main import main; main()"
 UP = (
-    "import sys; from pathlib import Path; from privet.server import cli, setup\n"
+    "import sys; from pathlib import Path; from privet.server import cli, services, setup\n"
     "server = setup.load(Path(sys.argv[1]))\n"
-    "programs = dict(setup.commands(server, Path('/bin/false'))); del programs['proxy']\n"
-    "cli.supervise(programs, setup.environment(server), server.folder / 'logs', cli.say)"
+    "programs = dict(services.commands(server, Path('/bin/false'))); del programs['proxy']\n"
+    "cli.supervise(programs, services.environment(server), server.folder / 'logs', cli.say)"
 )
 PASSPHRASE = "own"
 OWNER: dict[str, dict[str, Any]] = {
@@ -247,7 +247,7 @@ class Fleet:
     def online(self) -> int:
         """How many devices the SuperLink takes for connected."""
         try:
-            return sum(node.status == "online" for node in enrolment.nodes(self.server))
+            return sum(node.status == "online" for node in control.nodes(self.server))
         except StateError:
             return 0
 

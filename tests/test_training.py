@@ -489,7 +489,10 @@ def test_no_adapter_that_a_server_sends_makes_a_device_decline_for_its_words(tex
             continue
         for settings in (plan(record_clip=0.0), plan(losses_bound=1.0)):
             for word in (words[finite.index(True)], words[finite.index(False)]):
-                drawn = {"batches": np.random.default_rng(1), "source": TestSource(1, "noise")}
+                drawn: dict[str, Any] = {
+                    "batches": np.random.default_rng(1),
+                    "source": TestSource(1, "noise"),
+                }
                 made = train(texts, start, [word], settings, **drawn)
                 assert np.isfinite(made.delta).all()
                 assert np.isfinite(made.statistics).all()
