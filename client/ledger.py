@@ -44,6 +44,8 @@ if TYPE_CHECKING:  # a simulation's ledger needs no vault, and loads no cryptogr
 
 __all__ = ["Declined", "Ledger", "Row", "verify"]
 
+MOST_DECLINED = 1000
+LONGEST_REASON = 1000
 _ENTRY, _BEGUN = "ledger", "ledger-begun"
 
 
@@ -256,13 +258,20 @@ class Ledger:
     def decline(self, client: str, run: str, round: int, reason: str) -> None:
         """Records that a client released nothing in a round; the last reason stands. Not chained.
 
+        Of one client the last thousand are kept: a server may ask for any round of any run.
+
         Raises:
             StateError: the file cannot be written.
         """
         with self._transaction("BEGIN IMMEDIATE") as db:
             db.execute(
                 "INSERT OR REPLACE INTO declined (client, run, round, reason) VALUES (?, ?, ?, ?)",
-                (client, run, int(round), reason),
+                (client, run, int(round), reason[:LONGEST_REASON]),
+            )
+            db.execute(
+                "DELETE FROM declined WHERE client = ?1 AND rowid <= (SELECT rowid FROM declined "
+                "WHERE client = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)",
+                (client, MOST_DECLINED),
             )
 
     def announce(self, client: str, run: str, attempt: int) -> int:

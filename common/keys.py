@@ -197,6 +197,10 @@ def _exchange(private: X25519PrivateKey, public: bytes) -> Secret:
         raise ProtocolError("an X25519 key is of low order: its secrets would be public") from None
 
 
+MOST_KNOWN = 1 << 16
+"""Identities that a device pins: four times the largest roster, 5 MB."""
+
+
 @dataclass(frozen=True)
 class Directory:
     """Which identity belongs to which client number.
@@ -231,6 +235,10 @@ class Directory:
                 )
         if claimed.keys() <= self.known.keys():
             return self
+        if len(claimed.keys() | self.known.keys()) > MOST_KNOWN:
+            raise ProtocolError(
+                f"more than {MOST_KNOWN} clients were shown to this device, which keeps no more"
+            )
         return Directory({**self.known, **claimed}, self.closed)
 
 

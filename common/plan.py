@@ -22,12 +22,14 @@ __all__ = ["VERSION", "Plan", "work"]
 
 VERSION = 4
 
+LONGEST_TEXT = 256
+
 PLACES = ("device", "distributed", "server")
 """Where noise may be added, the safest first."""
 
 # the smallest and the largest value of each number; what is outside would fail deep inside
 _RANGES: Mapping[str, tuple[float, float]] = {
-    "round": (1, math.inf),
+    "round": (1, 2**31),
     "cohort": (1, math.inf),
     "clip": (5e-324, math.inf),
     "step": (5e-324, math.inf),
@@ -182,6 +184,12 @@ class Plan:
                 f"the server speaks plan version {given['version']}, this device {VERSION}; "
                 "install the same privet on both"
             )
+        for name in ("run", "layout", "start", "arms"):
+            if len(given[name]) > LONGEST_TEXT:
+                raise ProtocolError(
+                    f"the round plan's {name} has {len(given[name])} characters: expected at most "
+                    f"{LONGEST_TEXT}"
+                )
         for name, (least, most) in _RANGES.items():
             if not (math.isfinite(given[name]) and least <= given[name] <= most):
                 raise ProtocolError(
@@ -223,8 +231,11 @@ class Plan:
         """
         client, example = own.privacy.client, own.privacy.example
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
+        # a server that was restarted often, and none that has devices fill their disks
+        attempts = 100 + 10 * own.rounds.count
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("round", self.round <= own.rounds.count, own.rounds.count),
+            ("attempt", self.attempt <= attempts, attempts),
             ("clip", self.clip <= client.clip, client.clip),
             ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("bits", self.bits >= client.bits, client.bits),
