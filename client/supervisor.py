@@ -31,6 +31,7 @@ __all__ = [
     "as_file_descriptor",
     "backoff_s",
     "descriptor_path",
+    "keep_to_itself",
     "node_spec",
     "stop_on_signals",
     "supervise",
@@ -40,7 +41,7 @@ __all__ = [
 LIVED_S = 60.0  # a child that lived so long starts afresh with the shortest pause
 GRACE_S = 20.0
 TICK_S = 0.1
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 NODE = "from privet.client.node import main; main({})  # flower-supernode"
 """With the name that a list of processes is searched for."""
 
@@ -150,6 +151,17 @@ def stop_on_signals() -> threading.Event:
     signal.signal(signal.SIGTERM, asked)
     signal.signal(signal.SIGINT, asked)
     return stop
+
+
+def keep_to_itself() -> None:
+    """Shuts this process's memory and descriptors to other processes of the same person (Linux).
+
+    Nor does it dump core. A SuperNode or a browser that somebody has taken over could otherwise
+    read the passphrase from them. It ends with the process: each program calls it for itself.
+    """
+    libc = _libc()
+    if libc is not None:
+        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _tend(

@@ -376,3 +376,17 @@ def test_the_unit_keeps_the_device_to_its_home(tmp_path):
         unit_text(tmp_path, Path('/opt/"quoted"/privet'))
     with pytest.raises(ConfigError, match="one line"):
         unit_text(Path("/a\n[Service]"), Path("/usr/bin/privet"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has the switch")
+def test_a_process_that_keeps_to_itself_is_closed_to_others_and_opens_its_own_descriptors():
+    code = (
+        "import ctypes, os\n"
+        "from privet.client.supervisor import as_file_descriptor, descriptor_path, keep_to_itself\n"
+        "secret, ask = as_file_descriptor(b'own words'), ctypes.CDLL(None).prctl\n"
+        "before = ask(3, 0, 0, 0, 0)  # PR_GET_DUMPABLE\n"
+        "keep_to_itself()\n"
+        "print(before, ask(3, 0, 0, 0, 0), open(descriptor_path(secret)).read())\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "1 0 own words\n"
