@@ -27,7 +27,7 @@ from ..common.plan import Plan
 if TYPE_CHECKING:
     from .device import Device
 
-__all__ = ["Seat", "Simulated", "answer", "app", "greet"]
+__all__ = ["Seat", "Simulated", "answer", "app", "greet", "nothing"]
 
 app = ClientApp()
 
@@ -115,6 +115,23 @@ def answer(message: Message, seat: Seat) -> Message:
             payload = _phase(name, message, start, seat, number)
     except Exception as error:
         raise StateError(FAILED) from error
+    return _reply(message, number, payload)
+
+
+def nothing(message: Message) -> Message:
+    """What a person's own device answers that declines or has failed, which nobody can tell apart.
+
+    The end of a run is answered in one way only, whatever became of it.
+    """
+    ended = message.metadata.message_type == "query.keep"
+    number = -1
+    if not ended and message.has_content() and "protocol" in message.content:
+        asked = message.content["protocol"].get("client")
+        number = asked if isinstance(asked, int) else -1
+    return _reply(message, number, b"" if ended else None)
+
+
+def _reply(message: Message, number: int, payload: bytes | None) -> Message:
     reply = {"client": number, "released": payload is not None, "vector": payload or b""}
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 

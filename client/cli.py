@@ -501,6 +501,7 @@ def start(
 def work(
     port: Annotated[int, typer.Option(min=1, max=65535)],
     secret: Annotated[Path, typer.Option("--secret-file")],
+    server: Annotated[str, typer.Option()],
     home: _Home = None,
     passphrase: _Pass = None,
 ) -> None:
@@ -508,7 +509,7 @@ def work(
     from . import run
     from .access import folder_of
 
-    run.work(folder_of(home), passphrase, port, secret, show.line)
+    run.work(folder_of(home), passphrase, port, secret, server, show.line)
 
 
 @app.command("service")

@@ -11,6 +11,7 @@ conditions do not hold. What leaves is written to the outbox, durably, before it
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,9 @@ from .unlock import Unlock
 from .vault import Vault
 
 if TYPE_CHECKING:  # the accountant and numpy, which `privet client status` has no time to load
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .data import Record
     from .ledger import Ledger
 
@@ -43,7 +47,9 @@ ME = "me"
 """The one client in a device's own ledger."""
 
 POLICY = "policy.toml"
-RUN_ENTRIES = ("runs/", "agreed/", "declined/")
+RUN_ENTRIES = ("runs/", "agreed/")
+"""Not `declined/`: an owner's no stands, whatever a server offers meanwhile."""
+LONGEST_NOTE = 2000
 MOST_RUNS = 100
 """Offers kept; a server that sends more pushes out the oldest nobody agreed to."""
 
@@ -342,9 +348,42 @@ class Home:
                 raise PrivacyError(reason)
         return offer
 
+    def refuse_to_keep(self, run: str, adapter: "NDArray[np.float32]", dimension: int) -> None:
+        """Nothing but a usable adapter is kept, and once only for what this device has released.
+
+        A server may end a run as often as it likes, and each end costs minutes of fitting.
+
+        Raises:
+            PrivacyError: the device is paused, or the end of this run was kept already.
+            ProtocolError: the adapter is not the run's: its type, its length, a number.
+        """
+        if self.paused:
+            raise PrivacyError("its owner has paused this device (`privet client pause`)")
+        if self.vault.get(f"kept/{run}") == self._count:
+            raise PrivacyError(f"the end of run {run} came again; it was kept already")
+        wrong = getattr(adapter, "dtype", None) != "float32" or adapter.shape != (dimension,)
+        if wrong or not all(map(math.isfinite, adapter)):
+            raise ProtocolError(
+                f"run {run} ended with an adapter that is not {dimension} finite float32 numbers; "
+                "nothing was kept"
+            )
+
+    def keep(self, run: str, entries: Mapping[str, bytes]) -> None:
+        """The end of a run, all of it or nothing."""
+        self.vault.put_all({**entries, f"kept/{run}": self._count})
+
+    @property
+    def _count(self) -> bytes:
+        return str(self.releases).encode()
+
     def note(self, sentence: str) -> None:
-        """The last thing the owner should know; `privet client status` shows it."""
-        self.vault.put("note", _json([time.time(), sentence]))
+        """The last thing the owner should know; `privet client status` shows it.
+
+        Said again, it is not written again: a server greets every two seconds.
+        """
+        sentence = sentence[:LONGEST_NOTE]
+        if self.last_note is None or self.last_note[1] != sentence:
+            self.vault.put("note", _json([time.time(), sentence]))
 
     @property
     def last_note(self) -> tuple[float, str] | None:

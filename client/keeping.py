@@ -49,4 +49,4 @@ def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
             entries[f"heads/{desk.run}"] = head_bytes(person.head)
         facts = {"time": time.time(), "records": len(own), "held_out": len(held_out), **losses}
         entries[f"measured/{desk.run}"] = json.dumps(facts).encode()
-    desk.home.vault.put_all(entries)
+    desk.home.keep(desk.run, entries)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import PrivetError, StateError
+from ..common.errors import ConfigError, PrivetError, StateError
 from . import policy as policies
 from . import sources
 from .access import unlock_of
@@ -25,6 +25,7 @@ from .supervisor import (
     Spec,
     as_file_descriptor,
     descriptor_path,
+    keep_to_itself,
     node_spec,
     stop_on_signals,
     supervise,
@@ -49,6 +50,7 @@ def start(folder: Path, passphrase: Path | None, port: int | None, say: Say) -> 
         StateError: no home, no server joined, or a worker is there already.
         ConfigError: the passphrase or the policy is wrong.
     """
+    keep_to_itself()
     unlock = unlock_of(folder, passphrase)
     with exclusive(folder), Home.open(folder, unlock) as home:
         _ = home.policy  # a wrong one is said here, not by a worker that ends again and again
@@ -81,6 +83,7 @@ def specs(home: Home, unlock: Unlock, port: int) -> list[Spec]:
     # -P: what lies in the folder this was started from is not imported
     command = [sys.executable, "-P", "-c", ENTRY, "client", "work", "--home", str(home.folder)]
     command += ["--port", str(port), "--secret-file", descriptor_path(shared)]
+    command += ["--server", joined.server]
     given = [shared]
     if isinstance(unlock, Passphrase):
         given.append(as_file_descriptor(unlock.encoded()))
@@ -88,8 +91,17 @@ def specs(home: Home, unlock: Unlock, port: int) -> list[Spec]:
     return [node, Spec("worker", tuple(command), pass_fds=tuple(given), takes_down=(node.name,))]
 
 
-def work(folder: Path, passphrase: Path | None, port: int, secret: Path, say: Say) -> None:
+def work(
+    folder: Path, passphrase: Path | None, port: int, secret: Path, server: str, say: Say
+) -> None:
     """The worker: answers the SuperNode on `port` until SIGTERM, one message at a time.
+
+    Args:
+        folder, passphrase: the home, and the file of what opens it.
+        port: of the SuperNode's runtime API.
+        secret: the file of the secret shared with the SuperNode.
+        server: HOST:PORT that the SuperNode was started for.
+        say: gets a line per event.
 
     Raises:
         StateError: another worker has this home.
@@ -97,19 +109,20 @@ def work(folder: Path, passphrase: Path | None, port: int, secret: Path, say: Sa
     from . import worker
     from .seat import OwnSeat
 
+    keep_to_itself()
     stop, busy = stop_on_signals(), threading.Lock()
     with exclusive(folder):
         resources = policies.read(folder / POLICY).resources
         limit_process(resources)
         shared = _secret(secret)
         with Home.open(folder, unlock_of(folder, passphrase)) as home:
-            seat = OwnSeat(home)
+            seat = OwnSeat(home, server)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
             watcher.start()
             try:
                 worker.work(
                     f"127.0.0.1:{port}",
-                    handler(seat, busy),
+                    handler(seat, busy, say),
                     stop=stop,
                     secret=shared,
                     idle_s=60 * resources.idle_minutes,
@@ -121,19 +134,27 @@ def work(folder: Path, passphrase: Path | None, port: int, secret: Path, say: Sa
                 watcher.join()
 
 
-def handler(seat: Any, busy: threading.Lock) -> Callable[[Any, Any], Any]:
+def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], Any]:
     """What the worker calls with each message; `busy` is held meanwhile.
 
     The app is imported with the first message, so that a worker nobody asks stays small.
+
+    **Guarantee**: a device that has failed answers as one that declines; `say` gets the type of the
+    error and where it was raised.
     """
 
     def handle(message: Any, _context: Any) -> Any:
         with busy:
-            from .app import answer, greet
+            from .app import answer, greet, nothing
+            from .worker import where
 
             if message.metadata.message_type == "query.hello":
                 return greet(message, seat)
-            return answer(message, seat)
+            try:
+                return answer(message, seat)
+            except PrivetError as error:
+                say(f"a message was declined after an error: {where(error)}")
+                return nothing(message)
 
     return handle
 
@@ -160,9 +181,9 @@ def watch(home: Home, stop: threading.Event, busy: threading.Lock, say: Say) -> 
                 say(f"{len(found.found)} files read, {found.records} records in all")
         except _Stopped:
             return
-        except PrivetError as error:
+        except (ConfigError, StateError) as error:
             say(f"new records were not looked for: {error}")
-        except Exception as error:  # its text might quote a file
+        except Exception as error:  # its text might quote a file, and a log is no vault
             say(f"new records were not looked for: {type(error).__name__}")
         stop.wait(60 * minutes)
 

@@ -69,22 +69,34 @@ class OwnDesk:
         return self.home.records()
 
     def tokenised(self, records: Sequence["Record"]) -> list["Tokenised"]:
-        """Records as token ids; those without a label are left out of a labelled task."""
+        """Records as token ids; those without one of the run's labels are left out of it."""
         from .device import tokenised
 
-        task = self.config.data.task
-        if task in ("regression", "classification"):
-            records = [record for record in records if record.label is not None]
+        task, classes = self.config.data.task, self.config.data.classes
+        if task == "classification":
+            records = [
+                record
+                for record in records
+                if record.label is not None and str(record.label) in classes
+            ]
+        if task == "regression":
+            records = [record for record in records if isinstance(record.label, int | float)]
         return tokenised(
             records, self.config, self.trainer, "generation" if task == "auto" else task
         )
 
 
 class OwnSeat:
-    """One person's device, for as long as its worker lives."""
+    """One person's device, for as long as its worker lives.
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    Args:
+        home: open.
+        server: HOST:PORT that the SuperNode was started for; what comes from there is no word of
+            another server that the owner has joined since. None: tests.
+    """
+
+    def __init__(self, home: Home, server: str | None = None) -> None:
+        self._home, self._server = home, server
         self._state: Any = None
         self._desk: OwnDesk | None = None
 
@@ -107,6 +119,7 @@ class OwnSeat:
                     f"the server runs privet {offer['version']}, this device {mine}: install the "
                     "same version on both; this device runs its own code only"
                 )
+            self._refuse_other_server()
             accepted = home.receive(str(offer["run"]), str(offer["config"]))
             if accepted:
                 self._desk_of(str(offer["run"]), NOBODY, begins=True)
@@ -124,12 +137,21 @@ class OwnSeat:
         return Device(ME, self._desk_of(plan.run, number, begins))
 
     def _desk_of(self, run: str, number: int, begins: bool) -> OwnDesk:
+        self._refuse_other_server()
         offer = self._home.taking_part(run, begins)
         config = own_config(self._home.policy, offer.config)
         desk = self._desk
         if desk is None or (desk.run, desk.place) != (run, number) or desk.config != config:
             desk = self._desk = self._opened(run, config, number)
         return desk
+
+    def _refuse_other_server(self) -> None:
+        joined = self._home.joined
+        if joined is not None and self._server not in (None, joined.server):
+            raise PrivacyError(
+                f"this device has joined {joined.server} since `privet client start` began to "
+                f"serve {self._server}: stop it and start it again"
+            )
 
     def _opened(self, run: str, config: Config, number: int) -> OwnDesk:
         import torch
@@ -160,10 +182,16 @@ class OwnSeat:
         self._home.note(f"round {plan.round} of {plan.run}: {reason}")
 
     def finish(self, run: str, adapter: "NDArray[np.float32]") -> None:
-        """Fit the personal head on the run's last adapter, and keep both."""
+        """Fit the personal head on the run's last adapter, and keep both; or say why not."""
         from .keeping import keep
 
-        keep(self._desk_of(run, NOBODY, begins=False), adapter)
+        try:
+            desk = self._desk_of(run, NOBODY, begins=False)
+            dimension = desk.trainer.adapter.layout.dimension
+            self._home.refuse_to_keep(run, adapter, dimension)
+            keep(desk, adapter)
+        except PrivetError as refusal:
+            self._home.note(str(refusal))
 
     def rest(self) -> None:
         """Let the model go, when nobody has asked for long."""

@@ -25,7 +25,15 @@ from typing import Any
 
 from ..common.errors import ConfigError
 
-__all__ = ["FAILED", "FLOWER", "pause_s", "refuse_other_flower", "release_memory", "work"]
+__all__ = [
+    "FAILED",
+    "FLOWER",
+    "pause_s",
+    "refuse_other_flower",
+    "release_memory",
+    "where",
+    "work",
+]
 
 FLOWER = "1.41"
 FAILED = "this device could not take part; the reason is in its own log"
@@ -214,7 +222,7 @@ def _next(
     except Exception as error:
         # The task is left unfinished on purpose: the SuperNode answers for it after 60 s, while
         # it would wait for ever for the reply of a task that was finished without one.
-        say(f"a message was left without a reply: {_where(error)}")
+        say(f"a message was left without a reply: {where(error)}")
     finally:
         node.badge.token = ""
     return True, 0
@@ -243,7 +251,7 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
         if not isinstance(reply, Message):
             raise TypeError(f"expected a Message as the reply, got {type(reply).__name__}")
     except Exception as error:
-        say(f"a message was answered with an error: {_where(error)}")
+        say(f"a message was answered with an error: {where(error)}")
         status, details = SubStatus.FAILED, FAILED
         failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=FAILED)
         reply = Message(failure, reply_to=_envelope(listed))
@@ -332,7 +340,7 @@ def _why(error: Exception) -> str:
     return f"status {response.status_code}{hint}"
 
 
-def _where(error: BaseException) -> str:
+def where(error: BaseException) -> str:
     """The first cause's type and line of code, never its text: that may quote records."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -660,7 +660,8 @@ def test_a_device_that_belongs_nowhere_or_runs_already_does_not_start(
 def worker_command(place: Path) -> tuple[list[str], tuple[int, ...]]:
     secret, words = (supervisor.as_file_descriptor(data) for data in (b"s" * 32, b"own words"))
     given = ["--port", str(run.free_port()), "--secret-file", f"/dev/fd/{secret}"]
-    given += ["--passphrase-file", f"/dev/fd/{words}", "--home", str(place / "home")]
+    given += ["--server", "fl.example.org:9092", "--home", str(place / "home")]
+    given += ["--passphrase-file", f"/dev/fd/{words}"]
     return [sys.executable, "-c", ENTRY, "work", *given], (secret, words)
 
 
