@@ -26,7 +26,7 @@ from .serving import alone
 app = ServerApp()
 
 POLL_S, SLOWEST_S = 0.1, 1.0
-HELLO_S = 10.0
+HELLO_S = 5.0  # a later answer counts too
 SPARE_S = 900.0
 WITH_ADAPTER = ("round", "vector")
 
@@ -54,11 +54,13 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     text = (folder / "config.toml").read_text("utf-8")
     offer = {"version": version("privet"), "run": run, "config": text}
 
+    unheard: set[str] = set()
+
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
         content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
         limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
         outgoing = [_sent(content, node, "query.hello", limit) for node in nodes]
-        for message in exchange(grid, outgoing, limit):
+        for message in exchange(grid, outgoing, limit, unheard):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
 
     directory = read_directory(folder / "directory")
@@ -103,27 +105,39 @@ def _sent(content: Mapping[str, Any], node: int, kind: str, limit_s: float) -> M
     return Message(RecordDict(dict(content)), node, kind, ttl=limit_s + SPARE_S)
 
 
-def exchange(grid: Grid, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
-    """Send all, yield replies as they arrive; failed and late clients are counted and left out."""
+def exchange(
+    grid: Grid, messages: Sequence[Message], timeout_s: float, unheard: set[str] | None = None
+) -> Iterator[Message]:
+    """Send all, yield replies as they arrive; failed and late clients are counted and left out.
+
+    `unheard`: ids of earlier messages whose late replies are still welcome; those of these messages
+    that are not answered in time are added.
+    """
     began = time.monotonic()
-    limit = began + timeout_s
     waiting = set(grid.push_messages(messages))
+    earlier = set() if unheard is None else unheard
     failed: list[str] = []
-    while waiting and time.monotonic() < limit:
+    while waiting or earlier:
         arrived = 0
-        for message in grid.pull_messages(waiting):
+        for message in grid.pull_messages(waiting | earlier):
             arrived += 1
             waiting.discard(message.metadata.reply_to_message_id)
+            earlier.discard(message.metadata.reply_to_message_id)
             if message.has_error():
                 failed.append(message.error.reason)
             else:
                 yield message
+        passed = time.monotonic() - began
+        if not waiting or passed >= timeout_s:
+            break
         if not arrived:
             # asking for many replies is work for the SuperLink, which has the devices to answer
-            time.sleep(min(max(POLL_S, (time.monotonic() - began) / 20), SLOWEST_S))
+            time.sleep(min(max(POLL_S, passed / 20), SLOWEST_S))
     if failed:
         logger.warning("%d nodes failed and are left out; the first: %s", len(failed), failed[0])
-    if waiting:
+    if unheard is not None:
+        unheard |= waiting
+    elif waiting:
         logger.warning("%d nodes did not answer within %g s", len(waiting), timeout_s)
 
 

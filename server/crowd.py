@@ -15,10 +15,11 @@ __all__ = ["Crowd"]
 
 POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
+SILENT_S = 30.0  # one that has not answered: a model may be loading, and late answers count
 HELLO_S = 30.0  # what a device that has joined may take for an answer before the round goes on
 
 Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
-"""Node ids and a nonce -> (node id, its reply) as they arrive."""
+"""Node ids and a nonce -> (node id, its reply) as they arrive, late ones of earlier calls too."""
 
 
 @dataclass(eq=False)
@@ -41,7 +42,8 @@ class Crowd:
     config: Config
     run: str
     accepted: dict[int, int] = field(default_factory=dict)
-    _asked: dict[int, float] = field(default_factory=dict)
+    _due: dict[int, float] = field(default_factory=dict)
+    _nonces: dict[int, list[bytes]] = field(default_factory=dict)
     _begun: bool = False
 
     def present(self) -> list[int]:
@@ -78,11 +80,13 @@ class Crowd:
         known = set(self.accepted.values())
         owners = {identity: number for number, identity in self.directory.known.items()}
         mine = version("privet")
-        due = time.monotonic() - AGAIN_S
-        new = sorted(node for node in online - known if self._asked.get(node, due) <= due)
-        self._asked.update(dict.fromkeys(new, time.monotonic()))
-        nonce = secrets.token_bytes(32)
-        for node, reply in self.hello(new, nonce) if new else ():
+        now, nonce = time.monotonic(), secrets.token_bytes(32)
+        new = sorted(node for node in online - known if self._due.get(node, now) <= now)
+        for node in new:
+            self._due[node] = now + SILENT_S
+            self._nonces.setdefault(node, []).append(nonce)
+        for node, reply in self.hello(new, nonce):
+            self._due[node] = time.monotonic() + AGAIN_S
             if reply.get("version") != mine:
                 if self.config.data.source != DEVICES:
                     raise ProtocolError(
@@ -91,7 +95,10 @@ class Crowd:
                     )
                 continue
             identity, signature = (_bytes(reply.get(name)) for name in ("identity", "signature"))
-            signed = verify(identity, greeting(self.run, nonce, node), signature)
+            signed = any(
+                verify(identity, greeting(self.run, one, node), signature)
+                for one in self._nonces.get(node, ())
+            )
             if signed and identity in owners and reply.get("accepted") is True:
                 self.accepted[owners[identity]] = node
         return sorted(number for number, node in self.accepted.items() if node in online)

@@ -109,3 +109,30 @@ def test_a_device_that_went_offline_is_not_asked_and_one_that_came_back_is():
     fleet.nodes = [10, 11, 12, 17]  # the same device at another node
     assert here.present() == [0, 1, 2, 3]
     assert here.accepted[3] == 17
+
+
+def test_an_answer_that_comes_late_counts():
+    """A device that loads its model for longer than one greeting waits is not asked in vain."""
+    fleet, late = Fleet(), list[tuple[int, bytes]]()
+
+    def slow(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        earlier = late[:]
+        late[:] = [(node, nonce) for node in nodes]
+        for node, before in earlier:
+            yield node, signed(DEVICES[node - 10], before, node)
+
+    here = Crowd(lambda: fleet.nodes, slow, DIRECTORY, settings(timeout_s=10.0), RUN)
+    assert here.present() == [0, 1, 2, 3]
+
+
+def test_a_device_that_does_not_answer_is_not_flooded_with_greetings():
+    asked = list[int]()
+
+    def deaf(nodes: Iterable[int], _: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        asked.extend(nodes)
+        return iter(())
+
+    here = Crowd(lambda: [10, 11], deaf, DIRECTORY, settings(), RUN)
+    with pytest.raises(StateError):
+        here.present()
+    assert asked == [10, 11]
