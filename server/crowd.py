@@ -15,7 +15,7 @@ __all__ = ["Crowd"]
 
 POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
-SILENT_S = 30.0  # one that has not answered: a model may be loading, and late answers count
+SILENT_S = 10.0  # one that has not answered: a model may be loading, and late answers count
 HELLO_S = 30.0  # what a device that has joined may take for an answer before the round goes on
 
 Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
