@@ -1,13 +1,17 @@
-"""Starts the installed SuperNode as it is, with its two fixed sleeps shortened where it matters.
+"""Starts the installed SuperNode as it is, with its fixed sleeps made to fit what is going on.
 
     python -m privet.client.node --superlink HOST:PORT ...    the arguments of flower-supernode
 
-Flower 1.41's SuperNode sleeps 3 s whenever no message waits for it, and looks for a reply every
-0.5 s. A masked round has five exchanges, so a round in which nothing is computed would last 15 s,
-on any hardware, and Flower has no setting for it. Here both sleeps begin short and grow by a
-twentieth each time, up to Flower's own length: a wait is prolonged by about a twentieth of what it
-lasted, and a device that nobody asks is as quiet as Flower makes it, after one minute. A SuperLink
-that takes long to answer is asked less: at most an eleventh of the time, for each device.
+Flower 1.41's SuperNode sleeps 3 s whenever no message waits for it, looks for a reply every 0.5 s,
+and sleeps 1 s where the SuperLink has listed a part of a message and not yet stored it. A masked
+round has five exchanges, so a round in which nothing is computed would last 15 s, on any hardware,
+and Flower has no setting for it. And 270 devices that are in no round keep a SuperLink busy with
+their questions, at 11 ms of processor time each.
+
+Here every sleep begins short and grows by a twentieth each time: a wait is prolonged by about a
+twentieth of what it lasted. A device that nobody asks is quieter than Flower makes it, after four
+minutes. A SuperLink that takes long to answer is asked less: at most an eleventh of the time, for
+each device.
 
 And where Flower's SuperNode gives up, its process ends here. Flower's own goes on for ever, deaf:
 it gives up for good at a TLS handshake that was cut short (a network that breaks, a server that
@@ -21,6 +25,7 @@ Nothing else is changed: Flower's code, protocol, keys and arguments. Should a l
 sleeps elsewhere, they stay as long as Flower made them; `tests/test_node.py` notices.
 """
 
+import functools
 import os
 import sys
 import time
@@ -35,8 +40,10 @@ PROGRAM = "flower-supernode"
 NO_MESSAGE_S = 3.0
 GROWTH = 1.05
 PATIENCE = 10
-FIRST_S = {NO_MESSAGE_S: 0.1, 0.5: 0.02}
-"""Flower's sleep -> the first of a row in its place, seconds."""
+ROWS = {NO_MESSAGE_S: (0.1, 10.0), 0.5: (0.02, 0.5)}
+"""Flower's sleep -> the first and the longest of a row in its place, seconds."""
+PARTS = {"initial_backoff": 0.05, "backoff_cap": 1.0}
+"""Seconds until the next question for a part that is not stored yet; Flower doubles the first."""
 DIGITS = 20
 """Of a node's id, 64 bits; always all of them, so that a shorter id leaves no rest of another."""
 
@@ -63,16 +70,17 @@ class Waits:
 
     def sleep(self, seconds: float) -> None:
         """Instead of so many seconds: a short while, a twentieth longer than the time before."""
-        if seconds not in FIRST_S:
+        if seconds not in ROWS:
             self.pause(seconds)
             return
+        first, longest = ROWS[seconds]
         asked = 0.0
         if seconds == self._reason:
             asked = self.clock() - self._woke
         else:
-            self._reason, self._next = seconds, FIRST_S[seconds]
-        self.pause(min(max(self._next, PATIENCE * asked), seconds))
-        self._next = min(self._next * GROWTH, seconds)
+            self._reason, self._next = seconds, first
+        self.pause(min(max(self._next, PATIENCE * asked), longest))
+        self._next = min(self._next * GROWTH, longest)
         self._woke = self.clock()
 
 
@@ -110,6 +118,8 @@ def main(place: int | None = None) -> None:
 
     if getattr(node, "time", None) is time:
         node.time = Waits()
+    if hasattr(node, "pull_objects"):
+        node.pull_objects = functools.partial(node.pull_objects, **PARTS)
     if place is not None:
         _take_over(place)
     sys.argv[0] = PROGRAM

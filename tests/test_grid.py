@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Collection
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -120,3 +121,10 @@ def test_what_a_client_raises_the_run_raises(error):
 
     with pytest.raises(type(error)):
         list(grid.send_and_receive(messages(grid)))
+
+
+def test_flower_still_pulls_replies_where_the_server_makes_it_ask_sooner():
+    """A new minor version that waits elsewhere would silently be slow again."""
+    from flwr.superlink.grid import http_grid
+
+    assert {"initial_backoff", "backoff_cap"} < set(signature(http_grid.pull_objects).parameters)
