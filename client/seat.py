@@ -157,6 +157,7 @@ class OwnSeat:
         import torch
 
         from ..common.adapter import shared
+        from . import device  # noqa: F401  # the accountant is loaded now, not in the first phase
         from .training import Trainer
 
         torch.set_num_threads(threads(self._home.policy.resources))

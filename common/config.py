@@ -173,6 +173,9 @@ class RoundSettings(_Settings):
     quorum: float = Field(0.5, gt=0, le=1, description="smaller share of replies: round is void")
     timeout_s: float = Field(3600.0, gt=0, description="what training may last on a device")
     answer_timeout_s: float = Field(60.0, gt=0, description="the other phases of a round")
+    gather_s: float = Field(
+        30.0, ge=0, description="how long the first round waits for a whole cohort of real devices"
+    )
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
     learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)

@@ -16,7 +16,6 @@ __all__ = ["Crowd"]
 POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
 SILENT_S = 10.0  # one that has not answered: a model may be loading, and late answers count
-HELLO_S = 30.0  # what a device that has joined may take for an answer before the round goes on
 
 Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
 """Node ids and a nonce -> (node id, its reply) as they arrive, late ones of earlier calls too."""
@@ -50,28 +49,31 @@ class Crowd:
         """Numbers of the devices that are online and have accepted, ascending.
 
         Waits until there are enough for a round: all of a simulation, and of real devices as many
-        as the smallest sum that may be opened, and a whole cohort for as long as it is worth it.
+        as the smallest sum that may be opened, and before the first round up to `rounds.gather_s`
+        for a whole cohort.
 
         Raises:
-            StateError: not enough came before `rounds.timeout_s`.
+            StateError: not enough came before `rounds.timeout_s` and `rounds.gather_s`.
             ProtocolError: a node runs another version (simulations: a mixed installation).
         """
         config, began = self.config, time.monotonic()
         real = config.data.source == DEVICES
         wanted = config.rounds.cohort if real else config.data.clients
         least = max(2, config.smallest_sum) if real else wanted
+        gather_s = config.rounds.gather_s
+        limit_s = max(gather_s, config.rounds.timeout_s)
         while True:
             found = self._look()
             waited = time.monotonic() - began
             # a device that was here a round ago is not waited for again
-            if len(found) >= wanted or (len(found) >= least and (self._begun or waited > HELLO_S)):
+            if len(found) >= wanted or (len(found) >= least and (self._begun or waited > gather_s)):
                 self._begun = True
                 return found
-            if waited > config.rounds.timeout_s:
+            if waited > limit_s:
                 raise StateError(
                     f"a round needs {least} devices that are online and have accepted the run, and "
-                    f"{len(found)} of {len(self.directory.known)} enrolled ones are; "
-                    f"rounds.timeout_s = {config.rounds.timeout_s:g} has passed"
+                    f"{len(found)} of {len(self.directory.known)} enrolled ones are; {limit_s:g} s "
+                    "have passed (the larger of rounds.timeout_s and rounds.gather_s)"
                 )
             time.sleep(POLL_S)
 

@@ -1,6 +1,7 @@
 """server/crowd.py: who is there, and that nobody passes for somebody else."""
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -21,7 +22,7 @@ def settings(source: str = "devices", **rounds: Any) -> Config:
     return parse(
         {
             "data": {"source": source, "clients": 4},
-            "rounds": {"cohort": 4, "timeout_s": 0.3} | rounds,
+            "rounds": {"cohort": 4, "timeout_s": 0.3, "gather_s": 0.0} | rounds,
             "masking": {"smallest_cohort": 3},
         }
     )
@@ -93,6 +94,23 @@ def test_another_version_is_left_out_and_ends_a_simulation():
     assert dataclasses.replace(crowd(fleet), _begun=True).present() == [0, 1, 2]
     with pytest.raises(ProtocolError, match=r"node 13 runs privet 0\.0\.1, this server"):
         crowd(fleet, settings("shakespeare")).present()
+
+
+def test_the_first_round_waits_for_a_whole_cohort_and_the_next_ones_do_not():
+    fleet = Fleet(3)
+    here = crowd(fleet, settings(gather_s=0.5, timeout_s=0.1))
+    began = time.monotonic()
+    assert here.present() == [0, 1, 2]
+    assert time.monotonic() - began > 0.5
+    began = time.monotonic()
+    assert here.present() == [0, 1, 2]
+    assert time.monotonic() - began < 0.4
+
+
+def test_a_cohort_that_is_whole_is_not_waited_for():
+    began = time.monotonic()
+    assert crowd(Fleet(), settings(gather_s=60.0)).present() == [0, 1, 2, 3]
+    assert time.monotonic() - began < 10
 
 
 def test_too_few_devices_end_in_a_sentence():
