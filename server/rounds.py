@@ -38,11 +38,12 @@ from .cohort import draw
 from .sizing import size, sized_block
 from .statistics import told
 
-__all__ = ["Reply", "make_plan", "masked_sum", "run_rounds"]
+__all__ = ["PLANS", "Reply", "make_plan", "masked_sum", "run_rounds"]
 
 Vector = NDArray[np.float32]
 
 LOG = "rounds.jsonl"
+PLANS = "plans.jsonl"
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def run_rounds(
         run: id of the run.
         layout: digest of the adapter's layout.
         start: adapter before the first round, shape (d,).
-        folder: where checkpoint and `rounds.jsonl` go.
+        folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
         show: called with each round's record.
         present: the clients that are there as a round begins, ascending; all of them when None.
 
@@ -98,12 +99,13 @@ def run_rounds(
     """
     state = _resume(config, run, layout, start, folder)
     for number in range(state.round + 1, config.rounds.count + 1):
-        began = time.perf_counter()
         there = range(config.data.clients) if present is None else present()
+        began = time.perf_counter()
         asked = min(config.rounds.cohort, len(there))
         drawn = draw(len(there), asked, number, config.data.seed)
         cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter)
+        _announce(folder, plan, len(state.adapter))
         phases: dict[str, float] = {}
         total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
@@ -192,6 +194,16 @@ def _sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: P
         return masked_sum(ask, cohort, dataclasses.replace(plan, attempt=attempt), adapter)
     length = plan.length(len(adapter))
     return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
+
+
+def _announce(folder: Path, plan: Plan, dimension: int) -> None:
+    """Write the plan down before anybody is asked: a report says from it what devices may spend.
+
+    A round begun again after a crash has the same plan, and no device answers it twice.
+    """
+    line = {"dimension": dimension, "plan": plan.to_dict()}
+    if line not in read_lines(folder / PLANS)[-1:]:
+        append_line(folder / PLANS, line)
 
 
 def _next_attempt(folder: Path) -> int:

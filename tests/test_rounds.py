@@ -35,7 +35,7 @@ from privet.common.plan import Plan
 from privet.common.rotation import flat_bound
 from privet.server import checkpoint
 from privet.server.cohort import draw
-from privet.server.rounds import Reply, make_plan, run_rounds
+from privet.server.rounds import PLANS, Reply, make_plan, run_rounds
 
 LAYOUT, RUN, SIZE = "0" * 64, "run-1", 40
 Vector = NDArray[np.float32]
@@ -385,3 +385,34 @@ def test_a_checkpoint_of_something_else_is_refused_and_kept(tmp_path, change):
     with pytest.raises(CheckpointCorrupt, match=f"has {change} 'other'"):
         run(tmp_path, config)
     assert (tmp_path / checkpoint.CURRENT).read_bytes() == before
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_on_disk_before_anybody_is_asked(tmp_path):
+    config = configured(count=2)
+    seen = []
+
+    def ask(_phase, _messages, plan, adapter):
+        kept = [line["plan"] for line in read_lines(tmp_path / PLANS)]
+        assert kept[-1] == plan.to_dict()
+        assert read_lines(tmp_path / PLANS)[-1]["dimension"] == len(adapter)
+        seen.append(plan.round)
+        return []
+
+    run(tmp_path, config, ask)
+    assert seen == [1, 2]
+    assert [line["plan"]["round"] for line in read_lines(tmp_path / PLANS)] == [1, 2]
+
+
+def test_a_round_begun_again_after_a_crash_has_its_plan_written_once(tmp_path):
+    def crash(*_):
+        raise RuntimeError
+
+    config = configured(count=1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            run(tmp_path, config, crash)
+    run(tmp_path, config)
+    assert len(read_lines(tmp_path / PLANS)) == 1
