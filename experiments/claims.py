@@ -12,7 +12,7 @@ from typing import Any
 
 from ..common.accounting import Charge
 from ..common.blocks import BOUNDS
-from ..common.config import Config, StatisticsSettings
+from ..common.config import DEVICES, Config, StatisticsSettings
 
 __all__ = [
     "ADDERS",
@@ -27,6 +27,7 @@ __all__ = [
     "no_claims",
     "noise_at",
     "noise_counted",
+    "not_covered",
     "problems",
     "promised",
     "spoken",
@@ -59,13 +60,23 @@ NOT_COVERED = (
     "runs on the same people costs more.",
     "The personal model's own output: it stays on the device, and what it says may repeat the "
     "person's own text.",
-    "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
-    "people, without noise. They are no part of what the server sees.",
     "Whether a device took part: who was asked and who answered is not hidden. A device whose "
     "training gives no finite numbers does not answer.",
     "Anything a person pastes elsewhere.",
     "Timing and other side channels.",
     "A thief with the device's disk: these figures say nothing about what is stored.",
+)
+_EVALUATION = (
+    "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
+    "people, without noise. They are no part of what the server sees."
+)
+_OTHER_RUNS = (
+    "Other runs with the same devices: the figures are those of this run alone. A device's own "
+    "ledger counts all of them against one budget."
+)
+NO_EVALUATION = (
+    "No losses were measured: that would take the people's texts, which stay on their devices. "
+    "With statistics.enabled = true the devices' own measurements come as noised sums."
 )
 _PLACES = {
     "device": "by the device itself.",
@@ -143,6 +154,12 @@ def spoken(names: Sequence[str]) -> str:
     }
     said = [known.get(name, name) for name in names]
     return " and ".join([", ".join(said[:-1]), said[-1]] if len(said) > 1 else said)
+
+
+def not_covered(config: Config) -> list[str]:
+    """What no figure of the report says anything about."""
+    *most, last = NOT_COVERED
+    return [*most, _OTHER_RUNS if config.data.source == DEVICES else _EVALUATION, last]
 
 
 def noise_at(config: Config, lines: Sequence[Line]) -> str | None:
@@ -270,6 +287,11 @@ def assumptions(
             f"{config.smallest_sum} at most "
             f"{config.masking.colluders(config.rounds.cohort)} collude"
         )
+        if config.data.source == DEVICES:
+            said.append(
+                "a device that joined without the operator's directory (`privet client join "
+                "--directory`) saw true identities the first time: it keeps to those"
+            )
     if not by_device:
         said.append("the server runs as written: it adds the noise, and publishes nothing else")
     if release:
@@ -331,11 +353,12 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
     if config.statistics.enabled and client.enabled:
         said += _measured_promises(config.statistics, _PLACES[client.noise_at])
     if budgets:
+        own = ", or above its owner's limits" if config.data.source == DEVICES else ""
         limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
         said.append(
             f"Of each device: it writes down what it spends before it answers, and declines a "
             f"round that would bring its total above epsilon {limits}, at delta "
-            f"{config.privacy.delta:g}."
+            f"{config.privacy.delta:g}{own}."
         )
     return said
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..common.errors import ConfigError, StateError
+from ..common.errors import ConfigError, PrivetError, StateError
 
-__all__ = ["evaluate", "generate", "report", "simulate"]
+__all__ = ["evaluate", "generate", "report", "reported", "simulate"]
 
 RUNS = Path("runs")
 
@@ -52,12 +52,15 @@ def simulate(
 
 def evaluate(run: _Run, as_json: _Json = False) -> None:
     """Measure everybody's loss again: base, shared, personal, somebody else's head."""
-    from ..common.config import read
+    from ..common.config import DEVICES, read
     from ..common.files import write_json_atomic
     from . import evaluation, report
 
     folder = _folder(run)
-    found = evaluation.evaluate(folder, read(folder / "config.toml"))
+    config = read(folder / "config.toml")
+    if config.data.source == DEVICES:
+        raise ConfigError(f"{folder} is a run on real devices: nobody's losses can be read here")
+    found = evaluation.evaluate(folder, config)
     write_json_atomic(folder / "evaluation.json", found)
     facts = report.write(folder)
     if as_json:
@@ -84,6 +87,22 @@ def report(
         print(folder / "report.html")
     else:
         reports.show(facts, _console())
+
+
+def reported(run_folder: Path) -> None:
+    """Write and name a finished run's report; the run is what counts, so no fault here ends it."""
+    import sys
+
+    from . import report
+
+    try:
+        report.write(run_folder)
+    except PrivetError as error:
+        print(f"warning: there is no report yet: {error}", file=sys.stderr)
+    else:
+        print(
+            f"{run_folder}/report.html is the report; in the terminal: privet report {run_folder}"
+        )
 
 
 def generate(

@@ -10,8 +10,8 @@ from html import escape
 from typing import Any
 
 from . import pictures
-from .claims import ADDERS, headline, line_name, main_line, spoken
-from .report import differences, interval_text, statistics_series, verdict
+from .claims import ADDERS, NO_EVALUATION, headline, line_name, main_line, spoken
+from .report import COUNTS, counts, differences, interval_text, statistics_series, verdict
 from .style import style
 
 __all__ = ["page"]
@@ -34,9 +34,9 @@ def page(facts: Facts) -> str:
         _section("1. What was promised, and to whom", _promised(privacy)),
         _section("2. What was spent", _spent(privacy)),
         _section("3. Against whom it holds, and what it does not cover", _holds(privacy)),
-        _section("4. What the people got for it", _gained(summary)),
+        _section("4. What the people got for it", _gained(summary, privacy)),
         *_of_rounds(facts.get("statistics", [])),
-        _section("How this was made", _made(summary)),
+        _section("How this was made", _made(summary, privacy)),
     ]
     title = escape(f"privet report: {privacy['run']}")
     return (
@@ -103,7 +103,8 @@ def _promised(privacy: Facts) -> str:
         ]
         for line in privacy["lines"]
     ]
-    head = ["line", "adjacency", "noise added by", "ε spent, worst client", "budget ε", "δ"]
+    most = "at most" if privacy["devices"] else "worst client"
+    head = ["line", "adjacency", "noise added by", f"ε spent, {most}", "budget ε", "δ"]
     return (
         _list(privacy["promised"]["sentences"])
         + _table(head, rows, "One line for each unit and adversary; units are never mixed.")
@@ -115,6 +116,8 @@ def _spent(privacy: Facts) -> str:
     lines = privacy["lines"]
     if not lines:
         return _list(privacy["no_claim"])
+    if privacy["devices"]:
+        return _spent_by_devices(privacy)
     clients = "".join(
         f"<p>{escape(line_name(line))}: worst client <code>{escape(line['client'])}</code>, "
         f"ε {line['epsilon']:.2f}; at most {_count(line['participations_max'], 'release')} by one "
@@ -138,6 +141,30 @@ def _spent(privacy: Facts) -> str:
         + _beside(per_client, clients + _histories(privacy))
         + "<h3>By each round</h3>"
         + _beside(per_round, _rounds(privacy))
+        + "<h3>By each mechanism</h3>"
+        + _mechanisms(privacy)
+    )
+
+
+def _spent_by_devices(privacy: Facts) -> str:
+    """The same of a run whose ledgers are on the devices."""
+    lines = privacy["lines"]
+    keys = [line["key"] for line in lines]
+    drawn = pictures.spent_per_round(lines, privacy["rounds"], "at most")
+    alt = "The largest epsilon of any device after each round; at the end: " + "; ".join(
+        f"{line_name(x)} {x['epsilon']:.2f}" for x in lines
+    )
+    rows = [
+        [*counts(row), *(f"{row['epsilon'][key]:.2f}" for key in keys)]
+        for row in _thinned(privacy["rounds"], 12)
+    ]
+    head = [*COUNTS, *(_short(key) for key in keys)]
+    about = "Who was asked, came and declined, in numbers; the largest epsilon so far."
+    return (
+        "<h3>By each device</h3>"
+        + _list(privacy["devices"]["sentences"])
+        + "<h3>By each round</h3>"
+        + _beside(pictures.svg(drawn, "rounds", alt), _table(head, rows, about))
         + "<h3>By each mechanism</h3>"
         + _mechanisms(privacy)
     )
@@ -186,7 +213,7 @@ def _mechanisms(privacy: Facts) -> str:
             f"{row['noise_multiplier']:.3g}",
             f"{row['sampling_rate']:g}",
             f"{row['steps']}",
-            f"{row['releases']:,}",
+            "unknown" if row["releases"] is None else f"{row['releases']:,}",
             f"{row['per_client_max']}",
             "none" if row["epsilon_once"] is None else f"{row['epsilon_once']:.2f}",
         ]
@@ -237,8 +264,10 @@ def _second(check: Facts) -> str:
     )
 
 
-def _gained(summary: Facts) -> str:
+def _gained(summary: Facts, privacy: Facts) -> str:
     metrics = summary["metrics"]
+    if metrics is None and privacy["devices"]:
+        return f"<p>{escape(NO_EVALUATION)}</p>"
     if metrics is None:
         return "<p>No evaluation was done; <code>privet evaluate RUN</code> does it.</p>"
     parts = [f"<p>{escape(verdict(metrics))}</p>"]
@@ -321,7 +350,7 @@ def _losses(summary: Facts) -> str:
     return _table([f"loss, {metrics['name']}", "mean", "95 % interval"], rows, text)
 
 
-def _made(summary: Facts) -> str:
+def _made(summary: Facts, privacy: Facts) -> str:
     adapter = summary["adapter"]
     seconds = summary["seconds"] or {}
     rows = [
@@ -336,7 +365,10 @@ def _made(summary: Facts) -> str:
         ["versions", ", ".join(f"{k} {v}" for k, v in (summary["versions"] or {}).items())],
     ]
     known = [row for row in rows if row[1]]
-    note = "<p>Every epsilon was computed from the devices' ledgers, whose chains verify.</p>"
+    whence = "the devices' ledgers, whose chains verify"
+    if privacy["devices"]:
+        whence = "the plans of the rounds; the ledgers are on the devices"
+    note = f"<p>Every epsilon was computed from {escape(whence)}.</p>"
     return note + _table(["", ""], known, "")
 
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import click
@@ -45,7 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     verbose = bool(_VERBOSE & set(arguments))
     arguments = [argument for argument in arguments if argument not in _VERBOSE]
     try:
-        code = _command(arguments)(arguments, prog_name="privet", standalone_mode=False)
+        code = _command(arguments)(
+            arguments, prog_name="privet", standalone_mode=False, obj=_reported
+        )
         sys.stdout.flush()
     except click.ClickException as error:
         error.show()
@@ -94,6 +97,13 @@ def _group(name: str) -> typer.Typer:
     else:
         from ..server.cli import app
     return app
+
+
+def _reported(run_folder: Path) -> None:
+    """What `privet server run` ends with; its package may not import the reports."""
+    from . import cli
+
+    cli.reported(run_folder)
 
 
 def _print_version(asked: bool) -> None:

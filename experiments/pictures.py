@@ -97,13 +97,16 @@ def spent_per_client(
 
 
 def spent_per_round(
-    lines: Sequence[Mapping[str, Any]], rounds: Sequence[Mapping[str, Any]]
+    lines: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, Any]],
+    whose: str = "worst client",
 ) -> "Figure":
     """The worst client's epsilon after each round, one curve a line, named at its end.
 
     Args:
         lines: as for `spent_per_client`.
         rounds: each has `round` and `epsilon`, a mapping from line key to the worst client's.
+        whose: epsilon, for the axis.
     """
     drawn, (panel,) = figure(2.7)
     numbers = [row["round"] for row in rounds]
@@ -135,7 +138,7 @@ def spent_per_round(
     panel.locator_params(axis="x", integer=True)
     panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
     panel.set_xlabel("round", color=LIGHT["ink"])
-    panel.set_ylabel("epsilon, worst client so far", color=LIGHT["ink"])
+    panel.set_ylabel(f"epsilon, {whose} so far", color=LIGHT["ink"])
     return drawn
 
 

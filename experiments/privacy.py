@@ -89,8 +89,9 @@ def facts_of(
         "rounds": _rounds(histories, lines, delta),
         "mechanisms": _mechanisms(totals, delta, config.statistics.enabled),
         "declined": _reasons(declined),
-        "not_covered": list(claims.NOT_COVERED),
+        "not_covered": claims.not_covered(config),
         "adversaries": list(claims.ADVERSARIES),
+        "devices": None,
     }
 
 

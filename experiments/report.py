@@ -16,15 +16,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..common.config import read
+from ..common.config import DEVICES, read
 from ..common.errors import StateError
 from ..common.files import read_lines, write_atomic, write_json_atomic
-from .claims import headline, line_name, main_line
+from .claims import NO_EVALUATION, headline, line_name, main_line
+from .plans import device_facts, device_measured
 from .privacy import privacy_facts
 from .summary import MEASURED, build_summary
 
 __all__ = [
+    "COUNTS",
     "build_summary",
+    "counts",
     "differences",
     "interval_text",
     "report_facts",
@@ -32,7 +35,12 @@ __all__ = [
     "statistics_series",
     "verdict",
     "write",
+    "written",
 ]
+
+
+COUNTS = ("round", "asked", "came", "declined", "did not fit", "")
+"""What `counts` gives of a round."""
 
 
 def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -49,19 +57,34 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
         StateError: a file is missing or cannot be read; says which command makes it.
         LedgerCorrupt: a ledger does not verify.
     """
-    privacy = privacy_facts(run_folder)
+    if _of_devices(run_folder):
+        privacy, known = device_facts(run_folder), device_measured(run_folder)
+    else:
+        privacy = privacy_facts(run_folder)
+        known = _measured(run_folder)
     config = read(run_folder / "config.toml")
     evaluation = _json(run_folder / "evaluation.json")
-    known = _measured(run_folder) if measured is None else measured
     return {
-        "summary": build_summary(config, privacy, evaluation, known),
+        "summary": build_summary(
+            config, privacy, evaluation, known if measured is None else measured
+        ),
         "privacy": privacy,
-        "statistics": [
-            {"round": record["round"], **record["statistics"]}
-            for record in read_lines(run_folder / "rounds.jsonl")
-            if record.get("statistics")
-        ],
+        "statistics": _statistics(run_folder),
     }
+
+
+def _of_devices(run_folder: Path) -> bool:
+    """Whether people were real devices, whose ledgers are not here."""
+    settings = run_folder / "config.toml"
+    return settings.is_file() and read(settings).data.source == DEVICES
+
+
+def _statistics(run_folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"round": record["round"], **record["statistics"]}
+        for record in read_lines(run_folder / "rounds.jsonl")
+        if record.get("statistics")
+    ]
 
 
 def write(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -86,6 +109,18 @@ def write(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[s
     write_atomic(run_folder / "report.html", drawn.encode())
     write_json_atomic(run_folder / "summary.json", facts["summary"])
     return facts
+
+
+def written(run_folder: Path) -> dict[str, Any]:
+    """The facts that `write` has written, without computing them again.
+
+    Raises:
+        StateError: a file is missing or cannot be read.
+    """
+    found = {name: _json(run_folder / f"{name}.json") for name in ("summary", "privacy")}
+    if not all(found.values()):
+        raise StateError(f"{run_folder} has no report yet; `privet report RUN --html` writes one")
+    return {**found, "statistics": _statistics(run_folder)}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -130,7 +165,7 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     _print_promises(privacy, console)
     _print_spent(privacy, console)
     _print_holds(privacy, console)
-    _print_gained(summary, console)
+    _print_gained(summary, privacy["devices"] is not None, console)
     _print_statistics(facts["statistics"], console)
 
 
@@ -140,7 +175,8 @@ def _print_promises(privacy: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_spent(privacy: Mapping[str, Any], console: Console) -> None:
-    _heading("What was spent (worst client)", console)
+    devices = privacy["devices"]
+    _heading(f"What was spent ({'at most' if devices else 'worst client'})", console)
     table = _table("line", "ε", "δ", "adjacency", "noise at", "releases", "budget", "second ε")
     budgets = privacy["promised"]["budgets"]
     for line in privacy["lines"]:
@@ -156,10 +192,29 @@ def _print_spent(privacy: Mapping[str, Any], console: Console) -> None:
         )
     if privacy["lines"]:
         console.print(table)
-        _print_clients(privacy, console)
+        (_print_devices if devices else _print_clients)(privacy, console)
     _bullets(privacy["no_claim"], console)
     for reason, count in privacy["declined"].items():
         console.print(Text(f"declined {count} times: {reason}"))
+
+
+def _print_devices(privacy: Mapping[str, Any], console: Console) -> None:
+    _bullets(privacy["devices"]["sentences"], console)
+    line = main_line(privacy)
+    if line is None:
+        return
+    table = _table(*COUNTS, f"ε so far, {line_name(line)}")
+    for row in _last(privacy["rounds"], 12):
+        table.add_row(*counts(row), f"{row['epsilon'][line['key']]:.2f}")
+    console.print(table)
+
+
+def counts(row: Mapping[str, Any]) -> list[str]:
+    """A round of real devices under `COUNTS`: who was asked, who came, who declined."""
+    if row["asked"] is None:
+        return [str(row["round"]), "–", "–", "–", "–", "not ended"]
+    numbers = [str(row[name]) for name in ("round", "asked", "answered", "declined", "refused")]
+    return [*numbers, "void" if row["void"] else "summed"]
 
 
 def _print_clients(privacy: Mapping[str, Any], console: Console) -> None:
@@ -190,11 +245,12 @@ def _print_holds(privacy: Mapping[str, Any], console: Console) -> None:
     _bullets(privacy["not_covered"], console)
 
 
-def _print_gained(summary: Mapping[str, Any], console: Console) -> None:
+def _print_gained(summary: Mapping[str, Any], devices: bool, console: Console) -> None:
     _heading("What the people got for it", console)
     metrics = summary["metrics"]
     if metrics is None:
-        console.print(Text("No evaluation was done; `privet evaluate RUN` does it."))
+        nothing = "No evaluation was done; `privet evaluate RUN` does it."
+        console.print(Text(NO_EVALUATION if devices else nothing))
         return
     for gain in summary["gains"]:
         console.print(_gain_bars(gain))

@@ -124,6 +124,7 @@ def up(
 
 @app.command("run")
 def run(
+    context: typer.Context,
     folder: _Folder,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     set_: Annotated[
@@ -131,7 +132,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run there is.")] = False,
 ) -> None:
-    """Start a run with the enrolled devices, and follow it: a line a round."""
+    """Start a run with the enrolled devices, follow it, a line a round, and write its report."""
     from ..common.config import read
     from . import control, setup
 
@@ -154,6 +155,8 @@ def run(
             file=sys.stderr,
         )
         raise SystemExit(130) from None
+    if callable(context.obj):
+        context.obj(place)
 
 
 @app.command("status")
