@@ -19,16 +19,19 @@ export OMP_WAIT_POLICY := PASSIVE
 # One thread for each test process; the demo takes the number from its configuration.
 test test-all check: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test test-all check lint assets lock clean
+.PHONY: help setup demo demo-devices test test-all check lint assets lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 setup: $(READY)  ## .venv with the locked dependencies
 
 demo: $(READY)  ## SmolLM2 on Shakespeare's roles, then the privacy report
 	@$(BIN)/privet simulate demo --resume
 	$(BIN)/privet report demo
+
+demo-devices: $(READY)  ## a server and six devices over TLS on this machine, two of which die
+	@$(BIN)/privet demo-devices
 
 test: assets  ## the fast tests, real models and data among them
 	@$(PYTEST) -m "not heavy"

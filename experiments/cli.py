@@ -10,7 +10,7 @@ import typer
 
 from ..common.errors import ConfigError, PrivetError, StateError
 
-__all__ = ["evaluate", "generate", "report", "reported", "simulate"]
+__all__ = ["demo_devices", "evaluate", "generate", "report", "reported", "simulate"]
 
 RUNS = Path("runs")
 
@@ -130,6 +130,13 @@ def generate(
 
     panels = [Panel(Text(text), title=name, width=38) for name, text in texts.items()]
     _console().print(Columns(panels))
+
+
+def demo_devices() -> None:
+    """A server and six people's devices on this machine, two of which die: `make demo-devices`."""
+    from . import devices
+
+    devices.demo(RUNS / "demo-devices", _console())
 
 
 def _settings(config: str, overrides: list[str]) -> Any:

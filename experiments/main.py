@@ -84,6 +84,7 @@ def _command(arguments: Sequence[str]) -> click.Command:
 
         for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
             app.command()(function)
+        app.command("demo-devices", hidden=True)(cli.demo_devices)
     for name in _GROUPS if asked is None else (asked,):
         app.add_typer(_group(name), name=name)
     return typer.main.get_command(app)

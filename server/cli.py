@@ -99,27 +99,38 @@ def up(
     fetch_nginx: Annotated[
         bool, typer.Option("--fetch-nginx", help="Debian: unpack nginx into the cache, no root.")
     ] = False,
+    no_proxy: Annotated[
+        bool, typer.Option("--no-proxy", help="For devices on this machine only: a test.")
+    ] = False,
 ) -> None:
     """Run SuperLink, SuperExec and proxy here until Ctrl-C; for good, use the systemd units."""
-    from ..common.assets import cache_folder
-    from . import proxy, services, setup
+    from . import services, setup
 
     server = setup.load(folder)
-    cache = cache_folder()
-    nginx = proxy.find_or_fetch_nginx(cache) if fetch_nginx else proxy.find_nginx(cache)
-    if nginx is None:
-        raise AssetError(
-            "there is no nginx on PATH, in /usr/sbin or in the cache; install it (sudo apt install "
-            "nginx), or on Debian without root add --fetch-nginx"
-        )
+    nginx = None if no_proxy else _nginx(fetch_nginx)
     for number in (server.port, server.inner_port):
         if _answers(number):
             raise StateError(
                 f"port {number} is taken already: is `privet server up` running elsewhere? Stop it"
             )
-    supervise(
-        services.commands(server, nginx), services.environment(server), server.folder / "logs", say
-    )
+    programs = dict(services.commands(server, nginx))
+    if no_proxy:
+        del programs["proxy"]
+    supervise(programs, services.environment(server), server.folder / "logs", say)
+
+
+def _nginx(fetch: bool) -> Path:
+    from ..common.assets import cache_folder
+    from . import proxy
+
+    cache = cache_folder()
+    nginx = proxy.find_or_fetch_nginx(cache) if fetch else proxy.find_nginx(cache)
+    if nginx is None:
+        raise AssetError(
+            "there is no nginx on PATH, in /usr/sbin or in the cache; install it (sudo apt install "
+            "nginx), or on Debian without root add --fetch-nginx"
+        )
+    return nginx
 
 
 @app.command("run")
