@@ -405,11 +405,22 @@ def _accountant(adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...
     accountant = pld.PLDAccountant(_RELATIONS[adjacency], interval)
     for multiplier, rate, releases in parts:
         if rate < 1:
-            event = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(multiplier))
-            accountant.compose(dp_event.SelfComposedDpEvent(event, releases))
+            one = _sampled_once(adjacency, multiplier, rate, interval)
+            accountant._pld = accountant._pld.compose(one.self_compose(releases))
     if plain:
         accountant.compose(dp_event.GaussianDpEvent(1.0 / math.sqrt(plain)))
     return accountant
+
+
+@functools.lru_cache(maxsize=16)
+def _sampled_once(adjacency: Adjacency, multiplier: float, rate: float, interval: float) -> Any:
+    """PLD of one sampled release, as the accountant makes it: slow, and the same in every total."""
+    return pld.privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=rate,
+        neighboring_relation=_RELATIONS[adjacency],
+    )
 
 
 def _exp(exponent: float) -> float:

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.common.accounting import (
+    _RELATIONS,
     Adjacency,
     Charge,
+    _accountant,
     calibrate,
     delta,
     epsilon,
@@ -55,6 +57,18 @@ def test_participations_are_counted_without_amplification():
     assert spent(1.0, 100, 0.1) == pytest.approx(7.05, abs=0.01)
     assert spent(1.0, 10) == pytest.approx(17.9, abs=0.05)
     assert spent(1.0, 100) == pytest.approx(91.8, abs=0.05)
+
+
+@pytest.mark.parametrize("adjacency", ["add_remove", "zero_out", "replace_one"])
+def test_a_sampled_release_kept_from_another_total_changes_no_bit(adjacency):
+    relation = _RELATIONS[adjacency]
+    for releases in (3, 1, 7):  # the same release, in three totals
+        event = dp_accounting.PoissonSampledDpEvent(0.25, dp_accounting.GaussianDpEvent(1.1))
+        accountant = dp_accounting.pld.PLDAccountant(relation, 1e-4)
+        accountant.compose(dp_accounting.SelfComposedDpEvent(event, releases))
+        found = _accountant(adjacency, ((1.1, 0.25, releases),))
+        assert found.get_epsilon(DELTA) == accountant.get_epsilon(DELTA)
+        assert found.get_delta(0.5) == accountant.get_delta(0.5)
 
 
 def test_trap_the_epsilon_of_a_round_is_not_the_total():
