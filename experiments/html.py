@@ -116,8 +116,7 @@ def _spent(privacy: Facts) -> str:
     lines = privacy["lines"]
     if not lines:
         return _list(privacy["no_claim"])
-    if privacy["devices"]:
-        return _spent_by_devices(privacy)
+    devices = privacy["devices"]
     clients = "".join(
         f"<p>{escape(line_name(line))}: worst client <code>{escape(line['client'])}</code>, "
         f"ε {line['epsilon']:.2f}; at most {_count(line['participations_max'], 'release')} by one "
@@ -131,40 +130,19 @@ def _spent(privacy: Facts) -> str:
         + "; ".join(f"{line_name(x)}, worst client {x['epsilon']:.2f}" for x in lines),
     )
     per_round = pictures.svg(
-        pictures.spent_per_round(lines, privacy["rounds"]),
+        pictures.spent_per_round(
+            lines, privacy["rounds"], "at most" if devices else "worst client"
+        ),
         "rounds",
         "The worst client's epsilon after each round; at the end: "
         + "; ".join(f"{line_name(x)} {x['epsilon']:.2f}" for x in lines),
     )
     return (
-        "<h3>By each client</h3>"
+        _list(devices["sentences"] if devices else ())
+        + "<h3>By each client</h3>"
         + _beside(per_client, clients + _histories(privacy))
         + "<h3>By each round</h3>"
         + _beside(per_round, _rounds(privacy))
-        + "<h3>By each mechanism</h3>"
-        + _mechanisms(privacy)
-    )
-
-
-def _spent_by_devices(privacy: Facts) -> str:
-    """The same of a run whose ledgers are on the devices."""
-    lines = privacy["lines"]
-    keys = [line["key"] for line in lines]
-    drawn = pictures.spent_per_round(lines, privacy["rounds"], "at most")
-    alt = "The largest epsilon of any device after each round; at the end: " + "; ".join(
-        f"{line_name(x)} {x['epsilon']:.2f}" for x in lines
-    )
-    rows = [
-        [*counts(row), *(f"{row['epsilon'][key]:.2f}" for key in keys)]
-        for row in _thinned(privacy["rounds"], 12)
-    ]
-    head = [*COUNTS, *(_short(key) for key in keys)]
-    about = "Who was asked, came and declined, in numbers; the largest epsilon so far."
-    return (
-        "<h3>By each device</h3>"
-        + _list(privacy["devices"]["sentences"])
-        + "<h3>By each round</h3>"
-        + _beside(pictures.svg(drawn, "rounds", alt), _table(head, rows, about))
         + "<h3>By each mechanism</h3>"
         + _mechanisms(privacy)
     )
@@ -196,11 +174,15 @@ def _histories(privacy: Facts) -> str:
 
 def _rounds(privacy: Facts) -> str:
     keys = [line["key"] for line in privacy["lines"]]
+    devices = privacy["devices"]
     rows = [
-        [str(row["round"]), f"{row['released']:,}", *(f"{row['epsilon'][key]:.2f}" for key in keys)]
+        [
+            *(counts(row) if devices else (str(row["round"]), f"{row['released']:,}")),
+            *(f"{row['epsilon'][key]:.2f}" for key in keys),
+        ]
         for row in _thinned(privacy["rounds"], 12)
     ]
-    head = ["round", "released", *(_short(key) for key in keys)]
+    head = [*(COUNTS if devices else ("round", "released")), *(_short(key) for key in keys)]
     return _table(head, rows, "The worst client's epsilon so far, after the round.")
 
 

@@ -203,6 +203,10 @@ def _print_devices(privacy: Mapping[str, Any], console: Console) -> None:
     line = main_line(privacy)
     if line is None:
         return
+    for row in privacy["histories"][:6]:
+        times = "once" if row["participations"] == 1 else f"{row['participations']} times"
+        devices = f"{row['clients']:,} device{'' if row['clients'] == 1 else 's'} asked {times}"
+        console.print(Text(f"  ε {row['epsilon'][line['key']]:6.2f} at most: {devices}"))
     table = _table(*COUNTS, f"ε so far, {line_name(line)}")
     for row in _last(privacy["rounds"], 12):
         table.add_row(*counts(row), f"{row['epsilon'][line['key']]:.2f}")

@@ -105,7 +105,7 @@ def run_rounds(
         drawn = draw(len(there), asked, number, config.data.seed)
         cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter)
-        _announce(folder, plan, len(state.adapter))
+        _announce(folder, cohort, plan, len(state.adapter))
         phases: dict[str, float] = {}
         total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder)
         record: dict[str, Any] = {
@@ -196,12 +196,13 @@ def _sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: P
     return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
 
 
-def _announce(folder: Path, plan: Plan, dimension: int) -> None:
-    """Write the plan down before anybody is asked: a report says from it what devices may spend.
+def _announce(folder: Path, cohort: Sequence[int], plan: Plan, dimension: int) -> None:
+    """Write down who will be asked for what: a report says from it what each may have spent.
 
-    A round begun again after a crash has the same plan, and no device answers it twice.
+    A round begun again after a crash has the same plan, and no device answers it twice; the cohort
+    may be another one.
     """
-    line = {"dimension": dimension, "plan": plan.to_dict()}
+    line = {"asked": list(cohort), "dimension": dimension, "plan": plan.to_dict()}
     if line not in read_lines(folder / PLANS)[-1:]:
         append_line(folder / PLANS, line)
 

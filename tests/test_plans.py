@@ -16,7 +16,6 @@ from rich.console import Console
 from privet.client.app import app as client_app
 from privet.client.device import LEDGERS, Bench
 from privet.client.ledger import Ledger
-from privet.client.release import charges
 from privet.common.accounting import epsilon
 from privet.common.config import parse, read, to_toml
 from privet.common.errors import ConfigError, StateError
@@ -122,9 +121,9 @@ def test_each_line_is_that_of_the_ledger_of_a_device_that_released_in_every_roun
 
 def test_rounds_that_were_void_are_counted_for_devices_had_released_by_then(folder, facts):
     assert [record["void"] for record in read_lines(folder / "rounds.jsonl")] == [0, 1, 0]
-    costs = [(plan.round, charges(plan, size, read(folder / "config.toml").privacy))
-             for plan, size in plans._plans(folder)]  # fmt: skip
-    faulty = plans._of(read(folder / "config.toml"), [cost for cost in costs if cost[0] != 2])
+    config = read(folder / "config.toml")
+    summed = [one for one in plans._announced(folder) if one.plan.round != 2]
+    faulty = privacy.facts_of(config, plans.histories(config, summed))
     for line, less in zip(facts["privacy"]["lines"], faulty["lines"], strict=True):
         assert less["epsilon"] < max(own_figures(folder, line).values()) <= line["epsilon"]
     said = " ".join(facts["privacy"]["devices"]["sentences"])
@@ -137,6 +136,26 @@ def test_a_round_that_was_announced_and_never_ended_is_counted(folder, tmp_path,
     found = plans.device_facts(changed(folder, tmp_path, rounds=cut))
     assert found["lines"] == facts["privacy"]["lines"]
     assert [row["void"] for row in found["rounds"]] == [False, True, None]
+    assert "not ended" in shown(report.report_facts(tmp_path))
+
+
+def test_a_device_that_was_asked_before_a_crash_and_not_after_it_is_counted(folder, tmp_path):
+    lines = read_lines(folder / PLANS)
+    again = [lines[0] | {"asked": [0, 1, 2, 3]}, lines[0] | {"asked": [2, 3, 4, 5]}]
+    text = "".join(json.dumps(line) + "\n" for line in again).encode()
+    first = (folder / "rounds.jsonl").read_bytes().splitlines(keepends=True)[0]
+    found = plans.device_facts(changed(folder, tmp_path, plans=text, rounds=first))
+    assert [one["participations"] for one in found["clients"]] == [1] * CLIENTS
+
+
+def test_a_device_that_was_not_asked_has_spent_nothing(folder, tmp_path):
+    lines = [line | {"asked": [0, 1, 2, 3]} for line in read_lines(folder / PLANS)]
+    lines[1]["asked"] = [0, 1, 2, 3, 5]
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    found = plans.device_facts(changed(folder, tmp_path, plans=text))
+    asked = {one["client"]: one["participations"] for one in found["clients"]}
+    assert asked == {"client 0": 3, "client 1": 3, "client 2": 3, "client 3": 3, "client 5": 1}
+    assert "1 device asked once" in shown(report.report_facts(tmp_path))
 
 
 def test_rounds_have_who_was_asked_came_and_declined_in_numbers(facts):
@@ -154,6 +173,7 @@ def test_the_terminal_says_at_most_and_sends_the_reader_to_each_devices_own_ledg
     assert "What was spent (at most)" in text
     assert "privet client budget" in text
     assert "worst client" not in text
+    assert f"at most: {CLIENTS} devices asked 3 times" in text
     assert "No losses were measured: that would take the people's texts" in text
     assert "privet evaluate" not in text
     assert "(in 3 releases)" in text
@@ -170,7 +190,6 @@ def test_the_page_has_pictures_and_no_claim_about_ledgers_or_evaluations(facts):
     assert len(found.ids) == len(set(found.ids))
     assert "svg" in found.tags
     assert "from the plans of the rounds; the ledgers are on the devices" in words
-    assert "worst client" not in words
     assert "No losses were measured" in words
     assert "whose chains verify" not in words
 
@@ -209,8 +228,10 @@ def test_a_round_whose_plan_is_missing_gives_no_figure(folder, tmp_path):
         (b'"cohort": 6', b'"cohort": "six"', "holds no plan"),
         (b'"version": 4', b'"version": 99', "holds no plan"),
         (b'"run": "', b'"run": "x', "is of the run"),
-        (b'"dimension": ', b'"dimension": "x", "was": ', "is of the run"),
-        (b'{"dimension', b'[{"dimension', "is not JSON"),
+        (b'"dimension": ', b'"dimension": "x", "was": ', "or damaged"),
+        (b'"asked": [0', b'"asked": ["0"', "or damaged"),
+        (b'"asked": [', b'"ask": [', "holds no plan"),
+        (b'{"asked', b'[{"asked', "is not JSON"),
     ],
 )
 def test_a_plan_that_is_damaged_or_of_another_run_gives_no_figure(folder, tmp_path, old, new, said):

@@ -394,10 +394,11 @@ def test_a_plan_is_on_disk_before_anybody_is_asked(tmp_path):
     config = configured(count=2)
     seen = []
 
-    def ask(_phase, _messages, plan, adapter):
+    def ask(_phase, messages, plan, adapter):
         kept = [line["plan"] for line in read_lines(tmp_path / PLANS)]
         assert kept[-1] == plan.to_dict()
         assert read_lines(tmp_path / PLANS)[-1]["dimension"] == len(adapter)
+        assert read_lines(tmp_path / PLANS)[-1]["asked"] == sorted(messages)
         seen.append(plan.round)
         return []
 
