@@ -29,6 +29,7 @@ __all__ = ["ENGINES", "check", "run"]
 
 ENGINES = ("local", "ray")
 LOST = "lost, by simulation.dropout"
+Answers = Callable[[Message, Context], Message]
 Loss = Literal["before", "after"]
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
@@ -81,9 +82,7 @@ def _local(folder: Path, config: Config, live: Any) -> None:
         add(folder, training=seconds)
 
 
-def mortal(
-    config: Config, app: Callable[[Message, Context], Message], message: Message, context: Context
-) -> Message:
+def mortal(config: Config, app: Answers, message: Message, context: Context) -> Message:
     """The ClientApp of a device that may die before or after it has handled a message."""
     loss = _lost(config, message, int(context.node_config["partition-id"]))
     reply = None if loss == "before" else app(message, context)
@@ -108,6 +107,7 @@ def _lost(config: Config, message: Message, client: int) -> Loss | None:
 
 
 def _ray(folder: Path, config: Config, show: Any) -> None:
+    """On a Ray of this process's own or, where RAY_ADDRESS names one, on a cluster."""
     from flwr.simulation import run_simulation
 
     for name in ("flwr", "ray"):  # both log every step, and each error with its traceback
@@ -123,13 +123,12 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
         except BaseException as error:
             failed.append(error)
 
-    os.environ["PRIVET_RUN"] = str(folder)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of its future
     resources = {"num_cpus": config.speed.threads, "num_gpus": 0.0}
     try:
         run_simulation(
             server_app,
-            functools.partial(mortal, config, told),
+            functools.partial(at, str(folder), functools.partial(mortal, config, told)),
             num_supernodes=config.data.clients,
             backend_config={
                 "client_resources": resources,
@@ -140,6 +139,12 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
         stopped.set()
     if failed:
         raise failed[0]
+
+
+def at(folder: str, app: Answers, message: Message, context: Context) -> Message:
+    """The ClientApp in a process that may have been there before this run, as a cluster's are."""
+    os.environ["PRIVET_RUN"] = folder
+    return app(message, context)
 
 
 def told(message: Message, context: Context) -> Message:

@@ -8,6 +8,7 @@ worker, on loopback over TLS with registered keys.
 import itertools
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
@@ -250,3 +251,31 @@ def test_whatever_is_killed_the_run_ends_right_and_nothing_is_lost(fleet: Fleet,
 @pytest.mark.parametrize("seed", range(3, 33))
 def test_whatever_is_killed_over_thirty_seeds(fleet: Fleet, seed: int):
     storm(fleet, seed, cut_s=(5.0, 90.0), rounds=5)
+
+
+def small_files(pid: int | None, most: int) -> None:
+    """From now on no file of this process grows beyond `most` bytes, as on a full disk."""
+    assert pid is not None
+    _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, hard))
+
+
+def test_a_device_with_a_full_disk_drops_out_and_goes_on_when_there_is_room(fleet: Fleet):
+    config, person = fleet.config("full", count=4), fleet.people[0]
+    until(lambda: fleet.online() == len(fleet.people), 120, "all devices online")
+    before = kept(person)
+    run = Run(fleet, config)
+    until(lambda: len(run.rounds()) >= 1 or run.over, 240, "a round")
+    small_files(person.pid("client work"), 1)
+    until(lambda: len(run.rounds()) >= 3 or run.over, 240, "two rounds on a full disk")
+    small_files(person.pid("client work"), resource.RLIM_INFINITY)
+    assert run.ended(240) == 0, fleet.said()
+    who = retrace(fleet, config)
+    print(run.lines, who)
+    assert 0 in who[0]
+    assert 0 not in who[2]
+    nothing_lost(before, kept(person))
+    again = fleet.config("room", count=1)
+    assert Run(fleet, again).ended(240) == 0
+    assert retrace(fleet, again) == [frozenset({0, 1, 2, 3})]
+    assert "the disk is full" in person.log.read_text()
