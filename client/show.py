@@ -267,5 +267,6 @@ def _when(seconds: float) -> str:
 
 
 def line(text: str) -> None:
-    """One line, at once: also where standard output is a file."""
-    print(text, flush=True)
+    """One line, at once: also where standard output is a file; a full disk under it stops nobody."""
+    with suppress(OSError):
+        print(text, flush=True)

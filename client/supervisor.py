@@ -49,7 +49,8 @@ Say = Callable[[str], None]
 
 
 def _say(line: str) -> None:
-    print(f"supervisor: {line}", flush=True)
+    with contextlib.suppress(OSError):  # a log on a full disk stops nobody
+        print(f"supervisor: {line}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ functions; importing the file loads neither flwr nor torch.
 """
 
 import ctypes
+import errno
 import gc
 import threading
 import time
@@ -44,11 +45,13 @@ Say = Callable[[str], None]
 QUICKEST_S, SLOWEST_S = 0.05, 1.0
 LISTED_S = 2.0  # how long a task may be without its message: Flower makes the task first
 BEAT_S = 10.0  # Flower forgets a task after 30 s without a sign of life, then after 60 s
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TIMEOUT_S = 30.0
 
 
 def _say(line: str) -> None:
-    print(f"worker: {line}", flush=True)
+    with suppress(OSError):  # a log on a full disk stops nobody
+        print(f"worker: {line}", flush=True)
 
 
 def work(
@@ -350,4 +353,5 @@ def where(error: BaseException) -> str:
     if trace is None:
         return type(error).__name__
     file = Path(trace.tb_frame.f_code.co_filename).name
-    return f"{type(error).__name__} at {file}:{trace.tb_lineno}"
+    full = "; the disk is full" if getattr(error, "errno", None) in FULL else ""
+    return f"{type(error).__name__} at {file}:{trace.tb_lineno}{full}"

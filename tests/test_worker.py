@@ -1,5 +1,6 @@
 """client/worker.py: against Flower's own node state, and against real Flower processes."""
 
+import errno
 import json
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client import worker
+from privet.client import show, supervisor, worker
 from privet.client.worker import FAILED, pause_s, refuse_other_flower, work
 from privet.common.errors import ConfigError
 from privet.experiments.benchmarks import worker as loopback
@@ -480,3 +481,25 @@ def test_a_message_is_begun_a_fifth_of_a_second_after_it_is_there(deployment):
 
 def test_an_idle_node_and_worker_take_less_than_350_megabytes(deployment):
     assert sum(size["rss"] for size in deployment["memory"]) < 350, deployment["memory"]
+
+
+def test_a_log_on_a_full_disk_stops_neither_worker_nor_supervisor(monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("builtins.print", full)
+    worker._say("a line")
+    supervisor._say("a line")
+    show.line("a line")
+
+
+def test_an_error_of_a_full_disk_is_told_as_one_and_no_other_text_is():
+    def told(error: OSError) -> str:
+        try:
+            raise error
+        except OSError as raised:
+            return worker.where(raised)
+
+    assert told(OSError(errno.ENOSPC, "my diary")).endswith("; the disk is full")
+    assert "diary" not in told(OSError(errno.EIO, "my diary"))
+    assert "full" not in told(OSError(errno.EIO, "my diary"))
