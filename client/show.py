@@ -7,7 +7,7 @@ obey.
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -267,6 +267,6 @@ def _when(seconds: float) -> str:
 
 
 def line(text: str) -> None:
-    """One line, at once: also where standard output is a file; a full disk under it stops nobody."""
+    """One line, at once, also into a file; a full disk under that file stops nobody."""
     with suppress(OSError):
         print(text, flush=True)
