@@ -370,17 +370,28 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
     rows = offers.describe(offer, home.policy, spent=home.ledger.charges(ME))
     before = home.agreed(offer.run)
     changed = [] if before is None else offers.changes(before[0], offer)
+    left_out = [(one.round, one.reason) for one in home.ledger.declined(ME) if one.run == offer.run]
     if not as_json:
         show.table(("", "what it asks for"), rows)
         if changed:
             show.table(("changed since you agreed",), [(line,) for line in changed])
+        if left_out:
+            show.table(("round", "not taken part in, because"), left_out)
     if agree:
         home.agree(offer, "owner")
     if decline:
         home.withdraw(offer)
     state = next(one for one in runs(home) if one["run"] == offer.run)
     if as_json:
-        show.dump({**state, "asks": rows, "changed": changed, "digest": offer.digest})
+        show.dump(
+            {
+                **state,
+                "asks": rows,
+                "changed": changed,
+                "declined_rounds": left_out,
+                "digest": offer.digest,
+            }
+        )
     else:
         print(_STATES[state["state"]].format(run=offer.run))
 

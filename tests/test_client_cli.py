@@ -429,7 +429,9 @@ def test_a_run_is_shown_in_full_before_the_first_round_and_agreed_to(
     assert "Agreed" in say("runs", "run", "--agree")
     with Device(offered) as home:
         assert home.taking_part("run-1", begins=False).run == "run-1"
+        home.ledger.decline("me", "run-1", 3, "the load is 9.9")
     assert "agreed by you" in say("runs")
+    assert "the load is 9.9" in say("runs", "run-1")
     assert "Declined" in say("runs", "run-1", "--decline")
     assert ask("runs")["runs"][0]["state"] == "declined"
 
