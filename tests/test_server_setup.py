@@ -355,7 +355,11 @@ def following(
         return number[0]
 
     monkeypatch.setattr(control, "runs", told)
-    monkeypatch.setattr(cli, "LOOK_S", 0.0)
+    monkeypatch.setattr(control, "stop_run", lambda *_: None)
+    monkeypatch.setattr(control, "start_run", again)
+    monkeypatch.setattr(cli, "_going", lambda *_: None)
+    for name in ("LOOK_S", "FIRST_WAIT_S", "SILENCE_S"):
+        monkeypatch.setattr(cli, name, 0.0)
     cli.follow(server, place, 7, 3, said.append)
     return said
 
