@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
@@ -31,6 +31,7 @@ def test_generation_is_the_mean_loss_of_transformers_itself(llama):
             assert float(loss) == pytest.approx(float(llama.network(ids, labels=ids).loss), 1e-5)
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.integers(6, VOCABULARY - 1), min_size=2, max_size=12), min_size=1, max_size=6
