@@ -295,7 +295,9 @@ def test_two_runs_cannot_open_two_budgets_by_counting_in_two_adjacencies():
 
 # --- the device's own settings ------------------------------------------------------------------
 
-share, above, multiplier = st.floats(0.01, 0.99), st.floats(0.01, 5), st.floats(0, 5)
+share, above = st.floats(0.01, 0.99), st.floats(0.01, 5)
+# the square of a much smaller one is no float: its plan has no noise, and every device declines
+multiplier = st.just(0.0) | st.floats(1e-3, 5)
 units = st.fixed_dictionaries(
     {},
     optional={
