@@ -223,8 +223,8 @@ def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
         field, given = "privacy.example.noise_multiplier", example.noise_multiplier
         yield _at_least(field, given, record_noise, "limits.smallest_example_noise")
         yield _adjacency("example", example.adjacency, budget.example_adjacency)
-    if config.statistics.enabled:
-        for name in BLOCK_NOISE:
+    for name, asked in zip(BLOCK_NOISE, config.statistics.asked_for, strict=True):
+        if asked:
             given = getattr(config.statistics, name)
             yield _at_least(f"statistics.{name}", given, noise, "limits.smallest_noise")
     yield _at_most("privacy.client.clip", client.clip, limits.largest_clip, "limits.largest_clip")

@@ -135,6 +135,11 @@ class StatisticsSettings(_Settings):
             "arms_bound": self.loss_bound if self.arms else 0.0,
         }
 
+    @property
+    def asked_for(self) -> tuple[bool, bool, bool]:
+        """Whether losses, gains, arms are."""
+        return self.enabled, self.enabled and self.gains, self.enabled and bool(self.arms)
+
     def multiplier(self, block: str) -> float:
         """Noise of a block over its bound."""
         return {

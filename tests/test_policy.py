@@ -448,6 +448,17 @@ def just_accepting(config: Config) -> Policy:
     return Policy(budget=budget, allowed=allowed).model_copy(update={"limits": limits})
 
 
+def test_the_noise_of_blocks_nobody_asked_for_refuses_no_run():
+    asked = {"statistics": {"enabled": True, "noise_multiplier": 6.0}}
+    policy = Policy(limits=Limits(smallest_noise=5.0))
+    said = "\n".join(reasons(policy, parse(asked), SERVER))
+    assert "statistics" not in said
+    with_gains = {"statistics": {**asked["statistics"], "gains": True}}
+    said = "\n".join(reasons(policy, parse(with_gains), SERVER))
+    assert "statistics.gain_noise_multiplier = 4.0" in said
+    assert "arm_noise_multiplier" not in said
+
+
 @given(configs)
 def test_own_settings_of_an_accepted_run_are_valid_and_accept_its_own_plan(config):
     policy = just_accepting(config)
