@@ -176,7 +176,7 @@ class Simulated:
     def identity(self) -> Identity:
         """Derived from the run's one secret."""
         own = self._own()
-        return own.bench.identity(own.name)
+        return own.desk.identity(own.name)
 
     def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         """Every simulated device takes part."""

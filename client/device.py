@@ -152,19 +152,19 @@ class Device:
     """One person's device."""
 
     name: str
-    bench: Desk
+    desk: Desk
 
     def records(self) -> Sequence[data.Tokenised]:
         """Own records for training: neither held out nor above the public cap."""
-        bench, settings = self.bench, self.bench.config.data
-        mine, _ = data.split(bench.records(self.name), settings.holdout)
-        return bench.tokenised(data.capped(mine, settings.records_per_client))
+        desk, settings = self.desk, self.desk.config.data
+        mine, _ = data.split(desk.records(self.name), settings.holdout)
+        return desk.tokenised(data.capped(mine, settings.records_per_client))
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """The latest own records, which the head is fitted on, and the first ones held out."""
-        bench, limits = self.bench, self.bench.config.evaluation
-        own, held_out = data.split(bench.records(self.name), bench.config.data.holdout)
-        return bench.tokenised(own[-limits.fit_records :]), bench.tokenised(
+        desk, limits = self.desk, self.desk.config.evaluation
+        own, held_out = data.split(desk.records(self.name), desk.config.data.holdout)
+        return desk.tokenised(own[-limits.fit_records :]), desk.tokenised(
             held_out[: limits.records]
         )
 
@@ -185,32 +185,32 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
             )
         return _answer(device, plan, start)
     except (PrivacyError, ProtocolError) as refusal:
-        device.bench.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        device.desk.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None
 
 
 def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     """The gate's bytes for this round, or why there are none."""
-    bench, name = device.bench, device.name
-    ledger, privacy = bench.ledger, bench.config.privacy
-    plan.refuse_if_laxer(bench.config)
+    desk, name = device.desk, device.name
+    ledger, privacy = desk.ledger, desk.config.privacy
+    plan.refuse_if_laxer(desk.config)
     _refuse_other_start(plan, start)
     kept = ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
     # a device that may not release does not train either
     ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
-    seed = bench.config.insecure_test_seed
+    seed = desk.config.insecure_test_seed
     label = f"{name} round {plan.round}"
     trained = train(
-        bench.trainer,
+        desk.trainer,
         start,
         device.records(),
         plan,
         batches=_batches(seed, label),
         source=noise.source(seed, f"{label} training"),
     )
-    layout = bench.trainer.adapter.layout.digest
+    layout = desk.trainer.adapter.layout.digest
     return release(
         trained.delta,
         layout,
@@ -227,19 +227,19 @@ def _statistics(
     device: Device, plan: Plan, start: NDArray[np.float32], losses: NDArray[np.float64]
 ) -> Statistics:
     """The blocks that the plan asks for; the delta is made before a head is fitted."""
-    bench, found = device.bench, dict[str, NDArray[np.float64]]()
+    desk, found = device.desk, dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
         found["losses"] = losses
     if not (plan.gains_bound or plan.arms_bound):
         return found
     own, held_out = device.measured_on()
-    fit = bench.config.head.enabled
-    said = measured(bench.trainer.adapter, start, own, held_out, fit)
+    fit = desk.config.head.enabled
+    said = measured(desk.trainer.adapter, start, own, held_out, fit)
     if plan.gains_bound:
         found["gains"] = gains_block(said, plan.gains_bound)
     if plan.arms_bound:
         arms = arm_names(plan.arms)
-        place = arm_of(bench.identity(device.name).seed, plan.run, len(arms))
+        place = arm_of(desk.identity(device.name).seed, plan.run, len(arms))
         found["arms"] = arms_block(said, plan.arms_bound, arms, place)
     return found
 
@@ -266,18 +266,18 @@ def masked_phase(
         What to keep for the next phase, and the bytes that leave; None and None when the device
         declines. Why stays in its ledger.
     """
-    bench = device.bench
+    desk = device.desk
     try:
         if not plan.masked:
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(bench.trainer.adapter.layout.dimension)
+        terms = plan.terms(desk.trainer.adapter.layout.dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
-            shared, sealed = masking.share(state, message, bench.directory, os.urandom)
-            bench.pin(shared.directory)
+            shared, sealed = masking.share(state, message, desk.directory, os.urandom)
+            desk.pin(shared.directory)
             return shared, sealed
         if phase == "vector" and start is not None:
             received = masking.receive(state, message)
@@ -286,32 +286,30 @@ def masked_phase(
             return masking.confirm(state, message)
         return masking.unmask(state, message)
     except (PrivacyError, ProtocolError) as refusal:
-        bench.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        desk.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     """Keys for one attempt, after everything that can be refused beforehand."""
-    bench, name = device.bench, device.name
-    plan.refuse_if_laxer(bench.config)
-    privacy, dimension = bench.config.privacy, bench.trainer.adapter.layout.dimension
+    desk, name = device.desk, device.name
+    plan.refuse_if_laxer(desk.config)
+    privacy, dimension = desk.config.privacy, desk.trainer.adapter.layout.dimension
     if not _answered(device, plan):
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
-        bench.ledger.check(name, cost, budgets(privacy), privacy.delta)
-    own = bench.config.masking
+        desk.ledger.check(name, cost, budgets(privacy), privacy.delta)
+    own = desk.config.masking
     policy = MaskingPolicy(
         smallest_cohort=own.smallest_cohort,
         largest_cohort=plan.cohort,  # of more, the plan's colluders would be too few
         smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
-        smallest_bits=max(8, bench.config.privacy.client.bits),
+        smallest_bits=max(8, desk.config.privacy.client.bits),
         colluding=own.colluding,
     )
-    last = bench.ledger.announce(name, plan.run, plan.attempt)
+    last = desk.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
-    return masking.announce(
-        bench.number(name), bench.identity(name), terms, policy, last, os.urandom
-    )
+    return masking.announce(desk.number(name), desk.identity(name), terms, policy, last, os.urandom)
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
@@ -326,9 +324,9 @@ def _answered(device: Device, plan: Plan) -> bool:
     The same contribution is never masked twice: two sums over different survivors would differ by
     single contributions. A test seed, which protects nobody, repeats a round.
     """
-    bench = device.bench
-    kept = bench.ledger.resend(device.name, plan.run, plan.round, plan.digest)
-    if kept is not None and bench.config.insecure_test_seed is None:
+    desk = device.desk
+    kept = desk.ledger.resend(device.name, plan.run, plan.round, plan.digest)
+    if kept is not None and desk.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
     return kept is not None
 

@@ -99,7 +99,7 @@ class Crowd:
             identity, signature = (_bytes(reply.get(name)) for name in ("identity", "signature"))
             signed = any(
                 verify(identity, greeting(self.run, one, node), signature)
-                for one in self._nonces.get(node, ())
+                for one in self._nonces.pop(node, ())
             )
             if signed and identity in owners and reply.get("accepted") is True:
                 self.accepted[owners[identity]] = node
