@@ -55,8 +55,8 @@ Deactivate = Callable[[Any, int], None]
 class Waits:
     """Stands for the module `time` in Flower's SuperNode: `sleep` is its own, the rest is `time`'s.
 
-    A row of sleeps for one reason ends with the first sleep for another. Within a row the time
-    between two sleeps is what one question took.
+    A row of sleeps for one reason ends with the first sleep for another, and with a message that was
+    answered. Within a row the time between two sleeps is what one question took.
     """
 
     pause: Callable[[float], None] = time.sleep
@@ -82,6 +82,15 @@ class Waits:
         self.pause(min(max(self._next, PATIENCE * asked), longest))
         self._next = min(self._next * GROWTH, longest)
         self._woke = self.clock()
+
+    def anew_after(self, answered: Callable[..., None]) -> Callable[..., None]:
+        """The same; with it a row ends, for it may have answered without a sleep of its own."""
+
+        def answered_then_anew(*args: Any, **named: Any) -> None:
+            answered(*args, **named)
+            self._reason = 0.0
+
+        return answered_then_anew
 
 
 def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:
@@ -117,7 +126,10 @@ def main(place: int | None = None) -> None:
     from flwr.supernode.cli import flower_supernode
 
     if getattr(node, "time", None) is time:
-        node.time = Waits()
+        waits: Any = Waits()
+        node.time = waits
+        if hasattr(node, "_push_messages"):
+            node._push_messages = waits.anew_after(node._push_messages)
     if hasattr(node, "pull_objects"):
         node.pull_objects = functools.partial(node.pull_objects, **PARTS)
     if place is not None:

@@ -70,6 +70,16 @@ def test_a_superlink_that_answers_slowly_is_asked_less():
     assert slept == pytest.approx([0.1, 0.2, 0.5, 2.0, 10.0])
 
 
+def test_the_time_a_message_took_is_not_taken_for_a_slow_superlink():
+    now, slept = [0.0], list[float]()
+    waits = Waits(pause=slept.append, clock=lambda: now[0])
+    waits.sleep(NO_MESSAGE_S)
+    now[0] += 0.6  # a message was pulled, its reply was there at once, and was sent
+    waits.anew_after(lambda: None)()
+    waits.sleep(NO_MESSAGE_S)
+    assert slept == [0.1, 0.1]
+
+
 def test_other_sleeps_and_the_rest_of_the_module_are_left_alone():
     slept: list[float] = []
     waits = still(slept)
@@ -86,6 +96,7 @@ def test_flower_still_sleeps_where_this_was_written_for():
     assert re.findall(r"time\.(\w+\(.*?\))", inspect.getsource(node)) == [
         "sleep(3)", "sleep(0.5)", "sleep(0.5)"
     ]  # fmt: skip
+    assert "_push_messages(" in inspect.getsource(node.start_client_internal)
     assert set(PARTS) < set(inspect.signature(node.pull_objects).parameters)
 
 
