@@ -55,8 +55,8 @@ Deactivate = Callable[[Any, int], None]
 class Waits:
     """Stands for the module `time` in Flower's SuperNode: `sleep` is its own, the rest is `time`'s.
 
-    A row of sleeps for one reason ends with the first sleep for another, and with a message that was
-    answered. Within a row the time between two sleeps is what one question took.
+    A row of sleeps for one reason ends with the first sleep for another, and with a message that
+    was answered. Within a row the time between two sleeps is what one question took.
     """
 
     pause: Callable[[float], None] = time.sleep

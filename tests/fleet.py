@@ -28,6 +28,7 @@ from privet.client.limits import Policy
 from privet.client.unlock import Passphrase
 from privet.common.config import Config, parse, to_toml
 from privet.common.errors import StateError
+from privet.common.files import write_atomic
 from privet.server import control, enrolment, setup
 
 from .tiny import WORDS
@@ -40,6 +41,8 @@ UP = (
     "cli.supervise(programs, services.environment(server), server.folder / 'logs', cli.say)"
 )
 PASSPHRASE = "own"
+NOISE = 16.0
+"""So much that the homes of one fleet can take part in a hundred rounds with a finite epsilon."""
 OWNER: dict[str, dict[str, Any]] = {
     "budget": {"client": 1e5, "example": 1e5},
     "limits": {"smallest_cohort": 3, "colluding": 0.0, "smallest_example_noise": 0.0},
@@ -75,6 +78,28 @@ def answers(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+CLOCK = Path(__file__).parent / "clock"
+
+
+class Clock:
+    """The wall clock of some processes, right until it jumps; see `clock/sitecustomize.py`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.jump(0.0)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process is started with whose clock this is."""
+        before = os.environ.get("PYTHONPATH")
+        path = os.pathsep.join([str(CLOCK), *([before] if before else [])])
+        return {**os.environ, "PYTHONPATH": path, "TEST_CLOCK": str(self._file)}
+
+    def jump(self, seconds: float) -> None:
+        """It is ahead of the right one by so much from now on; negative: behind."""
+        write_atomic(self._file, str(seconds).encode())
 
 
 class Wire:
@@ -177,6 +202,7 @@ class Person:
     home: Path
     wire: Wire
     log: Path
+    clock: Clock
     process: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> None:
@@ -189,6 +215,7 @@ class Person:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self.clock.env,
                 start_new_session=True,
             )
 
@@ -219,6 +246,7 @@ class Fleet:
     server: setup.Server
     people: list[Person]
     base: Path
+    clock: Clock
     supervisor: "subprocess.Popen[bytes] | None" = None
     runs: list["subprocess.Popen[str]"] = field(default_factory=list)
 
@@ -230,6 +258,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=self.clock.env,
                 start_new_session=True,
             )
         until(lambda: answers(self.server.inner_port), 60, "the SuperLink")
@@ -324,9 +353,8 @@ def run_config(base: Path, people: int, name: str, **changes: Any) -> Config:
             "adapter": {"rank": 2, "last_blocks": 2},
             "training": {"batch_size": 4},
             "rounds": {**rounds, **changes},
-            "head": {"enabled": False},
             "privacy": {
-                "client": {"noise_at": "distributed", "noise_multiplier": 1.0},
+                "client": {"noise_at": "distributed", "noise_multiplier": NOISE},
                 "example": {"enabled": False},
                 "budget": {"client": 100000.0, "example": 100000.0},
             },
@@ -358,16 +386,18 @@ def make(folder: Path, base: Path, people: int = 4) -> Fleet:
         texts = [" ".join(draw.choices(favourites, k=draw.randint(4, 9))) for _ in range(12)]
         words = folder / f"texts{number}"
         words.mkdir()
-        (words / "notes.txt").write_text("\n\n".join(texts))
+        for place, text in enumerate(texts):
+            (words / f"{place:02}.txt").write_text(text)
         with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
             (home / POLICY).write_text(own_policy(base))
             asked = join.Asked(f"127.0.0.1:{wire.port}", authority, None, insecure=False)
             join.join(made, asked)
             sources.rescan(made, roots=[str(words)])
-            assert made.records()
+            assert len(made.records()) == len(texts)
             (folder / f"card{number}.json").write_text(made.card)
-        found.append(Person(number, home, wire, folder / f"device{number}.log"))
-    return Fleet(folder, server, found, base)
+        clock = Clock(folder / f"clock{number}")
+        found.append(Person(number, home, wire, folder / f"device{number}.log", clock))
+    return Fleet(folder, server, found, base, Clock(folder / "clock"))
 
 
 @contextmanager
