@@ -274,6 +274,8 @@ class Home:
                 f"declined/{offer.run}": None,
             }
         )
+        if self.last_note is not None and self.last_note[1] == offers.waiting(offer.run):
+            self.vault.put_all({"note": None})
 
     def agreed(self, run: str) -> tuple[Offer, Consent | None] | None:
         """The offer of this run that was agreed to last, which may not be the present one."""

@@ -35,6 +35,7 @@ __all__ = [
     "refuse_without_consent",
     "restore",
     "store",
+    "waiting",
 ]
 
 How = Literal["owner", "policy"]
@@ -117,6 +118,11 @@ def agree(offer: Offer, policy: Policy, how: How, time: float) -> Consent:
     return Consent(offer.run, offer.digest, time, how)
 
 
+def waiting(run: str) -> str:
+    """What the owner is told of a run that nobody has decided about."""
+    return f"run {run} waits for your yes: see `privet client runs`"
+
+
 def refuse_without_consent(offer: Offer, consent: Consent | None) -> None:
     """Nothing is answered in a run that nobody said yes to.
 
@@ -124,7 +130,7 @@ def refuse_without_consent(offer: Offer, consent: Consent | None) -> None:
         PrivacyError: there is no consent, or it was for another run or another configuration.
     """
     if consent is None:
-        raise PrivacyError(f"run {offer.run} waits for your yes: see `privet client runs`")
+        raise PrivacyError(waiting(offer.run))
     if (consent.run, consent.digest) != (offer.run, offer.digest):
         raise PrivacyError(
             f"run {offer.run} of {offer.server} is not what you agreed to: its configuration was "

@@ -14,6 +14,7 @@ from ..common.errors import PrivacyError, PrivetError
 from ..common.keys import Directory, Identity
 from .conditions import threads
 from .home import ME, Home
+from .offers import waiting
 from .policy import own_config
 
 if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no SciPy, no model
@@ -124,7 +125,7 @@ class OwnSeat:
             if accepted:
                 self._desk_of(str(offer["run"]), NOBODY, begins=True)
             elif not home.declined(str(offer["run"])):
-                home.note(f"run {offer['run']} waits for your yes: see `privet client runs`")
+                home.note(waiting(str(offer["run"])))
         except PrivetError as refusal:
             accepted = False
             home.note(str(refusal))

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,6 @@ def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: Home):
 
 
 def test_a_declined_run_is_not_said_to_wait(home: Home):
-    from importlib.metadata import version
-
     offer = {"version": version("privet"), "run": "run-1", "config": text()}
     seat = OwnSeat(home)
     seat.hello(offer)
@@ -141,6 +140,16 @@ def test_a_declined_run_is_not_said_to_wait(home: Home):
     home.withdraw(home.run("run-1")[0])
     home.note("another")
     assert seat.hello(offer)["accepted"] is False
+    assert "another" in str(home.last_note)
+
+
+def test_a_run_that_was_agreed_to_is_not_said_to_wait_any_more(home: Home):
+    offer = {"version": version("privet"), "run": "run-1", "config": text()}
+    OwnSeat(home).hello(offer)
+    home.agree(home.run("run-1")[0], "owner")
+    assert home.last_note is None
+    home.note("another")
+    home.agree(home.run("run-1")[0], "owner")
     assert "another" in str(home.last_note)
 
 
