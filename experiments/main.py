@@ -80,9 +80,9 @@ def _command(arguments: Sequence[str]) -> click.Command:
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
     if asked is None:
-        from . import cli
+        from . import ab_cli, cli
 
-        for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
+        for function in (cli.simulate, cli.evaluate, cli.report, cli.generate, ab_cli.ab):
             app.command()(function)
         app.command("demo-devices", hidden=True)(cli.demo_devices)
     for name in _GROUPS if asked is None else (asked,):

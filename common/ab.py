@@ -1,0 +1,172 @@
+"""An A/B experiment in the field: what server and devices must agree on.
+
+A device is in one arm. At each look it releases three public-sized numbers in the slots of its own
+arm and zeros elsewhere, and takes no other part: nothing is trained.
+
+    binary    (1, y)        y = -1 or 1, a template's answer rejected or accepted
+    bounded   (1, y, y^2)   y in [-1, 1], an outcome within public bounds
+
+The vector is a contribution like any other (DESIGN section 1): its clip is its public l2 norm, and
+`client/release.py` lets it out. A device without an outcome yet releases zeros.
+
+**Guarantee**: the noise is sized for all planned looks together: whoever takes part in every look
+has spent at most `privacy.epsilon`, client-level, at `privacy.delta`. A look that is not taken is
+not charged.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .blocks import MOST_ARMS
+from .config import Adjacency, Config, MaskingSettings, faults, parse
+from .errors import ConfigError
+
+__all__ = ["AbSettings", "entries", "layout", "norm", "read", "run_settings"]
+
+BITS = 32  # a contribution is a few numbers: the finest grid costs a few bytes
+
+ENTRIES = {"binary": 2, "bounded": 3}
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AbPrivacy(_Settings):
+    """What all looks together may cost a person."""
+
+    epsilon: float = Field(1.0, gt=0, description="client-level, of all looks")
+    delta: float = Field(1e-5, gt=0, lt=1)
+    noise_at: Literal["device", "distributed"] = "distributed"
+    adjacency: Adjacency = "add_remove"
+
+
+class Made(_Settings):
+    """Simulated people with a truth that is known."""
+
+    means: tuple[float, ...] = Field((0.5, 0.6), description="of the outcome, arm by arm")
+    spread: float = Field(0.2, gt=0, description="bounded: standard deviation before the clip")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a device misses a look")
+    masks: bool = Field(False, description="run the masking protocol; meant for small cohorts")
+
+
+class AbSettings(_Settings):
+    """One experiment: arms, outcome, looks, and what it may cost."""
+
+    name: str = Field("ab", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    arms: tuple[str, ...] = Field(("A", "B"), min_length=2, max_length=MOST_ARMS)
+    outcome: Literal["binary", "bounded"] = "binary"
+    low: float = Field(0.0, description="public bounds of an outcome; binary: 0 and 1")
+    high: float = 1.0
+    clients: int = Field(2000, ge=2, description="devices asked at each look")
+    looks: int = Field(1, ge=1, le=100, description="planned; the noise is sized for all of them")
+    stop: bool = Field(False, description="take no further look once a difference is found")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of any false difference, all told")
+    spending: Literal["equal", "late"] = Field("equal", description="of alpha over the looks")
+    privacy: AbPrivacy = Field(default_factory=AbPrivacy)
+    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    made: Made = Field(default_factory=Made)
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Self:
+        if len({*self.arms}) < len(self.arms):
+            raise ValueError(f"arms = {list(self.arms)}: expected names that differ")
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        if self.outcome == "binary" and (self.low, self.high) != (0.0, 1.0):
+            raise ValueError('outcome = "binary" has low = 0 and high = 1; leave both out')
+        if len(self.made.means) != len(self.arms):
+            raise ValueError(
+                f"made.means = {list(self.made.means)}: expected one for each of the "
+                f"{len(self.arms)} arms"
+            )
+        if not all(self.low <= mean <= self.high for mean in self.made.means):
+            raise ValueError(
+                f"made.means = {list(self.made.means)}: expected numbers from {self.low} to "
+                f"{self.high}"
+            )
+        return self
+
+
+def read(path: Path) -> AbSettings:
+    """The experiment in a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or a sentence for each fault.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the experiment {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    try:
+        settings = AbSettings.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"{path} does not fit:\n{faults(error, AbSettings)}") from None
+    run_settings(settings)
+    return settings
+
+
+def entries(settings: AbSettings) -> int:
+    """Numbers of one arm."""
+    return ENTRIES[settings.outcome]
+
+
+def norm(settings: AbSettings) -> float:
+    """l2 norm that no contribution exceeds: entries of at most 1, in one arm."""
+    return math.sqrt(entries(settings))
+
+
+def layout(settings: AbSettings) -> str:
+    """Digest of what the numbers mean; the gate compares it with the plan's."""
+    said = ["privet ab", settings.outcome, settings.low, settings.high, *settings.arms]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def run_settings(settings: AbSettings, slack: float = 0.0, ratio: float = 0.0) -> Config:
+    """The experiment as settings of a run in which each look is a round.
+
+    Args:
+        settings: the experiment.
+        slack, ratio: how close a look's integer noise is to Gaussian noise (`common/noise.py`);
+            with zeros the noise multiplier is a floor, which is what a device insists on.
+
+    Raises:
+        ConfigError: no noise reaches the epsilon, or masks leave too few honest devices.
+    """
+    from .accounting import calibrate  # scipy: only where a number is asked for
+
+    asked = settings.privacy
+    multiplier = calibrate(
+        asked.epsilon, asked.delta, settings.looks, asked.adjacency, slack, ratio
+    )
+    return parse(
+        {
+            "name": settings.name,
+            "data": {"source": "ab", "clients": settings.clients, "test_clients": 0},
+            "rounds": {"count": settings.looks, "cohort": settings.clients},
+            "masking": settings.masking.model_dump(),
+            "privacy": {
+                "delta": asked.delta,
+                "example": {"enabled": False},
+                "client": {
+                    "noise_at": asked.noise_at,
+                    "noise_multiplier": multiplier,
+                    "clip": norm(settings),
+                    "adjacency": asked.adjacency,
+                    "bits": BITS,
+                },
+                "budget": {"client": asked.epsilon},
+            },
+        },
+        source=f"the experiment {settings.name}",
+    )
