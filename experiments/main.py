@@ -80,11 +80,12 @@ def _command(arguments: Sequence[str]) -> click.Command:
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
     if asked is None:
-        from . import ab_cli, cli, lamp_cli
+        from . import ab_cli, cli, cold_start_cli, lamp_cli
 
         for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
             app.command()(function)
         app.command()(ab_cli.ab)
+        app.command()(cold_start_cli.coldstart)
         app.command()(lamp_cli.lamp)
         app.command("demo-devices", hidden=True)(cli.demo_devices)
     for name in _GROUPS if asked is None else (asked,):
