@@ -71,7 +71,9 @@ def files_of(folder: Path, task: Task, split: str) -> tuple[Path, Path]:
     Raises:
         DataError: no such folder, or no questions in it; names what was looked for.
     """
-    inside = (folder, folder / task.official / split, folder / task.official, folder / split)
+    own = folder / task.official
+    # movie tagging is published beside the news task that was LaMP-2 before
+    inside = (folder, own / "new" / split, own / split, own, folder / "new" / split, folder / split)
     for place in inside:
         if (place / f"{split}_questions.json").is_file():
             return place / f"{split}_questions.json", place / f"{split}_outputs.json"

@@ -61,6 +61,11 @@ def test_files_are_found_in_a_task_folder_in_a_copy_of_all_and_with_splits_apart
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / want).write_text("[]")
         assert files_of(tmp_path / place.split("/")[0], task, "dev")[0].name == want
+    new, old = tmp_path / "site/LaMP_2/new/dev", tmp_path / "site/LaMP_2/dev"
+    for place in (new, old):
+        place.mkdir(parents=True)
+        (place / want).write_text("[]")
+    assert files_of(tmp_path / "site", TASKS["LaMP-2"], "dev")[0] == new / want
     with pytest.raises(DataError, match=r"no dev_questions.json of LaMP-5.*LaMP_5/dev"):
         files_of(tmp_path, TASKS["LaMP-5"], "dev")
 
