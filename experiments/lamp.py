@@ -32,6 +32,7 @@ __all__ = [
     "Item",
     "Question",
     "Task",
+    "instruction",
     "prompt",
     "query",
     "read_outputs",
@@ -198,6 +199,14 @@ def query(task: Task, text: str) -> str:
         return " ".join(quoted[-2:]) if len(quoted) > 1 else text
     _, mark, rest = text.partition(task.after)
     return rest.strip() if mark and rest.strip() else text
+
+
+def instruction(task: Task, text: str) -> str:
+    """A question with nothing in the place of what it is about: what all questions share."""
+    about = query(task, text)
+    if task.after:
+        return text.replace(about, "N/A") if about != text else "N/A"
+    return re.sub(r'"[^"]*"', '"N/A"', text)
 
 
 def retrieve(

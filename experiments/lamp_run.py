@@ -1,6 +1,8 @@
 """LaMP with a frozen model: retrieve, build the prompt, answer, score.
 
-    choose    labels only: the label that the model finds likeliest, by the mean over its tokens
+    choose    labels only: the label whose mean log probability a token rises most over what it is
+              for the instruction alone (Holtzman et al. 2021), since a small model prefers some
+              labels whatever it is asked
     generate  greedy text, its first line; what the published metrics were made for
 
 Run on published data by the experimenter: nothing is trained, nothing is sent, no epsilon applies.
@@ -21,6 +23,7 @@ from .lamp import (
     RETRIEVALS,
     Question,
     Task,
+    instruction,
     prompt,
     read_outputs,
     read_questions,
@@ -171,16 +174,19 @@ def answers(
 
         encoder = sentence_encoder()
     cut, manner = _cutter(base), _manner(task, settings)
+    before: dict[str, list[float]] = {}
     given = []
     with progress.counting(f"{task.name}, {way}", len(questions), "questions") as one:
         for question in questions:
             items = retrieve(task, question, way, settings.k, settings.seed, encoder)  # type: ignore[arg-type]
             ids = _ids(base, prompt(task, question, items, settings.tokens, cut))
-            given.append(
-                _chosen(base, ids, task.labels)
-                if manner == "choose"
-                else _generated(base, ids, settings.new_tokens)
-            )
+            if manner == "choose":
+                asked = instruction(task, question.text)
+                if asked not in before:
+                    before[asked] = _likely(base, _ids(base, asked), task.labels)
+                given.append(_chosen(task.labels, _likely(base, ids, task.labels), before[asked]))
+            else:
+                given.append(_generated(base, ids, settings.new_tokens))
             one()
     return given
 
@@ -213,9 +219,14 @@ def _ids(base: BaseModel, text: str) -> list[int]:
     return list(base.tokenizer(f"{text}\nAnswer: ")["input_ids"])
 
 
+def _chosen(labels: Sequence[str], likely: Sequence[float], before: Sequence[float]) -> str:
+    rises = [one - other for one, other in zip(likely, before, strict=True)]
+    return labels[max(range(len(labels)), key=rises.__getitem__)]
+
+
 @torch.inference_mode()
-def _chosen(base: BaseModel, ids: list[int], labels: Sequence[str]) -> str:
-    """The label with the highest mean log probability of its tokens; the prompt is read once."""
+def _likely(base: BaseModel, ids: list[int], labels: Sequence[str]) -> list[float]:
+    """Mean log probability of each label's tokens after a prompt, which is read once."""
     rows = [base.tokenizer(one, add_special_tokens=False)["input_ids"] for one in labels]
     longest = max(map(len, rows))
     read = base.network(torch.tensor([ids]), use_cache=True)
@@ -226,9 +237,8 @@ def _chosen(base: BaseModel, ids: list[int], labels: Sequence[str]) -> str:
     later = base.network(padded, past_key_values=cache, attention_mask=seen, use_cache=True).logits
     start = read.logits[:, -1:].expand(len(rows), 1, -1)
     scores = torch.cat([start, later[:, :-1]], 1).log_softmax(-1)
-    likely = scores.gather(2, padded[:, :, None])[:, :, 0]
-    means = [float(likely[n, : len(row)].mean()) for n, row in enumerate(rows)]
-    return labels[max(range(len(rows)), key=means.__getitem__)]
+    found = scores.gather(2, padded[:, :, None])[:, :, 0]
+    return [float(found[n, : len(row)].mean()) for n, row in enumerate(rows)]
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from privet.experiments.lamp import (
     MOVIE_TAGS,
     TASKS,
     Question,
+    instruction,
     prompt,
     query,
     read_outputs,
@@ -260,7 +261,7 @@ def test_a_tiny_model_answers_and_every_way_is_scored_on_the_same_questions(llam
     json.dumps(facts, allow_nan=False)
 
 
-def test_the_label_chosen_with_one_reading_is_the_likeliest_of_readings_one_by_one(llama):
+def test_a_labels_likelihood_with_one_reading_is_that_of_readings_one_by_one(llama):
     import torch
 
     ids = llama.tokenizer("ba bin go")["input_ids"]
@@ -272,7 +273,21 @@ def test_the_label_chosen_with_one_reading_is_the_likeliest_of_readings_one_by_o
             logits = llama.network(torch.tensor([[*ids, *row]])).logits[0].log_softmax(-1)
         picked = logits[len(ids) - 1 : -1].gather(1, torch.tensor(row)[:, None])
         means.append(float(picked.mean()))
-    assert lamp_run._chosen(llama, ids, labels) == labels[int(np.argmax(means))]
+    assert lamp_run._likely(llama, ids, labels) == pytest.approx(means, abs=1e-4)
+
+
+def test_a_label_the_model_always_prefers_is_chosen_only_where_the_question_speaks_for_it():
+    labels, always = ("1", "2", "3"), [-0.1, -2.0, -3.0]
+    assert lamp_run._chosen(labels, [-0.1, -1.5, -2.9], always) == "2"
+    assert lamp_run._chosen(labels, [-0.05, -2.0, -3.1], always) == "1"
+
+
+@pytest.mark.parametrize("name", ["LaMP-1", "LaMP-2", "LaMP-3"])
+def test_all_questions_of_a_task_share_one_instruction(name):
+    asked = {instruction(TASKS[name], question.text) for question in questions_of(name)}
+    (shared,) = asked
+    assert "N/A" in shared
+    assert len(shared) > 60
 
 
 def test_an_encoder_and_too_long_a_prompt_are_refused(llama, bert):
