@@ -19,6 +19,7 @@ __all__ = [
     "Limits",
     "Outbox",
     "Policy",
+    "Prompts",
     "Resources",
     "When",
     "ranges",
@@ -209,6 +210,24 @@ class Outbox(_Section):
     )
 
 
+class Prompts(_Section):
+    """Whose prompt templates this device takes (`privet prompts add`)."""
+
+    publishers: Words = Field(
+        (),
+        description="public keys, 64 hexadecimal digits each; empty: only those that come with "
+        "privet",
+    )
+
+    @field_validator("publishers")
+    @classmethod
+    def _keys(cls, publishers: tuple[str, ...]) -> tuple[str, ...]:
+        for key in publishers:
+            if not re.fullmatch(r"[0-9a-f]{64}", key):
+                raise ValueError(f"{key!r} is not a public key: 64 digits, 0-9 and a-f")
+        return publishers
+
+
 class Policy(_Section):
     """The owner's limits. `Policy()` is what `privet client init` writes."""
 
@@ -220,6 +239,7 @@ class Policy(_Section):
     consent: Consent = Consent()
     intake: Intake = Intake()
     outbox: Outbox = Outbox()
+    prompts: Prompts = Prompts()
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and still deserve a sentence."""

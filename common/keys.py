@@ -62,6 +62,7 @@ class Purpose(Enum):
     GREETING = "answer to a server's greeting"
     ARM = "arm of a comparison that a device is in"
     SIMULATED_IDENTITY = "identity of a simulated device"
+    TEMPLATE = "signature of a prompt template"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ _QUIET_LIBRARIES = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # it would ask every installed package for one
 }
-_GROUPS = ("assets", "client", "server")
+_GROUPS = ("assets", "client", "prompts", "server")
 
 
 def main() -> None:
@@ -98,6 +98,8 @@ def _group(name: str) -> typer.Typer:
         from .assets_cli import app
     elif name == "client":
         from ..client.cli import app
+    elif name == "prompts":
+        from ..client.prompts_cli import app
     else:
         from ..server.cli import app
     return app

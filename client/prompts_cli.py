@@ -1,0 +1,258 @@
+"""`privet prompts`: this device's prompt templates, and what a new one would change.
+
+Heavy imports wait inside the functions; no command here loads torch.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..common.errors import ConfigError
+from . import show
+
+if TYPE_CHECKING:
+    from .home import Home
+    from .library import Kept
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Prompt templates: whose, which version.", no_args_is_help=True)
+
+_Home = Annotated[
+    Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
+]
+_Pass = Annotated[
+    Path | None,
+    typer.Option("--passphrase-file", metavar="FILE", help="Else it is asked for."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+_Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="Of a template.")]
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A template file (TOML).")]
+_Version = Annotated[
+    str | None, typer.Option("--version", metavar="X.Y.Z", help="Else the one in use.")
+]
+
+
+@app.command("list")
+def list_(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+    """Every version of every template on this device."""
+    from .library import kept
+
+    with _opened(home, passphrase) as found:
+        every = kept(found)
+    if as_json:
+        show.dump([_facts(one) for one in every])
+        return
+    rows = [
+        (one.template.name, one.template.version, _state(one), one.template.segment.name,
+         one.template.about)
+        for one in every
+    ]  # fmt: skip
+    show.table(("template", "version", "", "for", "about"), rows)
+
+
+@app.command("show")
+def show_(
+    name: _Name,
+    version: _Version = None,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """One template in full."""
+    from .library import find
+
+    with _opened(home, passphrase) as found:
+        one = find(found, name, version)
+    if as_json:
+        show.dump(_facts(one))
+        return
+    _print([*one.template.lines(), f"state: {_state(one)}"])
+
+
+@app.command("add")
+def add(
+    file: _File,
+    yes: _Yes = False,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """Take a signed template in, after showing what it changes."""
+    from . import library
+
+    content = _content(file)
+    with _opened(home, passphrase) as found:
+        new, before = library.weigh(found, content, str(file))
+        changed = library.changes(before, new)
+        if not as_json:
+            _print(changed)
+        _confirm(f"Use version {new.version} of {new.name!r} from now on?", yes)
+        library.add(found, content, str(file))
+    said = f"{new.name!r} {new.version} is in use."
+    show.say(as_json, {"name": new.name, "version": new.version, "changed": list(changed)}, said)
+
+
+@app.command("diff")
+def diff(
+    what: Annotated[
+        str, typer.Argument(metavar="NAME|FILE", help="A template, or a file to be added.")
+    ],
+    versions: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FROM [TO]]", help="Else: the version before, the one in use."),
+    ] = None,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """What changed between two versions, or what a file would change."""
+    from . import library
+
+    with _opened(home, passphrase) as found:
+        path = Path(what)
+        if path.suffix == ".toml" or path.is_file():
+            if versions:
+                raise ConfigError("a file is compared with the version in use: give no versions")
+            new, before = library.weigh(found, _content(path), what)
+            changed = library.changes(before, new)
+        else:
+            changed = _between(found, what, versions or [])
+    if as_json:
+        show.dump({"changed": list(changed)})
+        return
+    _print(changed or ["nothing changed"])
+
+
+@app.command("rollback")
+def rollback(
+    name: _Name,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="X.Y.Z", help="Else the version before.")
+    ] = None,
+    yes: _Yes = False,
+    home: _Home = None,
+    passphrase: _Pass = None,
+    as_json: _Json = False,
+) -> None:
+    """Use an earlier version again."""
+    from . import library
+
+    with _opened(home, passphrase) as found:
+        before, chosen = library.earlier(found, name, to)
+        changed = library.changes(before, chosen)
+        if not as_json:
+            _print(changed)
+        _confirm(f"Use version {chosen.version} of {name!r} from now on?", yes)
+        library.rollback(found, name, to)
+    said = f"{name!r} {chosen.version} is in use; it was {before.version}."
+    facts = {"name": name, "version": chosen.version, "before": before.version}
+    show.say(as_json, {**facts, "changed": list(changed)}, said)
+
+
+@app.command("sign")
+def sign(
+    file: _File,
+    key: Annotated[
+        Path, typer.Option("--key", metavar="FILE", help="The publisher's; made if not there.")
+    ],
+    as_json: _Json = False,
+) -> None:
+    """For publishers: sign a template file, in place."""
+    from ..common.files import write_atomic
+    from .prompts import sign as signed
+
+    content = _content(file)
+    identity = _publisher(key)
+    write_atomic(file, signed(content, str(file), identity))
+    public = identity.public.hex()
+    show.say(
+        as_json,
+        {"file": str(file), "publisher": public},
+        f"{file} is signed by {public}; devices that trust this key take it.",
+    )
+
+
+def _between(home: "Home", name: str, versions: Sequence[str]) -> Sequence[str]:
+    from . import library
+
+    if len(versions) > 2:
+        raise ConfigError(f"two versions are compared; {len(versions)} were given")
+    if versions:
+        before = library.find(home, name, versions[0]).template
+        after = library.find(home, name, versions[1] if versions[1:] else None).template
+    else:
+        after, before = library.earlier(home, name)
+    return library.changes(before, after)
+
+
+def _publisher(path: Path) -> Any:
+    """The key in a file of 64 hexadecimal digits that only its owner can read."""
+    import os
+
+    from ..common.files import explain_os_errors
+    from ..common.keys import Identity
+
+    if not path.exists():
+        seed = os.urandom(32)
+        with explain_os_errors(path, "write"):
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(seed.hex() + "\n")
+        return Identity.of(seed)
+    with explain_os_errors(path, "read"):
+        text = path.read_text("ascii", "replace").strip()
+    try:
+        seed = bytes.fromhex(text)
+    except ValueError:
+        seed = b""
+    if len(seed) != 32:
+        raise ConfigError(f"{path} is no publisher's key: 64 hexadecimal digits were expected")
+    return Identity.of(seed)
+
+
+def _content(path: Path) -> bytes:
+    from ..common.files import explain_os_errors
+    from .prompts import LARGEST_FILE
+
+    if not path.is_file():
+        raise ConfigError(f"there is no template file {path}")
+    with explain_os_errors(path, "read"), path.open("rb") as file:
+        return file.read(LARGEST_FILE + 1)
+
+
+def _confirm(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was changed: there is no terminal to ask at; add --yes")
+    if not typer.confirm(question, err=True):
+        raise ConfigError("nothing was changed")
+
+
+def _state(one: "Kept") -> str:
+    if one.refused:
+        return "not trusted any more"
+    return "in use" if one.used else "kept"
+
+
+def _facts(one: "Kept") -> dict[str, Any]:
+    return {**one.template.model_dump(mode="json"), "state": _state(one)}
+
+
+def _print(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+@contextmanager
+def _opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
+    from .access import opened
+
+    with opened(home, passphrase) as found:
+        yield found
