@@ -9,6 +9,7 @@ and the same thing not twice (maximal marginal relevance, Carbonell and Goldstei
 shows no text.
 """
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -230,6 +231,7 @@ def _sparse(texts: Sequence[str]) -> Any:
     """BM25 over the texts' words, or None when there is no word at all."""
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell the terminal of each index
     words = [words_of(text) for text in texts]
     if not any(words):
         return None

@@ -116,6 +116,11 @@ def test_an_extended_index_finds_what_one_built_at_once_finds_and_encodes_new_te
     assert grown.extended(()) is grown
 
 
+def test_building_an_index_says_nothing(capfd):
+    Index.build(TEXTS)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- what is picked ------------------------------------------------------------------------------
 
 
