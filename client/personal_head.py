@@ -4,6 +4,7 @@
 read by adapter training, and nothing here may be sent; `client/release.py` does not import it.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Literal, cast
@@ -17,7 +18,14 @@ from ..common.files import explain_os_errors, write_atomic
 from .label_head import LabelHead
 from .text_head import TextHead
 
-__all__ = ["head_bytes", "load_label_head", "load_text_head", "save_label_head", "save_text_head"]
+__all__ = [
+    "head_bytes",
+    "load_label_head",
+    "load_text_head",
+    "read_text_head",
+    "save_label_head",
+    "save_text_head",
+]
 
 _Path = str | os.PathLike[str]
 _TEXT_TENSORS = ("tokens", "bias", "keys", "slots", "centre")
@@ -51,7 +59,20 @@ def load_text_head(path: _Path) -> TextHead:
     Raises:
         StateError: the file is missing, cut, damaged, or not a text head.
     """
-    tensors, facts = _load("text", _TEXT_TENSORS, path)
+    return read_text_head(_content(path), path)
+
+
+def read_text_head(content: bytes, path: _Path) -> TextHead:
+    """A text head from the bytes of `head_bytes`, as a vault keeps them.
+
+    Args:
+        content: the safetensors file.
+        path: what it is called, for the sentence.
+
+    Raises:
+        StateError: cut, damaged, or not a text head.
+    """
+    tensors, facts = _load("text", _TEXT_TENSORS, content, path)
     tokens, bias, keys, slots, centre = (tensors[name] for name in _TEXT_TENSORS)
     fits = tokens.shape == bias.shape and len(keys) == len(slots)
     fits = fits and keys.ndim == 2 and centre.shape == keys.shape[1:]
@@ -79,7 +100,7 @@ def load_label_head(path: _Path) -> LabelHead:
     Raises:
         StateError: the file is missing, cut, damaged, or not a label head.
     """
-    tensors, facts = _load("label", _LABEL_TENSORS, path)
+    tensors, facts = _load("label", _LABEL_TENSORS, _content(path), path)
     task = facts.get("task")
     if task not in ("regression", "classification"):
         raise _damaged(path, f"its task is {task!r}")
@@ -90,15 +111,18 @@ def load_label_head(path: _Path) -> LabelHead:
         raise _damaged(path, str(error)) from error
 
 
+def _content(path: _Path) -> bytes:
+    with explain_os_errors(path, "read"), open(path, "rb") as file:
+        return file.read()
+
+
 def _load(
-    kind: str, names: tuple[str, ...], path: _Path
+    kind: str, names: tuple[str, ...], content: bytes, path: _Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with explain_os_errors(path, "read"), open(path, "rb"):
-        pass
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-            facts = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = safetensors.torch.load(content)
+        size = int.from_bytes(content[:8], "little")  # of the header, which is JSON
+        facts = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if facts.get("privet") != f"{kind} head 1" or set(tensors) != set(names):

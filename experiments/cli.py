@@ -10,7 +10,7 @@ import typer
 
 from ..common.errors import ConfigError, PrivetError, StateError
 
-__all__ = ["demo_devices", "evaluate", "generate", "report", "reported", "simulate"]
+__all__ = ["demo_devices", "evaluate", "generate", "report", "reported", "run_folder", "simulate"]
 
 RUNS = Path("runs")
 
@@ -56,7 +56,7 @@ def evaluate(run: _Run, as_json: _Json = False) -> None:
     from ..common.files import write_json_atomic
     from . import evaluation, report
 
-    folder = _folder(run)
+    folder = run_folder(run)
     config = read(folder / "config.toml")
     if config.data.source == DEVICES:
         raise ConfigError(f"{folder} is a run on real devices: nobody's losses can be read here")
@@ -77,7 +77,7 @@ def report(
     """What was promised, what was spent, against whom it holds, what people got for it."""
     from . import report as reports
 
-    folder = _folder(run)
+    folder = run_folder(run)
     facts = reports.report_facts(folder)
     if html:
         reports.write(folder)
@@ -117,7 +117,7 @@ def generate(
     """Continue a prompt with the base, the shared and the personal model, side by side."""
     from . import generation
 
-    folder = _folder(run)
+    folder = run_folder(run)
     texts = generation.side_by_side(
         folder, user, prompt, tokens=tokens, seed=seed, temperature=temperature
     )
@@ -154,7 +154,7 @@ def _settings(config: str, overrides: list[str]) -> Any:
     return read(named, overrides)
 
 
-def _folder(run: str) -> Path:
+def run_folder(run: str) -> Path:
     """A run's folder, by path or by name below `runs`."""
     for folder in (Path(run), RUNS / run):
         if (folder / "config.toml").is_file():

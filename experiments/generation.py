@@ -15,7 +15,7 @@ from ..common.errors import ConfigError, DataError
 from ..common.models import final_states, pad
 from .evaluation import global_adapter
 
-__all__ = ["side_by_side"]
+__all__ = ["kept_head", "side_by_side"]
 
 
 @torch.no_grad()
@@ -42,13 +42,13 @@ def side_by_side(
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
     adapter.write(final)
-    head = _kept_head(bench, user, final)
+    head = kept_head(bench, user, final)
     found["shared"] = _continue(bench, ids, None, tokens, seed, temperature)
     found["personal"] = _continue(bench, ids, head, tokens, seed, temperature)
     return found
 
 
-def _kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
+def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
     """The person's head under this adapter; from the device's file when fitted before."""
     name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
     path = bench.folder / "heads" / f"{name}.safetensors"

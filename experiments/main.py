@@ -80,13 +80,11 @@ def _command(arguments: Sequence[str]) -> click.Command:
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
     if asked is None:
-        from . import ab_cli, cli, cold_start_cli, lamp_cli
+        from . import ab_cli, chat_cli, cli, cold_start_cli, lamp_cli
 
-        for function in (cli.simulate, cli.evaluate, cli.report, cli.generate):
+        found = (cli.simulate, cli.evaluate, cli.report, cli.generate, chat_cli.chat)
+        for function in (*found, ab_cli.ab, cold_start_cli.coldstart, lamp_cli.lamp):
             app.command()(function)
-        app.command()(ab_cli.ab)
-        app.command()(cold_start_cli.coldstart)
-        app.command()(lamp_cli.lamp)
         app.command("demo-devices", hidden=True)(cli.demo_devices)
     for name in _GROUPS if asked is None else (asked,):
         app.add_typer(_group(name), name=name)
