@@ -20,9 +20,9 @@ def coldstart(
     from ..common.config import read
     from ..common.files import explain_os_errors, write_atomic, write_json_atomic
     from . import cold_start
-    from .cli import _folder
+    from .cli import run_folder
 
-    folder = _folder(run)
+    folder = run_folder(run)
     found = cold_start.cold_start(folder, read(folder / "config.toml"))
     place = out or folder
     with explain_os_errors(place, "make the folder"):
