@@ -45,7 +45,7 @@ def ab(
 
 
 def _file(config: str) -> Path:
-    named = Path(__file__).parent / "configs" / f"{config}.toml"
+    named = Path(__file__).parent / f"{config}.toml"
     if Path(config).suffix != ".toml" and named.exists():
         return named
     if not Path(config).is_file():

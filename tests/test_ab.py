@@ -21,7 +21,7 @@ from privet.experiments import ab, ab_check
 from privet.experiments.main import run as command
 from privet.server.ab import look_plan, spent_alpha, sums_of, told
 
-CONFIG = Path(ab.__file__).parent / "configs" / "ab.toml"
+CONFIG = Path(ab.__file__).parent / "ab.toml"
 
 
 def experiment(**changes) -> AbSettings:
