@@ -101,8 +101,9 @@ def index_of(home: Home, texts: Sequence[str], encoder: str) -> Index:
     kept = home.vault.get(name)
     known = read_kept(kept, found(["width"]).shape[1])
     vectors = embed_new(texts, found, known)
-    if len(known) != len(set(texts)) or kept is None:
-        home.vault.put(name, kept_bytes(texts, vectors))
+    made = kept_bytes(texts, vectors)
+    if made != kept:  # also when a record has gone: its vector goes with it
+        home.vault.put(name, made)
     return Index.build(texts, found, vectors)
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # the readers and numpy, which `privet client status` has no 
 __all__ = ["Held", "Scanned", "Sources", "read", "rescan"]
 
 ENTRY, FORMAT = "sources", 1
+DERIVED = ("profile", "retrieval/")
+"""What a chat makes of the records; it goes when records go, and is made again by the next chat."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,10 @@ def _write(
         gone = set(home.vault.names("records/")) - wanted
         files = {key: [*asdict(held).values()] for key, held in after.files.items()}
         kept = {"format": FORMAT, "roots": after.roots, "me": after.me, "files": files}
-        home.vault.put_all({**fresh, **dict.fromkeys(gone), ENTRY: json.dumps(kept).encode()})
+        derived = [name for made in DERIVED for name in home.vault.names(made)] if gone else []
+        home.vault.put_all(
+            {**fresh, **dict.fromkeys([*gone, *derived]), ENTRY: json.dumps(kept).encode()}
+        )
     return len(gone)
 
 

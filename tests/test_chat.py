@@ -15,6 +15,7 @@ from privet.client import chat as chats
 from privet.client import unlock as unlock_module
 from privet.client.assistant import Assistant, Sampling, continued
 from privet.client.data import tokenize
+from privet.client.embedding import read_kept
 from privet.client.home import Home, Joined
 from privet.client.own_chat import assistant_of
 from privet.client.personal_head import head_bytes
@@ -272,6 +273,17 @@ def test_a_chat_that_is_opened_again_encodes_new_records_only(home, bert_folder,
     found = assistant_of(home, None, "memory", "none", SHORT)
     assert found.index.encoder is None
     assert len(found.index.texts) == 13
+
+
+def test_the_vector_of_a_record_that_has_gone_goes_with_the_next_chat(home, bert_folder):
+    name = f"retrieval/{bert_folder}"
+    assistant_of(home, None, "memory", str(bert_folder), SHORT)
+    first = read_kept(home.vault.get(name), 32)
+    home.vault.put("records/own", records(4))  # as many others
+    assistant_of(home, None, "memory", str(bert_folder), SHORT)
+    now = read_kept(home.vault.get(name), 32)
+    assert len(first) == len(now) == 12
+    assert not set(first) & set(now)
 
 
 def test_the_adapter_in_use_is_the_one_that_was_kept(home):

@@ -294,6 +294,19 @@ def test_added_twice_a_source_is_watched_once_and_removed_with_its_records(
     assert ask("sources", "--remove", "own/00.txt") == {"sources": {}, "records": 0, "me": []}
 
 
+def test_what_a_chat_made_of_records_goes_with_them(made: Path, own: Path, ask: Any):
+    ask("add", str(own))
+    derived = {"profile", "retrieval/minilm"}
+    with Device(made) as home:
+        home.vault.put_all(dict.fromkeys(derived, b"made of the records"))
+    ask("add")
+    with Device(made) as home:
+        assert derived <= set(home.vault.names())
+    ask("sources", "--remove", "own")
+    with Device(made) as home:
+        assert not derived & set(home.vault.names())
+
+
 @pytest.mark.usefixtures("made")
 def test_adding_nothing_or_what_is_not_there_is_a_sentence(refuse: Any):
     assert "there is no" in refuse("add", "nowhere")
