@@ -25,19 +25,23 @@ from ..common.blocks import arm_names
 from ..common.config import Config
 from ..common.encoding import unpack
 from ..common.errors import PrivacyError, ProtocolError
+from ..common.exchange import Exchange
+from ..common.files import explain_os_errors, write_atomic
 from ..common.keys import Directory, Identity, Purpose, Secret, derive, read_directory
 from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
-from . import data, masking
+from . import at_home, data, masking
 from .ledger import Ledger
 from .measure import arm_of, arms_block, gains_block, measured
+from .persona import choose
 from .release import Statistics, budgets, charges, release
 from .training import Trainer, train
 
-__all__ = ["Bench", "Desk", "Device", "masked_phase", "take_part"]
+__all__ = ["Bench", "Desk", "Device", "exchange_at", "masked_phase", "persona_of", "take_part"]
 
 LEDGERS = "ledgers.sqlite"
 DEVICE_SECRET = "device-secret"
+AT_HOME = "at-home"
 DIRECTORY = "directory"
 
 
@@ -79,6 +83,12 @@ class Desk(Protocol):
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """Records as token ids."""
+
+    def at_home(self, name: str) -> bytes | None:
+        """What a family trains that never leaves (`client/at_home.py`); None: nothing yet."""
+
+    def keep_at_home(self, name: str, kept: bytes) -> None:
+        """Keep it, durably."""
 
 
 def tokenised(
@@ -130,6 +140,23 @@ class Bench:
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """As `tokenised`, for the run's task."""
         return tokenised(records, self.config, self.trainer, self.index.task)
+
+    def at_home(self, name: str) -> bytes | None:
+        """From the simulated device's own file in the run folder."""
+        path = self._home_of(name)
+        with explain_os_errors(path, "read"):
+            return path.read_bytes() if path.exists() else None
+
+    def keep_at_home(self, name: str, kept: bytes) -> None:
+        """Into that file."""
+        path = self._home_of(name)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, kept)
+
+    def _home_of(self, name: str) -> Path:
+        return (
+            self.folder / AT_HOME / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+        )
 
     def number(self, name: str) -> int:
         """Place among the train users."""
@@ -193,34 +220,67 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     """The gate's bytes for this round, or why there are none."""
     desk, name = device.desk, device.name
     ledger, privacy = desk.ledger, desk.config.privacy
+    exchange = exchange_at(desk)
+    released = exchange.released(plan.round)
     plan.refuse_if_laxer(desk.config)
     _refuse_other_start(plan, start)
     kept = ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
     # a device that may not release does not train either
-    ledger.check(name, charges(plan, len(start), privacy), budgets(privacy), privacy.delta)
+    cost = charges(plan, released.dimension, privacy)
+    ledger.check(name, cost, budgets(privacy), privacy.delta)
     seed = desk.config.insecure_test_seed
     label = f"{name} round {plan.round}"
+    adapter, records, personas = desk.trainer.adapter, device.records(), exchange.personas(start)
+    place = choose(adapter, personas, exchange.groups.live(plan.round), records)
     trained = train(
         desk.trainer,
-        start,
-        device.records(),
+        personas[place],
+        records,
         plan,
         batches=_batches(seed, label),
         source=noise.source(seed, f"{label} training"),
+        own=_at_home(device, plan),
     )
-    layout = desk.trainer.adapter.layout.digest
+    if len(trained.own):
+        kept = at_home.added(desk.at_home(name), plan.round, trained.own)
+        desk.keep_at_home(name, kept)
     return release(
-        trained.delta,
-        layout,
+        exchange.contribution(trained.delta, place, plan.clip),
+        released.digest,
         plan,
         name,
         ledger,
         privacy,
         noise.source(seed, f"{label} release"),
-        _statistics(device, plan, start, trained.statistics),
+        _statistics(device, plan, personas[place], trained.statistics),
     )
+
+
+def exchange_at(desk: Desk) -> Exchange:
+    """What this device and its server exchange, by the device's own settings."""
+    adapter = desk.trainer.adapter
+    return Exchange(adapter.layout, adapter.start, desk.config.groups)
+
+
+def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
+    """The persona that fits this device's own training records after a run, and its adapter.
+
+    Private: it is for this device alone, or for an experimenter who reads simulated devices.
+    """
+    desk, exchange = device.desk, exchange_at(device.desk)
+    personas, live = exchange.personas(state), exchange.groups.live(desk.config.rounds.count + 1)
+    records = device.records() if live > 1 else ()
+    place = choose(desk.trainer.adapter, personas, live, records)
+    return place, personas[place]
+
+
+def _at_home(device: Device, plan: Plan) -> NDArray[np.float32] | None:
+    dimension = device.desk.trainer.adapter.own.dimension
+    if not dimension:
+        return None
+    return at_home.before(device.desk.at_home(device.name), plan.round, dimension)
 
 
 def _statistics(
@@ -272,7 +332,7 @@ def masked_phase(
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(desk.trainer.adapter.layout.dimension)
+        terms = plan.terms(exchange_at(desk).released(plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
@@ -294,7 +354,8 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     """Keys for one attempt, after everything that can be refused beforehand."""
     desk, name = device.desk, device.name
     plan.refuse_if_laxer(desk.config)
-    privacy, dimension = desk.config.privacy, desk.trainer.adapter.layout.dimension
+    privacy = desk.config.privacy
+    dimension = exchange_at(desk).released(plan.round).dimension
     if not _answered(device, plan):
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
@@ -315,7 +376,8 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
     """The gate's integers, to be masked."""
     _answered(device, plan)
-    return unpack(_answer(device, plan, start), plan.length(len(start)), plan.bits)
+    dimension = exchange_at(device.desk).released(plan.round).dimension
+    return unpack(_answer(device, plan, start), plan.length(dimension), plan.bits)
 
 
 def _answered(device: Device, plan: Plan) -> bool:

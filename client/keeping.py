@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ..common.errors import PrivetError
-from .device import Device
+from .device import Device, persona_of
 from .home import ME
 from .measure import measure_of
 from .personal_head import head_bytes
@@ -27,15 +27,22 @@ __all__ = ["keep"]
 def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
     """Fit the head on the own records under the run's last adapter, and keep both.
 
+    Of several personas the one that fits the own records is chosen here, and kept: its adapter
+    vector, and its number in `persona/RUN`.
+
     Args:
         desk: of the run.
-        adapter: the shared adapter, shape (d,).
+        adapter: the run's last state: one adapter vector, or one for each persona.
 
     Also kept: the losses on the person's held-out records under the base model, the shared adapter
     and the head, for the person to see. Somebody without held-out records keeps the adapter alone.
     """
+    me = Device(ME, desk)
+    place, adapter = persona_of(me, adapter)
     entries = {f"adapters/{desk.run}": safetensors.numpy.save({"adapter": adapter})}
-    own, held_out = Device(ME, desk).measured_on()
+    if desk.config.groups.count > 1:
+        entries[f"persona/{desk.run}"] = str(place).encode()
+    own, held_out = me.measured_on()
     measure = measure_of(desk.trainer.adapter, adapter)
     try:
         person = measure.person(own, held_out, fit=True)

@@ -69,6 +69,14 @@ class OwnDesk:
         """Everything the owner has added."""
         return self.home.records()
 
+    def at_home(self, _: str) -> bytes | None:
+        """From the vault."""
+        return self.home.vault.get(f"at-home/{self.run}")
+
+    def keep_at_home(self, _: str, kept: bytes) -> None:
+        """Into the vault."""
+        self.home.vault.put(f"at-home/{self.run}", kept)
+
     def tokenised(self, records: Sequence["Record"]) -> list["Tokenised"]:
         """Records as token ids; those without one of the run's labels are left out of it."""
         from .device import tokenised
@@ -185,12 +193,12 @@ class OwnSeat:
 
     def finish(self, run: str, adapter: "NDArray[np.float32]") -> None:
         """Fit the personal head on the run's last adapter, and keep both; or say why not."""
+        from .device import exchange_at
         from .keeping import keep
 
         try:
             desk = self._desk_of(run, NOBODY, begins=False)
-            dimension = desk.trainer.adapter.layout.dimension
-            self._home.refuse_to_keep(run, adapter, dimension)
+            self._home.refuse_to_keep(run, adapter, exchange_at(desk).state.dimension)
             keep(desk, adapter)
         except PrivetError as refusal:
             self._home.note(str(refusal))

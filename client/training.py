@@ -47,6 +47,8 @@ __all__ = ["Trained", "Trainer", "train"]
 # another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most
 # (measured on SmolLM2; in float64 by 1e-15).
 _SHRINK = 1 - 2.0**-10
+Named = tuple[tuple[str, nn.Parameter], ...]
+
 _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
 
 
@@ -69,10 +71,19 @@ class Trainer:
         """
         for hook in vars(adapter.trainable).pop("autograd_grad_sample_hooks", ()):
             hook.remove()  # of a trainer of this adapter that the cache has forgotten
-        hooked = GradSampleModule(adapter.trainable, loss_reduction="sum", strict=True)
+        adapter.train_only(None)
+        hooked = _Hooked(adapter.trainable, loss_reduction="sum", strict=True)
         first = adapter.first_block
         kept = PrefixCache(adapter.base, first, cache_mb << 20) if cache_mb and first else None
         return cls(adapter, hooked, kept)
+
+
+class _Hooked(GradSampleModule):
+    """Opacus's hooks, silent on layers that the round does not train (rolora's other half)."""
+
+    def capture_backprops_hook(self, module: nn.Module, *given: Any, **named: Any) -> None:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            super().capture_backprops_hook(module, *given, **named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +91,18 @@ class Trained:
     """What local training hands to the gate; sensitive, so `repr` hides it.
 
     Attributes:
-        delta: local adapter minus global adapter, shape (d,), float32.
+        delta: local adapter minus global adapter, of what the round releases, shape (d,), float32.
         statistics: of the batch, over the public batch size: the records' losses, each clipped to
             [0, 1] of the plan's loss bound, and the number of records; float64, shape (2,), or
             (0,) where the plan asks for none.
+        own: what stays on the device (fedsa's B), as it is after training; empty for the others.
     """
 
     delta: NDArray[np.float32] = field(repr=False)
     statistics: NDArray[np.float64] = field(repr=False)
+    own: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(0, np.float32), repr=False, kw_only=True
+    )
 
 
 def train(
@@ -98,6 +113,7 @@ def train(
     *,
     batches: np.random.Generator,
     source: Source,
+    own: NDArray[np.float32] | None = None,
 ) -> Trained:
     """Local steps from the global adapter on one client's own records.
 
@@ -108,6 +124,7 @@ def train(
         plan: steps, public batch size and rate, learning rate, clip and noise of a record.
         batches: which records are drawn; secret, from the operating system outside tests.
         source: the noise.
+        own: what stays on the device, from the last time; None: the first time.
 
     Returns:
         The delta as the sum of the steps, because the difference of two rounded adapters would be
@@ -124,23 +141,33 @@ def train(
     # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     adapter, private = trainer.adapter, plan.record_clip > 0
-    adapter.write(start)
-    optimizer = _optimizer([parameter for _, parameter in adapter.parameters], plan, source)
+    adapter.write(start, own)
+    trained = adapter.train_only(plan.round)
+    if private and adapter.own.pieces:
+        raise AdapterError(
+            f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
+            "device, so it cannot be trained under example-level DP"
+        )
+    optimizer = _optimizer([parameter for _, parameter in trained], plan, source)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
     step = _private_step if private else _plain_step
-    delta = np.zeros(len(start))
+    delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
     for _ in range(plan.local_steps):
         batch = [records[i] for i in poisson_indices(len(records), plan.rate, batches)]
-        seen = step(trainer, optimizer, sorted(batch, key=lambda record: len(record.ids)), plan)
+        batch.sort(key=lambda record: len(record.ids))
+        seen = step(trainer, trained, optimizer, batch, plan)
         losses.append(np.array(seen, np.float64))
-        delta -= plan.learning_rate * _gradient(adapter)
+        delta -= plan.learning_rate * _gradient(trained)
     optimizer.zero_grad(set_to_none=True)
     with np.errstate(over="ignore"):
         rounded = delta.astype(np.float32)
     usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
-    return Trained(usable, _statistics(losses[0], plan))
+    released, kept = np.split(usable, [len(usable) - adapter.own.dimension])
+    own = np.zeros_like(kept) if own is None else own
+    at_home = own + kept if np.isfinite(own + kept).all() else own
+    return Trained(released, _statistics(losses[0], plan), own=at_home)
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
@@ -190,7 +217,9 @@ def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> An
     )
 
 
-def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: Plan) -> list[float]:
+def _private_step(
+    trainer: Trainer, trained: Named, optimizer: Any, batch: list[Tokenised], _: Plan
+) -> list[float]:
     chunks, seen = _chunks(batch) or [[]], list[float]()
     for number, chunk in enumerate(chunks):
         optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
@@ -198,19 +227,19 @@ def _private_step(trainer: Trainer, optimizer: Any, batch: list[Tokenised], _: P
             losses = _losses(trainer, chunk)
             losses.sum().backward()
             seen += losses.tolist()
-            _refuse_mixed(trainer.adapter, len(chunk))
-            _silence(trainer.adapter)
+            _refuse_mixed(trained, len(chunk))
+            _silence(trained)
         else:
-            for _name, parameter in trainer.adapter.parameters:
+            for _name, parameter in trained:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
     return seen
 
 
-def _refuse_mixed(adapter: Adapter, records: int) -> None:
+def _refuse_mixed(trained: Named, records: int) -> None:
     """Some blocks give a layer tokens for records; each token would be clipped for itself."""
-    for name, parameter in adapter.parameters:
+    for name, parameter in trained:
         seen = getattr(parameter, "grad_sample", None)
         if not isinstance(seen, torch.Tensor) or len(seen) != records:
             rows = len(seen) if isinstance(seen, torch.Tensor) else "no"
@@ -221,11 +250,11 @@ def _refuse_mixed(adapter: Adapter, records: int) -> None:
             )
 
 
-def _silence(adapter: Adapter) -> None:
+def _silence(trained: Named) -> None:
     """A record whose gradient is not finite gives none, and takes no other's with it."""
     found: list[torch.Tensor] = [
         parameter.grad_sample  # type: ignore[attr-defined]
-        for _, parameter in adapter.parameters
+        for _, parameter in trained
     ]
     whole = torch.stack([rows.flatten(1).isfinite().all(1) for rows in found]).all(0)
     if not whole.all():
@@ -234,7 +263,7 @@ def _silence(adapter: Adapter) -> None:
 
 
 def _plain_step(
-    trainer: Trainer, optimizer: Any, batch: list[Tokenised], plan: Plan
+    trainer: Trainer, _: Named, optimizer: Any, batch: list[Tokenised], plan: Plan
 ) -> list[float]:
     seen = list[float]()
     optimizer.zero_grad(set_to_none=True)
@@ -246,11 +275,9 @@ def _plain_step(
     return seen
 
 
-def _gradient(adapter: Adapter) -> NDArray[np.float64]:
+def _gradient(trained: Named) -> NDArray[np.float64]:
     """What the step just taken went along, shape (d,)."""
-    pieces = [
-        torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in adapter.parameters
-    ]
+    pieces = [torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
     return torch.cat(pieces).double().numpy()
 
 

@@ -5,14 +5,18 @@ Every family is an ordinary PEFT LoRA on the last blocks' linear layers, W + B A
     tiny    B = U R, A = V: only R (r x r) is trained; U, V are the leading singular vectors of W
             itself, so the frozen parts use no data (LoRA-XS, Balazy et al. 2024)
     ffa     only B is trained; A comes from a public seed (FFA-LoRA, Sun et al. 2024)
+    fedsvd  only B is trained; the server turns A and B after each round so that A has the right
+            singular vectors of B A for its rows (FedSVD, Lee et al. 2025)
+    rolora  B is trained in odd rounds, A in even ones (RoLoRA, Chen et al. 2024)
+    fedsa   A and B are trained, A is shared, B stays at home (FedSA-LoRA, Guo et al. 2024)
     lora    A and B are trained and averaged separately: the naive baseline
 
 Labelled tasks train one more piece, the shared head. The pieces in a fixed order make one vector;
 `Layout.digest` names that order, and both sides compare it before a round.
 """
 
-import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,19 +25,18 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from .config import AdapterSettings, Config
 from .errors import AdapterError
+from .exchange import Exchange, Vector, halves
 from .files import write_atomic
+from .layout import Layout
 from .models import BaseModel, load
 
-__all__ = ["Adapter", "Layout", "attach", "shared", "usual_modules"]
-
-Vector = NDArray[np.float32]
+__all__ = ["Adapter", "Layout", "Vector", "attach", "exchanged", "shared", "usual_modules"]
 
 # the four layers of a block that gain most for their size, by architecture
 _USUAL = (
@@ -45,35 +48,34 @@ _USUAL = (
 _TRAINED = {
     "tiny": (".lora_B.default.trained.weight",),
     "ffa": (".lora_B.default.weight",),
+    "fedsvd": (".lora_B.default.weight",),
+    "rolora": (".lora_A.default.weight", ".lora_B.default.weight"),
+    "fedsa": (".lora_A.default.weight", ".lora_B.default.weight"),
     "lora": (".lora_A.default.weight", ".lora_B.default.weight"),
 }
 HEAD = "head.weight"
 HEAD_BIAS = "head.bias"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which numbers an adapter has, in which order: (name, shape) pieces of one flat vector."""
-
-    family: str
-    base: str
-    pieces: tuple[tuple[str, tuple[int, ...]], ...]
-
-    @property
-    def dimension(self) -> int:
-        """Length of the vector."""
-        return sum(int(np.prod(shape)) for _, shape in self.pieces)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of family, base model and pieces."""
-        text = json.dumps(["privet layout 1", self.family, self.base, self.pieces])
-        return hashlib.sha256(text.encode()).hexdigest()
+# beside the vector that is sent: for fedsvd A is in it and not trained, for fedsa B is trained and
+# not in it
+_STATE = {
+    "ffa": ("lora_B",),
+    "fedsvd": ("lora_A", "lora_B"),
+    "rolora": ("lora_A", "lora_B"),
+    "fedsa": ("lora_A",),
+    "lora": ("lora_A", "lora_B"),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter living inside `base.network`; `read` and `write` move it as one vector."""
+    """An adapter living inside `base.network`; `read` and `write` move it as one vector.
+
+    Attributes:
+        layout: of that vector, which the server sends.
+        own: layout of what is trained beside it and never leaves the device; empty but for fedsa.
+        trainable: the modules that some round trains.
+        start: the vector before the first round, with which the model is the base model.
+    """
 
     base: BaseModel
     settings: AdapterSettings
@@ -82,12 +84,27 @@ class Adapter:
     trainable: nn.ModuleDict
     head: nn.Linear | None
     start: Vector
+    own: Layout
+    named: Mapping[str, nn.Parameter]
 
     @property
     def parameters(self) -> tuple[tuple[str, nn.Parameter], ...]:
-        """The trained parameters in the order of the layout."""
-        named = dict(self.trainable.named_parameters())
-        return tuple((name, named[_key(name)]) for name, _ in self.layout.pieces)
+        """The parameters that the vector holds, in the order of the layout."""
+        return tuple((name, self.named[name]) for name, _ in self.layout.pieces)
+
+    def train_only(self, number: int | None) -> tuple[tuple[str, nn.Parameter], ...]:
+        """Freeze everything but what round `number` trains (None: what some round trains).
+
+        Returns:
+            The trained parameters: those a contribution holds, in its order, then the own ones.
+        """
+        parts = halves(self.layout)
+        if number is not None:
+            parts = (parts[(number - 1) % len(parts)],)
+        wanted = [name for part in (*parts, self.own) for name, _ in part.pieces]
+        for name, parameter in self.named.items():
+            parameter.requires_grad_(name in wanted)
+        return tuple((name, self.named[name]) for name in wanted)
 
     @property
     def attached(self) -> bool:
@@ -106,23 +123,26 @@ class Adapter:
         """The trained numbers, shape (dimension,), float32."""
         return np.concatenate([p.detach().numpy().ravel() for _, p in self.parameters])
 
-    def write(self, vector: Vector) -> None:
-        """Set the trained numbers.
+    def write(self, vector: Vector, own: Vector | None = None) -> None:
+        """Set the numbers of the vector, and the device's own ones; zero where it has none yet.
 
         Raises:
             AdapterError: wrong shape or not float32.
         """
-        if vector.shape != (self.layout.dimension,) or vector.dtype != np.float32:
-            raise AdapterError(
-                f"expected an adapter vector of {self.layout.dimension} float32 numbers, got "
-                f"{vector.dtype} of shape {vector.shape}"
-            )
-        start = 0
-        with torch.no_grad():
-            for _, parameter in self.parameters:
-                piece = vector[start : start + parameter.numel()]
-                parameter.copy_(torch.from_numpy(piece.copy()).view_as(parameter))
-                start += parameter.numel()
+        own = np.zeros(self.own.dimension, np.float32) if own is None else own
+        for layout, given in ((self.layout, vector), (self.own, own)):
+            if given.shape != (layout.dimension,) or given.dtype != np.float32:
+                raise AdapterError(
+                    f"expected an adapter vector of {layout.dimension} float32 numbers, got "
+                    f"{given.dtype} of shape {given.shape}"
+                )
+            start = 0
+            with torch.no_grad():
+                for name, _ in layout.pieces:
+                    parameter = self.named[name]
+                    piece = given[start : start + parameter.numel()]
+                    parameter.copy_(torch.from_numpy(piece.copy()).view_as(parameter))
+                    start += parameter.numel()
 
     def save(self, folder: Path) -> None:
         """Write what is loaded now as a plain PEFT folder, with the shared head beside it."""
@@ -173,6 +193,12 @@ def shared(config: Config) -> "Adapter":
     return found
 
 
+def exchanged(config: Config) -> Exchange:
+    """What server and devices exchange in an experiment, from `shared`."""
+    adapter = shared(config)
+    return Exchange(adapter.layout, adapter.start, config.groups)
+
+
 @lru_cache(maxsize=1)
 def _shared(base: str, settings: AdapterSettings, outputs: int) -> "Adapter":
     model = load(base)
@@ -197,25 +223,36 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     modules = _select(base, settings)
     inject_adapter_in_model(_lora_config(base, settings, modules), base.network)
     trainable = nn.ModuleDict()
-    pieces: list[tuple[str, Tensor]] = []
+    state, own = dict[str, Any](), dict[str, Any]()
     generator = torch.Generator().manual_seed(settings.seed)
     for name in modules:
-        for piece, module in _initialise(base.network.get_submodule(name), settings, generator):
+        layer = base.network.get_submodule(name)
+        trained = _initialise(layer, settings, generator)
+        for piece, module in trained:
             trainable[_module_key(f"{name}.{piece}")] = module
-            pieces.append((f"{name}.{piece}.weight", module.weight))
+        factors = {"lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"]}
+        sent = _STATE.get(settings.family)
+        for piece, module in trained if sent is None else factors.items():
+            here = state if sent is None or piece in sent else own
+            if sent is None or piece in sent or (piece, module) in trained:
+                here[f"{name}.{piece}.weight"] = module.weight
     head = None
     if outputs:
         head = nn.Linear(base.width, outputs)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         trainable["head"] = head
-        pieces += [(HEAD, head.weight), (HEAD_BIAS, head.bias)]
-    layout = Layout(
-        settings.family, base.fingerprint, tuple((n, tuple(p.shape)) for n, p in pieces)
+        state |= {HEAD: head.weight, HEAD_BIAS: head.bias}
+    layout, at_home = (
+        Layout(
+            settings.family, base.fingerprint, tuple((n, tuple(p.shape)) for n, p in some.items())
+        )
+        for some in (state, own)
     )
-    _freeze_all_but(base, settings.family, [p for _, p in pieces])
-    start = np.concatenate([p.detach().numpy().ravel() for _, p in pieces])
-    return Adapter(base, settings, layout, modules, trainable, head, start)
+    _freeze_all_but(base, settings.family, list(trainable.parameters()))
+    start = np.concatenate([p.detach().numpy().ravel() for p in state.values()])
+    named = {**state, **own}
+    return Adapter(base, settings, layout, modules, trainable, head, start, at_home, named)
 
 
 def usual_modules(base: BaseModel) -> tuple[str, ...]:
@@ -284,8 +321,12 @@ def _initialise(
             return [("lora_R", layer.lora_B["default"].trained)]
         noise = torch.randn(down.weight.shape, generator=generator)
         down.weight.copy_(noise / down.weight.shape[1] ** 0.5)
+        if settings.family == "fedsvd":
+            down.weight.copy_(torch.linalg.qr(noise.double().T).Q.T)
         nn.init.zeros_(up.weight)
-    return [("lora_B", up)] if settings.family == "ffa" else [("lora_A", down), ("lora_B", up)]
+    if settings.family in ("ffa", "fedsvd"):
+        return [("lora_B", up)]
+    return [("lora_A", down), ("lora_B", up)]
 
 
 def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -324,8 +365,3 @@ def _detach(base: BaseModel) -> None:
 
 def _module_key(name: str) -> str:
     return name.replace(".", "/")
-
-
-def _key(piece: str) -> str:
-    module, _, weight = piece.rpartition(".")
-    return f"{_module_key(module)}.{weight}"

@@ -22,7 +22,7 @@ from .errors import ConfigError
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
-Family = Literal["tiny", "ffa", "lora"]
+Family = Literal["tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora"]
 Task = Literal["auto", "generation", "regression", "classification"]
 
 DEVICES = "devices"
@@ -64,6 +64,23 @@ class AdapterSettings(_Settings):
     last_blocks: int = Field(12, ge=1, description="only the last blocks are adapted")
     modules: tuple[str, ...] = Field((), description="linear layers by name; empty: the usual four")
     seed: int = Field(7, ge=0, description="public: the frozen factor of ffa and lora's start")
+
+
+class GroupSettings(_Settings):
+    """Persona adapters: each device picks one in private, and trains that one."""
+
+    count: int = Field(1, ge=1, le=16, description="persona adapters; 1: one for everybody")
+    warmup: int = Field(3, ge=1, description="rounds with one adapter, before the first split")
+    split_every: int = Field(3, ge=1, description="rounds from a split to the next")
+    spread: float = Field(0.3, gt=0, le=1, description="of a split, over how far it has moved")
+    smallest: float = Field(0.1, gt=0, lt=1, description="smaller share of members: split anew")
+    members_share: float = Field(0.25, gt=0, lt=1, description="of the clip, for the members")
+    seed: int = Field(7, ge=0, description="public: in which direction an adapter is split")
+
+    def live(self, number: int) -> int:
+        """Personas to pick from in round `number`: one while warming up, then one more a split."""
+        splits = 1 + (number - 1 - self.warmup) // self.split_every
+        return min(1 + max(splits, 0), self.count)
 
 
 class TrainingSettings(_Settings):
@@ -227,6 +244,7 @@ class Config(_Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
+    groups: GroupSettings = Field(default_factory=GroupSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     rounds: RoundSettings = Field(default_factory=RoundSettings)
@@ -270,6 +288,7 @@ class Config(_Settings):
                 "change by two records where one is counted; take zero_out (one record replaced by "
                 "nothing in its place) or replace_one"
             )
+        self._refuse_false_claims()
         if self.data.task == "classification" and len(self.data.classes) == 1:
             raise ValueError(
                 f"data.classes = {list(self.data.classes)}: classification needs at least two"
@@ -287,6 +306,38 @@ class Config(_Settings):
                 "positive one, or say privacy.client.enabled = false"
             )
         return self
+
+    def _refuse_false_claims(self) -> None:
+        groups, family = self.groups.count, self.adapter.family
+        if groups > 1 and self.privacy.example.enabled:
+            raise ValueError(
+                f"groups.count = {groups}: which persona a device picks depends on each of its "
+                "records without DP, and one record that changes the pick moves the contribution "
+                "by up to sqrt(2) times the clip, so no example-level claim can be made; set "
+                "privacy.example.enabled = false"
+            )
+        if groups > 1 and family not in ("tiny", "ffa", "lora"):
+            raise ValueError(
+                f"groups.count = {groups} with adapter.family = {family!r}: personas are built for "
+                "tiny, ffa and lora; take one of these, or groups.count = 1"
+            )
+        if groups > 1 and self.groups.live(self.rounds.count) < groups:
+            raise ValueError(
+                f"groups.count = {groups}, but in {self.rounds.count} rounds only "
+                f"{self.groups.live(self.rounds.count)} are split off; more rounds, or smaller "
+                "groups.warmup and groups.split_every"
+            )
+        if family == "fedsa" and self.privacy.example.enabled:
+            raise ValueError(
+                "adapter.family = 'fedsa': B is fitted on the device's records without DP and "
+                "takes part in the forward pass, so no example-level claim can be made; set "
+                "privacy.example.enabled = false"
+            )
+        if family == "fedsa" and self.training.steps == 1:
+            raise ValueError(
+                "adapter.family = 'fedsa' with training.steps = 1: at the first step B is zero and "
+                "the gradient of A exactly zero, so noise alone would leave; take at least 2"
+            )
 
     def _refuse_hopeless_masking(self) -> None:
         cohort, masking = self.rounds.cohort, self.masking
@@ -333,7 +384,9 @@ class Config(_Settings):
     @property
     def digest(self) -> str:
         """SHA-256 of everything that decides results; speed settings and the name left out."""
-        settings = self.model_dump(mode="json", exclude={"speed", "name"})
+        # without groups the digest, and so a run begun before there were groups, stays valid
+        left_out = {"speed", "name"} | ({"groups"} if self.groups.count == 1 else set())
+        settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property

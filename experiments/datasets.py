@@ -19,13 +19,14 @@ import numpy as np
 from ..client.data import INDEX_FILE, RECORDS_FILE, SCHEMA, Record, Task
 from ..common.assets import fetch
 from ..common.errors import ConfigError, DataError, StateError
+from .dialects import dialects_source
 from .ratings import Batch, read_batches
 from .shakespeare import read_plays
 from .sources import Person, Source, dataset_source, folder_source, jsonl_source
 
 __all__ = ["Population", "choose", "from_dataset", "load", "open_source", "write"]
 
-BUILT_IN = ("shakespeare", "ratings")
+BUILT_IN = ("shakespeare", "ratings", "dialects")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def load(
     """Find a source's people and draw who trains and who is only tested.
 
     Args:
-        source: "shakespeare", "ratings", a .jsonl file, or a folder with a file or a sub-folder
+        source: "shakespeare", "ratings", "dialects", a .jsonl file, or a folder with a file or a sub-folder
             per user (.txt and .md split at blank lines, .jsonl).
         clients: how many train; None for all who are left.
         test_clients: how many are only tested.
@@ -117,6 +118,8 @@ def open_source(source: str | Path, seed: int) -> Source:
         return _shakespeare(fetch("shakespeare"))
     if source == "ratings":
         return _ratings(fetch("ratings"), seed)
+    if source == "dialects":
+        return dialects_source(seed)
     path = Path(source)
     if path.is_dir():
         return folder_source(path)

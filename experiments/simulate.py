@@ -28,7 +28,7 @@ from ..client.ledger import Ledger
 from ..client.release import budgets, charges
 from ..common import config as settings
 from ..common.accounting import Charge, within
-from ..common.adapter import shared
+from ..common.adapter import exchanged
 from ..common.config import Config
 from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
@@ -36,6 +36,7 @@ from ..common.keys import Directory, Secret, write_directory
 from ..common.plan import Plan
 from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
+from .dialects import BASE, ensure_base
 
 __all__ = ["prepare", "simulate"]
 
@@ -91,11 +92,13 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         return _resolved(config, folder, resume)
+    if config.model.base == BASE:
+        ensure_base(Path(BASE))
     people = _people(config)
     config = _with_task(config, people)
-    adapter = shared(config)
-    plan = make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
-    dimension = adapter.layout.dimension
+    sent = exchanged(config)
+    plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
+    dimension = sent.released(1).dimension
     _warn_of_declining(config, plan, dimension)
     sizes = {"dimension": dimension, "upload_bytes": -(-plan.length(dimension) * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")

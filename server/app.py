@@ -15,13 +15,14 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from ..common import config as settings
-from ..common.adapter import shared
+from ..common.adapter import exchanged, shared
 from ..common.config import DEVICES
 from ..common.errors import ConfigError
 from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
 from .rounds import Reply, Show, run_rounds
+from .saving import save
 from .serving import alone
 
 app = ServerApp()
@@ -61,7 +62,7 @@ def _hasten() -> None:
 def serve(grid: Grid, folder: Path, show: Show) -> None:
     """All rounds of the run in `folder`; at the end the adapter is there as a PEFT folder."""
     config = settings.read(folder / "config.toml")
-    adapter = shared(config)
+    adapter, sent = shared(config), exchanged(config)
     run = (folder / "run-id").read_text().strip()
     text = (folder / "config.toml").read_text("utf-8")
     offer = {"version": version("privet"), "run": run, "config": text}
@@ -96,10 +97,9 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
             yield _reply(message, numbers[message.metadata.src_node_id])
 
     final = run_rounds(
-        ask, config, run, adapter.layout.digest, adapter.start, folder, show, crowd.present
-    )
-    adapter.write(final)
-    adapter.save(folder / "adapter")
+        ask, config, run, sent.state.digest, sent.start, folder, show, crowd.present, sent,
+    )  # fmt: skip
+    save(adapter, sent, final, folder)
     if config.data.source == DEVICES:
         content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())

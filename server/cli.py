@@ -324,11 +324,11 @@ def _resolved(server: "Server", config: "Config") -> "Config":
 
 
 def _try_out(config: "Config") -> None:
-    from ..common.adapter import shared
+    from ..common.adapter import exchanged
     from .rounds import make_plan
 
-    adapter = shared(config)
-    make_plan(config, config.name, 1, adapter.layout.digest, adapter.start)
+    sent = exchanged(config)
+    make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
 
 
 def follow(

@@ -30,10 +30,11 @@ from ..common.encoding import (
     wrap,
 )
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
+from ..common.exchange import Exchange
 from ..common.files import append_line, read_lines, write_atomic
 from ..common.plan import Plan, work
 from ..common.rotation import unrotate
-from . import aggregation, checkpoint, masking
+from . import aggregation, checkpoint, masking, updates
 from .cohort import draw
 from .sizing import size, sized_block
 from .statistics import told
@@ -81,6 +82,7 @@ def run_rounds(
     folder: Path,
     show: Show,
     present: Present | None = None,
+    exchange: Exchange | None = None,
 ) -> Vector:
     """All rounds that are still missing in `folder`; the same bits whether interrupted or not.
 
@@ -88,14 +90,15 @@ def run_rounds(
         ask: sends a phase's messages with plan and adapter, yields replies as they arrive.
         config: the resolved experiment.
         run: id of the run.
-        layout: digest of the adapter's layout.
-        start: adapter before the first round, shape (d,).
+        layout: digest of the state's layout.
+        start: state before the first round, shape (d,): the adapter, or those of all personas.
         folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
         show: called with each round's record.
         present: the clients that are there as a round begins, ascending; all of them when None.
+        exchange: what of the state a round's contributions hold; None: all of it.
 
     Returns:
-        The global adapter after the last round.
+        The state after the last round.
     """
     state = _resume(config, run, layout, start, folder)
     for number in range(state.round + 1, config.rounds.count + 1):
@@ -104,10 +107,11 @@ def run_rounds(
         asked = min(config.rounds.cohort, len(there))
         drawn = draw(len(there), asked, number, config.data.seed)
         cohort = [there[place] for place in drawn]
-        plan = make_plan(config, run, number, layout, state.adapter)
-        _announce(folder, cohort, plan, len(state.adapter))
+        plan = make_plan(config, run, number, layout, state.adapter, exchange)
+        size = len(state.adapter) if exchange is None else exchange.released(number).dimension
+        _announce(folder, cohort, plan, size)
         phases: dict[str, float] = {}
-        total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder)
+        total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder, size)
         record: dict[str, Any] = {
             "round": number,
             "asked": len(cohort),
@@ -121,7 +125,8 @@ def run_rounds(
             mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
             if plan.blocks:
                 record["statistics"] = told(sums, plan, counts["answered"])
-            adapter, memory = aggregation.apply(config.rounds, state.optimizer, state.adapter, mean)
+            adapter, memory, said = _step(config, exchange, number, state, mean)
+            record |= said
             _refuse_overflow(number, adapter)
             record["mean_norm"] = float(np.linalg.norm(mean))
             record["update_norm"] = float(
@@ -135,8 +140,32 @@ def run_rounds(
     return state.adapter
 
 
-def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vector) -> Plan:
-    """The public constants of one round, from the configuration and the global adapter only.
+def _step(
+    config: Config,
+    exchange: Exchange | None,
+    number: int,
+    state: State,
+    mean: NDArray[np.float64],
+) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
+    if exchange is not None:
+        return updates.step(config, exchange, number, state.adapter, state.optimizer, mean)
+    return *aggregation.apply(config.rounds, state.optimizer, state.adapter, mean), {}
+
+
+def make_plan(
+    config: Config,
+    run: str,
+    number: int,
+    layout: str,
+    adapter: Vector,
+    exchange: Exchange | None = None,
+) -> Plan:
+    """The public constants of one round, from the configuration and the state only.
+
+    Args:
+        layout: digest of what a contribution holds, where `exchange` does not say it.
+        adapter: the state that the round starts from.
+        exchange: what of it a contribution to this round holds; None: all of it.
 
     Raises:
         ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
@@ -148,11 +177,13 @@ def make_plan(config: Config, run: str, number: int, layout: str, adapter: Vecto
     survivors = config.smallest_sum if masked else 0
     colluders = allowed.colluders(cohort) if masked else 0
     shares = survivors - colluders if masked else 1
-    sizing = size(client, cohort, shares, len(adapter))
+    released = None if exchange is None else exchange.released(number)
+    dimension = len(adapter) if released is None else released.dimension
+    sizing = size(client, cohort, shares, dimension)
     plan = Plan(
         run=run,
         round=number,
-        layout=layout,
+        layout=layout if released is None else released.digest,
         start=hashlib.sha256(adapter.tobytes()).hexdigest(),
         cohort=cohort,
         clip=client.clip,
@@ -187,12 +218,15 @@ def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
     return asked
 
 
-def _sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path) -> Summed:
+def _sum(
+    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path, dimension: int
+) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
         attempt = _next_attempt(folder)
-        return masked_sum(ask, cohort, dataclasses.replace(plan, attempt=attempt), adapter)
-    length = plan.length(len(adapter))
+        tried = dataclasses.replace(plan, attempt=attempt)
+        return masked_sum(ask, cohort, tried, adapter, dimension)
+    length = plan.length(dimension)
     return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
 
 
@@ -215,10 +249,13 @@ def _next_attempt(folder: Path) -> int:
     return attempt
 
 
-def masked_sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector) -> Summed:
+def masked_sum(
+    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, dimension: int | None = None
+) -> Summed:
     """One masked round, phase by phase (`experiments/protocol.py` shows both sides).
 
     A client that is missing, declines or is refused in a phase has dropped out of the rest.
+    `dimension`: numbers in a contribution, where these are not as many as in `adapter`.
 
     Returns:
         The sum over the survivors, or None when the round is void and nothing was revealed; their
@@ -236,7 +273,8 @@ def masked_sum(ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector) -> 
 
     try:
         everybody, out, refused = masking.gather(
-            plan.terms(len(adapter)), phase("keys", dict.fromkeys(cohort, b""))
+            plan.terms(len(adapter) if dimension is None else dimension),
+            phase("keys", dict.fromkeys(cohort, b"")),
         )
         left_out(refused)
         dealt, out, refused = masking.relay(everybody, phase("shares", out))

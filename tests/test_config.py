@@ -32,7 +32,10 @@ def overridden(tmp_path, *overrides, text=""):
     [
         ({"adapter": {"rank": 0}}, "adapter.rank = 0: expected greater than or equal to 1"),
         ({"adapter": {"rank": 2.5}}, "adapter.rank = 2.5: expected a valid integer"),
-        ({"adapter": {"family": "fedsvd"}}, "'fedsvd': expected 'tiny', 'ffa' or 'lora'"),
+        (
+            {"adapter": {"family": "fedsvg"}},
+            "'fedsvg': expected 'tiny', 'ffa', 'fedsvd', 'rolora', 'fedsa' or 'lora'",
+        ),
         (
             {"privacy": {"client": {"noise_multiplier": -1.0}}},
             "privacy.client.noise_multiplier = -1.0: expected greater than or equal to 0",

@@ -165,7 +165,7 @@ def plain_sum(bench: Bench) -> Any:
     """`rounds._sum` without masks: the same contributions, added as they are."""
 
     def found(
-        _: Any, cohort: Any, plan: Plan, adapter: NDArray[np.float32], __: Path
+        _: Any, cohort: Any, plan: Plan, adapter: NDArray[np.float32], *__: Any
     ) -> rounds.Summed:
         replies = (Reply(n, _answer(bench.device(n), plan, adapter)) for n in cohort)
         return rounds._collect(replies, plan, len(adapter), cohort)

@@ -1,0 +1,59 @@
+"""Which persona's adapter fits the own records best; decided on the device, and never sent.
+
+**Guarantee**: the choice is a function of the shared adapters, which are public, and of the own
+records. It leaves through the gate only, as the block of the contribution that is not zero, under
+the clip and the noise of the whole contribution (`common/exchange.py`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..common.adapter import Adapter
+from ..common.models import pad, prefix_states, resumed_at
+from ..common.objective import collate, record_losses
+from .data import Tokenised
+
+__all__ = ["choose", "mean_losses"]
+
+_CHUNK = 32
+
+
+def choose(
+    adapter: Adapter, personas: NDArray[np.float32], live: int, records: Sequence[Tokenised]
+) -> int:
+    """The persona with the smallest mean loss on the own training records; the first of equals.
+
+    Args:
+        adapter: overwritten.
+        personas: each one's adapter, shape (k, d).
+        live: how many of them there are already; with one there is nothing to choose.
+        records: own training records. Without any the choice is the first, and moves nothing but
+            the number of members.
+    """
+    if live == 1 or not records:
+        return 0
+    return int(np.argmin(mean_losses(adapter, personas[:live], records)))
+
+
+@torch.no_grad()
+def mean_losses(
+    adapter: Adapter, personas: NDArray[np.float32], records: Sequence[Tokenised]
+) -> NDArray[np.float64]:
+    """Mean loss of the records under each adapter, shape (k,); infinite where it is not finite."""
+    base, first = adapter.base, adapter.first_block
+    found = np.zeros(len(personas))
+    ordered = sorted(records, key=lambda record: len(record.ids))
+    for begin in range(0, len(ordered), _CHUNK):
+        chunk = ordered[begin : begin + _CHUNK]
+        ids = [record.ids for record in chunk]
+        labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
+        batch, prefix = collate(ids, labels), prefix_states(base, first, *pad(ids))
+        for place, vector in enumerate(personas):
+            adapter.write(vector)
+            with resumed_at(base, first, prefix):
+                losses = record_losses(base, batch, adapter.head).double()
+            found[place] += float(losses.sum())
+    return np.where(np.isfinite(found), found / len(ordered), np.inf)

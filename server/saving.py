@@ -1,0 +1,34 @@
+"""A finished run's adapter as plain PEFT folders: `adapter/`, and in it one for each persona."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..common.adapter import Adapter
+from ..common.exchange import Exchange, Vector
+from ..common.files import read_lines
+
+__all__ = ["largest", "save"]
+
+LOG = "rounds.jsonl"
+
+
+def save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> None:
+    """Write `folder/adapter`, and of several personas `folder/adapter/persona-0` and so on.
+
+    Of several, `adapter` itself is the one with most members: for somebody who has no records to
+    choose by.
+    """
+    personas = exchange.personas(final)
+    for place, vector in enumerate(personas if len(personas) > 1 else ()):
+        adapter.write(vector)
+        adapter.save(folder / "adapter" / f"persona-{place}")
+    adapter.write(personas[largest(folder)])
+    adapter.save(folder / "adapter")
+
+
+def largest(folder: Path) -> int:
+    """The persona with most members, by the noised numbers of the run's last rounds; else 0."""
+    counted = [line["members"] for line in read_lines(folder / LOG) if "members" in line]
+    same = [one for one in counted if len(one) == len(counted[-1])] if counted else []
+    return int(np.sum(same, axis=0).argmax()) if same else 0
