@@ -10,7 +10,16 @@ import typer
 
 from ..common.errors import ConfigError, PrivetError, StateError
 
-__all__ = ["demo_devices", "evaluate", "generate", "report", "reported", "run_folder", "simulate"]
+__all__ = [
+    "demo_devices",
+    "evaluate",
+    "generate",
+    "personas",
+    "report",
+    "reported",
+    "run_folder",
+    "simulate",
+]
 
 RUNS = Path("runs")
 
@@ -67,6 +76,37 @@ def evaluate(run: _Run, as_json: _Json = False) -> None:
         _print_json(facts["summary"])
     else:
         report.show(facts, _console())
+
+
+def personas(
+    run: _Run,
+    against: Annotated[str, typer.Option(help="A run of the same people with one adapter.")],
+    as_json: _Json = False,
+) -> None:
+    """A run with persona groups: who chose which, and what it is worth against one adapter."""
+    from . import personas as groups
+
+    found = groups.compared(run_folder(run), run_folder(against))
+    if as_json:
+        _print_json(found)
+        return
+    print(
+        "the experimenter's reading of the simulated devices: none of it passes the server, and "
+        "no epsilon covers it"
+    )
+    print(
+        f"adjusted Rand index of the private choices: {found['ari']:.3f}, {found['people']} people"
+    )
+    for name, counts in found["choices"].items():
+        print(f"  {name:<10}" + "".join(f"{count:>6}" for count in counts))
+    for name in ("seen", "unseen"):
+        own = found[name]
+        losses = ", ".join(f"{model} {loss:.4f}" for model, loss in own["losses"].items())
+        print(f"{name} people ({own['people']}), nats per token, later records: {losses}")
+        for pair in ("base_minus_global", "base_minus_group", "global_minus_group"):
+            low, high = own[pair]["ci95"]
+            print(f"  {pair:<20} {own[pair]['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")
+        print(f"  better with the own persona: {own['share_better']:.0%}")
 
 
 def report(

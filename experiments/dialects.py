@@ -11,8 +11,8 @@ Somebody writes `STRENGTH` of the content words in their own dialect, the others
 three, and has favourite words of their own. The dialect is the first part of a user's name
 (`northern/0012`); nothing else says it, and no device is told.
 
-The base model is a small Llama, trained for a minute on sentences of each dialect alike: it knows
-all three, and no more of one than of another. Everything is made from public seeds.
+The base model is a small Llama, trained for half a minute on sentences of each dialect alike: it
+knows all three, and no more of one than of another. Everything is made from public seeds.
 """
 
 import random
@@ -96,19 +96,22 @@ def _sentence(rng: random.Random, words: dict[str, list[str]], dialect: str) -> 
     return " ".join(found)
 
 
-def ensure_base(folder: Path, *, steps: int = 1500, seed: int = 7) -> None:
+def ensure_base(folder: Path, *, steps: int = 800, seed: int = 7) -> None:
     """Train and save the base model in `folder`, unless it is there."""
     if (folder / "config.json").exists():
         return
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    say(f"making the base model of the dialects in {folder} (once, about a minute)")
+    say(f"making the base model of the dialects in {folder} (once, half a minute)")
     content = [spelled(w, d) for words in _KINDS.values() for w in words for d in DIALECTS]
     vocabulary = {word: number for number, word in enumerate((*SPECIAL, *FRAME, *content))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", bos_token="<s>",
         eos_token="</s>",
@@ -126,7 +129,7 @@ def ensure_base(folder: Path, *, steps: int = 1500, seed: int = 7) -> None:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in range(steps):
             texts = [_sentence(rng, _KINDS, rng.choice(DIALECTS)) for _ in range(64)]
-            batch = tokenizer([f"<s> {text}" for text in texts], padding=True, return_tensors="pt")
+            batch = tokenizer(texts, padding=True, return_tensors="pt")
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             loss = model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels

@@ -6,6 +6,7 @@ epsilon covers it. On a real device the same functions run and the figures stay 
     base          the base model, no adapter (labels: every prediction 0)
     global        the shared adapter of the run
     personal      the shared adapter and the head fitted on the person's own earlier records
+    group         of several personas the own one; global is then the one with most members
     swapped_head  the shared adapter and somebody else's head: the gain must be lost
 
 *seen* people took part in training and are measured on later records; *unseen* people were never
@@ -24,9 +25,7 @@ from ..client.device import Bench, Device
 from ..client.measure import Measure, measure_of
 from ..common.adapter import Vector
 from ..common.config import Config
-from ..common.errors import StateError
-from ..server import checkpoint
-from . import progress
+from . import personas, progress
 
 __all__ = ["evaluate", "global_adapter"]
 
@@ -42,18 +41,24 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = Bench.open(folder.resolve())
-    final = global_adapter(folder)
+    state = personas.state_of(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
         "seen": _some(took_part, bench.index, config),
         "unseen": _some(bench.index.test_users, bench.index, config),
     }
     with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
-        model = measure_of(bench.trainer.adapter, final)
-        found = {
-            name: _measure(model, bench, users, _heads_for(config, name), one)
-            for name, users in groups.items()
-        }
+        if config.groups.count > 1:
+            found = {
+                name: personas.measured(bench, users, state, _heads_for(config, name))
+                for name, users in groups.items()
+            }
+        else:
+            model = measure_of(bench.trainer.adapter, state)
+            found = {
+                name: _measure(model, bench, users, _heads_for(config, name), one)
+                for name, users in groups.items()
+            }
     unit = "nats per token" if config.outputs == 0 else "squared error"
     if config.data.task == "classification":
         unit = "nats per record"
@@ -64,17 +69,12 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
 def global_adapter(folder: Path) -> Vector:
     """The shared adapter after the last finished round of the run in `folder`.
 
+    Of several personas the one with most members: what somebody without records would get.
+
     Raises:
         StateError: no round was finished.
     """
-    bench = Bench.open(folder.resolve())
-    layout = bench.trainer.adapter.layout.digest
-    kept = checkpoint.load(folder, run=bench.run, config_hash=bench.config.digest, layout=layout)
-    if kept is None:
-        raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
-    if kept.note:
-        progress.warn(kept.note)
-    return kept.adapter
+    return personas.largest_persona(Bench.open(folder.resolve()), personas.state_of(folder))
 
 
 def _heads_for(config: Config, group: str) -> bool:

@@ -82,7 +82,7 @@ def _command(arguments: Sequence[str]) -> click.Command:
     if asked is None:
         from . import ab_cli, chat_cli, cli, cold_start_cli, lamp_cli
 
-        found = (cli.simulate, cli.evaluate, cli.report, cli.generate, chat_cli.chat)
+        found = (cli.simulate, cli.evaluate, cli.report, cli.generate, cli.personas, chat_cli.chat)
         for function in (*found, ab_cli.ab, cold_start_cli.coldstart, lamp_cli.lamp):
             app.command()(function)
         app.command("demo-devices", hidden=True)(cli.demo_devices)

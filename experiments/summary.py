@@ -18,6 +18,7 @@ MEASURED = ("seconds", "peak_rss_bytes", "upload_bytes_per_client_round", "dimen
 NAMES = {
     "base": "base model",
     "global": "shared model",
+    "group": "own persona",
     "personal": "personal head",
     "swapped_head": "another person's head",
 }
@@ -118,6 +119,7 @@ def _pairs(
 ) -> dict[str, list[float]]:
     """Loss differences per user, positive where the second is better, as far as measured."""
     wanted = [("base", "global", "unseen", unseen)]
+    wanted += [("global", "group", "seen", seen), ("global", "group", "unseen", unseen)]
     wanted += [("global", "personal", "seen", seen), ("swapped_head", "personal", "seen", seen)]
     wanted += [("base", "global", "seen", seen)]
     wanted += [("global", "personal", "unseen", unseen)]

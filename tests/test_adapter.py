@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from privet.common import adapter as adapters
 from privet.common.adapter import Layout, attach, shared, usual_modules
-from privet.common.config import AdapterSettings
+from privet.common.config import AdapterSettings, GroupSettings
 from privet.common.errors import AdapterError, ModelError
+from privet.common.exchange import Exchange
 from privet.common.models import final_states, pad
 
 from .tiny import fresh, tiny_config
 
-FAMILIES = ("tiny", "ffa", "lora")
+FAMILIES = ("tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora")
 IDS = ((6, 7, 8, 9, 10), (12, 13, 14))
 
 
@@ -38,11 +39,19 @@ def random_vector(adapter, seed=0):
     return (0.3 * drawn).astype(np.float32)
 
 
+def random_own(adapter, seed=1):
+    drawn = np.random.default_rng(seed).normal(size=adapter.own.dimension)
+    return (0.3 * drawn).astype(np.float32)
+
+
 # --- what is trained ----------------------------------------------------------------------------
 
 ENDS = {
     "tiny": {"lora_B.default.trained.weight"},
     "ffa": {"lora_B.default.weight"},
+    "fedsvd": {"lora_B.default.weight"},
+    "rolora": {"lora_A.default.weight", "lora_B.default.weight"},  # by turns
+    "fedsa": {"lora_A.default.weight", "lora_B.default.weight"},
     "lora": {"lora_A.default.weight", "lora_B.default.weight"},
 }
 
@@ -56,7 +65,7 @@ def test_a_family_trains_exactly_the_parameters_it_names(base, family):
     first = f"{base.blocks[2][0]}.", f"{base.blocks[3][0]}."
     assert all(module.startswith(first) for module in adapter.modules)
     assert adapter.first_block == 2
-    seen = {id(p) for _, p in adapter.parameters}
+    seen = {id(p) for _, p in adapter.train_only(None)}
     assert seen == {id(p) for p in base.network.parameters() if p.requires_grad}
 
 
@@ -161,7 +170,8 @@ def test_two_processes_start_from_the_same_bits(llama_folder, family):
         second.write(vector)
     assert torch.equal(states(first.base), states(second.base))
     third = attach(fresh(llama_folder), settings(family, seed=8))
-    assert (family == "lora") == (not np.array_equal(third.start, first.start))
+    seeded = family in ("lora", "rolora", "fedsvd", "fedsa")  # A is in the vector
+    assert seeded == (not np.array_equal(third.start, first.start))
 
 
 # --- in the model -------------------------------------------------------------------------------
@@ -174,7 +184,7 @@ def test_the_starting_vector_leaves_the_base_model_as_it_is(bert_folder, llama_f
         before = states(base)
         adapter = attach(base, settings(family))
         assert torch.equal(states(base), before)
-        adapter.write(random_vector(adapter))
+        adapter.write(random_vector(adapter), random_own(adapter))
         assert not torch.allclose(states(base), before, atol=1e-3)
         adapter.write(adapter.start)
         assert torch.equal(states(base), before)
@@ -270,7 +280,7 @@ def test_plain_peft_reads_every_family_without_privet(llama, bert, tmp_path):
     for base in (llama, bert):
         for family in FAMILIES:
             adapter = attach(base, settings(family), 3 if base is bert else 0)
-            adapter.write(random_vector(adapter))
+            adapter.write(random_vector(adapter), random_own(adapter))
             with torch.no_grad():
                 found = final_states(base, torch.tensor([[6, 7, 8, 9], [12, 13, 0, 0]]), mask)
             folder = tmp_path / f"{base.kind} {family}"
@@ -300,11 +310,17 @@ def test_the_saved_configuration_is_an_ordinary_one(llama, tmp_path):
 # --- the trap of averaging ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_lora_loses_something_when_vectors_are_averaged(llama, family):
+@pytest.mark.parametrize("turn", [1, 2])
+@pytest.mark.parametrize("family", ["tiny", "ffa", "fedsvd", "rolora", "lora"])
+def test_only_lora_loses_something_when_vectors_are_averaged(llama, family, turn):
     """mean(BA) - mean(B) mean(A) is zero where all clients share one factor (PRIVACY.md, LoRA)."""
     adapter = attach(llama, settings(family))
-    vectors = [adapter.start + random_vector(adapter, seed) for seed in range(5)]
+    exchange = Exchange(adapter.layout, adapter.start, GroupSettings())
+    places = adapter.layout.places(exchange.released(turn))
+    sent = adapter.start + random_vector(adapter, 9)
+    vectors = [sent.copy() for _ in range(5)]
+    for seed, vector in enumerate(vectors):
+        vector[places] += random_vector(adapter, seed)[places]
 
     def products(vector):
         adapter.write(vector.astype(np.float32))

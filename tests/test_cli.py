@@ -83,7 +83,10 @@ def sets(*changes: str) -> list[str]:
         ("adapter.modules=['nose']", r"no such linear layer .*nose; its blocks have"),
         ("model.base=/no/where", r"model\.base = '/no/where': there is no such folder"),
         ("data.task=regression", r"data\.task = 'regression', but the records of"),
-        ("data.source=nowhere", r"No data at 'nowhere': expected shakespeare or ratings, a"),
+        (
+            "data.source=nowhere",
+            r"No data at 'nowhere': expected shakespeare or ratings or dialects, a",
+        ),
         ("data.source=nowhere.jsonl", r"nowhere\.jsonl cannot be read \(No such file"),
     ],
 )

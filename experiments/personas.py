@@ -1,0 +1,147 @@
+"""Runs with several personas, as the experimenter reads them off the simulated devices.
+
+Which persona a device has is private. On a simulation the experimenter may read it, as everything
+else of a simulated device; nothing of it passes the server, and no epsilon covers it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..client.device import Bench, Device, exchange_at, persona_of
+from ..client.measure import measure_of
+from ..common.errors import ConfigError, StateError
+from ..common.exchange import Vector
+from ..server import checkpoint
+from ..server.saving import largest
+from . import progress
+from .dialects import dialect_of
+from .statistics import bootstrap_mean
+
+__all__ = ["adapter_of", "choices", "compared", "largest_persona", "measured", "state_of"]
+
+
+def state_of(folder: Path) -> Vector:
+    """The state after a run's last finished round: one adapter vector a persona, in a row.
+
+    Raises:
+        StateError: no round was finished.
+    """
+    bench = Bench.open(folder.resolve())
+    layout = exchange_at(bench).state.digest
+    kept = checkpoint.load(folder, run=bench.run, config_hash=bench.config.digest, layout=layout)
+    if kept is None:
+        raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
+    if kept.note:
+        progress.warn(kept.note)
+    return kept.adapter
+
+
+def adapter_of(bench: Bench, user: str, state: Vector) -> Vector:
+    """The adapter vector of a person's own persona, shape (d,); with one persona everybody's."""
+    return persona_of(Device(user, bench), state)[1]
+
+
+def largest_persona(bench: Bench, state: Vector) -> Vector:
+    """The adapter vector for somebody without records: of the persona with most members."""
+    return np.asarray(exchange_at(bench).personas(state)[largest(bench.folder)])
+
+
+def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
+    """Each person's persona."""
+    with progress.counting("choosing", len(users), "people") as one:
+        found = []
+        for user in users:
+            found.append(persona_of(Device(user, bench), state)[0])
+            one()
+    return found
+
+
+def measured(
+    bench: Bench, users: Sequence[str], state: Vector, heads: bool
+) -> dict[str, list[Any]]:
+    """Losses on held-out records, as `experiments/evaluation.py` has them, and `group`.
+
+    `global` is the persona with most members, which somebody without records would get; `group`
+    the own persona; `personal` the own persona and the head fitted on it.
+    """
+    device = {user: Device(user, bench) for user in users}
+    personas = exchange_at(bench).personas(state)
+    everybody = measure_of(bench.trainer.adapter, largest_persona(bench, state))
+    found: dict[str, dict[str, float]] = {}
+    for user in users:
+        person = everybody.person(*device[user].measured_on(), False)
+        if person is not None:
+            found[user] = {"base": person.base, "global": everybody.loss(person, None)}
+    own = dict(zip(found, choices(bench, list(found), state), strict=True))
+    for place in sorted(set(own.values())):
+        measure = measure_of(bench.trainer.adapter, personas[place])
+        for user in (user for user in found if own[user] == place):
+            person = measure.person(*device[user].measured_on(), heads)
+            if person is None:
+                continue
+            found[user]["group"] = measure.loss(person, None)
+            if heads:
+                found[user]["personal"] = measure.loss(person, person.head)
+    names = ("base", "global", "group", *(("personal",) if heads else ()))
+    return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
+
+
+def compared(folder: Path, other: Path) -> Mapping[str, Any]:
+    """A run with personas against one without, on the same people's later records.
+
+    Args:
+        folder: of the run with personas, of a source whose users' names begin with their group.
+        other: of a run with one adapter, of the same people and base model.
+
+    Returns:
+        `ari`: adjusted Rand index of the private choices and the true groups, over everybody who
+        was trained on; `seen` and `unseen`: mean gain of each model over another in nats, each
+        with a bootstrap interval over people.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    bench, state = Bench.open(folder.resolve()), state_of(folder)
+    if bench.config.groups.count == 1:
+        raise ConfigError(
+            f"{folder} has one adapter for everybody; name a run with groups.count > 1"
+        )
+    train = bench.index.train_users
+    chosen = choices(bench, train, state)
+    truth = [dialect_of(user) for user in train]
+    table = {
+        name: [sum(c == p for c, t in zip(chosen, truth, strict=True) if t == name) for p in
+               range(bench.config.groups.count)]
+        for name in sorted(set(truth))
+    }  # fmt: skip
+    limit = bench.config.evaluation.users
+    people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
+    grouped = {name: measured(bench, users, state, False) for name, users in people.items()}
+    alone, single = Bench.open(other.resolve()), state_of(other)
+    if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
+        raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
+    shared = {name: measured(alone, users, single, False) for name, users in people.items()}
+    return {
+        "ari": float(adjusted_rand_score(truth, chosen)),
+        "people": len(train),
+        "choices": table,
+        **{name: _gains(grouped[name], shared[name]) for name in people},
+    }
+
+
+def _gains(grouped: Mapping[str, list[Any]], shared: Mapping[str, list[Any]]) -> dict[str, Any]:
+    lost = {
+        "base": np.array(grouped["base"]),
+        "global": np.array(shared["global"]),
+        "group": np.array(grouped["group"]),
+    }
+    pairs = (("base", "global"), ("base", "group"), ("global", "group"))
+    gains = {
+        f"{worse}_minus_{better}": bootstrap_mean((lost[worse] - lost[better]).tolist()).as_dict()
+        for worse, better in pairs
+    }
+    better = float(np.mean(lost["group"] < lost["global"]))
+    losses = {name: float(values.mean()) for name, values in lost.items()}
+    return {"people": len(lost["base"]), "losses": losses, **gains, "share_better": better}
