@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.config import Config
+from ..common.config import Config, GroupSettings, RoundSettings
 from ..common.exchange import Exchange, Vector
 from ..common.layout import Layout
 from . import aggregation
@@ -121,26 +121,28 @@ def _grouped(
         for name, values in stepped.items():
             kept[name][place] = values
     said: dict[str, Any] = {"members": [round(float(one), 2) for one in members[:live]]}
-    parted = _parted(config, number, members[:live])
+    parted = _parted(settings, config.rounds, number, members[:live])
     if parted is not None:
         said["split"] = list(parted)
         _split(exchange, number, new, kept, *parted)
     return new.ravel(), {name: values.ravel() for name, values in kept.items()}, said
 
 
-def _parted(config: Config, number: int, members: NDArray[np.float64]) -> tuple[int, int] | None:
+def _parted(
+    settings: GroupSettings, rounds: RoundSettings, number: int, members: NDArray[np.float64]
+) -> tuple[int, int] | None:
     """(the largest persona, the one that begins anew as its other half), if there is a split now.
 
     A persona that is not there yet; or, at the same distance and not at the very end, the smallest
     one, if its noised share of the members is below `groups.smallest`: nobody's, or almost.
     """
-    settings, live = config.groups, len(members)
+    live = len(members)
     largest, smallest = int(members.argmax()), int(members.argmin())
     if settings.live(number + 1) > live:
         return largest, live
     due = number >= settings.warmup and (number - settings.warmup) % settings.split_every == 0
-    lonely = members[smallest] < settings.smallest * config.rounds.cohort
-    if live > 1 and due and lonely and number + settings.split_every <= config.rounds.count:
+    lonely = members[smallest] < settings.smallest * rounds.cohort
+    if live > 1 and due and lonely and number + settings.split_every <= rounds.count:
         return largest, smallest
     return None
 
