@@ -110,7 +110,8 @@ def ensure_base(folder: Path, *, steps: int = 800, seed: int = 7) -> None:
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
+        single="<s> $A </s>",
+        special_tokens=[(name, SPECIAL.index(name)) for name in ("<s>", "</s>")],
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", bos_token="<s>",
