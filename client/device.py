@@ -24,7 +24,7 @@ from ..common.adapter import shared
 from ..common.blocks import arm_names
 from ..common.config import Config
 from ..common.encoding import unpack
-from ..common.errors import PrivacyError, ProtocolError
+from ..common.errors import GateRefused, PrivacyError, ProtocolError
 from ..common.exchange import Exchange
 from ..common.files import explain_os_errors, write_atomic
 from ..common.keys import Directory, Identity, Purpose, Secret, derive, read_directory
@@ -246,8 +246,14 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     if len(trained.own):
         kept = at_home.added(desk.at_home(name), plan.round, trained.own)
         desk.keep_at_home(name, kept)
+    contribution = exchange.contribution(trained.delta, place, plan.clip)
+    if len(contribution) != released.dimension:
+        raise GateRefused(
+            f"round {plan.round}: {len(contribution)} numbers were trained to be released, the "
+            f"round's layout has {released.dimension}; nothing left"
+        )
     return release(
-        exchange.contribution(trained.delta, place, plan.clip),
+        contribution,
         released.digest,
         plan,
         name,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from privet.client.app import app
 from privet.client.data import Tokenised
-from privet.client.device import Bench, Device, take_part
+from privet.client.device import Bench, Device, exchange_at, take_part
 from privet.client.release import charges
 from privet.client.training import Trained, train
 from privet.common.accounting import epsilon
@@ -66,8 +66,8 @@ def records(count: int, seed: int = 0) -> Records:
 
 
 def plan_of(bench: Bench, number: int = 1, **changes: Any) -> Plan:
-    adapter = bench.trainer.adapter
-    plan = make_plan(bench.config, bench.run, number, adapter.layout.digest, adapter.start)
+    sent = exchange_at(bench)
+    plan = make_plan(bench.config, bench.run, number, sent.state.digest, sent.start, sent)
     return dataclasses.replace(plan, **changes)
 
 
@@ -80,7 +80,7 @@ def asked(folder: Path, client: Any, kind: str = "train.round") -> Message:
     grid = LocalGrid(client, bench.config.data.clients, str(folder))
     content = RecordDict(
         {
-            "adapter": ArrayRecord({"vector": Array(bench.trainer.adapter.start)}),
+            "adapter": ArrayRecord({"vector": Array(exchange_at(bench).start)}),
             "plan": ConfigRecord(plan_of(bench).to_dict()),
             "protocol": ConfigRecord({"message": b"", "client": 0}),
             "offer": ConfigRecord({"run": bench.run, "nonce": bytes(32)}),
@@ -190,7 +190,9 @@ def masked_replies(folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -
             own = reply.content["reply"]
             yield Reply(own["client"], own["vector"] if own["released"] else None)
 
-    total, _, _ = masked_sum(ask, range(12), plan_of(bench), bench.trainer.adapter.start)
+    sent = exchange_at(bench)
+    size = sent.released(1).dimension
+    total, _, _ = masked_sum(ask, range(12), plan_of(bench), sent.start, size)
     assert total is not None
     return list(grid.seen)
 
