@@ -196,8 +196,16 @@ def _ends(
 
 def _adapter(config: Config, dimension: int | None) -> str:
     own = config.adapter
-    size = "" if dimension is None else f", {dimension:,} numbers"
-    return f"{own.family}, rank {own.rank}, in the last {own.last_blocks} blocks{size}"
+    said = f"{own.family}, rank {own.rank}, in the last {own.last_blocks} blocks"
+    said += "" if dimension is None else f", {dimension:,} numbers"
+    if config.groups.count > 1:
+        said += (
+            f"; {config.groups.count} personas, of which this device trains the one that fits your "
+            "records; which one that is leaves in noised sums only"
+        )
+    if own.family == "fedsa":
+        said += "; B is fitted to your records and stays on this device"
+    return said
 
 
 def _rounds(config: Config) -> str:

@@ -14,24 +14,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from privet.client import at_home, run
 from privet.client import home as homes
 from privet.client import ledger as ledgers
-from privet.client import run
 from privet.client import unlock as unlock_module
 from privet.client.home import ME, Home, Joined
 from privet.client.seat import OwnSeat
 from privet.client.unlock import Passphrase
 from privet.common import keys as common_keys
-from privet.common.adapter import shared
+from privet.common.adapter import exchanged, shared
 from privet.common.config import Config, to_toml
 from privet.common.encoding import unpack
 from privet.common.errors import PrivacyError, ProtocolError, StateError
 from privet.common.keys import Directory, write_directory
 from privet.common.plan import Plan
 from privet.experiments.grid import FIRST_NODE, LocalGrid
-from privet.server import rounds
+from privet.server import checkpoint, rounds
 from privet.server.app import serve
 from privet.server.rounds import make_plan
 
@@ -188,6 +189,53 @@ def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
             (number, phase) for number in (1, 2) for phase in PHASES
         ]
         assert all(len(home.payload(one.seq) or b"") == one.bytes for one in home.outbox())
+
+
+def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_which(
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+):
+    groups = {"count": 2, "warmup": 1, "split_every": 1}
+    config = config_of(llama_folder, groups=groups)
+    for home in homes_of_four:
+        agree(home, config)
+    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    assert [one["answered"] for one in world.serve()] == [4, 4]
+    state, sent = _state(world), exchanged(config)
+    for home in homes_of_four:
+        place = int(home.vault.get(f"persona/{RUN}") or b"-1")
+        kept = safetensors.numpy.load(home.vault.get(f"adapters/{RUN}") or b"")["adapter"]
+        assert np.array_equal(kept, sent.personas(state)[place])
+        size = -(-sent.released(1).dimension * 32 // 8)
+        assert all(len(home.payload(one.seq) or b"") <= size or one.phase != "vector"
+                   for one in home.outbox())  # fmt: skip
+
+
+def test_fedsas_b_is_in_the_vault_and_in_nothing_that_was_sent(
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+):
+    config = config_of(llama_folder, adapter={"family": "fedsa"}, training={"steps": 2})
+    for home in homes_of_four:
+        agree(home, config)
+    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    assert [one["answered"] for one in world.serve()] == [4, 4]
+    adapter = shared(config)
+    for home in homes_of_four:
+        own = at_home.before(home.vault.get(f"at-home/{RUN}"), 3, adapter.own.dimension)
+        assert own is not None
+        assert own.any()
+        piece = own[np.flatnonzero(own)[0] :][:4].tobytes()
+        assert not any(piece in (home.payload(one.seq) or b"") for one in home.outbox())
+        assert not any(piece in path.read_bytes() for path in world.folder.rglob("*")
+                       if path.is_file())  # fmt: skip
+
+
+def _state(world: World) -> Any:
+    sent = exchanged(world.config)
+    kept = checkpoint.load(
+        world.folder, run=RUN, config_hash=world.config.digest, layout=sent.state.digest
+    )
+    assert kept is not None
+    return kept.adapter
 
 
 # --- what the owner allows -----------------------------------------------------------------------
