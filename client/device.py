@@ -37,7 +37,16 @@ from .persona import choose
 from .release import Statistics, budgets, charges, release
 from .training import Trainer, train
 
-__all__ = ["Bench", "Desk", "Device", "exchange_at", "masked_phase", "persona_of", "take_part"]
+__all__ = [
+    "Bench",
+    "Desk",
+    "Device",
+    "exchange_at",
+    "kept_half",
+    "masked_phase",
+    "persona_of",
+    "take_part",
+]
 
 LEDGERS = "ledgers.sqlite"
 DEVICE_SECRET = "device-secret"
@@ -234,6 +243,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     label = f"{name} round {plan.round}"
     adapter, records, personas = desk.trainer.adapter, device.records(), exchange.personas(start)
     place = choose(adapter, personas, exchange.groups.live(plan.round), records)
+    half = kept_half(device, plan.round)
     trained = train(
         desk.trainer,
         personas[place],
@@ -241,11 +251,10 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         plan,
         batches=_batches(seed, label),
         source=noise.source(seed, f"{label} training"),
-        own=_at_home(device, plan),
+        own=half,
     )
     if len(trained.own):
-        kept = at_home.added(desk.at_home(name), plan.round, trained.own)
-        desk.keep_at_home(name, kept)
+        desk.keep_at_home(name, at_home.added(desk.at_home(name), plan.round, trained.own))
     contribution = exchange.contribution(trained.delta, place, plan.clip)
     if len(contribution) != released.dimension:
         raise GateRefused(
@@ -260,7 +269,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         ledger,
         privacy,
         noise.source(seed, f"{label} release"),
-        _statistics(device, plan, personas[place], trained.statistics),
+        _statistics(device, plan, personas[place], half, trained.statistics),
     )
 
 
@@ -282,15 +291,24 @@ def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     return place, personas[place]
 
 
-def _at_home(device: Device, plan: Plan) -> NDArray[np.float32] | None:
-    dimension = device.desk.trainer.adapter.own.dimension
+def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
+    """What this device keeps of its adapter (fedsa's B) before round `number`, or after the last.
+
+    None: nothing, or nothing yet. It never leaves.
+    """
+    dimension, config = device.desk.trainer.adapter.own.dimension, device.desk.config
     if not dimension:
         return None
-    return at_home.before(device.desk.at_home(device.name), plan.round, dimension)
+    before = config.rounds.count + 1 if number is None else number
+    return at_home.before(device.desk.at_home(device.name), before, dimension)
 
 
 def _statistics(
-    device: Device, plan: Plan, start: NDArray[np.float32], losses: NDArray[np.float64]
+    device: Device,
+    plan: Plan,
+    start: NDArray[np.float32],
+    kept: NDArray[np.float32] | None,
+    losses: NDArray[np.float64],
 ) -> Statistics:
     """The blocks that the plan asks for; the delta is made before a head is fitted."""
     desk, found = device.desk, dict[str, NDArray[np.float64]]()
@@ -300,7 +318,7 @@ def _statistics(
         return found
     own, held_out = device.measured_on()
     fit = desk.config.head.enabled
-    said = measured(desk.trainer.adapter, start, own, held_out, fit)
+    said = measured(desk.trainer.adapter, start, own, held_out, fit, kept)
     if plan.gains_bound:
         found["gains"] = gains_block(said, plan.gains_bound)
     if plan.arms_bound:

@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ..common.errors import PrivetError
-from .device import Device, persona_of
+from .device import Device, kept_half, persona_of
 from .home import ME
 from .measure import measure_of
 from .personal_head import head_bytes
@@ -43,7 +43,7 @@ def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
     if desk.config.groups.count > 1:
         entries[f"persona/{desk.run}"] = str(place).encode()
     own, held_out = me.measured_on()
-    measure = measure_of(desk.trainer.adapter, adapter)
+    measure = measure_of(desk.trainer.adapter, adapter, kept_half(me))
     try:
         person = measure.person(own, held_out, fit=True)
     except PrivetError as failed:

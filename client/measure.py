@@ -60,6 +60,7 @@ def measured(
     own: Sequence[Tokenised],
     held_out: Sequence[Tokenised],
     fit: bool,
+    kept: Vector | None = None,
 ) -> Measured | None:
     """One person's losses; run by the client, after its delta is made.
 
@@ -71,13 +72,14 @@ def measured(
         own: records the head is fitted on.
         held_out: records the losses are of.
         fit: whether there is a personal head; otherwise personal is shared.
+        kept: what the device trains and keeps (fedsa's B); shared is then the adapter with it.
 
     Returns:
         None where nothing is held out, or a loss is not finite: a contribution must not depend on
         that, so such a device takes part as one that has measured nothing.
     """
     try:
-        measure = measure_of(adapter, shared)
+        measure = measure_of(adapter, shared, kept)
         person = measure.person(own, held_out, fit)
         if person is None:
             return None
@@ -150,21 +152,22 @@ class Measure(Protocol):
         """Mean loss on the person's held-out records; head None: the shared model."""
 
 
-def measure_of(adapter: Adapter, shared: Vector) -> Measure:
+def measure_of(adapter: Adapter, shared: Vector, kept: Vector | None = None) -> Measure:
     """The measure that fits the adapter's task.
 
     Args:
         adapter: overwritten, again and again.
         shared: the shared adapter's weights, shape (d,), float32.
+        kept: what one device keeps of the adapter (fedsa's B); the measure is then for its owner.
     """
-    return (TextMeasure if adapter.head is None else LabelMeasure)(adapter, shared)
+    return (TextMeasure if adapter.head is None else LabelMeasure)(adapter, shared, kept)
 
 
 class TextMeasure:
     """Generation: nats per token; the frozen prefix is computed once for base and shared."""
 
-    def __init__(self, adapter: Adapter, shared: Vector) -> None:
-        self.adapter, self.shared = adapter, shared
+    def __init__(self, adapter: Adapter, shared: Vector, kept: Vector | None = None) -> None:
+        self.adapter, self.shared, self.kept = adapter, shared, kept
         self.output = adapter.base.output.detach()
 
     def person(
@@ -198,7 +201,7 @@ class TextMeasure:
         prefix = prefix_states(base, first, ids, mask)
         found = []
         for vector in vectors:
-            self.adapter.write(vector)
+            self.adapter.write(vector, self.kept if vector is self.shared else None)
             with resumed_at(base, first, prefix):
                 states = final_states(base, ids, mask)[:, :-1][wanted]
             found.append(TokenStates(states, targets, record))
@@ -208,9 +211,9 @@ class TextMeasure:
 class LabelMeasure:
     """Labels: squared error or nats; features of the same text are computed once."""
 
-    def __init__(self, adapter: Adapter, shared: Vector) -> None:
+    def __init__(self, adapter: Adapter, shared: Vector, kept: Vector | None = None) -> None:
         self.adapter = adapter
-        adapter.write(shared)
+        adapter.write(shared, kept)
         head = adapter.head
         if head is None:
             raise ValueError("a labelled task without a head")

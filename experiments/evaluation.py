@@ -7,6 +7,7 @@ epsilon covers it. On a real device the same functions run and the figures stay 
     global        the shared adapter of the run
     personal      the shared adapter and the head fitted on the person's own earlier records
     group         of several personas the own one; global is then the one with most members
+    own_half      fedsa: the shared A with the B of the own device; global is then A without B
     swapped_head  the shared adapter and somebody else's head: the gain must be lost
 
 *seen* people took part in training and are measured on later records; *unseen* people were never
@@ -41,20 +42,22 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = Bench.open(folder.resolve())
-    state = personas.state_of(folder)
+    several = config.groups.count > 1 or bool(bench.trainer.adapter.own.pieces)
+    final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
         "seen": _some(took_part, bench.index, config),
         "unseen": _some(bench.index.test_users, bench.index, config),
     }
     with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
-        if config.groups.count > 1:
+        if final is None:
+            state = personas.state_of(folder)
             found = {
                 name: personas.measured(bench, users, state, _heads_for(config, name))
                 for name, users in groups.items()
             }
         else:
-            model = measure_of(bench.trainer.adapter, state)
+            model = measure_of(bench.trainer.adapter, final)
             found = {
                 name: _measure(model, bench, users, _heads_for(config, name), one)
                 for name, users in groups.items()

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from ..client import data
-from ..client.device import Bench
+from ..client.device import Bench, Device, kept_half
 from ..client.personal_head import load_text_head, save_text_head
 from ..client.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
 from ..common.adapter import Vector
 from ..common.errors import ConfigError, DataError
 from ..common.models import final_states, pad
-from .evaluation import global_adapter
+from .personas import adapter_of, state_of
 
 __all__ = ["kept_head", "side_by_side"]
 
@@ -38,10 +38,11 @@ def side_by_side(
     ids = bench.trainer.adapter.base.tokenizer(prompt)["input_ids"]
     if not ids:
         raise ConfigError("--prompt is empty; give the model a few words to begin with")
-    adapter, final = bench.trainer.adapter, global_adapter(folder)
+    # of several personas the person's own one
+    adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
-    adapter.write(final)
+    adapter.write(final, kept_half(Device(user, bench)))
     head = kept_head(bench, user, final)
     found["shared"] = _continue(bench, ids, None, tokens, seed, temperature)
     found["personal"] = _continue(bench, ids, head, tokens, seed, temperature)

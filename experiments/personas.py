@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..client.device import Bench, Device, exchange_at, persona_of
+from ..client.device import Bench, Device, exchange_at, kept_half, persona_of
 from ..client.measure import measure_of
 from ..common.errors import ConfigError, StateError
 from ..common.exchange import Vector
@@ -62,11 +62,13 @@ def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
 def measured(
     bench: Bench, users: Sequence[str], state: Vector, heads: bool
 ) -> dict[str, list[Any]]:
-    """Losses on held-out records, as `experiments/evaluation.py` has them, and `group`.
+    """Losses on held-out records as in `experiments/evaluation.py`, and of what is one's own.
 
-    `global` is the persona with most members, which somebody without records would get; `group`
-    the own persona; `personal` the own persona and the head fitted on it.
+    `global` is what somebody without records would get: the persona with most members, of fedsa A
+    without any B. `group` is the own persona, of fedsa `own_half` A with the own device's B;
+    `personal` the same with the head fitted on it.
     """
+    mine = "group" if bench.config.groups.count > 1 else "own_half"
     device = {user: Device(user, bench) for user in users}
     personas = exchange_at(bench).personas(state)
     everybody = measure_of(bench.trainer.adapter, largest_persona(bench, state))
@@ -76,16 +78,15 @@ def measured(
         if person is not None:
             found[user] = {"base": person.base, "global": everybody.loss(person, None)}
     own = dict(zip(found, choices(bench, list(found), state), strict=True))
-    for place in sorted(set(own.values())):
-        measure = measure_of(bench.trainer.adapter, personas[place])
-        for user in (user for user in found if own[user] == place):
-            person = measure.person(*device[user].measured_on(), heads)
-            if person is None:
-                continue
-            found[user]["group"] = measure.loss(person, None)
-            if heads:
-                found[user]["personal"] = measure.loss(person, person.head)
-    names = ("base", "global", "group", *(("personal",) if heads else ()))
+    for user in found:
+        vector = personas[own[user]]
+        measure = measure_of(bench.trainer.adapter, vector, kept_half(device[user]))
+        person = measure.person(*device[user].measured_on(), heads)
+        if person is not None:
+            found[user][mine] = measure.loss(person, None)
+        if person is not None and heads:
+            found[user]["personal"] = measure.loss(person, person.head)
+    names = ("base", "global", mine, *(("personal",) if heads else ()))
     return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
 
 
@@ -123,6 +124,8 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
         raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
     shared = {name: measured(alone, users, single, False) for name, users in people.items()}
+    if any(shared[name]["users"] != grouped[name]["users"] for name in people):
+        raise StateError("the two runs measured different people; run `privet personas` again")
     return {
         "ari": float(adjusted_rand_score(truth, chosen)),
         "people": len(train),

@@ -19,6 +19,7 @@ NAMES = {
     "base": "base model",
     "global": "shared model",
     "group": "own persona",
+    "own_half": "own B with the shared A",
     "personal": "personal head",
     "swapped_head": "another person's head",
 }
@@ -119,7 +120,8 @@ def _pairs(
 ) -> dict[str, list[float]]:
     """Loss differences per user, positive where the second is better, as far as measured."""
     wanted = [("base", "global", "unseen", unseen)]
-    wanted += [("global", "group", "seen", seen), ("global", "group", "unseen", unseen)]
+    for mine in ("group", "own_half"):
+        wanted += [("global", mine, "seen", seen), ("global", mine, "unseen", unseen)]
     wanted += [("global", "personal", "seen", seen), ("swapped_head", "personal", "seen", seen)]
     wanted += [("base", "global", "seen", seen)]
     wanted += [("global", "personal", "unseen", unseen)]

@@ -257,7 +257,7 @@ def continued(bench, user="user 000", **changes):
 
 @pytest.fixture
 def finished(texts, monkeypatch):
-    monkeypatch.setattr(generation, "global_adapter", lambda _: vector(texts))
+    monkeypatch.setattr(generation, "state_of", lambda _: vector(texts))
     return texts
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privet.client import at_home, device
+from privet.client import at_home, device, training
+from privet.client.app import app
 from privet.client.device import AT_HOME, Bench, exchange_at, take_part
 from privet.client.training import Trained
 from privet.common.config import Config, parse
@@ -22,7 +23,7 @@ from privet.experiments.simulate import prepare
 from privet.server import checkpoint
 from privet.server.rounds import make_plan
 
-from .test_gate import app, leaves_the_same
+from .test_gate import leaves_the_same
 from .tiny import population, tiny_config
 
 FAMILIES = ("fedsvd", "rolora", "fedsa")
@@ -125,7 +126,7 @@ def test_a_rounds_release_has_the_length_and_layout_of_what_it_trains(prepared, 
 def test_a_device_trains_exactly_the_half_of_the_round(prepared, tmp_path, monkeypatch):
     bench = Bench.open(copied(prepared, tmp_path / "run"))
     family, adapter, sent = bench.config.adapter.family, bench.trainer.adapter, exchange_at(bench)
-    right, seen = device.train, []
+    right, seen = training.train, []
 
     def watched(trainer: Any, start: Any, *given: Any, **named: Any) -> Trained:
         before = {n: p.detach().clone() for n, p in adapter.base.network.named_parameters()}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from privet.client import persona
+from privet.client.app import app
 from privet.client.data import Tokenised
 from privet.client.device import Bench, Device, exchange_at, persona_of, take_part
 from privet.client.persona import choose, mean_losses
@@ -23,13 +24,14 @@ from privet.common.config import Config, parse
 from privet.common.errors import ConfigError
 from privet.common.files import read_lines
 from privet.common.noise import TestSource
+from privet.common.objective import collate, record_losses
 from privet.experiments import engine, evaluation, personas
 from privet.experiments.simulate import prepare
 from privet.server.rounds import make_plan
 from privet.server.saving import largest
 
 from .test_adapter import READER
-from .test_gate import app, leaves_the_same, masked_leave_the_same, plan_of, records
+from .test_gate import leaves_the_same, masked_leave_the_same, plan_of, records
 from .tiny import population, tiny_config
 
 GROUPS = {"count": 2, "warmup": 1, "split_every": 1, "spread": 0.9}
@@ -89,7 +91,7 @@ def test_a_device_picks_the_persona_with_the_smallest_loss_on_its_own_records(be
         for place in range(2):
             adapter.write(state[place])
             with torch.no_grad():
-                plain = [float(persona.record_losses(adapter.base, persona.collate([r.ids], None),
+                plain = [float(record_losses(adapter.base, collate([r.ids], None),
                                                      None)) for r in own]  # fmt: skip
             assert losses[place] == pytest.approx(np.mean(plain), rel=1e-5)
     assert picked == {0, 1}
@@ -163,7 +165,7 @@ def test_one_record_that_changes_the_pick_moves_the_contribution_by_more_than_th
 
     def faulty(record_clip: float) -> float:
         """What one record is charged for without personas, in clips."""
-        return plan.learning_rate * record_clip / plan.batch_size / plan.clip
+        return float(plan.learning_rate * record_clip / plan.batch_size / plan.clip)
 
     assert max(found) > 10 * faulty(record_clip=1e-3)
 
