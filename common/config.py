@@ -73,8 +73,8 @@ class GroupSettings(_Settings):
     warmup: int = Field(3, ge=1, description="rounds with one adapter, before the first split")
     split_every: int = Field(3, ge=1, description="rounds from a split to the next")
     spread: float = Field(0.3, gt=0, le=1, description="of a split, over how far it has moved")
-    smallest: float = Field(0.1, gt=0, lt=1, description="smaller share of members: split anew")
-    members_share: float = Field(0.25, gt=0, lt=1, description="of the clip, for the members")
+    smallest: float = Field(0.15, gt=0, lt=1, description="smaller share of members: split anew")
+    members_share: float = Field(0.35, gt=0, lt=1, description="of the clip, for the members")
     seed: int = Field(7, ge=0, description="public: in which direction an adapter is split")
 
     def live(self, number: int) -> int:

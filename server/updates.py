@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.config import Config, GroupSettings, RoundSettings
-from ..common.exchange import Exchange, Vector
+from ..common.exchange import MEMBERS, Exchange, Vector
 from ..common.layout import Layout
 from . import aggregation
 
@@ -102,18 +102,23 @@ def _grouped(
 ) -> Stepped:
     """A step for each persona there is; the denominator is its noised number of members.
 
-    Where that is below the public floor of `groups.smallest` of the cohort the floor is taken.
+    It is a mean over the rounds since the last time a split was due: the noise of one round is as
+    large as a small persona. Where it is below the public floor, `groups.smallest` of the cohort,
+    the floor is taken.
     """
     settings, cohort = exchange.groups, config.rounds.cohort
     count, live = settings.count, settings.live(number)
     sums = (mean[:-count] * cohort).reshape(count, -1)
     members = mean[-count:] * cohort / exchange.mark(config.privacy.client.clip)
     floor = settings.smallest * cohort
+    told = np.array(memory.get(MEMBERS, np.zeros(count + 1, np.float32)))
+    told += np.append(members, 1.0).astype(np.float32)
+    usual = told[:live].astype(np.float64) / told[-1]
     new = exchange.personas(state).copy()
-    kept = {name: values.reshape(count, -1).copy() for name, values in memory.items()}
+    kept = {name: v.reshape(count, -1).copy() for name, v in memory.items() if name != MEMBERS}
     for place in range(live):
         own = {name: values[place] for name, values in kept.items()}
-        denominator = max(float(members[place]), floor)
+        denominator = max(float(usual[place]), floor)
         moved, stepped = aggregation.apply(
             config.rounds, own, new[place], sums[place] / denominator
         )
@@ -121,11 +126,19 @@ def _grouped(
         for name, values in stepped.items():
             kept[name][place] = values
     said: dict[str, Any] = {"members": [round(float(one), 2) for one in members[:live]]}
-    parted = _parted(settings, config.rounds, number, members[:live])
+    if _due(settings, number):
+        told[:] = 0
+    parted = _parted(settings, config.rounds, number, usual)
     if parted is not None:
         said["split"] = list(parted)
         _split(exchange, number, new, kept, *parted)
-    return new.ravel(), {name: values.ravel() for name, values in kept.items()}, said
+    flat = {name: values.ravel() for name, values in kept.items()}
+    return new.ravel(), {**flat, MEMBERS: told}, said
+
+
+def _due(settings: GroupSettings, number: int) -> bool:
+    """Whether a split is looked for after this round; by public settings only."""
+    return number >= settings.warmup and (number - settings.warmup) % settings.split_every == 0
 
 
 def _parted(
@@ -140,9 +153,13 @@ def _parted(
     largest, smallest = int(members.argmax()), int(members.argmin())
     if settings.live(number + 1) > live:
         return largest, live
-    due = number >= settings.warmup and (number - settings.warmup) % settings.split_every == 0
     lonely = members[smallest] < settings.smallest * rounds.cohort
-    if live > 1 and due and lonely and number + settings.split_every <= rounds.count:
+    if (
+        live > 1
+        and _due(settings, number)
+        and lonely
+        and number + settings.split_every <= rounds.count
+    ):
         return largest, smallest
     return None
 

@@ -104,7 +104,7 @@ def test_a_contribution_to_one_of_three_personas_fills_one_block_and_one_mark(ll
     found = exchange.contribution(delta, 1, 0.4)
     blocks, marks = found[:-3].reshape(3, -1), found[-3:]
     assert not blocks[[0, 2]].any()
-    assert marks.tolist() == [0.0, pytest.approx(0.1), 0.0]
+    assert marks.tolist() == [0.0, pytest.approx(0.14), 0.0]
     assert np.allclose(blocks[1] / np.linalg.norm(blocks[1]), delta / np.linalg.norm(delta))
 
 

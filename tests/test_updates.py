@@ -156,7 +156,7 @@ def test_with_plain_averaging_fedsvd_is_ffa_with_orthonormal_a(llama):
 
 # --- personas -----------------------------------------------------------------------------------
 
-GROUPS = {"count": 3, "warmup": 2, "split_every": 3}
+GROUPS = {"count": 3, "warmup": 2, "split_every": 3, "smallest": 0.1}
 
 
 def mean_of(exchange: Exchange, config: Config, members: Any, directions: Any) -> Any:
@@ -208,7 +208,7 @@ def test_personas_that_are_not_there_yet_stay_as_they_are(llama):
     new, kept, said = updates.step(config, exchange, 1, state, memory, mean)
     assert len(said["members"]) == 1
     assert np.array_equal(exchange.personas(new)[1:], exchange.personas(state)[1:])
-    assert all(not exchange.personas(values)[1:].any() for values in kept.values())
+    assert all(not exchange.personas(kept[name])[1:].any() for name in memory)
 
 
 def test_the_largest_is_split_when_the_next_one_is_due(llama):
@@ -260,3 +260,17 @@ def test_a_step_is_a_function_of_public_numbers_and_the_noised_mean(llama):
     assert first[0].tobytes() == again[0].tobytes()
     assert first[2] == again[2]
     assert state.tobytes() == exchange.start.tobytes()
+
+
+def test_the_members_of_a_persona_are_a_mean_over_rounds_so_that_noise_splits_nothing(llama):
+    exchange, config = exchange_of(llama, "tiny", **GROUPS), configured()
+    state, memory = begun(config, exchange)
+    directions = 0.1 * RNG(0).normal(size=(3, exchange.adapter.dimension))
+    for number, third in ((6, 25), (7, 25), (8, -5)):  # its mean is 15, above the floor of 10
+        mean = mean_of(exchange, config, (40, 40, third), directions)
+        state, memory, said = updates.step(config, exchange, number, state, memory, mean)
+        assert "split" not in said
+    mean = mean_of(exchange, config, (40, 40, -5), directions)
+    for number in (9, 10, 11):
+        state, memory, said = updates.step(config, exchange, number, state, memory, mean)
+    assert said["split"][1] == 2
