@@ -4,6 +4,9 @@ The native format is JSON Lines, one record a line:
 
     {"user": str, "text": str, "label"?: number | str, "time"?: number | str, "group"?: str}
 
+A preference has two texts more, and no label: `text` is the answer that was preferred to
+`rejected`, both to `prompt` (which may be left out).
+
 A *population folder* holds `population.jsonl` (one block of lines per user) and
 `population.json` (where each block lies, who trains, who is only tested).
 `experiments/datasets.py` writes it; here one user's block is read and nothing else.
@@ -51,7 +54,7 @@ RECORDS_FILE = "population.jsonl"
 RECORD_LIMIT = 1_000_000
 """Bytes one record may have; a longer line is refused before it is read as a whole."""
 
-Task = Literal["generation", "regression", "classification"]
+Task = Literal["generation", "regression", "classification", "preference"]
 SCHEMA = 1
 
 
@@ -63,11 +66,15 @@ class Record:
         text: what the person wrote or was shown.
         label: a finite float (regression), a class name (classification), or None.
         time: a finite number or an ISO 8601 text, in which later sorts later, or None.
+        rejected: of a preference: the answer that `text` was preferred to; None: no preference.
+        prompt: of a preference: what both answers are to.
     """
 
     text: str = field(repr=False)
     label: float | str | None = field(default=None, repr=False)
     time: float | str | None = field(default=None, repr=False)
+    rejected: str | None = field(default=None, repr=False)
+    prompt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +117,20 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Tokenised:
-    """One record as token ids, shape (tokens,), with its label; masked in `repr`."""
+    """One record as token ids, shape (tokens,), with its label; masked in `repr`.
+
+    Attributes:
+        rejected: of a preference: the ids of prompt and refused answer; `ids` has the other.
+        prompts: of a preference: how many ids of `ids` and of `rejected` are the prompt's.
+        reference: of a preference: by how much the reference model prefers `ids`, in units of
+            the score; None: the reference is the model as it is.
+    """
 
     ids: tuple[int, ...] = field(repr=False)
     label: float | str | None = field(default=None, repr=False)
+    rejected: tuple[int, ...] = field(default=(), repr=False)
+    prompts: tuple[int, int] = field(default=(0, 0), repr=False)
+    reference: float | None = field(default=None, repr=False)
 
 
 def decode_line(line: bytes, where: str) -> dict[str, object]:
@@ -156,11 +173,27 @@ def check_fields(fields: Mapping[str, object], where: str) -> Line:
     label = _number_or_text(fields, "label", where)
     if isinstance(label, int):
         label = float(label)
-    return Line(
-        user,
-        group,
-        Record(_text_of(fields, "text", where), label, _number_or_text(fields, "time", where)),
-    )
+    text, time = _text_of(fields, "text", where), _number_or_text(fields, "time", where)
+    if fields.get("rejected") is None:
+        return Line(user, group, Record(text, label, time))
+    return Line(user, group, _preference(fields, text, label, time, where))
+
+
+def _preference(
+    fields: Mapping[str, object],
+    text: str,
+    label: float | str | None,
+    time: float | str | None,
+    where: str,
+) -> Record:
+    """A record of two answers; other fields of the native format may say "prompt" freely."""
+    rejected = _text_of(fields, "rejected", where)
+    prompt = "" if fields.get("prompt") is None else _text_of(fields, "prompt", where)
+    if label is not None:
+        raise DataError(f'{where}: a record has "rejected" or "label", not both.')
+    if not rejected.strip() or rejected.strip() == text.strip():
+        raise DataError(f'{where}: expected "rejected" to be another text than "text".')
+    return Record(text, None, time, rejected, prompt)
 
 
 def parse_line(line: bytes, where: str) -> Line:
