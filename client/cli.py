@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.errors import ConfigError, DataError, StateError
-from . import show
+from . import feedback_cli, show
 
 if TYPE_CHECKING:
     from .home import Home
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="This device: what it gives, and what it allows.", no_args_is_help=True)
+app.add_typer(feedback_cli.app, name="feedback")
 
 _Home = Annotated[
     Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
