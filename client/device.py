@@ -33,6 +33,7 @@ from ..common.plan import Plan
 from . import at_home, data, masking
 from .ledger import Ledger
 from .measure import arm_of, arms_block, gains_block, measured
+from .pairs import tokenize_pairs
 from .persona import choose
 from .release import Statistics, budgets, charges, release
 from .training import Trainer, train
@@ -105,6 +106,8 @@ def tokenised(
 ) -> list[data.Tokenised]:
     """Records as token ids; a class name becomes its number."""
     tokenizer = trainer.adapter.base.tokenizer
+    if config.pairs is not None:
+        return tokenize_pairs(records, tokenizer, config.data.max_tokens, config.pairs.score)
     found = data.tokenize(records, tokenizer, config.data.max_tokens, task)
     if not config.data.classes:
         return found
@@ -133,7 +136,7 @@ class Bench:
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
         run = (folder / "run-id").read_text().strip()
-        trainer = Trainer.of(shared(config), config.speed.cache_mb)
+        trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
         ledger = Ledger.open(folder / LEDGERS, owner=run)
         # the model lives as long as the process: no collection needs to walk through it again
         gc.collect()
@@ -318,7 +321,7 @@ def _statistics(
         return found
     own, held_out = device.measured_on()
     fit = desk.config.head.enabled
-    said = measured(desk.trainer.adapter, start, own, held_out, fit, kept)
+    said = measured(desk.trainer.adapter, start, own, held_out, fit, kept, desk.config.pairs)
     if plan.gains_bound:
         found["gains"] = gains_block(said, plan.gains_bound)
     if plan.arms_bound:

@@ -43,7 +43,7 @@ def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
     if desk.config.groups.count > 1:
         entries[f"persona/{desk.run}"] = str(place).encode()
     own, held_out = me.measured_on()
-    measure = measure_of(desk.trainer.adapter, adapter, kept_half(me))
+    measure = measure_of(desk.trainer.adapter, adapter, kept_half(me), desk.config.pairs)
     try:
         person = measure.person(own, held_out, fit=True)
     except PrivetError as failed:

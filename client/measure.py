@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..common.adapter import Adapter, Vector
 from ..common.blocks import ENTRIES
+from ..common.config import PreferenceSettings
 from ..common.errors import DataError
 from ..common.keys import Purpose, Secret, derive
 from ..common.models import final_states, pad, prefix_states, resumed_at
@@ -61,6 +62,7 @@ def measured(
     held_out: Sequence[Tokenised],
     fit: bool,
     kept: Vector | None = None,
+    pairs: PreferenceSettings | None = None,
 ) -> Measured | None:
     """One person's losses; run by the client, after its delta is made.
 
@@ -73,13 +75,14 @@ def measured(
         held_out: records the losses are of.
         fit: whether there is a personal head; otherwise personal is shared.
         kept: what the device trains and keeps (fedsa's B); shared is then the adapter with it.
+        pairs: as `measure_of`.
 
     Returns:
         None where nothing is held out, or a loss is not finite: a contribution must not depend on
         that, so such a device takes part as one that has measured nothing.
     """
     try:
-        measure = measure_of(adapter, shared, kept)
+        measure = measure_of(adapter, shared, kept, pairs)
         person = measure.person(own, held_out, fit)
         if person is None:
             return None
@@ -152,14 +155,24 @@ class Measure(Protocol):
         """Mean loss on the person's held-out records; head None: the shared model."""
 
 
-def measure_of(adapter: Adapter, shared: Vector, kept: Vector | None = None) -> Measure:
+def measure_of(
+    adapter: Adapter,
+    shared: Vector,
+    kept: Vector | None = None,
+    pairs: PreferenceSettings | None = None,
+) -> Measure:
     """The measure that fits the adapter's task.
 
     Args:
         adapter: overwritten, again and again.
         shared: the shared adapter's weights, shape (d,), float32.
         kept: what one device keeps of the adapter (fedsa's B); the measure is then for its owner.
+        pairs: how answers are scored, where records are pairs of them.
     """
+    if pairs is not None:
+        from .pair_measure import PairMeasure
+
+        return PairMeasure(adapter, shared, pairs)
     return (TextMeasure if adapter.head is None else LabelMeasure)(adapter, shared, kept)
 
 

@@ -66,7 +66,11 @@ class OwnDesk:
         return self.place
 
     def records(self, _: str) -> Sequence["Record"]:
-        """Everything the owner has added."""
+        """Everything the owner has added; of a run on preferences, what the verdicts give."""
+        if self.config.pairs is not None:
+            from .feedback import own_records
+
+            return own_records(self.home)
         return self.home.records()
 
     def at_home(self, _: str) -> bytes | None:
@@ -170,7 +174,7 @@ class OwnSeat:
         from .training import Trainer
 
         torch.set_num_threads(threads(self._home.policy.resources))
-        trainer = Trainer.of(shared(config), config.speed.cache_mb)
+        trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
         return OwnDesk(self._home, run, config, trainer, number)
 
     def recall(self) -> Any:

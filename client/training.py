@@ -22,7 +22,7 @@ Source: Abadi et al. 2016 (DP-SGD).
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -34,11 +34,13 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from ..common.adapter import Adapter
+from ..common.config import PreferenceSettings
 from ..common.errors import AdapterError
 from ..common.models import PrefixCache, resumed_at
 from ..common.noise import Source
 from ..common.objective import collate, record_losses
 from ..common.plan import Plan
+from ..common.preference import answer_scores, margins, preference_losses
 from .data import Tokenised, poisson_indices
 
 __all__ = ["Trained", "Trainer", "train"]
@@ -59,13 +61,17 @@ class Trainer:
     adapter: Adapter
     hooked: Any
     prefix: PrefixCache | None = None
+    pairs: PreferenceSettings | None = None
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, adapter: Adapter, cache_mb: int = 0) -> "Trainer":
+    def of(
+        cls, adapter: Adapter, cache_mb: int = 0, pairs: PreferenceSettings | None = None
+    ) -> "Trainer":
         """Hook the trained layers only: the frozen model pays nothing for DP.
 
         `cache_mb`: memory for what enters the first adapted block, by record; 0: nothing is kept.
+        `pairs`: how to learn where a record is a pair of answers; None: it is none.
 
         One trainer an adapter: layers hooked twice would count every gradient twice.
         """
@@ -75,7 +81,7 @@ class Trainer:
         hooked = _Hooked(adapter.trainable, loss_reduction="sum", strict=True)
         first = adapter.first_block
         kept = PrefixCache(adapter.base, first, cache_mb << 20) if cache_mb and first else None
-        return cls(adapter, hooked, kept)
+        return cls(adapter, hooked, kept, pairs)
 
 
 class _Hooked(GradSampleModule):
@@ -154,8 +160,11 @@ def train(
     step = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
-    for _ in range(plan.local_steps):
-        batch = [records[i] for i in poisson_indices(len(records), plan.rate, batches)]
+    drawn = [poisson_indices(len(records), plan.rate, batches) for _ in range(plan.local_steps)]
+    for number, indices in enumerate(drawn):
+        if number == 1 and trainer.pairs is not None:
+            records = _with_references(trainer, start, records, drawn[1:])
+        batch = [records[i] for i in indices]
         batch.sort(key=lambda record: len(record.ids))
         seen = step(trainer, trained, optimizer, batch, plan)
         losses.append(np.array(seen, np.float64))
@@ -168,6 +177,26 @@ def train(
     own = np.zeros_like(kept) if own is None else own
     at_home = own + kept if np.isfinite(own + kept).all() else own
     return Trained(released, _statistics(losses[0], plan), own=at_home)
+
+
+def _with_references(
+    trainer: Trainer,
+    start: NDArray[np.float32],
+    records: Sequence[Tokenised],
+    drawn: Sequence[Sequence[int]],
+) -> list[Tokenised]:
+    """Pairs with the global adapter's margin, for the steps in which the model has left it.
+
+    Each is computed alone, so that no record's gradient hangs on what else was drawn.
+    """
+    adapter, found = trainer.adapter, list(records)
+    now = adapter.read()
+    adapter.write(start)
+    with torch.no_grad():
+        for i in sorted({i for batch in drawn for i in batch}):
+            found[i] = replace(found[i], reference=float(_margins(trainer, [found[i]])))
+    adapter.write(now)
+    return found
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
@@ -227,7 +256,7 @@ def _private_step(
             losses = _losses(trainer, chunk)
             losses.sum().backward()
             seen += losses.tolist()
-            _refuse_mixed(trained, len(chunk))
+            _one_row_a_record(trainer, trained, len(chunk))
             _silence(trained)
         else:
             for _name, parameter in trained:
@@ -235,6 +264,17 @@ def _private_step(
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
     return seen
+
+
+def _one_row_a_record(trainer: Trainer, trained: Named, records: int) -> None:
+    """Gradients by record, or an error; the two answers of a pair are one record's two rows."""
+    if trainer.pairs is None:
+        _refuse_mixed(trained, records)
+        return
+    _refuse_mixed(trained, 2 * records)
+    for _, parameter in trained:
+        rows: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+        parameter.grad_sample = rows[:records] + rows[records:]  # type: ignore[attr-defined]
 
 
 def _refuse_mixed(trained: Named, records: int) -> None:
@@ -282,7 +322,13 @@ def _gradient(trained: Named) -> NDArray[np.float64]:
 
 
 def _losses(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
+    """Loss of each record, shape (n,); of a pair against its reference."""
     adapter = trainer.adapter
+    if trainer.pairs is not None:
+        margin = _margins(trainer, records)
+        known = torch.tensor([np.nan if r.reference is None else r.reference for r in records])
+        reference = torch.where(known.isnan(), margin.detach(), known.to(margin.dtype))
+        return preference_losses(margin, reference, trainer.pairs.beta)
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
     ids = [record.ids for record in records]
     batch = collate(ids, labels)
@@ -290,6 +336,23 @@ def _losses(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
         return record_losses(adapter.base, batch, adapter.head)
     with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
         return record_losses(adapter.base, batch, adapter.head)
+
+
+def _margins(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
+    """By how much the model prefers each pair's chosen answer, shape (n,).
+
+    One pass of 2n rows, the chosen answers first; `_one_row_a_record` counts on that.
+    """
+    adapter, pairs = trainer.adapter, trainer.pairs
+    if pairs is None:
+        raise ValueError("margins of records that are no pairs")
+    ids = [record.ids for record in records] + [record.rejected for record in records]
+    prompts = [r.prompts[0] for r in records] + [r.prompts[1] for r in records]
+    asked = adapter.base, ids, prompts, adapter.head, pairs.length_normalised
+    if trainer.prefix is None:
+        return margins(answer_scores(*asked))
+    with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
+        return margins(answer_scores(*asked))
 
 
 def _chunks(batch: list[Tokenised]) -> list[list[Tokenised]]:

@@ -23,7 +23,7 @@ from .errors import ConfigError
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 Family = Literal["tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora"]
-Task = Literal["auto", "generation", "regression", "classification"]
+Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
 DEVICES = "devices"
 """`data.source` of a run on people's own devices: their records are nobody else's to name."""
@@ -89,6 +89,19 @@ class TrainingSettings(_Settings):
     steps: int = Field(1, ge=1, le=1000)
     batch_size: int = Field(8, ge=1, description="expected size; the public denominator")
     learning_rate: float = Field(1.0, gt=0)
+
+
+class PreferenceSettings(_Settings):
+    """DPO on pairs of answers, with `data.task = "preference"`; see `common/preference.py`."""
+
+    score: Literal["likelihood", "head"] = Field(
+        "likelihood", description="of an answer: its log-likelihood, or a head on its state"
+    )
+    beta: float = Field(0.1, gt=0, description="how dear it is to leave the reference model")
+    length_normalised: bool = Field(False, description="likelihood a token, not of the whole")
+    length_controlled: bool = Field(
+        True, description="the personal head has no part along what goes with length"
+    )
 
 
 class ExamplePrivacySettings(_Settings):
@@ -246,6 +259,7 @@ class Config(_Settings):
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     groups: GroupSettings = Field(default_factory=GroupSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    preference: PreferenceSettings = Field(default_factory=PreferenceSettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     rounds: RoundSettings = Field(default_factory=RoundSettings)
     masking: MaskingSettings = Field(default_factory=MaskingSettings)
@@ -327,6 +341,11 @@ class Config(_Settings):
                 f"{self.groups.live(self.rounds.count)} are split off; more rounds, or smaller "
                 "groups.warmup and groups.split_every"
             )
+        if self.pairs and (groups > 1 or family == "fedsa"):
+            raise ValueError(
+                "data.task = 'preference' with groups.count above 1, or with adapter.family = "
+                "'fedsa', is not built; take another family and one group"
+            )
         if family == "fedsa" and self.privacy.example.enabled:
             raise ValueError(
                 "adapter.family = 'fedsa': B is fitted on the device's records without DP and "
@@ -384,8 +403,9 @@ class Config(_Settings):
     @property
     def digest(self) -> str:
         """SHA-256 of everything that decides results; speed settings and the name left out."""
-        # without groups the digest, and so a run begun before there were groups, stays valid
-        left_out = {"speed", "name"} | ({"groups"} if self.groups.count == 1 else set())
+        # without groups, or pairs, the digest of a run begun before there were any stays valid
+        unused = {"groups": self.groups.count == 1, "preference": not self.pairs}
+        left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -395,8 +415,15 @@ class Config(_Settings):
         return self.training.batch_size / self.data.records_per_client
 
     @property
+    def pairs(self) -> PreferenceSettings | None:
+        """How to learn from pairs of answers; None where records are no pairs."""
+        return self.preference if self.data.task == "preference" else None
+
+    @property
     def outputs(self) -> int:
-        """Size of the shared head: 0 for generation, 1 for regression, else the classes."""
+        """Size of the shared head: 0 for texts, 1 for numbers and scores, else the classes."""
+        if self.pairs is not None:
+            return int(self.pairs.score == "head")
         return {"regression": 1, "classification": len(self.data.classes)}.get(self.data.task, 0)
 
     def warnings(self) -> list[str]:

@@ -69,7 +69,7 @@ def overridden(tmp_path, *overrides, text=""):
         ({"data": {"min_records": 0}}, "data.min_records = 0: expected greater than or equal to 1"),
         ({"data": {"holdout": 1.0}}, "data.holdout = 1.0: expected less than 1"),
         ({"data": {"source": ""}}, "data.source = '': expected a text of at least 1 character"),
-        ({"data": {"task": "chess"}}, "expected 'auto', 'generation', 'regression' or"),
+        ({"data": {"task": "chess"}}, "'regression', 'classification' or"),
         ({"rounds": {"count": 0}}, "rounds.count = 0: expected greater than or equal to 1"),
         ({"rounds": {"quorum": 1.1}}, "rounds.quorum = 1.1: expected less than or equal to 1"),
         ({"rounds": {"optimizer": "adam"}}, "expected 'fedavg', 'fedavgm' or 'fedadam'"),
