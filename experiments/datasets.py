@@ -20,13 +20,14 @@ from ..client.data import INDEX_FILE, RECORDS_FILE, SCHEMA, Record, Task
 from ..common.assets import fetch
 from ..common.errors import ConfigError, DataError, StateError
 from .dialects import dialects_source
+from .preferences import pairs_of_ratings, tastes
 from .ratings import Batch, read_batches
 from .shakespeare import read_plays
 from .sources import Person, Source, dataset_source, folder_source, jsonl_source
 
 __all__ = ["Population", "choose", "from_dataset", "load", "open_source", "write"]
 
-BUILT_IN = ("shakespeare", "ratings", "dialects")
+BUILT_IN = ("shakespeare", "ratings", "dialects", "preferences", "tastes")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Population:
         train_users, test_users: disjoint, and of disjoint groups where the source has groups;
             in the source's order. Nobody in `test_users` is ever trained on.
         groups: user -> group, for those who have one.
-        task: "generation" without labels, "regression" for numbers, "classification" for names.
+        task: "generation" without labels, "regression" for numbers, "classification" for names,
+            "preference" for pairs of answers.
         classes: the names of all labels, sorted; None unless classification.
     """
 
@@ -66,8 +68,8 @@ def load(
     """Find a source's people and draw who trains and who is only tested.
 
     Args:
-        source: "shakespeare", "ratings", "dialects", a .jsonl file, or a folder with a file or
-            a sub-folder per user (.txt and .md split at blank lines, .jsonl).
+        source: a name of `BUILT_IN`, a .jsonl file, or a folder with a file or a sub-folder
+            per user (.txt and .md split at blank lines, .jsonl).
         clients: how many train; None for all who are left.
         test_clients: how many are only tested.
         min_records: people with fewer are left out.
@@ -120,6 +122,10 @@ def open_source(source: str | Path, seed: int) -> Source:
         return _ratings(fetch("ratings"), seed)
     if source == "dialects":
         return dialects_source(seed)
+    if source == "preferences":
+        return pairs_of_ratings(fetch("ratings"), seed)
+    if source == "tastes":
+        return tastes(seed)
     path = Path(source)
     if path.is_dir():
         return folder_source(path)
@@ -308,6 +314,8 @@ def _raters(batch: Batch) -> Iterator[Person]:
 def _line(user: str, group: str | None, record: Record) -> bytes:
     fields: dict[str, object] = {"user": user, "text": record.text}
     extra = {"label": record.label, "time": record.time, "group": group}
+    if record.rejected is not None:
+        extra |= {"prompt": record.prompt, "rejected": record.rejected}
     fields |= {key: value for key, value in extra.items() if value is not None}
     return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 

@@ -16,6 +16,7 @@ of one batch), the other head is that of somebody of the same group, fitted on t
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from ..client import data
 from ..client.device import Bench, Device
-from ..client.measure import Measure, measure_of
+from ..client.measure import Measure, Person, measure_of
 from ..common.adapter import Vector
 from ..common.config import Config
 from . import personas, progress
@@ -57,16 +58,40 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
                 for name, users in groups.items()
             }
         else:
-            model = measure_of(bench.trainer.adapter, final)
-            found = {
-                name: _measure(model, bench, users, _heads_for(config, name), one)
+            model = measure_of(bench.trainer.adapter, final, pairs=config.pairs)
+            people = {
+                name: _people(model, bench, users, _heads_for(config, name), one)
                 for name, users in groups.items()
+            }
+            found = {
+                name: _losses(model, bench, known, _heads_for(config, name))
+                for name, known in people.items()
             }
     unit = "nats per token" if config.outputs == 0 else "squared error"
     if config.data.task == "classification":
         unit = "nats per record"
-    described = {"name": unit, "unit": "a loss: lower is better"}
+    described: dict[str, Any] = {"name": unit, "unit": "a loss: lower is better"}
+    if config.pairs is not None:
+        described["name"] = "share of pairs in the wrong order"
+        described["more"] = _of_pairs(model, bench, people, found)
     return {**described, "metrics_of": config.evaluation.metrics_of, **found}
+
+
+def _of_pairs(
+    model: Any, bench: Bench, people: dict[str, dict[str, Person]], found: dict[str, Losses]
+) -> list[dict[str, Any]]:
+    """The oracle's losses into `found`, where there is one; length bias and gap as rows."""
+    from . import pair_evaluation
+
+    rows = []
+    for group, known in people.items():
+        names = list(known)
+        if bench.config.data.source == "tastes":
+            found[group]["oracle"] = pair_evaluation.oracle_losses(bench, names)
+        if names:
+            partner = partial(_partner, bench.index, names)
+            rows += pair_evaluation.rows(model, bench, group, known, found[group], partner)
+    return rows
 
 
 def global_adapter(folder: Path) -> Vector:
@@ -86,14 +111,24 @@ def _heads_for(config: Config, group: str) -> bool:
 
 
 def _measure(measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any) -> Losses:
-    models = MODELS if heads else MODELS[:2]
-    losses: Losses = {name: [] for name in ("users", *models)}
+    return _losses(measure, bench, _people(measure, bench, users, heads, one), heads)
+
+
+def _people(
+    measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any
+) -> dict[str, Person]:
     people = {}
     for user in users:
         person = measure.person(*Device(user, bench).measured_on(), heads)
         if person is not None:
             people[user] = person
         one()
+    return people
+
+
+def _losses(measure: Measure, bench: Bench, people: dict[str, Person], heads: bool) -> Losses:
+    models = MODELS if heads else MODELS[:2]
+    losses: Losses = {name: [] for name in ("users", *models)}
     names = list(people)
     for number, (user, person) in enumerate(people.items()):
         losses["users"].append(user)

@@ -37,6 +37,7 @@ from ..common.plan import Plan
 from ..server.rounds import make_plan
 from . import datasets, engine, evaluation, progress
 from .dialects import BASE, ensure_base
+from .preferences import refuse_other_cut
 
 __all__ = ["prepare", "simulate"]
 
@@ -92,6 +93,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         return _resolved(config, folder, resume)
+    refuse_other_cut(config)
     if config.model.base == BASE:
         ensure_base(Path(BASE))
     people = _people(config)

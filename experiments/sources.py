@@ -252,12 +252,12 @@ class _Census:
         _same(self.groups.setdefault(line.user, line.group), line.group, "group", line.user, where)
         time = _kind(line.record.time)
         _same(self.times.setdefault(line.user, time), time, "kind of time", line.user, where)
-        kind = _kind(line.record.label)
+        kind = "a pair" if line.record.rejected is not None else _kind(line.record.label)
         self.labels = self.labels or (kind, where)
         if self.labels[0] != kind:
             raise DataError(
                 f"{where}: the label is {kind}, but {self.labels[0]} in {self.labels[1]}; labels "
-                f"must be all numbers, all texts, or all absent."
+                f"must be all numbers, all texts, or all absent, and records all pairs or none."
             )
         if isinstance(line.record.label, str):
             self.classes.add(line.record.label)
@@ -276,6 +276,7 @@ class _Census:
         if silent:
             warnings.warn(f"{name}: {silent} users have no records.", stacklevel=3)
         tasks: dict[str, Task] = {"a number": "regression", "a text": "classification"}
+        tasks["a pair"] = "preference"
         people = tuple(
             Person(user, self.groups.get(user), len(places)) for user, places in self.places.items()
         )

@@ -83,7 +83,7 @@ def _evaluated(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any]:
         "unseen": {key: _mean(values, draws) for key, values in unseen.items()},
         "differences": _differences(seen, unseen, draws),
         "gains": _gains(evaluation, seen, unseen, draws),
-        "comparisons": _comparisons(seen, unseen, draws),
+        "comparisons": _comparisons(seen, unseen, draws) + list(evaluation.get("more", [])),
     }
 
 

@@ -1,0 +1,147 @@
+"""What only pairs of answers can be asked: length bias, and how far the oracle is.
+
+Read by the experimenter off simulated devices, as everything in `experiments/evaluation.py`; no
+epsilon covers it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..client.data import split
+from ..client.device import Bench
+from ..client.measure import Person
+from ..client.pair_measure import PairMeasure, pair_error
+from ..client.preferences import length_bias
+from .preferences import reward
+from .statistics import bootstrap_mean
+
+__all__ = ["gap_closed", "oracle_losses", "rows"]
+
+Rows = list[dict[str, Any]]
+SUSPICIOUS = 0.1
+"""A correlation of margins with length this much beyond the people's own is a finding."""
+
+
+def oracle_losses(bench: Bench, users: Sequence[str]) -> list[float]:
+    """Share of each made person's held-out pairs that the oracle orders wrongly."""
+    return [
+        pair_error(torch.tensor([chosen - rejected for chosen, rejected in _worth(bench, user)]))
+        for user in users
+    ]
+
+
+def rows(
+    model: PairMeasure,
+    bench: Bench,
+    group: str,
+    people: Mapping[str, Person],
+    losses: Mapping[str, Sequence[Any]],
+    partner: Callable[[int], str],
+) -> Rows:
+    """Lines of the report's table of differences: name, title, mean, 95 % interval over people."""
+    names = list(people)
+    heads: dict[str, Callable[[int], Any]] = {"shared model": lambda _: None}
+    if "personal" in losses:
+        heads["personal head"] = lambda number: people[names[number]].head
+        heads["another person's head"] = lambda number: people[partner(number)].head
+    margins = {
+        name: [model.margins(people[user], head(i)) for i, user in enumerate(names)]
+        for name, head in heads.items()
+    }
+    found: Rows = []
+    for name, each in margins.items():
+        found += _length_rows(name, group, people, each)
+    if bench.config.data.source == "tastes" and "personal" in losses:
+        found += _oracle_rows(bench, group, names, losses, margins)
+    return found
+
+
+def gap_closed(
+    start: Sequence[float], reached: Sequence[float], best: Sequence[float], draws: int
+) -> dict[str, Any]:
+    """(start - reached) / (start - best), of means over people; bootstrap over people.
+
+    Args:
+        start, reached, best: a loss of each person under the shared, the personal and the best
+            possible model.
+    """
+    values = np.array([start, reached, best], dtype=np.float64)
+    rng = np.random.default_rng(0)
+    drawn = values[:, rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(2)
+    low, high = np.quantile(_ratio(drawn), (0.025, 0.975))
+    return {"mean": float(_ratio(values.mean(1))), "ci95": [float(low), float(high)]}
+
+
+def _ratio(means: NDArray[np.float64]) -> Any:
+    return (means[0] - means[1]) / (means[0] - means[2])
+
+
+def _length_rows(
+    name: str, group: str, people: Mapping[str, Person], margins: Sequence[torch.Tensor]
+) -> Rows:
+    """Correlation of margins with length beyond that of the people's choices."""
+    excess = [
+        length_bias(margin, person.held_out.longer).excess
+        for margin, person in zip(margins, people.values(), strict=True)
+    ]
+    interval = bootstrap_mean(excess)
+    finding = ": A FINDING" if abs(interval.mean) > SUSPICIOUS and interval.excludes_zero else ""
+    return [
+        {
+            "name": f"length_bias_{name.replace(' ', '_')}_{group}",
+            "title": f"length bias beyond the people's own, {name}, {group} people{finding}",
+            **interval.as_dict(),
+        }
+    ]
+
+
+def _oracle_rows(
+    bench: Bench,
+    group: str,
+    names: Sequence[str],
+    losses: Mapping[str, Sequence[Any]],
+    margins: Mapping[str, Sequence[torch.Tensor]],
+) -> Rows:
+    """The share of the way from the shared model to the oracle, in pairs and in reward."""
+    draws = bench.config.evaluation.bootstrap
+    pairs = gap_closed(losses["global"], losses["personal"], losses["oracle"], draws)
+    worth = [_worth(bench, user) for user in names]
+    missed = {
+        name: [_regret(w, margin) for w, margin in zip(worth, each, strict=True)]
+        for name, each in margins.items()
+    }
+    nothing = [0.0] * len(names)
+    reward_gap = gap_closed(missed["shared model"], missed["personal head"], nothing, draws)
+    other = gap_closed(missed["shared model"], missed["another person's head"], nothing, draws)
+    what = "share of the oracle's lead over the shared model that"
+    return [
+        {"name": f"gap_closed_pairs_{group}",
+         "title": f"{what} the personal head closes, pairs, {group} people", **pairs},
+        {"name": f"gap_closed_reward_{group}",
+         "title": f"{what} the personal head closes, reward, {group} people", **reward_gap},
+        {"name": f"gap_closed_reward_swapped_{group}",
+         "title": f"{what} another person's head closes, reward, {group} people", **other},
+    ]  # fmt: skip
+
+
+def _worth(bench: Bench, user: str) -> list[tuple[float, float]]:
+    """Of each held-out pair that is measured: what chosen and rejected are worth to the person."""
+    config = bench.config
+    _, held_out = split(bench.records(user), config.data.holdout)
+    return [
+        (reward(config.data.seed, user, r.text), reward(config.data.seed, user, r.rejected or ""))
+        for r in held_out[: config.evaluation.records]
+    ]
+
+
+def _regret(worth: Sequence[tuple[float, float]], margin: torch.Tensor) -> float:
+    """Mean reward missed by taking the answer the model scores higher; ties: half of each."""
+    lost = []
+    for (chosen, rejected), said in zip(worth, margin.tolist(), strict=True):
+        taken = chosen if said > 0 else rejected if said < 0 else (chosen + rejected) / 2
+        lost.append(max(chosen, rejected) - taken)
+    return float(np.mean(lost))
