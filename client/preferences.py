@@ -46,7 +46,7 @@ __all__ = [
     "token_margins",
 ]
 
-# Public constants; see experiments/LOG.md.
+# Public constants; docs/preferences.md has what was tried.
 STRENGTHS = (3.0, 30.0, 300.0)  # variance of beta f, pairs of usual size, tried beside 0
 TILT = 3.0  # how much more freely the change goes along the shared head
 BIAS_SPREADS = (0.3, 1.0, 3.0)  # standard deviation of a token's bias, nats, tried beside 0
