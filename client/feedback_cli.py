@@ -84,7 +84,7 @@ def add(
     with opened(home, passphrase) as found:
         numbers = feedback.add(found, verdicts)
         counts = _counts(feedback.kept(found).values())
-    said = f"{len(numbers):,} verdict{'' if len(numbers) == 1 else 's'} kept on this device; "
+    said = f"{len(numbers):,} verdict{'' if len(numbers) == 1 else 's'} recorded; "
     show.say(as_json, {"kept": numbers, **counts}, f"{said}{_spoken(counts)}.")
 
 
@@ -167,7 +167,8 @@ def _counts(verdicts: Any) -> dict[str, int]:
 
 
 def _spoken(counts: dict[str, int]) -> str:
-    return f"{counts['verdicts_kept']:,} in all, which give {counts['pairs_formed']:,} pairs"
+    kept, pairs = counts["verdicts_kept"], counts["pairs_formed"]
+    return f"{kept:,} kept in all, pairs they give: {pairs:,}"
 
 
 def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:

@@ -303,6 +303,11 @@ class Config(_Settings):
                 "nothing in its place) or replace_one"
             )
         self._refuse_false_claims()
+        if self.pairs and self.pairs.score == "head" and self.pairs.length_normalised:
+            raise ValueError(
+                "preference.length_normalised = true takes the mean of a likelihood over tokens, "
+                'and preference.score = "head" has none; leave it false'
+            )
         if self.data.task == "classification" and len(self.data.classes) == 1:
             raise ValueError(
                 f"data.classes = {list(self.data.classes)}: classification needs at least two"

@@ -72,7 +72,7 @@ def test_verdicts_are_added_listed_and_forgotten(ask: Any, capsys: pytest.Captur
     assert [(row["chosen"], row["rejected"]) for row in found] == [
         ("green", "black"), ("green", "white"), ("warm, please", "warm"),
     ]  # fmt: skip
-    assert "1 verdict erased; 2 in all, which give 2 pairs." in say(capsys, "forget", "2")
+    assert "1 verdict erased; 2 kept in all, pairs they give: 2." in say(capsys, "forget", "2")
     assert ask("forget", "--all") == {"forgotten": 2, "verdicts_kept": 0, "pairs_formed": 0}
     assert ask("list") == {"verdicts_kept": 0, "pairs_formed": 0, "verdicts": []}
 

@@ -223,3 +223,9 @@ def test_settings_of_preferences_change_no_other_runs_digest():
     assert parse(pairs).digest != parse(pairs | changed).digest
     assert parse(pairs | {"preference": {"score": "head"}}).outputs == 1
     assert parse(pairs).outputs == 0
+
+
+def test_a_head_has_no_likelihood_to_normalise():
+    wrong = {"score": "head", "length_normalised": True}
+    with pytest.raises(ConfigError, match="length_normalised"):
+        parse({"data": {"task": "preference"}, "preference": wrong})
