@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from ..client.data import INDEX_FILE, RECORDS_FILE, SCHEMA, Record, Task
 from ..common.assets import fetch
 from ..common.errors import ConfigError, DataError, StateError
+from .changelogs import read_changelogs
 from .dialects import dialects_source
 from .preferences import pairs_of_ratings, tastes
 from .ratings import Batch, read_batches
@@ -27,7 +28,7 @@ from .sources import Person, Source, dataset_source, folder_source, jsonl_source
 
 __all__ = ["Population", "choose", "from_dataset", "load", "open_source", "write"]
 
-BUILT_IN = ("shakespeare", "ratings", "dialects", "preferences", "tastes")
+BUILT_IN = ("shakespeare", "ratings", "changelogs", "dialects", "preferences", "tastes")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def open_source(source: str | Path, seed: int) -> Source:
             and line); labels or times of two kinds; one user under two names of a folder.
     """
     if source == "shakespeare":
-        return _shakespeare(fetch("shakespeare"))
+        return _writers(source, read_plays(fetch("shakespeare")))
+    if source == "changelogs":
+        return _writers(source, read_changelogs())
     if source == "ratings":
         return _ratings(fetch("ratings"), seed)
     if source == "dialects":
@@ -132,7 +135,7 @@ def open_source(source: str | Path, seed: int) -> Source:
     if path.suffix == ".jsonl" or path.exists():
         return jsonl_source(path)
     raise DataError(
-        f"No data at {str(source)!r}: expected {' or '.join(BUILT_IN)}, a .jsonl file, or a "
+        f"No data at {str(source)!r}: expected {', '.join(BUILT_IN)}, a .jsonl file, or a "
         f"folder with a file or a sub-folder per user."
     )
 
@@ -273,10 +276,9 @@ def _test_side(
 # --- sources -----------------------------------------------------------------------------------
 
 
-def _shakespeare(folder: Path) -> Source:
-    roles = read_plays(folder)
-    people = tuple(Person(user, None, len(records)) for user, records in roles.items())
-    return Source("shakespeare", people, "generation", None, roles.__getitem__)
+def _writers(name: str, texts: Mapping[str, tuple[Record, ...]]) -> Source:
+    people = tuple(Person(user, None, len(records)) for user, records in texts.items())
+    return Source(name, people, "generation", None, texts.__getitem__)
 
 
 def _ratings(folder: Path, seed: int) -> Source:
