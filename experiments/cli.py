@@ -59,13 +59,24 @@ def simulate(
         print(f"\n{folder}/report.html has the pictures")
 
 
-def evaluate(run: _Run, as_json: _Json = False) -> None:
-    """Measure everybody's loss again: base, shared, personal, somebody else's head."""
+def evaluate(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|SCENARIO", help="A run, or a scenario: a name, or a TOML file."
+        ),
+    ],
+    as_json: _Json = False,
+) -> None:
+    """Measure models side by side on people's later records: a run's four, or a scenario's all."""
     from ..common.config import DEVICES, read
     from ..common.files import write_json_atomic
-    from . import evaluation, report
+    from . import evaluation, report, scenario
 
-    folder = run_folder(run)
+    if _is_scenario(what, scenario.known()):
+        _compare(what, as_json)
+        return
+    folder = run_folder(what)
     config = read(folder / "config.toml")
     if config.data.source == DEVICES:
         raise ConfigError(f"{folder} is a run on real devices: nobody's losses can be read here")
@@ -107,6 +118,27 @@ def personas(
             low, high = own[pair]["ci95"]
             print(f"  {pair:<20} {own[pair]['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")
         print(f"  better with the own persona: {own['share_better']:.0%}")
+
+
+def _is_scenario(what: str, known: list[str]) -> bool:
+    """A TOML file, or a name of a scenario where no folder at that path is a run.
+
+    A run below `runs` of the same name is reached by its path.
+    """
+    is_run = (Path(what) / "config.toml").is_file()
+    return Path(what).suffix == ".toml" or (what in known and not is_run)
+
+
+def _compare(what: str, as_json: bool) -> None:
+    from . import compared, compared_page, scenario
+
+    found = compared.compare(scenario.read(what), RUNS)
+    if as_json:
+        _print_json(found)
+    else:
+        compared_page.show(found, _console())
+        place = found["folder"]
+        print(f"\n{place}/report.html has the pictures, {place}/users.jsonl a line for each person")
 
 
 def report(

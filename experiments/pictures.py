@@ -215,11 +215,14 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit:
     return drawn
 
 
-def over_rounds(series: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]]) -> "Figure":
+def over_rounds(
+    series: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]], along: str = "round"
+) -> "Figure":
     """Means over rounds with bands of two standard deviations; one panel for each kind.
 
     Args:
         series: (panel, name, [(round, mean, standard deviation)]); names stand at the curve's end.
+        along: what the numbers count.
     """
     kinds = list(dict.fromkeys(panel for panel, _, _ in series))
     drawn, panels = figure(0.5 + 1.35 * len(kinds), len(kinds))
@@ -251,7 +254,7 @@ def over_rounds(series: Sequence[tuple[str, str, Sequence[tuple[int, float, floa
             panel.text(0.02, 0.5, "lost in the noise", fontsize=8.5, color=LIGHT["muted"],
                        transform=panel.transAxes)  # fmt: skip
     panels[-1].set_xticks(sorted({first, last, *_middle(first, last)}))
-    panels[-1].set_xlabel("round", color=LIGHT["ink"])
+    panels[-1].set_xlabel(along, color=LIGHT["ink"])
     return drawn
 
 
