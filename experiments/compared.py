@@ -67,6 +67,7 @@ def compare(scenario: Scenario, runs: Path) -> Line:
     rows = study.stage("users", study.users, measurer(study))
     if not rows:
         raise DataError(f"{study.folder}: nobody of {len(study.users)} people has a held-out text")
+    rows = placed(study, rows)
     found: Line = {
         "schema": 1,
         "folder": str(study.folder),
@@ -84,6 +85,33 @@ def compare(scenario: Scenario, runs: Path) -> Line:
     write_json_atomic(study.folder / "summary.json", found)
     write_atomic(study.folder / "report.html", compared_page.page(found).encode())
     return found
+
+
+def placed(study: "Study", rows: Sequence[Line]) -> list[Line]:
+    """The lines with each person's topic and declared group, for the segments of the report."""
+    from . import harm
+
+    wanted, index = study.scenario.harm, study.bench.index
+    declared = _declared(wanted.groups)
+    users = [row["user"] for row in rows]
+    own = [" ".join(record.text for record in study._split(user)[0]) for user in users]
+    topics = harm.topics(own, wanted.topics)
+    return [
+        {**row, "topic": topic, "group": declared.get(user, index.blocks[user].group)}
+        for row, user, topic in zip(rows, users, topics, strict=True)
+    ]
+
+
+def _declared(file: str) -> dict[str, str]:
+    if not file:
+        return {}
+    try:
+        found = json.loads(Path(file).read_text("utf-8"))
+        return {str(user): str(group) for user, group in found.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"harm.groups = {file!r}: expected a JSON object, user -> group ({error})"
+        ) from None
 
 
 def further(study: "Study") -> Line:

@@ -2,7 +2,7 @@
 
     hurt          share of people worse off than with the shared model, after fall-back
     segment       difference of mean loss between groups of people, without and with it: parts by
-                  amount of own data, and the groups that the records declare
+                  amount of own data, by topic, and the groups that records or a file declare
     control       another person's texts and head keep most of the gain: it is not personal
     persona       the same question, another profile: answers differ more than two draws do
     narrowing     a person's answers repeat themselves more than the shared model's
@@ -13,6 +13,7 @@ Every finding names the share of people it touches and nobody's name.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .scenario import Scenario
 from .statistics import bootstrap_mean
 from .tables import loss_per_user
 
-__all__ = ["findings", "segments"]
+__all__ = ["findings", "segments", "topics"]
 
 Facts = dict[str, Any]
 Row = Mapping[str, Any]
@@ -50,6 +51,24 @@ def findings(rows: Sequence[Row], found: Mapping[str, Any], scenario: Scenario) 
     return {"findings": listed, "segments": parts}
 
 
+def topics(texts: Sequence[str], count: int) -> list[str]:
+    """A topic for each person's words: k-means over TF-IDF, the same every time.
+
+    Topics have numbers and no words, for words of few people's private texts would name them.
+
+    Args:
+        texts: all own words of each person.
+        count: of topics; fewer people than twice as many have one topic.
+    """
+    if count < 2 or len(texts) < 2 * count or not any(text.strip() for text in texts):
+        return ["none"] * len(texts)
+    words = import_module("sklearn.feature_extraction.text").TfidfVectorizer(
+        sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"
+    )
+    clusters = import_module("sklearn.cluster").KMeans(count, n_init=10, random_state=0)
+    return [f"topic {place + 1}" for place in clusters.fit_predict(words.fit_transform(texts))]
+
+
 def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[Facts]:
     """Mean loss without and with personalisation for each segment of at least five people."""
     amounts = np.array([row["all_own"] for row in rows], dtype=float)
@@ -57,6 +76,7 @@ def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[F
     part = np.searchsorted(edges, amounts, side="left")
     kinds = [
         ("own records", [f"{_named(p, edges)}" for p in part]),
+        ("topic", [row.get("topic") or "none" for row in rows]),
         ("group", [row.get("group") or "none" for row in rows]),
     ]
     without, having = np.array(loss_per_user(rows, shared)), loss_per_user(rows, "personal")

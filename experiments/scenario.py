@@ -75,6 +75,8 @@ class HarmSettings(_Settings):
 
     memory_users: int = Field(0, ge=0)
     segments: int = Field(3, ge=2, description="parts by amount of own data")
+    topics: int = Field(3, ge=0, description="clusters of people by the words they use; 0: none")
+    groups: str = Field("", description="a JSON file, user -> declared group")
     gap: float = Field(0.1, gt=0, description="difference of gains between segments, share of loss")
     touched: float = Field(0.05, ge=0, le=1, description="share of users hurt that is a finding")
     diversity: float = Field(0.1, gt=0, description="relative loss of distinct-2")

@@ -156,6 +156,7 @@ def test_another_runs_adapter_is_measured_beside():
         ("run = 'tiny'\n[people]\nusers = 0", "people.users = 0"),
         ("run = 'tiny'\n[cold_start]\ncounts = [4, 1]", "rising numbers"),
         ("run = [", "not valid TOML"),
+        ("run = 'tiny'\n[harm]\ngroups = 'nowhere.json'", "expected a JSON object, user -> group"),
         ("config = 'nothing'", "there is no configuration 'nothing'"),
     ],
 )

@@ -80,6 +80,19 @@ def test_declared_groups_are_segments_too():
     assert parts[0]["gain"]["mean"] == 0 < parts[1]["gain"]["mean"]
 
 
+def test_people_who_write_of_the_same_have_the_same_topic():
+    about = [
+        "sea ship sail wave harbour",
+        "wheat field plough corn barn",
+        "law court judge crime jury",
+    ]
+    texts = [f"{about[n % 3]} {about[n % 3]} word{n}" for n in range(12)]
+    found = harm.topics(texts, 3)
+    assert len(set(found)) == 3
+    assert all(found[n] == found[n % 3] for n in range(12))
+    assert harm.topics(texts[:5], 3) == ["none"] * 5
+
+
 def test_a_segment_of_few_people_is_not_shown():
     rows = people(20, lambda _: 1.0)
     for n, row in enumerate(rows):
