@@ -4,13 +4,15 @@ A gain is a loss minus a loss of the same person, above zero is better. Interval
 bootstrap over people. Texts: bits per byte; labels: the loss of the task.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .metrics import bits_per_byte, deciles, label_metrics
-from .statistics import bootstrap_mean, fraction_hurt, gini, win_rate
+from .statistics import Interval, bootstrap_mean, fraction_hurt, gini, win_rate
 
 __all__ = ["NAMES", "loss_per_user", "summarised"]
 
@@ -143,21 +145,32 @@ def _kept(
 def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, Any]]:
     """Gain of `personal` by how late a held-out record is: ten parts of each person's time.
 
-    Means are over people who have a record in that part. The personal side is as old as the own
-    records: nothing of the held-out time is added to it.
+    A part's gain is that of all its text together, and its bootstrap is over the people who have a
+    record there: a mean of single short records would be mostly their luck. The personal side is
+    as old as the own records: nothing of the held-out time is added to it.
     """
-    found = []
+    texts, found = "bytes" in rows[0], []
     for part in range(10):
-        gains = []
+        pairs = []
         for row in rows:
             places = [i for i, t in enumerate(row["time"]) if min(9, int(10 * t)) == part]
-            sizes = row["bytes"] if "bytes" in row else [1] * len(row["time"])
-            size = sum(sizes[i] for i in places)
+            size = sum(row["bytes"][i] if texts else 1 for i in places)
+            lost, kept = row["nats"][shared], row["nats"]["personal"]
             if size:
-                lost, kept = row["nats"][shared], row["nats"]["personal"]
                 gain = sum(lost[i] - kept[i] for i in places)
-                gains.append(gain / size / (np.log(2) if "bytes" in row else 1.0))
-        if gains:
-            mean = bootstrap_mean(gains, draws=draws).as_dict()
-            found.append({"decile": part + 1, "people": len(gains), **mean})
+                pairs.append((gain / np.log(2) if texts else gain, size))
+        if pairs:
+            mean = _ratio(np.array(pairs), draws).as_dict()
+            found.append({"decile": part + 1, "people": len(pairs), **mean})
     return found
+
+
+def _ratio(pairs: NDArray[np.float64], draws: int) -> Interval:
+    """Sum of the first over sum of the second, (people, 2), with a bootstrap over people."""
+    mean = float(pairs[:, 0].sum() / pairs[:, 1].sum())
+    if len(pairs) == 1:
+        return Interval(mean, -math.inf, math.inf)
+    drawn = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
+    sums = pairs[drawn].sum(1)
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
+    return Interval(mean, float(low), float(high))

@@ -307,3 +307,13 @@ def test_the_module_that_makes_states_knows_the_marks_of_the_tokenizer(adapter):
     found = states_of(adapter, [Row((), asked(ids, 1))], (adapter.start,))[0]
     assert found.scored.tolist() == [True] * 10 + [False]
     assert contexts._HITS >= 2
+
+
+def test_over_time_one_short_record_does_not_outweigh_the_text():
+    rows = [line(str(n), [8.0] * 4, [7.0] * 4) for n in range(10)]
+    for row in rows[:5]:
+        row["bytes"] = [1, 10, 10, 10]
+        row["nats"]["personal"] = [2.0, 7.0, 7.0, 7.0]
+    first = tables.summarised(rows, 200)["over_time"][0]
+    assert first["mean"] == pytest.approx((5 * 6 + 5 * 1) / (5 * 1 + 5 * 10) / np.log(2))
+    assert first["ci95"][0] < first["mean"] < first["ci95"][1]
