@@ -52,7 +52,8 @@ def continued(
         tokens: how many at most; a row ends before its end token.
         temperature: above 0.
         seed: public; row after row draws from one generator.
-        half: as for `contexts.states_of`.
+        half: as for `contexts.states_of`, for the beginnings only: casting all weights for one
+            token takes longer than the token.
     """
     longest = max(map(len, starts))
     ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in starts])
@@ -62,7 +63,7 @@ def continued(
     open_, cache, given = [True] * len(starts), None, ids
     for _ in range(tokens):
         place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and cache is None):
             out = base.network.base_model(
                 input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
                 use_cache=True,

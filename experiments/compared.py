@@ -45,6 +45,8 @@ __all__ = ["Study", "compare"]
 
 Line = dict[str, Any]
 
+SIDES = 64  # of about 5 MB each, so that a later stage makes none again
+
 
 def compare(scenario: Scenario, runs: Path) -> Line:
     """Measure, or go on measuring, what a scenario asks for.
@@ -242,10 +244,10 @@ class Study:
         return self.scenario.people.validation
 
     def side(self, user: str) -> OwnSide:
-        """What a person's device made of the own records; the last two are kept."""
+        """What a person's device made of the own records; the latest `SIDES` are kept."""
         sides = self.__dict__.setdefault("_sides", {})
         if user not in sides:
-            while len(sides) > 1:
+            while len(sides) >= SIDES:
                 sides.pop(next(iter(sides)))
             sides[user] = OwnSide.of(self.ruler, [one.ids for one in self.own(user)])
         found: OwnSide = sides[user]

@@ -188,6 +188,16 @@ def test_answers_with_a_cache_are_those_without_one(adapter):
                 ids.append(token)
 
 
+def test_half_precision_for_the_beginnings_makes_nearly_the_same_answers(adapter):
+    starts = [[7, 9, 12, 30], [8], [40, 41]]
+    settings: dict[str, Any] = {"tokens": 1, "temperature": 1e-4, "seed": 3}
+    exact = answers.continued(adapter.base, starts, None, **settings)
+    assert exact == answers.continued(adapter.base, starts, None, half=True, **settings)
+    settings["tokens"] = 8
+    longer = answers.continued(adapter.base, starts, None, half=True, **settings)
+    assert max(map(len, longer)) == 8
+
+
 def test_a_head_and_a_seed_change_answers(adapter, ruler):
     side = OwnSide.of(ruler, records(adapter, 0, 20))
     assert not side.head.is_shared
