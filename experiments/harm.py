@@ -144,8 +144,8 @@ def _controls(comparisons: Sequence[Mapping[str, Any]]) -> list[Facts]:
         _finding(
             "control",
             1.0,
-            f"{one['title']}: the control keeps {one['gain_kept']:.0%} of the gain over the shared "
-            "model, so as much of it is not personal",
+            f"{one['title']}: the control keeps {one['gain_kept']:.0%} of the gain, so as much of "
+            "it is not personal",
         )
         for one in comparisons
         if one["worse"] in ("retrieval_swapped", "head_swapped", "hybrid_swapped")
