@@ -85,7 +85,7 @@ def sets(*changes: str) -> list[str]:
         ("data.task=regression", r"data\.task = 'regression', but the records of"),
         (
             "data.source=nowhere",
-            r"No data at 'nowhere': expected shakespeare, ratings, changelogs, dialects, preferences",
+            r"No data at 'nowhere': expected shakespeare, ratings, changelogs, dialects, pref",
         ),
         ("data.source=nowhere.jsonl", r"nowhere\.jsonl cannot be read \(No such file"),
     ],
