@@ -12,7 +12,9 @@ reference: minimise the sum of -log sigmoid(beta f) plus a Gaussian prior on the
 
 The prior's strength is chosen on the owner's own pairs by folds: the one whose personal model
 (shared margin and change together) predicts the left-out pairs best, where no answer is on both
-sides; strength 0, the shared model, is always among the choices.
+sides. With it, for a score head, how much the shared margin counts: beta says what a change costs,
+not how sure the shared model may be. The shared model alone, at the scale that suits it best, is
+always among the choices.
 
 Length. A head sees length in the pooled states: with `length_controlled` the change has no part
 along the direction in which the differences of states move with the differences of length around
@@ -49,6 +51,7 @@ __all__ = [
 # Public constants; docs/preferences.md has what was tried.
 STRENGTHS = (3.0, 30.0, 300.0)  # variance of beta f, pairs of usual size, tried beside 0
 TILT = 3.0  # how much more freely the change goes along the shared head
+SHARES = (1.0, 3.0, 10.0, 30.0)  # how much the shared margin counts, in units of beta
 BIAS_SPREADS = (0.3, 1.0, 3.0)  # standard deviation of a token's bias, nats, tried beside 0
 MOST_TOKENS = 512
 FOLDS = 5
@@ -164,12 +167,12 @@ def fit_score_head(
     def fitted_on(strength: float, rest: Tensor) -> Tensor:
         return strength * kernel[:, rest] @ _dual(strength * kernel[rest][:, rest])
 
-    strength = _best(STRENGTHS, offset, _folds(answers), fitted_on)
+    strength, share = _best(STRENGTHS, SHARES, offset, _folds(answers), fitted_on)
     if strength == 0:
         return shared
     dual = strength * _dual(strength * kernel)
     change = (dual @ scaled + TILT * (dual @ tilt) * along) / (size * settings.beta)
-    personal = (weight + change).to(kind)[None]
+    personal = (share * weight + change).to(kind)[None]
     return LabelHead(personal, shared.bias, shared.task, strength)
 
 
@@ -232,27 +235,34 @@ def _ranks(answers: Tensor) -> Tensor:
 
 def _best(
     strengths: tuple[float, ...],
+    shares: tuple[float, ...],
     offset: Tensor,
     folds: list[tuple[Tensor, Tensor]],
     fitted_on: Callable[[float, Tensor], Tensor],
-) -> float:
-    """The strength that predicts left-out pairs best; 0 unless one beats the shared model.
+) -> tuple[float, float]:
+    """The strength, and the share of the shared margin, that predict left-out pairs best.
+
+    Strength 0 unless one beats the shared model alone, whose scale is chosen on the left-out pairs
+    themselves: it is given the benefit of the doubt.
 
     Args:
+        shares: times `offset`, those a personal model may have.
         offset: (n,) beta times the shared model's margins.
         folds: masks (n,) of the pairs left out and of those to fit on.
         fitted_on: strength and mask (n,) of the pairs to fit on -> (n,) what it adds to them.
     """
     if not folds:
-        return 0.0
+        return 0.0, 1.0
     shared = torch.cat([offset[out] for out, _ in folds])
-    best, lowest = 0.0, float(functional.softplus(-shared).mean())
+    found = (0.0, 1.0)
+    lowest = min(float(functional.softplus(-share * shared).mean()) for share in SHARES)
     for strength in strengths:
         added = torch.cat([fitted_on(strength, rest)[out] for out, rest in folds])
-        loss = float(functional.softplus(-(shared + added)).mean())
-        if loss < lowest:
-            best, lowest = strength, loss
-    return best
+        for share in shares:
+            loss = float(functional.softplus(-(share * shared + added)).mean())
+            if loss < lowest:
+                found, lowest = (strength, share), loss
+    return found
 
 
 def _check(differences: Tensor, longer: Tensor, answers: Tensor, shared: LabelHead) -> None:
@@ -320,7 +330,7 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
     def fitted_on(spread: float, rest: Tensor) -> Tensor:
         return settings.beta * change(fitted(spread, rest))
 
-    spread = _best(BIAS_SPREADS, offset, _folds(answers.which), fitted_on)
+    spread, _ = _best(BIAS_SPREADS, (1.0,), offset, _folds(answers.which), fitted_on)
     if spread == 0:
         return no_text_head(output.shape[1])
     bias = fitted(spread, torch.ones(answers.pairs, dtype=torch.bool))

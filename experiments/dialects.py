@@ -26,7 +26,7 @@ from .sources import Person, Source
 __all__ = ["BASE", "DIALECTS", "dialect_of", "dialects_source", "ensure_base", "spelled"]
 
 BASE = "./runs/dialects-base"
-PEOPLE, RECORDS = 900, 40
+PEOPLE, RECORDS = 600, 40
 STRENGTH = 0.85
 FAVOURITES = 8
 

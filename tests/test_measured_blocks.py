@@ -630,14 +630,14 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
     """The same comparison with the fault: training starts where a head's loss says."""
     right = train
 
-    def faulty(trainer: Any, start: Any, own: Any, plan: Plan, **named: Any) -> Any:
+    def faulty(trainer: Any, start: Any, records: Any, plan: Plan, **named: Any) -> Any:
         if plan.gains_bound:
             bench = Bench.open(tmp_path / "on")
             mine, held_out = bench.device(0).measured_on()
             said = measured(trainer.adapter, start, mine, held_out, True)
             assert said is not None
             start = start + np.float32(said.personal)
-        return right(trainer, start, own, plan, **named)
+        return right(trainer, start, records, plan, **named)
 
     monkeypatch.setattr("privet.client.device.train", faulty)
     seen = []
