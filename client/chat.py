@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..common.errors import ConfigError
+from ..common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from .assistant import Assistant, Heard, Recorder, Reply
@@ -65,7 +65,7 @@ def talk(
                 return
             else:
                 _obey(line, last, record, show)
-        except ConfigError as wrong:
+        except (ConfigError, DataError) as wrong:
             if not show.live:
                 raise
             show.say(str(wrong))

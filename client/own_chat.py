@@ -8,7 +8,6 @@
 cache is an error.
 """
 
-import json
 import time
 from collections.abc import Sequence
 
@@ -18,7 +17,7 @@ from ..common.adapter import shared
 from ..common.assets import CATALOGUE, status
 from ..common.errors import AssetError, ConfigError, StateError
 from ..common.models import BaseModel, load
-from . import library
+from . import feedback, library
 from .assistant import Assistant, Sampling
 from .embedding import embed_new, kept_bytes, read_kept, sentence_encoder
 from .home import Home
@@ -28,13 +27,12 @@ from .retrieval import Encoder, Index
 
 __all__ = ["BASE", "VaultRecorder", "assistant_of", "encoder_of", "index_of", "loaded"]
 
-_FEEDBACK = "feedback/"
 BASE = "smollm2-135m-instruct"
 """What answers on a device on which no run has ended yet."""
 
 
 class VaultRecorder:
-    """Verdicts into the vault, one entry each, as `client/feedback.py` numbers them."""
+    """Verdicts into the vault, where `privet client feedback` and preference runs find them."""
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -42,14 +40,15 @@ class VaultRecorder:
     def __call__(
         self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None
     ) -> int:
-        """Keep one; its number."""
-        fields = {"format": 1, "kind": kind, "prompt": prompt, "answer": answer, "over": over,
-                  "edited": edited, "time": time.time()}  # fmt: skip
-        with self._home.vault.transaction():
-            names = self._home.vault.names(_FEEDBACK)
-            number = max((int(name.removeprefix(_FEEDBACK)) for name in names), default=0) + 1
-            self._home.vault.put(f"{_FEEDBACK}{number:08d}", json.dumps(fields).encode())
-        return number
+        """Keep one; its number.
+
+        Raises:
+            DataError: nothing was preferred to anything: the edit is the answer itself.
+            StateError: the device keeps as many verdicts as it may.
+        """
+        said = {"kind": kind, "prompt": prompt, "answer": answer, "over": over, "edited": edited}
+        verdict = feedback.check(said, "this verdict", time.time())
+        return feedback.add(self._home, [verdict])[0]
 
 
 def assistant_of(

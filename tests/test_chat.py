@@ -12,6 +12,7 @@ import safetensors.numpy
 import torch
 
 from privet.client import chat as chats
+from privet.client import feedback
 from privet.client import unlock as unlock_module
 from privet.client.assistant import Assistant, Sampling, continued
 from privet.client.data import tokenize
@@ -247,6 +248,9 @@ def test_on_a_device_adapter_head_and_records_speak_and_verdicts_stay_in_the_vau
     assert [one["kind"] for one in kept] == ["accept", "edit"]
     assert kept[0]["answer"] == said[0]["personal"]
     assert kept[1]["edited"] == "something else"
+    assert [pair.chosen for pair in feedback.pairs(feedback.kept(home).values())][-1:] == [
+        "something else"
+    ]
     assert home.vault.names("retrieval/") == [f"retrieval/{bert_folder}"]
     assert home.outbox() == []
     plain = b"".join(path.read_bytes() for path in home.folder.iterdir())
