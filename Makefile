@@ -9,7 +9,8 @@ SHELL := bash
 BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
-PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile
+# In the order of names: the storms of test_devices.py wait more than they work, so not last.
+PYTEST := $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
