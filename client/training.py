@@ -147,6 +147,7 @@ def train(
     # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     adapter, private = trainer.adapter, plan.record_clip > 0
+    _forget(trainer.hooked)
     adapter.write(start, own)
     trained = adapter.train_only(plan.round)
     if private and adapter.own.pieces:
@@ -177,6 +178,23 @@ def train(
     own = np.zeros_like(kept) if own is None else own
     at_home = own + kept if np.isfinite(own + kept).all() else own
     return Trained(released, _statistics(losses[0], plan), own=at_home)
+
+
+def _forget(hooked: GradSampleModule) -> None:
+    """What a forward pass left whose backward pass never came, because the round broke off.
+
+    Opacus would count those rows as records of the next batch.
+    """
+    for module in hooked.modules():
+        if hasattr(module, "activations"):
+            module.activations = []
+        if hasattr(module, "max_batch_len"):
+            del module.max_batch_len
+    for parameter in hooked.parameters():
+        if hasattr(parameter, "_forward_counter"):
+            parameter._forward_counter = 0
+        if hasattr(parameter, "_current_grad_sample"):
+            del parameter._current_grad_sample
 
 
 def _with_references(

@@ -312,6 +312,17 @@ def test_a_layer_that_sees_tokens_instead_of_records_is_refused(llama_folder):
 # --- chunks and denominators --------------------------------------------------------------------
 
 
+def test_a_round_that_broke_off_between_its_passes_leaves_nothing_to_the_next(trainer):
+    own = labelled(trainer, records(5))
+    right = run(trainer, own, plan())
+    trainer.hooked.train()
+    trainer.hooked.hooks_enabled = True
+    training._losses(
+        trainer, labelled(trainer, records(12, seed=3))
+    )  # no backward pass: memory ran out, or the like
+    np.testing.assert_array_equal(run(trainer, own, plan()), right)
+
+
 def test_several_chunks_are_one_batch(trainer, monkeypatch):
     own = labelled(trainer, records(40))
     public, start = plan(record_noise=0.3, record_clip=0.5), moved_start(trainer)
