@@ -7,8 +7,7 @@ accountant either. Nothing printed quotes a record.
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ import typer
 
 from ..common.errors import ConfigError, DataError, StateError
 from . import feedback_cli, show
+from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from .home import Home
@@ -26,14 +26,6 @@ __all__ = ["app"]
 app = typer.Typer(help="This device: what it gives, and what it allows.", no_args_is_help=True)
 app.add_typer(feedback_cli.app, name="feedback")
 
-_Home = Annotated[
-    Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
-]
-_Pass = Annotated[
-    Path | None,
-    typer.Option("--passphrase-file", metavar="FILE", help="Else it is asked for."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 _All = Annotated[bool, typer.Option("--all", help="Every line, however many.")]
 
 
@@ -42,13 +34,13 @@ _All = Annotated[bool, typer.Option("--all", help="Every line, however many.")]
 
 @app.command("init")
 def init(
-    home: _Home = None,
-    passphrase: _Pass = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
     name: Annotated[str, typer.Option(help="A label for the operator; free text.")] = "",
     keyring: Annotated[
         bool, typer.Option("--keyring", help="Open with the OS keyring, without a passphrase.")
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make this device's home: identities, vault, policy.toml with safe limits."""
     from .access import folder_of, from_environment, new_unlock
@@ -78,19 +70,21 @@ def init(
 
 
 @app.command("card")
-def card(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+def card(
+    home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
+) -> None:
     """Print the card again: one line of JSON for a server's operator, nothing secret."""
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         print(found.card if not as_json else json.dumps(json.loads(found.card), indent=2))
 
 
 @app.command("policy")
 def policy(
-    home: _Home = None,
+    home: HomeFolder = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only say whether it can be used.")
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Where policy.toml is, and the limits in force."""
     from . import policy as policies
@@ -114,15 +108,15 @@ def policy(
 
 @app.command("passphrase")
 def passphrase(
-    home: _Home = None,
-    passphrase: _Pass = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
     new_file: Annotated[
         Path | None, typer.Option("--new-file", metavar="FILE", help="Of the new passphrase.")
     ] = None,
     keyring: Annotated[
         bool, typer.Option("--keyring", help="Open with the OS keyring from now on.")
     ] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Change how the home is opened; nothing else in it changes."""
     from .access import folder_of, new_unlock, unlock_of
@@ -141,9 +135,9 @@ def passphrase(
 
 @app.command("forget")
 def forget(
-    home: _Home = None,
+    home: HomeFolder = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Erase everything of this device, the key first, and prove it. Nothing brings it back."""
     from .access import folder_of
@@ -208,10 +202,10 @@ def add(
         list[str] | None,
         typer.Option("--me", metavar="NAME", help="You, as in chats and mails; repeatable."),
     ] = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
     every: _All = False,
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take your own texts into the vault, and watch their folders for new ones."""
     from . import sources
@@ -221,7 +215,7 @@ def add(
     for root in roots:
         if not os.path.lexists(root):
             raise DataError(f"there is no {key_of(root)}: name a file or a folder that is there")
-    with _opened(home, passphrase) as found, show.progress() as step:
+    with opened(home, passphrase) as found, show.progress() as step:
         before = sources.read(found)
         if not before.roots and not roots:
             raise DataError("nothing is watched yet: name files or folders, add PATH...")
@@ -239,15 +233,15 @@ def sources_(
     remove: Annotated[
         Path | None, typer.Option("--remove", metavar="PATH", help="Watch it no more.")
     ] = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """List what is watched; with --remove, forget one with all its records."""
     from . import sources
     from .intake import key_of
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         held = sources.read(found)
         if remove is not None:
             key = key_of(Path(os.path.abspath(remove.expanduser())))
@@ -294,25 +288,27 @@ def join(
     insecure: Annotated[
         bool, typer.Option("--insecure-test", help="Without TLS, on this machine only: a test.")
     ] = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Belong to a server. Nothing is sent before you agree to one of its runs."""
     from . import join as joining
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         said = joining.join(found, joining.Asked(server, ca, directory, insecure))
     facts = {"server": server, "insecure": insecure, "closed": directory is not None, "said": said}
     show.say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
 
 
 @app.command("leave")
-def leave(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+def leave(
+    home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
+) -> None:
     """Belong to no server; records, heads and the ledger stay."""
     from .status import worker
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         joined = found.joined
         if joined is None:
             raise StateError("this device has joined no server: there is none to leave")
@@ -332,9 +328,9 @@ def runs(
     ] = None,
     agree: Annotated[bool, typer.Option("--agree", help="Take part in it.")] = False,
     decline: Annotated[bool, typer.Option("--decline", help="Take no part in it.")] = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """What the server asks for; nothing is answered before you agree."""
     from . import status
@@ -343,7 +339,7 @@ def runs(
         raise ConfigError("--agree and --decline were given: choose one of them")
     if run is None and (agree or decline):
         raise ConfigError("name the run: privet client runs RUN --agree")
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         if run is None:
             show.runs(status.runs(found), as_json)
         else:
@@ -409,12 +405,12 @@ _STATES = {
 @app.command("pause")
 def pause(
     off: Annotated[bool, typer.Option("--off", help="Take part again.")] = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take part in no round until `pause --off`; a round that has begun is finished."""
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         found.pause(not off)
     said = "This device takes part again." if off else "This device takes part in no new round."
     show.say(as_json, {"paused": not off}, said)
@@ -424,21 +420,25 @@ def pause(
 
 
 @app.command("status")
-def status(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+def status(
+    home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
+) -> None:
     """How this device is."""
     from . import status as statuses
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         facts = statuses.facts(found)
     show.status(facts, as_json)
 
 
 @app.command("budget")
-def budget(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+def budget(
+    home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
+) -> None:
     """What this device has spent of its privacy budget, and against whom it holds."""
     from . import status as statuses
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         facts = statuses.budget(found)
     show.budget(facts, as_json)
 
@@ -449,16 +449,16 @@ def outbox(
     payload: Annotated[
         Path | None, typer.Option("--payload", metavar="FILE", help="Write its bytes there.")
     ] = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Every byte-string that has left this device: when, to whom, under which release."""
     from . import status as statuses
 
     if payload is not None and seq is None:
         raise ConfigError("--payload writes one byte-string: name its number")
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         if seq is not None:
             _show_sent(found, seq, payload, as_json)
             return
@@ -495,8 +495,8 @@ def _write_payload(home: "Home", seq: int, path: Path) -> None:
 
 @app.command("start")
 def start(
-    home: _Home = None,
-    passphrase: _Pass = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
     port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Between SuperNode and worker; else a free one."),
@@ -514,8 +514,8 @@ def work(
     port: Annotated[int, typer.Option(min=1, max=65535)],
     secret: Annotated[Path, typer.Option("--secret-file")],
     server: Annotated[str, typer.Option()],
-    home: _Home = None,
-    passphrase: _Pass = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
 ) -> None:
     """The worker behind the SuperNode on `port`; `start` calls it."""
     from . import run
@@ -525,7 +525,7 @@ def work(
 
 
 @app.command("service")
-def service(home: _Home = None, passphrase: _Pass = None) -> None:
+def service(home: HomeFolder = None, passphrase: PassphraseFile = None) -> None:
     """Print a systemd unit that runs `privet client start` for good."""
     import shutil
 
@@ -547,11 +547,3 @@ def service(home: _Home = None, passphrase: _Pass = None) -> None:
 
 
 # --- printing ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
-    from .access import opened
-
-    with opened(home, passphrase) as found:
-        yield found

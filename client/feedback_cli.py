@@ -14,6 +14,7 @@ import typer
 
 from ..common.errors import ConfigError, DataError
 from . import show
+from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from .feedback import Verdict
@@ -24,13 +25,6 @@ app = typer.Typer(
     help="Accept, reject, edit: your preferences, on this device.", no_args_is_help=True
 )
 
-_Home = Annotated[
-    Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
-]
-_Pass = Annotated[
-    Path | None, typer.Option("--passphrase-file", metavar="FILE", help="Else it is asked for.")
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 LARGEST = 64 * 2**20
 """Bytes of a file of verdicts."""
@@ -58,13 +52,12 @@ def add(
     to: Annotated[
         str | None, typer.Option(metavar="TEXT", help="With --edit: what it became.")
     ] = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Record a verdict on an answer, or a file of them; all are kept, or none."""
     from . import feedback
-    from .access import opened
 
     options = {"accept": accept, "reject": reject, "edit": edit}
     given = [name for name, text in options.items() if text is not None]
@@ -92,13 +85,12 @@ def add(
 def list_(
     texts: Annotated[bool, typer.Option("--texts", help="Print the texts too.")] = False,
     pairs: Annotated[bool, typer.Option("--pairs", help="The pairs they give instead.")] = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """List what is kept: number, day, kind; with --texts also what was said."""
     from . import feedback
-    from .access import opened
 
     with opened(home, passphrase) as found:
         every = feedback.kept(found)
@@ -118,13 +110,12 @@ def forget(
         list[int] | None, typer.Argument(metavar="NUMBER...", help="As `list` numbers them.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Erase verdicts from this device; what was trained on them is not undone."""
     from . import feedback
-    from .access import opened
 
     if bool(numbers) == every:
         raise ConfigError("name the verdicts to forget by their numbers, or say --all")

@@ -4,8 +4,7 @@ Heavy imports wait inside the functions; no command here loads torch.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 
 from ..common.errors import ConfigError
 from . import show
+from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from .home import Home
@@ -22,14 +22,6 @@ __all__ = ["app"]
 
 app = typer.Typer(help="Prompt templates: whose, which version.", no_args_is_help=True)
 
-_Home = Annotated[
-    Path | None, typer.Option("--home", metavar="PATH", help="Else $PRIVET_HOME, else your own.")
-]
-_Pass = Annotated[
-    Path | None,
-    typer.Option("--passphrase-file", metavar="FILE", help="Else it is asked for."),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 _Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Of a template.")]
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A template file (TOML).")]
@@ -39,11 +31,13 @@ _Version = Annotated[
 
 
 @app.command("list")
-def list_(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) -> None:
+def list_(
+    home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
+) -> None:
     """Every version of every template on this device."""
     from .library import kept
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         every = kept(found)
     if as_json:
         show.dump([_facts(one) for one in every])
@@ -60,14 +54,14 @@ def list_(home: _Home = None, passphrase: _Pass = None, as_json: _Json = False) 
 def show_(
     name: _Name,
     version: _Version = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """One template in full."""
     from .library import find
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         one = find(found, name, version)
     if as_json:
         show.dump(_facts(one))
@@ -79,15 +73,15 @@ def show_(
 def add(
     file: _File,
     yes: _Yes = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Take a signed template in, after showing what it changes."""
     from . import library
 
     content = _content(file)
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         new, before = library.weigh(found, content, str(file))
         changed = library.changes(before, new)
         if not as_json:
@@ -107,14 +101,14 @@ def diff(
         list[str] | None,
         typer.Argument(metavar="[FROM [TO]]", help="Else: the version before, the one in use."),
     ] = None,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """What changed between two versions, or what a file would change."""
     from . import library
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         path = Path(what)
         if path.suffix == ".toml" or path.is_file():
             if versions:
@@ -136,14 +130,14 @@ def rollback(
         str | None, typer.Option("--to", metavar="X.Y.Z", help="Else the version before.")
     ] = None,
     yes: _Yes = False,
-    home: _Home = None,
-    passphrase: _Pass = None,
-    as_json: _Json = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
 ) -> None:
     """Use an earlier version again."""
     from . import library
 
-    with _opened(home, passphrase) as found:
+    with opened(home, passphrase) as found:
         before, chosen = library.earlier(found, name, to)
         changed = library.changes(before, chosen)
         if not as_json:
@@ -161,7 +155,7 @@ def sign(
     key: Annotated[
         Path, typer.Option("--key", metavar="FILE", help="The publisher's; made if not there.")
     ],
-    as_json: _Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """For publishers: sign a template file, in place."""
     from ..common.files import write_atomic
@@ -248,11 +242,3 @@ def _facts(one: "Kept") -> dict[str, Any]:
 def _print(lines: Sequence[str]) -> None:
     for line in lines:
         print(line)
-
-
-@contextmanager
-def _opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
-    from .access import opened
-
-    with opened(home, passphrase) as found:
-        yield found
