@@ -13,6 +13,9 @@ twentieth of what it lasted. A device that nobody asks is quieter than Flower ma
 minutes. A SuperLink that takes long to answer is asked less: at most an eleventh of the time, for
 each device.
 
+A message of which a part never comes, because the server died while sending it, is given up after
+a minute; Flower's SuperNode would hear no other for eight, or 80 with its own waits.
+
 And where Flower's SuperNode gives up, its process ends here. Flower's own goes on for ever, deaf:
 it gives up for good at a TLS handshake that was cut short (a network that breaks, a server that
 restarts), while its runtime API keeps the process alive, and no supervisor sees it.
@@ -42,8 +45,9 @@ GROWTH = 1.05
 PATIENCE = 10
 ROWS = {NO_MESSAGE_S: (0.1, 10.0), 0.5: (0.02, 0.5)}
 """Flower's sleep -> the first and the longest of a row in its place, seconds."""
-PARTS = {"initial_backoff": 0.05, "backoff_cap": 1.0}
-"""Seconds until the next question for a part that is not stored yet; Flower doubles the first."""
+PARTS: Any = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 60.0}
+"""Seconds until the next question for a part that is not stored yet, which Flower doubles, and
+after which the message is given up: a server that dies while it sends leaves it so for ever."""
 DIGITS = 20
 """Of a node's id, 64 bits; always all of them, so that a shorter id leaves no rest of another."""
 

@@ -1,16 +1,13 @@
 """Flower's edge at the server: `run_rounds` with a `Grid` for its wire. No logic."""
 
-import functools
-import logging
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
@@ -21,18 +18,15 @@ from ..common.errors import ConfigError
 from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
+from .exchange import addressed, exchange
 from .rounds import Reply, Show, run_rounds
 from .saving import save
 from .serving import alone
 
 app = ServerApp()
 
-POLL_S, SLOWEST_S = 0.1, 1.0
 HELLO_S = 5.0  # a later answer counts too
-SPARE_S = 900.0
 WITH_ADAPTER = ("round", "vector")
-
-logger = logging.getLogger(__name__)
 
 
 @app.main()
@@ -44,19 +38,8 @@ def main(grid: Grid, context: Context) -> None:
             "this run has no folder: make one with `privet simulate CONFIG --prepare-only`, and "
             "name it with --run-config 'run=\"/absolute/path\"'"
         )
-    _hasten()
     with alone(Path(str(folder)), context.run_id):
         serve(grid, Path(str(folder)), print)
-
-
-def _hasten() -> None:
-    """A reply that is listed and not yet stored is asked for again after 50 ms, not after 1 s."""
-    from flwr.superlink.grid import http_grid
-
-    if hasattr(http_grid, "pull_objects"):
-        http_grid.pull_objects = functools.partial(
-            http_grid.pull_objects, initial_backoff=0.05, backoff_cap=1.0
-        )
 
 
 def serve(grid: Grid, folder: Path, show: Show) -> None:
@@ -72,7 +55,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
         content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
         limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
-        outgoing = [_sent(content, node, "query.hello", limit) for node in nodes]
+        outgoing = [addressed(content, node, "query.hello", limit) for node in nodes]
         for message in exchange(grid, outgoing, limit, unheard):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
 
@@ -91,7 +74,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         outgoing = []
         for number, message in messages.items():
             content = {**common, "protocol": ConfigRecord({"message": message, "client": number})}
-            outgoing.append(_sent(content, crowd.accepted[number], f"train.{phase}", limit))
+            outgoing.append(addressed(content, crowd.accepted[number], f"train.{phase}", limit))
         numbers = {node: number for number, node in crowd.accepted.items()}
         for message in exchange(grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
@@ -103,54 +86,9 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     if config.data.source == DEVICES:
         content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
-        ends = [_sent(content, node, "query.keep", config.rounds.timeout_s) for node in nodes]
+        ends = [addressed(content, node, "query.keep", config.rounds.timeout_s) for node in nodes]
         for _ in exchange(grid, ends, config.rounds.timeout_s):
             pass
-
-
-def _sent(content: Mapping[str, Any], node: int, kind: str, limit_s: float) -> Message:
-    """A message that a device which was away for long is not given any more.
-
-    A reply is refused where the device's clock is past the message's end. The SuperLink bears
-    clocks that differ by 305 s; the spare time is more.
-    """
-    return Message(RecordDict(dict(content)), node, kind, ttl=limit_s + SPARE_S)
-
-
-def exchange(
-    grid: Grid, messages: Sequence[Message], timeout_s: float, unheard: set[str] | None = None
-) -> Iterator[Message]:
-    """Send all, yield replies as they arrive; failed and late clients are counted and left out.
-
-    `unheard`: ids of earlier messages whose late replies are still welcome; those of these messages
-    that are not answered in time are added.
-    """
-    began = time.monotonic()
-    waiting = set(grid.push_messages(messages))
-    earlier = set() if unheard is None else unheard
-    failed: list[str] = []
-    while waiting or earlier:
-        arrived = 0
-        for message in grid.pull_messages(waiting | earlier):
-            arrived += 1
-            waiting.discard(message.metadata.reply_to_message_id)
-            earlier.discard(message.metadata.reply_to_message_id)
-            if message.has_error():
-                failed.append(message.error.reason)
-            else:
-                yield message
-        passed = time.monotonic() - began
-        if not waiting or passed >= timeout_s:
-            break
-        if not arrived:
-            # asking for many replies is work for the SuperLink, which has the devices to answer
-            time.sleep(min(max(POLL_S, passed / 20), SLOWEST_S))
-    if failed:
-        logger.warning("%d nodes failed and are left out; the first: %s", len(failed), failed[0])
-    if unheard is not None:
-        unheard |= waiting
-    elif waiting:
-        logger.warning("%d nodes did not answer within %g s", len(waiting), timeout_s)
 
 
 def _reply(message: Message, number: int) -> Reply:

@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...client.limits import Policy
 from ...client.unlock import Passphrase
 from ...common.assets import cache_folder
 from ...common.config import Config, parse
+from ...common.errors import StateError
 from ...server import cli, control, enrolment, proxy, services, setup
 from .worker import Program, free_port, listening, program, wait_for
 
@@ -164,9 +165,10 @@ def followed(
     began()
     until, log = time.monotonic() + limit_s, place / "rounds.jsonl"
     while True:
-        run = next(run for run in control.runs(up.server) if run.run_id == number)
-        if run.over:
-            break
+        with suppress(StateError):  # so busy that it does not answer
+            run = next(run for run in control.runs(up.server) if run.run_id == number)
+            if run.over:
+                break
         if time.monotonic() > until:
             raise TimeoutError(f"the run {config.name} is not over after {limit_s:.0f} s")
         time.sleep(1)
