@@ -11,7 +11,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,6 +27,8 @@ from privet.common.errors import AssetError, StateError
 from privet.common.keys import Identity
 from privet.server import cli, control, enrolment, proxy, services, setup
 
+from .fleet import answers, free_ports, until
+
 DAY = datetime.timedelta(days=1)
 BIN = Path(sys.executable).parent
 
@@ -39,31 +40,6 @@ class Up:
     server: setup.Server
     nginx: Path
     supervisor: int
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    limit = time.monotonic() + seconds
-    while time.monotonic() < limit:
-        if found := true():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
