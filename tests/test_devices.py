@@ -199,10 +199,10 @@ def killed(fleet: Fleet, target: str, draw: random.Random) -> str:
     if target in ("worker", "supernode"):
         person = draw.choice(fleet.people)
         words = {"worker": "client work", "supernode": "flower-supernode"}[target]
-        pid = until(lambda: person.pid(words), 30, f"the {target} of device {person.number}")
+        pid = until(lambda: person.pid(words), 120, f"the {target} of device {person.number}")
         os.kill(pid, signal.SIGKILL)
         return f"{target} of device {person.number}"
-    pid = until(lambda: fleet.pid(target), 60, target)
+    pid = until(lambda: fleet.pid(target), 240, target)
     os.kill(pid, signal.SIGKILL)
     return target
 
@@ -233,7 +233,7 @@ def storm(fleet: Fleet, seed: int, *, for_s: tuple[float, float], rounds: int) -
     until(lambda: fleet.online() == len(fleet.people), 120, "all devices online")
     before = [kept(person) for person in fleet.people]
     run, began, done = Run(fleet, config), time.monotonic(), list[str]()
-    until(lambda: fleet.pid("serverapp") or run.over, 60, "the ServerApp")
+    until(lambda: fleet.pid("serverapp") or run.over, 240, "the ServerApp")
     targets = draw.sample([*TARGETS, "wire", "clock"], len(TARGETS) + 2)
     for number, target in enumerate(targets):
         over = number * rounds // len(targets)
