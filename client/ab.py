@@ -8,16 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.ab import AbSettings, entries, layout, run_settings
+from ..common.ab import AbSettings, layout, run_settings
+from ..common.config import Config, TrialSettings
 from ..common.errors import DataError, PrivacyError, ProtocolError
 from ..common.plan import Plan
 from .ledger import Ledger
 from .release import release
 
-__all__ = ["outcome_vector", "take_part"]
+__all__ = ["answered", "outcome_vector", "take_part"]
 
 
-def outcome_vector(settings: AbSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
+def outcome_vector(settings: TrialSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
     """(1, y) or (1, y, y^2) in the slots of the own arm, zeros elsewhere; zeros for None.
 
     Args:
@@ -29,16 +30,16 @@ def outcome_vector(settings: AbSettings, arm: int, outcome: float | None) -> NDA
         DataError: not a finite number, or a binary outcome that is neither 0 nor 1. A bounded one
             beyond its bounds is clipped to them.
     """
-    found = np.zeros((len(settings.arms), entries(settings)), np.float32)
+    found = np.zeros((len(settings.arms), settings.entries), np.float32)
     if outcome is None:
         return found.ravel()
     wrong = outcome not in (0, 1) if settings.outcome == "binary" else not np.isfinite(outcome)
     if wrong:
         kind = "0 or 1" if settings.outcome == "binary" else "a finite number"
-        raise DataError(f"an outcome of {settings.name} must be {kind}; nothing was released")
+        raise DataError(f"an outcome must be {kind}; nothing was released")
     inside = min(max(outcome, settings.low), settings.high)
     y = 2 * (inside - settings.low) / (settings.high - settings.low) - 1
-    found[arm] = (1, y, y * y)[: entries(settings)]
+    found[arm] = (1, y, y * y)[: settings.entries]
     return found.ravel()
 
 
@@ -65,16 +66,35 @@ def take_part(
         What leaves, to be masked where the plan has masks; None where the device declines, with
         the reason in its ledger. A look asked again gets the same bytes again and costs nothing.
     """
-    own = run_settings(settings)
     try:
-        plan.refuse_if_laxer(own)
-        if plan.blocks or plan.record_clip:
-            raise ProtocolError(f"look {plan.round}: an A/B experiment trains and measures nothing")
-        kept = ledger.resend(client, plan.run, plan.round, plan.digest)
-        if kept is not None:
-            return kept
-        vector = outcome_vector(settings, arm, outcome)
-        return release(vector, layout(settings), plan, client, ledger, own.privacy, source)
+        return answered(
+            settings, run_settings(settings), plan, client, arm, outcome, ledger, source
+        )
     except (PrivacyError, ProtocolError) as refusal:
         ledger.decline(client, plan.run, plan.round, str(refusal))
         return None
+
+
+def answered(
+    settings: TrialSettings,
+    own: Config,
+    plan: Plan,
+    client: str,
+    arm: int,
+    outcome: float | None,
+    ledger: Ledger,
+    source: noise.Source,
+) -> bytes:
+    """One look, as `take_part`; `own` are the settings that the plan is held against.
+
+    Raises:
+        PrivacyError, ProtocolError: why this device declines; nothing was spent.
+    """
+    plan.refuse_if_laxer(own)
+    if plan.blocks or plan.record_clip:
+        raise ProtocolError(f"look {plan.round}: an A/B experiment trains and measures nothing")
+    kept = ledger.resend(client, plan.run, plan.round, plan.digest)
+    if kept is not None:
+        return kept
+    vector = outcome_vector(settings, arm, outcome)
+    return release(vector, layout(settings).digest, plan, client, ledger, own.privacy, source)

@@ -35,9 +35,13 @@ class Recorder(Protocol):
     """Keeps what the person thought of an answer."""
 
     def __call__(
-        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None
-    ) -> object:
-        """Keep one verdict: accept (`over`: the other answer), reject, or edit (`edited`)."""
+        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
+        taken: bool = False,
+    ) -> object:  # fmt: skip
+        """Keep one verdict: accept (`over`: the other answer), reject, or edit (`edited`).
+
+        `taken`: whether the personal answer was the one accepted.
+        """
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class Assistant:
         profile: their summary, or None.
         template: what puts them before a prompt.
         sampling: how answers are drawn.
+        trial: the A/B experiment whose arm the personal answer is of; empty: none.
     """
 
     base: BaseModel
@@ -126,6 +131,7 @@ class Assistant:
     profile: Profile | None = field(repr=False)
     template: Template
     sampling: Sampling
+    trial: str = ""
 
     def reply(self, prompt: str, heard: Heard | None = None) -> Reply:
         """Both answers to one prompt.

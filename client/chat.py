@@ -106,7 +106,8 @@ def _obey(line: str, last: "Reply | None", record: "Recorder", show: "_Shown") -
         ":edit": ("edit", personal, None, rest.strip()),
     }[command]
     over = None if over == answer else over
-    number = record(kind, last.prompt, answer, over=over, edited=edited)
+    taken = command == ":accept"
+    number = record(kind, last.prompt, answer, over=over, edited=edited, taken=taken)
     show.kept(kind, number)
 
 
@@ -182,6 +183,7 @@ def facts(reply: "Reply", assistant: "Assistant") -> dict[str, Any]:
             "head": reply.with_head,
             "profile": reply.with_profile,
             "template": reply.template,
+            "experiment": assistant.trial or None,
             "retrieved": [asdict(source) for source in reply.sources],
         },
         "first_token_s": {"global": reply.shared.first_s, "personal": reply.personal.first_s},
@@ -216,6 +218,7 @@ def _origin(reply: "Reply", assistant: "Assistant") -> str:
         "own head" if reply.with_head else "no head that helped",
         "profile" if reply.with_profile else "no profile",
         f"own texts {places}" if places else "no own text",
+        *([f"an arm of {assistant.trial}"] if assistant.trial else []),
     ]
     return (
         f"personal: {'; '.join(parts)} (template {reply.template}; :why shows them)\n"

@@ -365,6 +365,7 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
     from .status import runs
 
     rows = offers.describe(offer, home.policy, spent=home.ledger.charges(ME))
+    rows += _own_part(home, offer)
     before = home.agreed(offer.run)
     changed = [] if before is None else offers.changes(before[0], offer)
     left_out = [(one.round, one.reason) for one in home.ledger.declined(ME) if one.run == offer.run]
@@ -391,6 +392,30 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
         )
     else:
         print(_STATES[state["state"]].format(run=offer.run))
+
+
+def _own_part(home: "Home", offer: "Offer") -> "list[tuple[str, str]]":
+    """Of an experiment: which arm is this device's, what it lacks for it, and the outcome so far.
+
+    It is the owner's own device: nothing on it is hidden from them, though knowing an arm may sway.
+    """
+    from ..common.errors import PrivacyError
+    from . import library, trial
+
+    found = trial.of(home, offer)
+    if found is None:
+        return []
+    value = trial.outcome(home, offer.run, found.settings)
+    rows = [
+        ("your arm", found.arm),
+        ("your outcome", "none yet" if value is None else f"{value:.3g}, on this device"),
+    ]
+    if found.template is not None:
+        try:
+            library.trusted(home, *found.template)
+        except (ConfigError, PrivacyError) as lacking:
+            rows.append(("your arm", f"not in use, and its outcome stays empty: {lacking}"))
+    return rows
 
 
 _STATES = {

@@ -20,19 +20,22 @@ from numpy.typing import NDArray
 
 from ..common import config as settings
 from ..common import noise
+from ..common.ab import layout
 from ..common.adapter import shared
 from ..common.blocks import arm_names
-from ..common.config import Config
+from ..common.config import Config, TrialSettings
 from ..common.encoding import unpack
 from ..common.errors import GateRefused, PrivacyError, ProtocolError
 from ..common.exchange import Exchange
 from ..common.files import explain_os_errors, write_atomic
 from ..common.keys import Directory, Identity, Purpose, Secret, derive, read_directory
+from ..common.layout import Layout
 from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
-from . import at_home, data, masking
+from . import ab, at_home, data, masking
+from .arm import arm_of
 from .ledger import Ledger
-from .measure import arm_of, arms_block, gains_block, measured
+from .measure import arms_block, gains_block, measured
 from .pairs import tokenize_pairs
 from .persona import choose
 from .release import Statistics, budgets, charges, release
@@ -94,6 +97,9 @@ class Desk(Protocol):
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """Records as token ids."""
 
+    def outcome(self, name: str) -> float | None:
+        """The person's own in the A/B experiment that the run is; None: none yet."""
+
     def at_home(self, name: str) -> bytes | None:
         """What a family trains that never leaves (`client/at_home.py`); None: nothing yet."""
 
@@ -152,6 +158,9 @@ class Bench:
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """As `tokenised`, for the run's task."""
         return tokenised(records, self.config, self.trainer, self.index.task)
+
+    def outcome(self, _: str) -> None:
+        """None: `privet ab` simulates experiments, without Flower."""
 
     def at_home(self, name: str) -> bytes | None:
         """From the simulated device's own file in the run folder."""
@@ -232,6 +241,8 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     """The gate's bytes for this round, or why there are none."""
     desk, name = device.desk, device.name
     ledger, privacy = desk.ledger, desk.config.privacy
+    if desk.config.trial is not None:
+        return _look(device, plan, desk.config.trial)
     exchange = exchange_at(desk)
     released = exchange.released(plan.round)
     plan.refuse_if_laxer(desk.config)
@@ -274,6 +285,27 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         noise.source(seed, f"{label} release"),
         _statistics(device, plan, personas[place], half, trained.statistics),
     )
+
+
+def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
+    """One look of an A/B experiment: the own outcome in the slots of the own arm."""
+    desk, name = device.desk, device.name
+    return ab.answered(
+        trial,
+        desk.config,
+        plan,
+        name,
+        arm_of(desk.identity(name).seed, plan.run, len(trial.arms)),
+        desk.outcome(name),
+        desk.ledger,
+        noise.source(desk.config.insecure_test_seed, f"{name} round {plan.round} release"),
+    )
+
+
+def _released(desk: Desk, number: int) -> Layout:
+    """Layout of a contribution to round `number`; of an experiment's without loading a model."""
+    trial = desk.config.trial
+    return exchange_at(desk).released(number) if trial is None else layout(trial)
 
 
 def exchange_at(desk: Desk) -> Exchange:
@@ -359,7 +391,7 @@ def masked_phase(
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(exchange_at(desk).released(plan.round).dimension)
+        terms = plan.terms(_released(desk, plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
@@ -382,7 +414,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     desk, name = device.desk, device.name
     plan.refuse_if_laxer(desk.config)
     privacy = desk.config.privacy
-    dimension = exchange_at(desk).released(plan.round).dimension
+    dimension = _released(desk, plan.round).dimension
     if not _answered(device, plan):
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
@@ -403,7 +435,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
     """The gate's integers, to be masked."""
     _answered(device, plan)
-    dimension = exchange_at(device.desk).released(plan.round).dimension
+    dimension = _released(device.desk, plan.round).dimension
     return unpack(_answer(device, plan, start), plan.length(dimension), plan.bits)
 
 

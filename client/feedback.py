@@ -4,7 +4,8 @@
 
 **Guarantee**: verdicts live in the vault, sealed like everything else, and are erased with it
 (`privet client forget`). Nothing here is read by the gate. Pairs leave only as a noised, clipped
-sum of gradients, and only in a run with `data.task = "preference"` that the owner agreed to.
+sum of gradients, and only in a run with `data.task = "preference"` that the owner agreed to; which
+answers were taken only as a noised outcome of an A/B experiment that the owner agreed to.
 """
 
 import json
@@ -56,6 +57,8 @@ class Verdict:
         over: accept: the other answer shown beside it and not taken; None where there was none.
         edited: edit: what the owner made of the answer.
         time: seconds since 1970.
+        run: the A/B experiment whose arm made the answer that was judged; empty: none.
+        taken: in an experiment, whether the arm's answer was the one taken.
     """
 
     kind: Kind
@@ -64,6 +67,8 @@ class Verdict:
     over: str | None = field(default=None, repr=False)
     edited: str | None = field(default=None, repr=False)
     time: float = 0.0
+    run: str = ""
+    taken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,8 @@ def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
             raise DataError(f'{where}: "{name}" is the answer itself; a preference needs two.')
     prompt = _optional(fields, "prompt", where) or ""
     time = _time(fields, where, now)
-    return Verdict(cast(Kind, kind), prompt, answer, time=time, **texts)
+    over, edited = texts.get("over"), texts.get("edited")
+    return Verdict(cast(Kind, kind), prompt, answer, over, edited, time)
 
 
 def add(home: "Home", verdicts: Iterable[Verdict]) -> list[int]:

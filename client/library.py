@@ -13,7 +13,18 @@ from ..common.errors import ConfigError, PrivacyError
 from .home import Home
 from .prompts import Template, builtins, claimed, read
 
-__all__ = ["Kept", "add", "changes", "earlier", "find", "in_use", "kept", "rollback", "weigh"]
+__all__ = [
+    "Kept",
+    "add",
+    "changes",
+    "earlier",
+    "find",
+    "in_use",
+    "kept",
+    "rollback",
+    "trusted",
+    "weigh",
+]
 
 _KEPT, _USED = "prompts/", "prompts-in-use/"
 
@@ -72,7 +83,16 @@ def in_use(home: Home, name: str) -> Template:
         ConfigError: there is none.
         PrivacyError: its publisher is trusted no more.
     """
-    found = find(home, name)
+    return trusted(home, name)
+
+
+def trusted(home: Home, name: str, version: str | None = None) -> Template:
+    """A version that is kept, or the one in use (None).
+
+    Raises:
+        As `in_use`.
+    """
+    found = find(home, name, version)
     if found.refused:
         raise PrivacyError(found.refused)
     return found.template

@@ -126,7 +126,9 @@ class Allowed(_Section):
         (), description='HOST:PORT, such as "*.example.org:9092"; empty: those you joined'
     )
     statistics: bool = Field(
-        True, description="whether noised sums (training loss, batch size) may ride along"
+        True,
+        description="whether noised sums of something else than training may be asked for: its "
+        "loss and batch size, which answers you took in an experiment",
     )
     insecure_test_seed: bool = Field(
         False, description="true accepts tests whose noise anybody can remove: NOT PRIVATE"

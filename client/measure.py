@@ -25,7 +25,6 @@ from ..common.adapter import Adapter, Vector
 from ..common.blocks import ENTRIES
 from ..common.config import PreferenceSettings
 from ..common.errors import DataError
-from ..common.keys import Purpose, Secret, derive
 from ..common.models import final_states, pad, prefix_states, resumed_at
 from ..common.objective import pooled
 from .data import Tokenised
@@ -38,7 +37,6 @@ __all__ = [
     "Measured",
     "Person",
     "TextMeasure",
-    "arm_of",
     "arms_block",
     "gains_block",
     "measure_of",
@@ -117,15 +115,6 @@ def arms_block(
         outcome = 2.0 * min(max(getattr(found, arms[own]) / bound, 0.0), 1.0) - 1.0
         block[own] = 1.0, outcome, outcome * outcome
     return block.ravel()
-
-
-def arm_of(key: Secret, run: str, count: int) -> int:
-    """The place of a device's arm in a run: 0 .. count - 1, each as likely, over all its rounds.
-
-    **Guarantee**: a keyed hash (HKDF with HMAC-SHA256) of the run's public id under a key of the
-    device's own. Neither the server nor the device's records decide it, and it is not sent.
-    """
-    return int.from_bytes(derive(key, Purpose.ARM, run.encode()).value) % count
 
 
 @dataclass(frozen=True, eq=False)

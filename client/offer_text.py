@@ -9,9 +9,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ..common.config import Config
+from ..common.config import Config, TrialSettings
 from .limits import Policy
-from .policy import reasons
+from .policy import own_config, reasons
 
 if TYPE_CHECKING:
     from ..common.accounting import Charge
@@ -64,15 +64,23 @@ def describe(
     rounded up to two digits: the ledger will hold the exact ones, of each round's own plan. Of
     names that the server chose, what a terminal would obey is replaced.
     """
-    config = offer.config
+    config, trial = offer.config, offer.config.trial
     rows = [
         ("run", shown(offer.run)),
         ("server", shown(offer.server)),
         ("received", f"{datetime.fromtimestamp(offer.received, UTC):%Y-%m-%d %H:%M} UTC"),
-        ("base model", shown(config.model.base)),
-        ("adapter", _adapter(config, dimension)),
-        ("rounds", _rounds(config)),
-        ("work", _work(config)),
+    ]
+    if trial is None:
+        rows += [
+            ("base model", shown(config.model.base)),
+            ("adapter", _adapter(config, dimension)),
+            ("rounds", _rounds(config)),
+            ("work", _work(config)),
+        ]
+    else:
+        dimension = trial.entries * len(trial.arms)
+        rows += [("experiment", _experiment(trial)), ("looks", _rounds(config))]
+    rows += [
         ("noise", _noise(config)),
         *_epsilons(config, policy, dimension or TYPICAL_DIMENSION, spent),
         ("statistics", _statistics(config)),
@@ -165,8 +173,7 @@ def _epsilon(config: Config, policy: Policy, charge: "Charge", spent: Sequence["
     once, always = (epsilon([_times(charge, n)], delta) for n in (1, count))
     if math.isinf(once):
         return "no bound at all: some part of it has no noise, so this device declines every round"
-    own, asked = policy.budget, config.privacy.budget
-    budget = min(getattr(own, charge.unit), getattr(asked, charge.unit))
+    budget = getattr(own_config(policy, config).privacy.budget, charge.unit)
     line = [one for one in spent if _line(one) == _line(charge)]
     return (
         f"{_about(once)} after 1 release"
@@ -208,11 +215,22 @@ def _adapter(config: Config, dimension: int | None) -> str:
     return said
 
 
+def _experiment(trial: TrialSettings) -> str:
+    said = (
+        f"A/B: for at most {trial.days:g} days `privet chat --device` answers with one of "
+        f"{', '.join(map(shown, trial.arms))}, which of them is drawn on this device and not sent; "
+        "what may leave is the share of those answers that you took"
+    )
+    if trial.outcome == "binary":
+        said += ", as more than half or not"
+    return f"{said}, in a noised, masked sum; nothing is trained"
+
+
 def _rounds(config: Config) -> str:
     own, masking = config.rounds, config.masking
     said = (
-        f"{own.count}, of {own.cohort} devices each; this device may be asked for one release in "
-        f"each, {own.count} at most, and what it sends cannot be taken back"
+        f"{own.count}, of {own.cohort} devices each{_before(config)}; this device may be asked for "
+        f"one release in each, {own.count} at most, and what it sends cannot be taken back"
     )
     if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
         said += (
@@ -220,6 +238,11 @@ def _rounds(config: Config) -> str:
             f"at most {masking.colluders(own.cohort)} of them work for the server"
         )
     return said
+
+
+def _before(config: Config) -> str:
+    hours = config.ab.hours
+    return f", {hours:g} hours or more before each" if config.trial is not None and hours else ""
 
 
 def _work(config: Config) -> str:
@@ -243,6 +266,10 @@ def _noise(config: Config) -> str:
             f"client-level: contribution clipped to {client.clip:g}, noise of "
             f"{client.noise_multiplier:g} times that; {PLACES[client.noise_at]}"
         ]
+    if config.trial is not None:
+        masked = client.noise_at == "distributed"
+        said += ["should the masks fail, only this device's share of it is left"] if masked else []
+        return "; ".join(said)
     said.append(
         f"example-level: each record's gradient clipped to {example.clip:g}, noise of "
         f"{example.noise_multiplier:g} times that in each step (DP-SGD)"

@@ -10,12 +10,13 @@ cache is an error.
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import safetensors.numpy
 
 from ..common.adapter import shared
 from ..common.assets import CATALOGUE, status
-from ..common.errors import AssetError, ConfigError, StateError
+from ..common.errors import AssetError, ConfigError, PrivacyError, StateError
 from ..common.models import BaseModel, load
 from . import feedback, library
 from .assistant import Assistant, Sampling
@@ -23,23 +24,29 @@ from .embedding import embed_new, kept_bytes, read_kept, sentence_encoder
 from .home import Home
 from .personal_head import read_text_head
 from .profile import profile_of, public_chances
+from .prompts import Template
 from .retrieval import Encoder, Index
+from .trial import Trial, current
 
 __all__ = ["BASE", "VaultRecorder", "assistant_of", "encoder_of", "index_of", "loaded"]
 
 BASE = "smollm2-135m-instruct"
 """What answers on a device on which no run has ended yet."""
 
+TEMPLATE = "memory"
+
 
 class VaultRecorder:
     """Verdicts into the vault, where `privet client feedback` and preference runs find them."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, home: Home, run: str = "") -> None:
+        """`run`: the experiment whose arm answers (`Assistant.trial`)."""
+        self._home, self._run = home, run
 
     def __call__(
-        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None
-    ) -> int:
+        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
+        taken: bool = False,
+    ) -> int:  # fmt: skip
         """Keep one; its number.
 
         Raises:
@@ -48,18 +55,21 @@ class VaultRecorder:
         """
         said = {"kind": kind, "prompt": prompt, "answer": answer, "over": over, "edited": edited}
         verdict = feedback.check(said, "this verdict", time.time())
+        if self._run:
+            verdict = replace(verdict, run=self._run, taken=taken)
         return feedback.add(self._home, [verdict])[0]
 
 
 def assistant_of(
-    home: Home, run: str | None, template: str, encoder: str, sampling: Sampling
+    home: Home, run: str | None, template: str | None, encoder: str, sampling: Sampling
 ) -> Assistant:
     """What this device knows: the adapter and head of a run it took part in, its own records.
 
     Args:
         home: open.
         run: whose adapter; its beginning will do; None: the run that ended last.
-        template: name of one in use on this device.
+        template: name of one in use on this device; None: what an experiment that the owner agreed
+            to says (`client/trial.py`), else `TEMPLATE`.
         encoder: of sentence vectors, or "none".
         sampling: how answers are drawn.
 
@@ -69,7 +79,7 @@ def assistant_of(
         AssetError: a model is not in the cache; a chat fetches nothing.
     """
     chosen = _ended(home, run)
-    used = library.in_use(home, template)
+    used, trial = _template(home, template)
     head = None
     if chosen is None:
         base = loaded(BASE)
@@ -88,7 +98,26 @@ def assistant_of(
     profile = profile_of(records, public_chances(base.tokenizer))
     home.vault.put("profile", profile.to_bytes())
     index = index_of(home, [record.text for record in records], encoder)
-    return Assistant(base, chosen or "", head, index, profile, used, sampling)
+    if trial is not None and trial.arm == "shared":
+        head = None
+    name = "" if trial is None else trial.run
+    return Assistant(base, chosen or "", head, index, profile, used, sampling, name)
+
+
+def _template(home: Home, asked: str | None) -> tuple[Template, Trial | None]:
+    """The template, and the experiment it is an arm of.
+
+    An arm whose template this device has not, or trusts no more, is not taken part in: the chat is
+    as ever, and its verdicts are no outcome.
+    """
+    trial = None if asked is not None else current(home)
+    wanted = None if trial is None else trial.template
+    if wanted is not None:
+        try:
+            return library.trusted(home, *wanted), trial
+        except (ConfigError, PrivacyError):
+            trial = None
+    return library.in_use(home, asked or TEMPLATE), trial
 
 
 def index_of(home: Home, texts: Sequence[str], encoder: str) -> Index:

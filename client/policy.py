@@ -104,7 +104,7 @@ def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
         for field, value, kept, demand, key in (
             *_promises(policy, config),
             *_masks(policy, config),
-            *_work(policy, config),
+            *(_work(policy, config) if config.trial is None else ()),
             *_uses(policy, config, server),
         )
         if not kept
@@ -142,23 +142,28 @@ def own_config(policy: Policy, config: Config) -> Config:
 
     Two things stay the run's on purpose: its public batch size and its cap on records. A smaller
     cap would raise the sampling rate that is allowed, a smaller batch the influence of a record.
+
+    An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
+    of its outcome, and what it may cost is in its noise and its number of looks. So the budget is
+    the owner's alone: the ledger counts everything, an experiment's epsilon one experiment.
     """
-    limits, budget = policy.limits, policy.budget
+    limits, budget, trains = policy.limits, policy.budget, config.trial is None
     client, example, masking = config.privacy.client, config.privacy.example, config.masking
-    has_examples = example.enabled or limits.smallest_example_noise > 0
+    has_examples = trains and (example.enabled or limits.smallest_example_noise > 0)
+    asked = config.privacy.budget if trains else budget
     privacy = {
         "delta": min(config.privacy.delta, budget.delta),
         "budget": _with(
             config.privacy.budget,
-            client=min(config.privacy.budget.client, budget.client),
-            example=min(config.privacy.budget.example, budget.example),
+            client=min(asked.client, budget.client),
+            example=min(asked.example, budget.example),
         ),
         "client": _with(
             client,
             enabled=client.enabled or limits.smallest_noise > 0 or not has_examples,
             noise_at=min(client.noise_at, limits.noise_at, key=PLACES.index),
             noise_multiplier=max(client.noise_multiplier, limits.smallest_noise),
-            clip=min(client.clip, limits.largest_clip),
+            clip=min(client.clip, limits.largest_clip) if trains else client.clip,
             bits=max(client.bits, limits.smallest_bits),
             adjacency=budget.client_adjacency,
         ),
@@ -209,7 +214,7 @@ def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
     elif not client.enabled:
         demand = f"asks for client-level noise of {noise:g}"
         yield "privacy.client.enabled", False, noise == 0, demand, "limits.smallest_noise"
-    elif not example.enabled:
+    elif not example.enabled and config.trial is None:
         demand, key = f"asks for {record_noise:g} at example level", "limits.smallest_example_noise"
         yield "privacy.example.enabled", False, record_noise == 0, demand, key
     if client.enabled:
@@ -227,7 +232,9 @@ def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
         if asked:
             given = getattr(config.statistics, name)
             yield _at_least(f"statistics.{name}", given, noise, "limits.smallest_noise")
-    yield _at_most("privacy.client.clip", client.clip, limits.largest_clip, "limits.largest_clip")
+    if config.trial is None:
+        clip, key = limits.largest_clip, "limits.largest_clip"
+        yield _at_most("privacy.client.clip", client.clip, clip, key)
 
 
 def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
@@ -259,13 +266,16 @@ def _work(policy: Policy, config: Config) -> Iterator[_Check]:
 def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     allowed, base, seed = policy.allowed, config.model.base, config.insecure_test_seed
     demand = f"allows {', '.join(allowed.models)}"
-    yield "model.base", base, matches(base, allowed.models), demand, "allowed.models"
+    loads = config.trial is None
+    yield "model.base", base, not loads or matches(base, allowed.models), demand, "allowed.models"
     demand, known = f"allows {', '.join(allowed.servers)}", [one.lower() for one in allowed.servers]
     kept = not known or matches(server.lower(), known)
     yield "server", server, kept, demand, "allowed.servers"
     kept = allowed.statistics or not config.statistics.enabled
     demand, key = "allows no statistics", "allowed.statistics"
     yield "statistics.enabled", config.statistics.enabled, kept, demand, key
+    kept = allowed.statistics or loads
+    yield "ab.arms", list(config.ab.arms), kept, demand, key
     kept = allowed.insecure_test_seed or seed is None
     demand, key = "takes no part in runs that are not private", "allowed.insecure_test_seed"
     yield "insecure_test_seed", seed, kept, demand, key

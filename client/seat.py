@@ -7,7 +7,7 @@ process; everything else is in the vault. **Guarantee**: as `client/home.py`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..common.config import Config
 from ..common.errors import PrivacyError, PrivetError
@@ -72,6 +72,13 @@ class OwnDesk:
 
             return own_records(self.home)
         return self.home.records()
+
+    def outcome(self, _: str) -> float | None:
+        """What the owner's verdicts say of the answers of this device's arm."""
+        from .trial import outcome
+
+        trial = self.config.trial
+        return None if trial is None else outcome(self.home, self.run, trial)
 
     def at_home(self, _: str) -> bytes | None:
         """From the vault."""
@@ -174,6 +181,8 @@ class OwnSeat:
         from .training import Trainer
 
         torch.set_num_threads(threads(self._home.policy.resources))
+        if config.trial is not None:  # nothing is trained: no model is loaded
+            return OwnDesk(self._home, run, config, cast("Trainer", None), number)
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
         return OwnDesk(self._home, run, config, trainer, number)
 
@@ -196,12 +205,20 @@ class OwnSeat:
         self._home.note(f"round {plan.round} of {plan.run}: {reason}")
 
     def finish(self, run: str, adapter: "NDArray[np.float32]") -> None:
-        """Fit the personal head on the run's last adapter, and keep both; or say why not."""
+        """Fit the personal head on the run's last adapter, and keep both; or say why not.
+
+        At the end of an experiment only that it has ended: no arm is in use any more.
+        """
+        from ..common.ab import layout
         from .device import exchange_at
         from .keeping import keep
 
         try:
             desk = self._desk_of(run, NOBODY, begins=False)
+            if desk.config.trial is not None:
+                self._home.refuse_to_keep(run, adapter, layout(desk.config.trial).dimension)
+                self._home.keep(run, {})
+                return
             self._home.refuse_to_keep(run, adapter, exchange_at(desk).state.dimension)
             keep(desk, adapter)
         except PrivetError as refusal:

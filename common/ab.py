@@ -15,9 +15,6 @@ not charged.
 """
 
 import functools
-import hashlib
-import json
-import math
 import tomllib
 from pathlib import Path
 from typing import Literal, Self
@@ -25,14 +22,13 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .blocks import MOST_ARMS
-from .config import Adjacency, Config, MaskingSettings, faults, parse
+from .config import Adjacency, Config, MaskingSettings, TrialSettings, faults, parse
 from .errors import ConfigError
+from .layout import Layout
 
-__all__ = ["AbSettings", "entries", "layout", "norm", "read", "run_settings"]
+__all__ = ["AbSettings", "OnDevices", "layout", "read", "run_settings"]
 
 BITS = 32  # a contribution is a few numbers: the finest grid costs a few bytes
-
-ENTRIES = {"binary": 2, "bounded": 3}
 
 
 class _Settings(BaseModel):
@@ -57,31 +53,32 @@ class Made(_Settings):
     masks: bool = Field(False, description="run the masking protocol; meant for small cohorts")
 
 
-class AbSettings(_Settings):
+class OnDevices(_Settings):
+    """How long real devices are waited for."""
+
+    gather_s: float = Field(30.0, ge=0, description="the first look, for everybody to be there")
+    timeout_s: float = Field(86400.0, gt=0, description="any look, for as many as it needs")
+    answer_s: float = Field(60.0, gt=0, description="a device's answer")
+
+
+class AbSettings(TrialSettings):
     """One experiment: arms, outcome, looks, and what it may cost."""
 
     name: str = Field("ab", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     arms: tuple[str, ...] = Field(("A", "B"), min_length=2, max_length=MOST_ARMS)
-    outcome: Literal["binary", "bounded"] = "binary"
-    low: float = Field(0.0, description="public bounds of an outcome; binary: 0 and 1")
-    high: float = 1.0
     clients: int = Field(2000, ge=2, description="devices asked at each look")
-    looks: int = Field(1, ge=1, le=100, description="planned; the noise is sized for all of them")
-    stop: bool = Field(False, description="take no further look once a difference is found")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of any false difference, all told")
-    spending: Literal["equal", "late"] = Field("equal", description="of alpha over the looks")
     privacy: AbPrivacy = Field(default_factory=AbPrivacy)
     masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    devices: OnDevices = Field(default_factory=OnDevices)
     made: Made = Field(default_factory=Made)
 
+    @property
+    def trial(self) -> TrialSettings:
+        """What devices are told of it."""
+        return TrialSettings(**{name: getattr(self, name) for name in TrialSettings.model_fields})
+
     @model_validator(mode="after")
-    def _no_contradictions(self) -> Self:
-        if len({*self.arms}) < len(self.arms):
-            raise ValueError(f"arms = {list(self.arms)}: expected names that differ")
-        if not self.low < self.high:
-            raise ValueError(f"low = {self.low} must be below high = {self.high}")
-        if self.outcome == "binary" and (self.low, self.high) != (0.0, 1.0):
-            raise ValueError('outcome = "binary" has low = 0 and high = 1; leave both out')
+    def _a_truth_for_each_arm(self) -> Self:
         if len(self.made.means) != len(self.arms):
             raise ValueError(
                 f"made.means = {list(self.made.means)}: expected one for each of the "
@@ -115,20 +112,10 @@ def read(path: Path) -> AbSettings:
     return settings
 
 
-def entries(settings: AbSettings) -> int:
-    """Numbers of one arm."""
-    return ENTRIES[settings.outcome]
-
-
-def norm(settings: AbSettings) -> float:
-    """l2 norm that no contribution exceeds: entries of at most 1, in one arm."""
-    return math.sqrt(entries(settings))
-
-
-def layout(settings: AbSettings) -> str:
-    """Digest of what the numbers mean; the gate compares it with the plan's."""
-    said = ["privet ab", settings.outcome, settings.low, settings.high, *settings.arms]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def layout(settings: TrialSettings) -> Layout:
+    """What the numbers mean; the gate compares its digest with the plan's."""
+    meant = f"{settings.outcome} from {settings.low!r} to {settings.high!r}"
+    return Layout("ab", meant, tuple((arm, (settings.entries,)) for arm in settings.arms))
 
 
 @functools.lru_cache(maxsize=16)
@@ -161,7 +148,7 @@ def run_settings(settings: AbSettings, slack: float = 0.0, ratio: float = 0.0) -
                 "client": {
                     "noise_at": asked.noise_at,
                     "noise_multiplier": multiplier,
-                    "clip": norm(settings),
+                    "clip": settings.norm,
                     "adjacency": asked.adjacency,
                     "bits": BITS,
                 },

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ Task = Literal["auto", "generation", "regression", "classification", "preference
 
 DEVICES = "devices"
 """`data.source` of a run on people's own devices: their records are nobody else's to name."""
+
+_ARM = re.compile(r"[a-z0-9][a-z0-9-]{0,63}(@[0-9]{1,6}(\.[0-9]{1,6}){2})?")
 
 
 class _Settings(BaseModel):
@@ -233,6 +236,46 @@ class SimulationSettings(_Settings):
     )
 
 
+class TrialSettings(_Settings):
+    """An A/B experiment (`common/ab.py`): arms, an outcome for each person, and looks at it."""
+
+    arms: tuple[str, ...] = Field((), max_length=MOST_ARMS, description="empty: no experiment")
+    outcome: Literal["binary", "bounded"] = "binary"
+    low: float = Field(0.0, description="public bounds of an outcome; binary: 0 and 1")
+    high: float = 1.0
+    looks: int = Field(1, ge=1, le=100, description="planned; the noise is sized for all of them")
+    stop: bool = Field(False, description="take no further look once a difference is found")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of any false difference, all told")
+    spending: Literal["equal", "late"] = Field("equal", description="of alpha over the looks")
+    hours: float = Field(0.0, ge=0, description="on devices: with the arms in use, before a look")
+    days: float = Field(30.0, gt=0, le=365, description="on devices: an arm is in use no longer")
+
+    @model_validator(mode="after")
+    def _one_outcome(self) -> Self:
+        if len({*self.arms}) < len(self.arms) or len(self.arms) == 1:
+            raise ValueError(f"arms = {list(self.arms)}: expected names that differ, two at least")
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+        if self.outcome == "binary" and (self.low, self.high) != (0.0, 1.0):
+            raise ValueError('outcome = "binary" has low = 0 and high = 1; leave both out')
+        if self.looks * self.hours > self.days * 24:
+            raise ValueError(
+                f"hours = {self.hours:g} before each of {self.looks} looks is longer than days = "
+                f"{self.days:g}, after which no arm is in use any more"
+            )
+        return self
+
+    @property
+    def entries(self) -> int:
+        """Numbers of one arm: (1, y), or (1, y, y^2)."""
+        return {"binary": 2, "bounded": 3}[self.outcome]
+
+    @property
+    def norm(self) -> float:
+        """l2 norm that no contribution exceeds: entries of at most 1, in one arm."""
+        return math.sqrt(self.entries)
+
+
 class EvaluationSettings(_Settings):
     """Read by the experimenter from simulated devices; no part of it passes the server."""
 
@@ -264,6 +307,7 @@ class Config(_Settings):
     rounds: RoundSettings = Field(default_factory=RoundSettings)
     masking: MaskingSettings = Field(default_factory=MaskingSettings)
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings)
+    ab: TrialSettings = Field(default_factory=TrialSettings)
     head: HeadSettings = Field(default_factory=HeadSettings)
     simulation: SimulationSettings = Field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -303,6 +347,8 @@ class Config(_Settings):
                 "nothing in its place) or replace_one"
             )
         self._refuse_false_claims()
+        if self.trial is not None:
+            self._refuse_wrong_trial(self.trial)
         if self.pairs and self.pairs.score == "head" and self.pairs.length_normalised:
             raise ValueError(
                 "preference.length_normalised = true takes the mean of a likelihood over tokens, "
@@ -363,6 +409,36 @@ class Config(_Settings):
                 "the gradient of A exactly zero, so noise alone would leave; take at least 2"
             )
 
+    def _refuse_wrong_trial(self, trial: TrialSettings) -> None:
+        if self.data.source != DEVICES:
+            raise ValueError(
+                f"ab.arms with data.source = {self.data.source!r}: a run with arms is one on "
+                "devices; `privet ab` simulates an experiment"
+            )
+        odd = [arm for arm in trial.arms if not _ARM.fullmatch(arm)]
+        if odd:
+            raise ValueError(
+                f"ab.arms has {odd[0]!r}: on devices an arm is a template, such as memory or "
+                'memory@1.0.0, or "personal" or "shared"'
+            )
+        client, example = self.privacy.client, self.privacy.example
+        for name, found, wanted in (
+            ("ab.low", trial.low, 0.0),
+            ("ab.high", trial.high, 1.0),
+            ("rounds.count", self.rounds.count, trial.looks),
+            ("privacy.client.enabled", client.enabled, True),
+            ("privacy.client.clip", client.clip, trial.norm),
+            ("privacy.example.enabled", example.enabled, False),
+            ("statistics.enabled", self.statistics.enabled, False),
+        ):
+            if found != wanted:
+                raise ValueError(f"{name} = {found}: an experiment on devices has {wanted}")
+        if client.noise_at == "server":
+            raise ValueError(
+                'privacy.client.noise_at = "server": an outcome leaves no device before its noise; '
+                'take "distributed" or "device"'
+            )
+
     def _refuse_hopeless_masking(self) -> None:
         cohort, masking = self.rounds.cohort, self.masking
         smallest, colluders = self.smallest_sum, masking.colluders(cohort)
@@ -408,8 +484,10 @@ class Config(_Settings):
     @property
     def digest(self) -> str:
         """SHA-256 of everything that decides results; speed settings and the name left out."""
-        # without groups, or pairs, the digest of a run begun before there were any stays valid
-        unused = {"groups": self.groups.count == 1, "preference": not self.pairs}
+        # without groups, pairs or arms, the digest of a run begun before there were any stays valid
+        unused = {
+            "groups": self.groups.count == 1, "preference": not self.pairs, "ab": not self.ab.arms
+        }  # fmt: skip
         left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -423,6 +501,11 @@ class Config(_Settings):
     def pairs(self) -> PreferenceSettings | None:
         """How to learn from pairs of answers; None where records are no pairs."""
         return self.preference if self.data.task == "preference" else None
+
+    @property
+    def trial(self) -> TrialSettings | None:
+        """The A/B experiment that this run is; None where it trains an adapter."""
+        return self.ab if self.ab.arms else None
 
     @property
     def outputs(self) -> int:

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..client.ab import take_part
+from ..client.arm import arm_of
 from ..client.ledger import Ledger
-from ..client.measure import arm_of
 from ..common import noise
 from ..common.ab import AbSettings, run_settings
 from ..common.encoding import unpack

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..client.ab import outcome_vector
-from ..client.measure import arm_of
+from ..client.arm import arm_of
 from ..common import noise
 from ..common.ab import AbSettings
 from ..common.encoding import round_randomly, wrap

@@ -57,28 +57,10 @@ def _file(config: str) -> Path:
 
 
 def _told(facts: Mapping[str, Any]) -> list[str]:
+    from ..server.ab import lines
+
     said = [f"Arms of {facts['settings']['name']}; masks {facts['masks']}"]
-    for look in facts["looks"]:
-        percent = f"{100 * look['level']:.4g} %"
-        said.append(
-            f"look {look['look']}: {look['answered']} devices answered; {percent} intervals"
-        )
-        for arm in look["arms"]:
-            said.append(
-                f"  {arm['arm']:<20} {_value(arm['mean'], arm['interval'])}   "
-                f"devices {arm['devices']:.0f} +- {arm['devices_std']:.1f}"
-            )
-        for one in look["differences"]:
-            verdict = "a difference" if one["found"] else "no difference found"
-            name = f"{one['arm']} - {one['against']}"
-            said.append(f"  {name:<20} {_value(one['difference'], one['interval'])}   {verdict}")
-    return said
-
-
-def _value(value: float | None, interval: list[float] | None) -> str:
-    if value is None or interval is None:
-        return "lost in the noise: too few devices for this epsilon"
-    return f"{value:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
+    return said + [line for look in facts["looks"] for line in lines(look)]
 
 
 def _checked(facts: Mapping[str, Any]) -> list[str]:

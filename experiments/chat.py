@@ -68,9 +68,11 @@ class RunRecorder:
         self.path = folder / "feedback" / f"{name}.jsonl"
 
     def __call__(
-        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None
-    ) -> str:
-        """Keep one; the file's name."""
+        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
+        taken: bool = False,
+    ) -> str:  # fmt: skip
+        """Keep one; the file's name. `taken` is for a device in an experiment."""
+        del taken
         self.path.parent.mkdir(exist_ok=True)
         fields = {"kind": kind, "prompt": prompt, "answer": answer, "over": over,
                   "edited": edited, "time": time.time()}  # fmt: skip

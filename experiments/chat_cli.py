@@ -39,7 +39,9 @@ def chat(
     once: Annotated[
         str | None, typer.Option(metavar="PROMPT", help="Answer this alone, and end.")
     ] = None,
-    template: Annotated[str, typer.Option(help="Of privet prompts list.")] = "memory",
+    template: Annotated[
+        str | None, typer.Option(help="Of privet prompts list; else memory, or your arm's.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="Of sentence vectors; none: search by words.")
     ] = "minilm",
@@ -67,7 +69,7 @@ def chat(
     asked = (
         _own(home, passphrase, run, template, encoder, sampling)
         if device
-        else _simulated(str(run), str(user), template, encoder, sampling)
+        else _simulated(str(run), str(user), template or "memory", encoder, sampling)
     )
     with asked as (assistant, record):
         print(f"ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
@@ -88,8 +90,8 @@ def _simulated(
 
 @contextmanager
 def _own(
-    home: Path | None, passphrase: Path | None, run: str | None, template: str, encoder: str,
-    sampling: "Sampling",
+    home: Path | None, passphrase: Path | None, run: str | None, template: str | None,
+    encoder: str, sampling: "Sampling",
 ) -> Iterator[tuple["Assistant", "Recorder"]]:  # fmt: skip
     import torch
 
@@ -99,4 +101,5 @@ def _own(
 
     with opened(home, passphrase) as found:
         torch.set_num_threads(threads(found.policy.resources))
-        yield assistant_of(found, run, template, encoder, sampling), VaultRecorder(found)
+        assistant = assistant_of(found, run, template, encoder, sampling)
+        yield assistant, VaultRecorder(found, assistant.trial)

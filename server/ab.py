@@ -15,6 +15,7 @@ for the last. More than two arms share a look's part among the differences to th
 """
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -22,13 +23,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.ab import AbSettings, entries, layout, run_settings
+from ..common.ab import AbSettings, layout, run_settings
+from ..common.config import DEVICES, Config, TrialSettings, parse
 from ..common.encoding import decode, unwrap
+from ..common.errors import ConfigError
 from ..common.plan import Plan
 from ..common.rotation import unrotate
 from .rounds import make_plan
 
-__all__ = ["look_plan", "spent_alpha", "sums_of", "told"]
+__all__ = [
+    "device_settings",
+    "lines",
+    "look_plan",
+    "plan_of",
+    "spent_alpha",
+    "sums_of",
+    "told",
+]
 
 SOUND = 10.0
 """Devices over the noise of their count, below which a quotient says nothing."""
@@ -40,12 +51,41 @@ def look_plan(settings: AbSettings, run: str, look: int) -> Plan:
     Raises:
         ConfigError: no noise reaches the epsilon, or too few honest devices are left.
     """
-    start = np.zeros(len(settings.arms) * entries(settings), np.float32)
-    plain = make_plan(run_settings(settings), run, look, layout(settings), start)
-    near = noise.gaussian_closeness(plain.counted_variance, len(start), plain.adders)
+    return plan_of(_sized(settings), settings, run, look)
+
+
+def plan_of(config: Config, settings: TrialSettings, run: str, look: int) -> Plan:
+    """The plan of one look of an experiment whose noise `config` has."""
+    start = np.zeros(layout(settings).dimension, np.float32)
+    return make_plan(config, run, look, layout(settings).digest, start)
+
+
+def _sized(settings: AbSettings) -> Config:
+    plain = plan_of(run_settings(settings), settings, "", 1)
+    dimension = layout(settings).dimension
+    near = noise.gaussian_closeness(plain.counted_variance, dimension, plain.adders)
     # more noise has a finer grid or the same one: the second plan is at least as close
-    config = run_settings(settings, near.slack, near.ratio)
-    return make_plan(config, run, look, layout(settings), start)
+    return run_settings(settings, near.slack, near.ratio)
+
+
+def device_settings(settings: AbSettings, enrolled: int) -> Config:
+    """The experiment as a run on devices: what they are offered, and what they agree to.
+
+    Raises:
+        ConfigError: an arm no device knows, other bounds than 0 and 1, too few enrolled.
+    """
+    if enrolled < settings.clients:
+        raise ConfigError(
+            f"clients = {settings.clients}, but {enrolled} devices are enrolled; ask fewer, or "
+            "enrol more"
+        )
+    table = _sized(settings).model_dump(mode="json", exclude_none=True)
+    times = settings.devices
+    table["data"] |= {"source": DEVICES, "clients": enrolled}
+    table["ab"] = settings.trial.model_dump(mode="json")
+    table["rounds"] |= {"gather_s": times.gather_s, "timeout_s": times.timeout_s,
+                        "answer_timeout_s": times.answer_s}  # fmt: skip
+    return parse(table, source=f"the experiment {settings.name}")
 
 
 def sums_of(total: NDArray[np.uint32], plan: Plan) -> NDArray[np.float64]:
@@ -54,7 +94,7 @@ def sums_of(total: NDArray[np.uint32], plan: Plan) -> NDArray[np.float64]:
     return unrotate(sums, plan.start) if plan.rotated else sums
 
 
-def spent_alpha(settings: AbSettings, look: int) -> float:
+def spent_alpha(settings: TrialSettings, look: int) -> float:
     """The part of alpha that one look may spend; over all looks they add up to alpha.
 
     >>> settings = AbSettings(looks=4, spending="late")
@@ -78,7 +118,7 @@ def told(
     sums: NDArray[np.float64],
     plan: Plan,
     answered: int,
-    settings: AbSettings,
+    settings: TrialSettings,
     alpha: float | None = None,
 ) -> dict[str, Any]:
     """What one look says.
@@ -102,7 +142,7 @@ def told(
     spread = plan.step * math.sqrt(answered * (plan.variance + 0.25))  # 1/4: randomised rounding
     half = (settings.high - settings.low) / 2
     arms: list[dict[str, Any]] = []
-    for name, row in zip(settings.arms, sums.reshape(-1, entries(settings)), strict=True):
+    for name, row in zip(settings.arms, sums.reshape(-1, settings.entries), strict=True):
         mean, error = _mean(row, spread)
         shown = None if mean is None else settings.low + half * (mean + 1)
         scaled = None if error is None else half * error
@@ -148,3 +188,27 @@ def _around(value: float | None, error: float | None, reach: float) -> list[floa
     if value is None or error is None:
         return None
     return [value - reach * error, value + reach * error]
+
+
+def lines(look: Mapping[str, Any]) -> list[str]:
+    """What `told` found, as a person reads it."""
+    said = [
+        f"look {look['look']}: {look['answered']} devices answered; "
+        f"{100 * look['level']:.4g} % intervals"
+    ]
+    for arm in look["arms"]:
+        said.append(
+            f"  {arm['arm']:<20} {_value(arm['mean'], arm['interval'])}   "
+            f"devices {arm['devices']:.0f} +- {arm['devices_std']:.1f}"
+        )
+    for one in look["differences"]:
+        verdict = "a difference" if one["found"] else "no difference found"
+        name = f"{one['arm']} - {one['against']}"
+        said.append(f"  {name:<20} {_value(one['difference'], one['interval'])}   {verdict}")
+    return said
+
+
+def _value(value: float | None, interval: list[float] | None) -> str:
+    if value is None or interval is None:
+        return "lost in the noise: too few devices for this epsilon"
+    return f"{value:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"

@@ -1,4 +1,4 @@
-"""Flower's edge at the server: `run_rounds` with a `Grid` for its wire. No logic."""
+"""Flower's edge at the server: a run with a `Grid` for its wire. No logic."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,15 +12,14 @@ from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from ..common import config as settings
-from ..common.adapter import exchanged, shared
 from ..common.config import DEVICES
 from ..common.errors import ConfigError
 from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
 from .exchange import addressed, exchange
-from .rounds import Reply, Show, run_rounds
-from .saving import save
+from .rounds import Reply, Show
+from .runs import whole
 from .serving import alone
 
 app = ServerApp()
@@ -45,7 +44,6 @@ def main(grid: Grid, context: Context) -> None:
 def serve(grid: Grid, folder: Path, show: Show) -> None:
     """All rounds of the run in `folder`; at the end the adapter is there as a PEFT folder."""
     config = settings.read(folder / "config.toml")
-    adapter, sent = shared(config), exchanged(config)
     run = (folder / "run-id").read_text().strip()
     text = (folder / "config.toml").read_text("utf-8")
     offer = {"version": version("privet"), "run": run, "config": text}
@@ -69,7 +67,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         if phase in WITH_ADAPTER:
             common["adapter"] = ArrayRecord({"vector": Array(start)})
         limit = config.rounds.timeout_s
-        if phase not in WITH_ADAPTER:
+        if phase not in WITH_ADAPTER or config.trial is not None:  # which trains nothing
             limit = min(limit, config.rounds.answer_timeout_s)
         outgoing = []
         for number, message in messages.items():
@@ -79,15 +77,13 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         for message in exchange(grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
-    final = run_rounds(
-        ask, config, run, sent.state.digest, sent.start, folder, show, crowd.present, sent,
-    )  # fmt: skip
-    save(adapter, sent, final, folder)
+    final = whole(ask, config, run, folder, show, crowd.present, crowd.greet)
     if config.data.source == DEVICES:
         content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
-        ends = [addressed(content, node, "query.keep", config.rounds.timeout_s) for node in nodes]
-        for _ in exchange(grid, ends, config.rounds.timeout_s):
+        limit = config.rounds.timeout_s if config.trial is None else config.rounds.answer_timeout_s
+        ends = [addressed(content, node, "query.keep", limit) for node in nodes]
+        for _ in exchange(grid, ends, limit):
             pass
 
 

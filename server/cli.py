@@ -1,4 +1,4 @@
-"""`privet server`: init, enrol, up, run, status.
+"""`privet server`: init, enrol, up, run, ab, status.
 
 Heavy imports wait inside the functions, so that `privet server status` answers at once.
 """
@@ -145,29 +145,68 @@ def run(
 ) -> None:
     """Start a run with the enrolled devices, follow it, a line a round, and write its report."""
     from ..common.config import read
-    from . import control, setup
+    from . import setup
 
-    server = setup.load(folder)
-    settings = prepare(server, read(config, set_ or []), resume=resume)
-    place = server.folder / "runs" / settings.name
+    server, settings = setup.load(folder), read(config, set_ or [])
+    if settings.trial is not None:
+        raise ConfigError(
+            f"{config} has arms: `privet server ab` runs an experiment, from a file with its arms, "
+            "looks and epsilon"
+        )
+    settings = prepare(server, settings, resume=resume)
     for warning in settings.warnings():
         print(f"warning: {warning}", file=sys.stderr)
+    place = _followed(server, settings, f"privet server run {folder} {config} --resume")
+    if callable(context.obj):
+        context.obj(place)
+
+
+@app.command("ab")
+def ab(
+    folder: _Folder,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the one there is.")] = False,
+) -> None:
+    """Compare templates, or heads, on the enrolled devices: noised sums, keyed arms, paid looks."""
+    from ..common.ab import read
+    from ..common.keys import read_directory
+    from . import setup
+    from .ab import device_settings
+
+    server, settings = setup.load(folder), read(config)
+    enrolled = len(read_directory(server.folder / "directory").known)
+    run = prepare(server, device_settings(settings, enrolled), resume=resume)
+    place = _followed(server, run, f"privet server ab {folder} {config} --resume")
+    asked = settings.privacy
+    print(
+        f"a device that took part in all {settings.looks} looks has spent at most epsilon "
+        f"{asked.epsilon:g} at delta {asked.delta:g}, client-level, {asked.adjacency}, against the "
+        f"analyst and the server; its own ledger says what it did spend (privet client budget)"
+    )
+    print(f"{place / LOG} has every number")
+
+
+def _followed(server: "Server", settings: "Config", again: str) -> Path:
+    """A prepared run, started or found going, shown until it ends; its folder."""
+    from . import control
+
+    place = server.folder / "runs" / settings.name
     going = _going(server, place)
     flower = going if going is not None else control.start_run(server, place)
+    what = "rounds" if settings.trial is None else "looks"
     print(
-        f"run {settings.name}: {settings.rounds.count} rounds of {settings.rounds.cohort} devices"
+        f"run {settings.name}: {settings.rounds.count} {what} of {settings.rounds.cohort} devices"
     )
     try:
         follow(server, place, flower, settings.rounds.count, print)
     except KeyboardInterrupt:
         print(
-            f"\nThe run goes on without this command. Look: privet server status {folder}\n"
-            f"Follow it again: privet server run {folder} {config} --resume",
+            "\nThe run goes on without this command. Look: privet server status "
+            f"{server.folder}\nFollow it again: {again}",
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    if callable(context.obj):
-        context.obj(place)
+    return place
 
 
 @app.command("status")
@@ -325,8 +364,12 @@ def _resolved(server: "Server", config: "Config") -> "Config":
 
 def _try_out(config: "Config") -> None:
     from ..common.adapter import exchanged
+    from .ab import plan_of
     from .rounds import make_plan
 
+    if config.trial is not None:
+        plan_of(config, config.trial, config.name, 1)
+        return
     sent = exchanged(config)
     make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
 
@@ -358,6 +401,8 @@ def follow(
         records = read_lines(place / LOG)  # after the status: the last round is never missed
         for record in records[shown:]:
             show(_line(record, count))
+            for line in _arms(record):
+                show(line)
         failures = 0 if len(records) > shown else failures
         shown = len(records)
         if now is not None and now.status == "completed":
@@ -373,7 +418,7 @@ def follow(
             flower = _again(server, place, flower, failures, show)
             silent = 0.0
         time.sleep(LOOK_S)
-    show(f"done: {place / 'adapter'}")
+    show(f"done: {place / 'adapter' if (place / 'adapter').exists() else place}")
 
 
 def _ended(place: Path, run: "Run", refused: str) -> StateError:
@@ -549,3 +594,12 @@ def _line(record: Mapping[str, Any], count: int) -> str:
     if record["void"]:
         text += "  void: too few, nothing was revealed"
     return text + (f"  {record['seconds']:.1f} s" if "seconds" in record else "")
+
+
+def _arms(record: Mapping[str, Any]) -> list[str]:
+    """What an experiment's look said; nothing for a round of training."""
+    if "look" not in record:
+        return []
+    from .ab import lines
+
+    return lines(record["look"])

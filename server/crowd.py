@@ -63,7 +63,7 @@ class Crowd:
         gather_s = config.rounds.gather_s
         limit_s = max(gather_s, config.rounds.timeout_s)
         while True:
-            found = self._look()
+            found = self.greet()
             waited = time.monotonic() - began
             # a device that was here a round ago is not waited for again
             if len(found) >= wanted or (len(found) >= least and (self._begun or waited > gather_s)):
@@ -77,7 +77,8 @@ class Crowd:
                 )
             time.sleep(POLL_S)
 
-    def _look(self) -> list[int]:
+    def greet(self) -> list[int]:
+        """Says hello to who has not accepted yet; who is online and has, ascending."""
         online = set(self.online())
         known = set(self.accepted.values())
         owners = {identity: number for number, identity in self.directory.known.items()}

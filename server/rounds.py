@@ -39,7 +39,7 @@ from .cohort import draw
 from .sizing import size, sized_block
 from .statistics import told
 
-__all__ = ["PLANS", "Reply", "make_plan", "masked_sum", "run_rounds"]
+__all__ = ["PLANS", "Reply", "make_plan", "masked_sum", "run_rounds", "summed"]
 
 Vector = NDArray[np.float32]
 
@@ -109,22 +109,13 @@ def run_rounds(
         cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter, exchange)
         size = len(state.adapter) if exchange is None else exchange.released(number).dimension
-        _announce(folder, cohort, plan, size)
-        phases: dict[str, float] = {}
-        total, came, counts = _sum(_timed(ask, phases), cohort, plan, state.adapter, folder, size)
-        record: dict[str, Any] = {
-            "round": number,
-            "asked": len(cohort),
-            **counts,
-            "who": {"asked": cohort, "came": came},
-            "void": total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9,
-        }
-        if total is None or record["void"]:
+        total, record, phases = summed(ask, config, cohort, plan, state.adapter, folder, size)
+        if total is None:
             state = State(number, state.adapter, state.optimizer)
         else:
             mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
             if plan.blocks:
-                record["statistics"] = told(sums, plan, counts["answered"])
+                record["statistics"] = told(sums, plan, record["answered"])
             adapter, memory, said = _step(config, exchange, number, state, mean)
             record |= said
             _refuse_overflow(number, adapter)
@@ -138,6 +129,35 @@ def run_rounds(
         _keep(folder, config, run, layout, state, record)
         show(record)
     return state.adapter
+
+
+def summed(
+    ask: Ask,
+    config: Config,
+    cohort: Sequence[int],
+    plan: Plan,
+    start: Vector,
+    folder: Path,
+    dimension: int,
+) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
+    """Ask a cohort for one round, or one look, of `dimension` numbers.
+
+    Returns:
+        The sum mod 2**bits, None for a void round; what the round's record begins with; seconds of
+        each phase.
+    """
+    _announce(folder, cohort, plan, dimension)
+    phases: dict[str, float] = {}
+    total, came, counts = _sum(_timed(ask, phases), cohort, plan, start, folder, dimension)
+    void = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
+    record: dict[str, Any] = {
+        "round": plan.round,
+        "asked": len(cohort),
+        **counts,
+        "who": {"asked": list(cohort), "came": came},
+        "void": void,
+    }
+    return None if void else total, record, phases
 
 
 def _step(

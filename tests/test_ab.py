@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from privet.client import ab as device
 from privet.client.ledger import Ledger
-from privet.common.ab import AbSettings, Made, entries, norm, read, run_settings
+from privet.common.ab import AbSettings, Made, read, run_settings
 from privet.common.accounting import epsilon
 from privet.common.encoding import unpack
 from privet.common.errors import DataError, RoundVoid, RunExists
@@ -46,10 +46,10 @@ def ledger(tmp_path):
 def test_a_contribution_fills_its_own_arm_and_never_passes_its_public_norm(kind, arm, outcome):
     settings = three_arms(kind)
     outcome = float(outcome > 0.5) if kind == "binary" else outcome
-    rows = device.outcome_vector(settings, arm, outcome).reshape(3, entries(settings))
+    rows = device.outcome_vector(settings, arm, outcome).reshape(3, settings.entries)
     assert rows[arm, 0] == 1
     assert not np.delete(rows, arm, axis=0).any()
-    assert np.linalg.norm(rows.astype(np.float64)) <= norm(settings) * (1 + 1e-12)
+    assert np.linalg.norm(rows.astype(np.float64)) <= settings.norm * (1 + 1e-12)
     assert np.abs(rows).max() <= 1
 
 
@@ -87,7 +87,7 @@ def test_the_vectorised_sum_is_the_gates_sum_bit_for_bit(ledger, kind):
     arms = rng.integers(3, size=settings.clients)
     found = ab.outcomes(settings, arms, rng)
     found[::5] = np.nan
-    length = 3 * entries(settings)
+    length = 3 * settings.entries
     total = np.zeros(length, np.uint32)
     for number, (arm, outcome) in enumerate(zip(arms, found, strict=True)):
         payload = device.take_part(

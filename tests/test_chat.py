@@ -144,11 +144,14 @@ class Kept:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, str, str | None, str | None]] = []
+        self.taken: list[bool] = []
 
     def __call__(
-        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None
-    ) -> int:
+        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
+        taken: bool = False,
+    ) -> int:  # fmt: skip
         self.seen.append((kind, prompt, answer, over, edited))
+        self.taken.append(taken)
         return len(self.seen)
 
 
@@ -170,6 +173,7 @@ def test_verdicts_name_the_answer_they_are_about(llama_folder, capsys):
         ("reject", "ba da", personal, None, None),
         ("edit", "ba da", personal, None, "ga ga"),
     ]
+    assert kept.taken == [True, False, False, False]
     assert said[5]["retrieved"] == said[0]["from"]["retrieved"]
     assert said[6]["prompt"] == ":quit is a prompt"
     assert len(said) == 7

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privet.client.app import app
+from privet.client.arm import arm_of
 from privet.client.device import Bench, Device, take_part
-from privet.client.measure import Measured, arm_of, arms_block, gains_block, measure_of, measured
+from privet.client.measure import Measured, arms_block, gains_block, measure_of, measured
 from privet.client.release import charges, release
 from privet.client.training import train
 from privet.common.accounting import Charge, epsilon

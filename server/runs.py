@@ -1,0 +1,30 @@
+"""A run from its folder: rounds that train an adapter, or the looks of an A/B experiment."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..common.adapter import exchanged, shared
+from ..common.config import Config
+from .looks import run_looks
+from .rounds import Ask, Present, Show, Vector, run_rounds
+from .saving import save
+
+__all__ = ["whole"]
+
+
+def whole(
+    ask: Ask,
+    config: Config,
+    run: str,
+    folder: Path,
+    show: Show,
+    present: Present,
+    greet: Callable[[], object],
+) -> Vector:
+    """All of it; what devices are told at the end. A trained adapter is then a PEFT folder."""
+    if config.trial is not None:
+        return run_looks(ask, config, config.trial, run, folder, show, present, greet)
+    adapter, sent = shared(config), exchanged(config)
+    final = run_rounds(ask, config, run, sent.state.digest, sent.start, folder, show, present, sent)
+    save(adapter, sent, final, folder)
+    return final

@@ -1,0 +1,380 @@
+"""An A/B experiment on people's own devices: offered, agreed to, answered, paid for, told.
+
+The server is `server/app.py` over a grid in memory, the devices are four homes with their vaults.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privet.client import feedback, trial
+from privet.client.arm import arm_of
+from privet.client.home import ME, Home
+from privet.client.seat import OwnSeat
+from privet.common.ab import AbSettings, layout
+from privet.common.accounting import epsilon
+from privet.common.config import Config, to_toml
+from privet.common.encoding import decode, unpack, unwrap
+from privet.common.errors import ConfigError, PrivacyError, ProtocolError, StateError
+from privet.common.files import read_lines
+from privet.common.plan import Plan
+from privet.server import ab, looks, rounds
+
+from .test_seat import (
+    PEOPLE,
+    PHASES,
+    RUN,
+    World,
+    agree,
+    allow,
+    cheap,
+    declined,
+    everything_sent,
+    hello,
+    homes_of_four,
+    keys,
+)
+
+__all__ = ["cheap", "homes_of_four"]
+
+EPSILON = 8.0
+
+
+def experiment(**changes: Any) -> AbSettings:
+    table: dict[str, Any] = {
+        "name": "templates",
+        "arms": ["memory", "notes"],
+        "outcome": "bounded",
+        "clients": PEOPLE,
+        "privacy": {"epsilon": EPSILON},
+        "masking": {"smallest_cohort": 3, "colluding": 0.0},
+        "devices": {"timeout_s": 0.5, "gather_s": 0.1, "answer_s": 30.0},
+    }
+    return AbSettings.model_validate({**table, **changes})
+
+
+def config_of(**changes: Any) -> Config:
+    return ab.device_settings(experiment(**changes), PEOPLE)
+
+
+def owners_who_agree(world: World, homes: list[Home]) -> None:
+    for home in homes:
+        allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+        agree(home, world.config)
+
+
+@pytest.fixture
+def world(tmp_path: Path, homes_of_four: list[Home]) -> World:
+    """Four devices whose owners have agreed to an experiment with two looks."""
+    made = World(tmp_path / "run", config_of(looks=2), [OwnSeat(home) for home in homes_of_four])
+    owners_who_agree(made, homes_of_four)
+    return made
+
+
+def judged(home: Home, *taken: bool, run: str = RUN) -> None:
+    """Verdicts on answers of the arm."""
+    feedback.add(
+        home,
+        [feedback.Verdict("accept" if one else "reject", "ba", "be", time=1.0, run=run, taken=one)
+         for one in taken],
+    )  # fmt: skip
+
+
+def plan_of(config: Config, look: int = 1, **changes: Any) -> Plan:
+    return dataclasses.replace(ab.plan_of(config, config.ab, RUN, look), **changes)
+
+
+# --- a whole experiment ----------------------------------------------------------------------------
+
+
+def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released(
+    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+):
+    judged(homes_of_four[0], True, True, True, False)
+    judged(homes_of_four[1], False)
+    judged(homes_of_four[2], True, run="another experiment")
+    opened: list[Any] = []
+    real = rounds.masked_sum
+
+    def watched(*given: Any) -> Any:
+        opened.append((given[2], real(*given)))
+        return opened[-1][1]
+
+    monkeypatch.setattr(rounds, "masked_sum", watched)
+    shown = world.serve()
+    assert [(one["answered"], one["declined"], one["void"]) for one in shown] == [(4, 0, False)] * 2
+    plan, (total, *_) = opened[-1]
+    length = layout(world.config.ab).dimension
+    gates = [home.ledger.resend(ME, RUN, 2, plan.digest) for home in homes_of_four]
+    plain = sum(unpack(gate or b"", length, plan.bits).astype(np.int64) for gate in gates)
+    assert np.array_equal(plain % 2**plan.bits, total.astype(np.int64) % 2**plan.bits)
+    sums = ab.sums_of(total, plan)
+    assert shown[1]["look"] == ab.told(sums, plan, 4, world.config.ab)
+    for home in homes_of_four:
+        assert home.ledger.participations(ME) == 2
+        assert [(one.round, one.phase) for one in home.outbox()] == [
+            (number, phase) for number in (1, 2) for phase in PHASES
+        ]
+        assert all(len(home.payload(one.seq) or b"") == one.bytes for one in home.outbox())
+        assert home.vault.names("adapters/") == home.vault.names("heads/") == []
+        assert trial.current(home) is None  # it has ended, and so has the arm
+
+
+def test_the_outcome_is_in_the_slots_of_the_own_arm_and_leaves_with_noise_only(
+    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+):
+    from privet.client import ab as device
+
+    for home in homes_of_four:
+        judged(home, True, True, True, False)
+    homes_of_four[3].vault.put_all(dict.fromkeys(homes_of_four[3].vault.names("feedback/")))
+    given: list[Any] = []
+    real = device.release
+
+    def gate(vector: Any, *more: Any) -> bytes:
+        given.append((vector, more[1], real(vector, *more)))
+        return given[-1][2]
+
+    monkeypatch.setattr(device, "release", gate)
+    world.serve()
+    assert len(given) == 2 * PEOPLE
+    for home, (vector, plan, left) in zip(homes_of_four, given[:PEOPLE], strict=True):
+        place = arm_of(home.identity.seed, RUN, 2)
+        wanted = np.zeros((2, 3))
+        if home is not homes_of_four[3]:
+            wanted[place] = 1, 0.5, 0.25
+        assert np.array_equal(vector.reshape(2, 3), wanted)
+        noise = decode(unwrap(unpack(left, 6, plan.bits), plan.bits), plan.step) - vector
+        assert np.abs(noise).min() > 0
+        assert np.abs(noise).max() > plan.step
+
+
+def test_every_look_is_in_the_ledger_and_all_together_cost_the_epsilon(
+    world: World, homes_of_four: list[Home]
+):
+    world.serve()
+    for home in homes_of_four:
+        rows = home.ledger.rows(ME)
+        assert [(row.run, row.round) for row in rows] == [(RUN, 1), (RUN, 2)]
+        for against in ("analyst", "server"):
+            spent = [one for row in rows for one in row.charges if one.against == against]
+            assert {one.unit for one in spent} == {"client"}
+            assert 0.95 * EPSILON < epsilon(spent, 1e-5) <= EPSILON
+
+
+def test_an_experiment_that_has_found_a_difference_takes_no_further_look(
+    tmp_path: Path, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of(looks=3, stop=True)
+    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    owners_who_agree(world, homes_of_four)
+    real = ab.told
+
+    def found(*given: Any) -> Any:
+        said = real(*given)
+        said["differences"][0]["found"] = said["look"] == 2
+        return said
+
+    monkeypatch.setattr(looks.ab, "told", found)
+    assert [one["round"] for one in world.serve()] == [1, 2]
+    assert world.serve() == []
+    assert [home.ledger.participations(ME) for home in homes_of_four] == [2] * PEOPLE
+
+
+def test_a_look_waits_for_its_time_also_when_the_server_was_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now, greeted = [1000.0], [0]
+    monkeypatch.setattr(looks.time, "time", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 1100 and greeted[0] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(looks.time, "sleep", sleep)
+
+    def greet() -> None:
+        greeted[0] += 1
+
+    with pytest.raises(KeyboardInterrupt):
+        looks._wait(tmp_path, 1, 0.1, greet)
+    looks._wait(tmp_path, 1, 0.1, greet)
+    assert now[0] == 1000 + 360
+    looks._wait(tmp_path, 2, 0.1, greet)
+    assert now[0] == 1000 + 720
+    assert [one["look"] for one in read_lines(tmp_path / looks.DUE)] == [1, 2]
+
+
+# --- what the owner allows -------------------------------------------------------------------------
+
+
+def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: list[Home]):
+    world = World(tmp_path / "run", config_of(), [OwnSeat(home) for home in homes_of_four])
+    for home in homes_of_four:
+        allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+    with pytest.raises(StateError, match="have accepted the run, and 0 of 4"):
+        world.serve()
+    for home in homes_of_four:
+        assert home.outbox() == []
+        assert "waits for your yes" in str(home.last_note)
+        assert trial.current(home) is None
+
+
+def test_a_budget_that_is_spent_declines_the_look_and_the_owners_no_ends_it(
+    world: World, homes_of_four: list[Home]
+):
+    allow(homes_of_four[0], "client = 10.0", f"client = {0.7 * EPSILON}")
+    shown = world.serve()
+    assert [(one["answered"], one["declined"]) for one in shown] == [(4, 0), (3, 1)]
+    first = homes_of_four[0]
+    assert first.ledger.participations(ME) == 1
+    assert everything_sent(first) == [f"1 {phase}" for phase in PHASES]
+    (left_out,) = first.ledger.declined(ME)
+    assert (left_out.round, "budget" in left_out.reason) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("smallest_noise = 0.5", "smallest_noise = 5.0", "limits.smallest_noise"),
+        ("smallest_cohort = 3", "smallest_cohort = 5", "limits.smallest_cohort"),
+        ("statistics = true", "statistics = false", "allowed.statistics"),
+        ('client_adjacency = "add_remove"', 'client_adjacency = "zero_out"', "client_adjacency"),
+        ("smallest_survivors = 0.6", "smallest_survivors = 0.9", "limits.smallest_survivors"),
+        ("ask = false", "ask = true", ""),
+    ],
+)
+def test_what_is_laxer_than_the_policy_is_not_even_begun(
+    tmp_path: Path, homes_of_four: list[Home], before: str, after: str, reason: str
+):
+    config = config_of()
+    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    home = homes_of_four[0]
+    allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+    allow(home, "ask = true", "ask = false")
+    assert hello(world, 0, config)
+    assert not declined(keys(world, 0, plan_of(config)))
+    allow(home, before, after)
+    if not reason:  # the yes stands
+        assert hello(world, 0, config)
+        return
+    assert hello(world, 0, config) is False
+    assert reason in str(home.last_note)
+    assert declined(keys(world, 0, plan_of(config, attempt=2)))
+
+
+def test_what_training_is_limited_by_is_no_reason_to_refuse_an_experiment(
+    homes_of_four: list[Home],
+):
+    """No gradient, no clip in units of an adapter, no model: the default policy has all three."""
+    home, config = homes_of_four[0], config_of(privacy={"epsilon": 1.0})
+    allow(home, "smallest_example_noise = 0.0", "smallest_example_noise = 0.5")
+    path = home.folder / "policy.toml"
+    path.write_text(path.read_text().replace('"smollm2-135m-instruct"', '"nothing"'))
+    agree(home, config)
+    assert home.taking_part(RUN, begins=True).config == config
+
+
+LAXER: tuple[dict[str, Any], ...] = (
+    {"clip": 2.0}, {"variance": 0.0}, {"survivors": 2}, {"round": 3}, {"attempt": 10**6},
+    {"noise_at": "server", "survivors": 0, "colluders": 0}, {"bits": 8}, {"run": "never offered"},
+    {"record_clip": 1.0, "record_noise": 1.0}, {"cohort": 2, "survivors": 2},
+    {"gains_bound": 1.0, "gains_variance": 1e6},
+)  # fmt: skip
+
+
+def test_a_plan_that_asks_for_more_than_the_owner_agreed_to_is_declined(
+    world: World, homes_of_four: list[Home]
+):
+    for changes in LAXER:
+        left = answered_alone(world, 0, plan_of(world.config, **changes))
+        assert "vector" not in left, changes
+    assert homes_of_four[0].ledger.participations(ME) == 0
+
+
+def answered_alone(world: World, number: int, plan: Plan) -> list[str]:
+    """The phases that a device answers to a server that has nobody else."""
+    seat = world.seats[number]
+    left = []
+    if not declined(keys(world, number, plan)):
+        left.append("keys")
+        from privet.client import device as devices
+
+        try:
+            devices._contribution(seat.device(plan, number, False), plan, np.zeros(6, np.float32))
+            left.append("vector")
+        except (PrivacyError, ProtocolError):
+            pass
+    return left
+
+
+def test_the_layout_of_another_experiment_is_refused_by_the_gate(
+    world: World, homes_of_four: list[Home]
+):
+    other = layout(experiment(arms=["memory", "portrait"])).digest
+    assert answered_alone(world, 0, plan_of(world.config, layout=other)) == ["keys"]
+    assert answered_alone(world, 0, plan_of(world.config, attempt=2)) == ["keys", "vector"]
+    assert homes_of_four[0].ledger.participations(ME) == 1
+
+
+def test_a_look_asked_again_is_not_paid_twice_and_the_ledger_says_it_was_asked(
+    world: World, tmp_path: Path, homes_of_four: list[Home]
+):
+    world.serve()
+    before = [everything_sent(home) for home in homes_of_four]
+    again = World(tmp_path / "again", world.config, world.seats)  # a server without a memory
+    (again.folder / "attempts").write_text("50")
+    shown = again.serve()
+    assert [(one["answered"], one["declined"], one["void"]) for one in shown] == [(0, 4, True)] * 2
+    assert all("look" not in one for one in shown)
+    for home, sent in zip(homes_of_four, before, strict=True):
+        assert everything_sent(home) == sent
+        assert home.ledger.participations(ME) == 2
+        reasons = [one.reason for one in home.ledger.declined(ME)]
+        assert len(reasons) == 2
+        assert all("answered before" in reason for reason in reasons)
+
+
+def test_too_few_devices_open_nothing_and_nothing_is_told(world: World, homes_of_four: list[Home]):
+    for home in homes_of_four[:2]:
+        allow(home, "client = 10.0", "client = 0.01")
+    shown = world.serve()
+    assert [(one["void"], "look" in one) for one in shown] == [(True, False)] * 2
+    assert [home.ledger.participations(ME) for home in homes_of_four] == [0] * PEOPLE
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"arms": ["A", "B"]}, "an arm is a template"),
+        ({"arms": ["memory@1", "notes"]}, "an arm is a template"),
+        ({"low": 1.0, "high": 5.0, "made": {"means": (2.0, 3.0)}}, "ab.low"),
+        ({"clients": 5}, "4 devices are enrolled"),
+    ],
+)
+def test_what_devices_cannot_take_part_in_is_said(changes: dict[str, Any], sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        config_of(**changes)
+
+
+def test_the_noise_of_the_offer_is_the_epsilons_and_not_a_share_less():
+    config = config_of(looks=3)
+    assert config.rounds.count == 3
+    assert config.privacy.client.clip == math.sqrt(3)
+    plan = plan_of(config)
+    total = math.sqrt(plan.counted_variance) * plan.step
+    assert total >= config.privacy.client.noise_multiplier * math.sqrt(3) * (1 - 1e-9)
+    assert to_toml(config).count("memory") == 1
+
+
+def test_hours_that_outlast_the_days_are_a_contradiction():
+    with pytest.raises(ValueError, match="longer than days"):
+        experiment(hours=24.0, looks=3, days=2.0)
