@@ -293,9 +293,12 @@ class Fleet:
         """`privet server run`, started."""
         path = self.folder / f"{config.name}.toml"
         path.write_text(to_toml(config))
-        command = [sys.executable, "-c", ENTRY, "server", "run", str(self.server.folder), str(path)]
+        return self.privet("server", "run", str(self.server.folder), str(path), *more)
+
+    def privet(self, *words: str) -> "subprocess.Popen[str]":
+        """A command, started."""
         process = subprocess.Popen(
-            [*command, *more],
+            [sys.executable, "-c", ENTRY, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -14,6 +14,7 @@ import pytest
 from privet.client import feedback, trial
 from privet.client.arm import arm_of
 from privet.client.home import ME, Home
+from privet.client.release import release
 from privet.client.seat import OwnSeat
 from privet.common.ab import AbSettings, layout
 from privet.common.accounting import epsilon
@@ -88,7 +89,7 @@ def plan_of(config: Config, look: int = 1, **changes: Any) -> Plan:
     return dataclasses.replace(ab.plan_of(config, config.ab, RUN, look), **changes)
 
 
-# --- a whole experiment ----------------------------------------------------------------------------
+# --- a whole experiment --------------------------------------------------------------------------
 
 
 def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released(
@@ -127,19 +128,17 @@ def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released
 def test_the_outcome_is_in_the_slots_of_the_own_arm_and_leaves_with_noise_only(
     world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
 ):
-    from privet.client import ab as device
-
     for home in homes_of_four:
         judged(home, True, True, True, False)
     homes_of_four[3].vault.put_all(dict.fromkeys(homes_of_four[3].vault.names("feedback/")))
     given: list[Any] = []
-    real = device.release
 
     def gate(vector: Any, *more: Any) -> bytes:
-        given.append((vector, more[1], real(vector, *more)))
-        return given[-1][2]
+        left = release(vector, *more)
+        given.append((vector, more[1], left))
+        return left
 
-    monkeypatch.setattr(device, "release", gate)
+    monkeypatch.setattr("privet.client.ab.release", gate)
     world.serve()
     assert len(given) == 2 * PEOPLE
     for home, (vector, plan, left) in zip(homes_of_four, given[:PEOPLE], strict=True):
@@ -179,7 +178,7 @@ def test_an_experiment_that_has_found_a_difference_takes_no_further_look(
         said["differences"][0]["found"] = said["look"] == 2
         return said
 
-    monkeypatch.setattr(looks.ab, "told", found)
+    monkeypatch.setattr("privet.server.ab.told", found)
     assert [one["round"] for one in world.serve()] == [1, 2]
     assert world.serve() == []
     assert [home.ledger.participations(ME) for home in homes_of_four] == [2] * PEOPLE
@@ -189,14 +188,14 @@ def test_a_look_waits_for_its_time_also_when_the_server_was_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     now, greeted = [1000.0], [0]
-    monkeypatch.setattr(looks.time, "time", lambda: now[0])
+    monkeypatch.setattr("privet.server.looks.time.time", lambda: now[0])
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
         if now[0] > 1100 and greeted[0] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(looks.time, "sleep", sleep)
+    monkeypatch.setattr("privet.server.looks.time.sleep", sleep)
 
     def greet() -> None:
         greeted[0] += 1
@@ -210,7 +209,7 @@ def test_a_look_waits_for_its_time_also_when_the_server_was_started_again(
     assert [one["look"] for one in read_lines(tmp_path / looks.DUE)] == [1, 2]
 
 
-# --- what the owner allows -------------------------------------------------------------------------
+# --- what the owner allows -----------------------------------------------------------------------
 
 
 def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: list[Home]):
