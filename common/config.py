@@ -524,9 +524,9 @@ class Config(_Settings):
             )
         if not self.privacy.client.enabled:
             found.append("privacy.client.enabled = false: no client-level claim is made")
-        if not self.privacy.example.enabled:
+        if not self.privacy.example.enabled and self.trial is None:
             found.append("privacy.example.enabled = false: no DP-SGD noise inside training")
-        elif self.privacy.example.noise_multiplier == 0:
+        elif self.privacy.example.enabled and self.privacy.example.noise_multiplier == 0:
             found.append(
                 "privacy.example.noise_multiplier = 0: nothing holds against the server at example "
                 "level, so devices decline every round; set privacy.example.enabled = false instead"

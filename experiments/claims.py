@@ -328,7 +328,8 @@ def promised(config: Config) -> dict[str, Any]:
 
 
 def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
-    client, example = config.privacy.client, config.privacy.example
+    privacy = config.privacy
+    client, example = privacy.client, privacy.example
     said = ["To each person: text, profile and personal head stay on the device."]
     if client.enabled:
         said.append(
@@ -352,7 +353,14 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
         )
     if config.statistics.enabled and client.enabled:
         said += _measured_promises(config.statistics, _PLACES[client.noise_at])
-    if budgets:
+    if config.trial is not None:
+        said.append(
+            "Of each device: it writes down what it spends before it answers, answers each of "
+            f"{config.trial.looks} looks once at most, which cost epsilon "
+            f"{privacy.budget.client:g} (client-level) in all at delta {privacy.delta:g}, and "
+            "declines a look that would bring its total, over all runs, above its owner's limits."
+        )
+    elif budgets:
         own = ", or above its owner's limits" if config.data.source == DEVICES else ""
         limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
         said.append(

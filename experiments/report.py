@@ -70,7 +70,14 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
         ),
         "privacy": privacy,
         "statistics": _statistics(run_folder),
+        **_looks(run_folder),
     }
+
+
+def _looks(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What each look of an A/B experiment on devices said; nothing of another run."""
+    found = [one["look"] for one in read_lines(run_folder / "rounds.jsonl") if "look" in one]
+    return {"looks": found} if found else {}
 
 
 def _of_devices(run_folder: Path) -> bool:
@@ -167,6 +174,12 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     _print_holds(privacy, console)
     _print_gained(summary, privacy["devices"] is not None, console)
     _print_statistics(facts["statistics"], console)
+    if facts.get("looks"):
+        from ..server.ab import lines
+
+        _heading("What the looks say", console)
+        for line in (line for look in facts["looks"] for line in lines(look)):
+            console.print(Text(line))
 
 
 def _print_promises(privacy: Mapping[str, Any], console: Console) -> None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..common.config import Config
+from ..common.config import Config, TrialSettings
 from ..common.errors import StateError
 from .statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
 
@@ -50,7 +50,7 @@ def build_summary(
         "run": config.name,
         "private": facts["private"],
         "dataset": config.data.source,
-        "base_model": config.model.base,
+        "base_model": config.model.base if config.trial is None else _arms(config.trial),
         "adapter": {"family": config.adapter.family, "dimension": known.pop("dimension")},
         "clients": config.data.clients,
         "rounds": len(facts["rounds"]),
@@ -207,3 +207,7 @@ def _spoken(name: str) -> str:
     names = {**NAMES, "swapped": NAMES["swapped_head"]}
     left, right = (names.get(key, key.replace("_", " ")) for key in (better, worse))
     return f"{left} over {right}, {group} people"
+
+
+def _arms(trial: TrialSettings) -> str:
+    return f"A/B of {', '.join(trial.arms)}"

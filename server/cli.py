@@ -163,6 +163,7 @@ def run(
 
 @app.command("ab")
 def ab(
+    context: typer.Context,
     folder: _Folder,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the one there is.")] = False,
@@ -184,6 +185,8 @@ def ab(
         f"analyst and the server; its own ledger says what it did spend (privet client budget)"
     )
     print(f"{place / LOG} has every number")
+    if callable(context.obj):
+        context.obj(place)
 
 
 def _followed(server: "Server", settings: "Config", again: str) -> Path:

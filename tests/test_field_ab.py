@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from privet.client import feedback, trial
 from privet.client.arm import arm_of
@@ -25,6 +26,7 @@ from privet.common.errors import ConfigError, PrivacyError, ProtocolError, State
 from privet.common.files import read_lines
 from privet.common.keys import Directory
 from privet.common.plan import Plan
+from privet.experiments import report
 from privet.server import ab, looks, rounds
 
 from .test_seat import (
@@ -197,6 +199,22 @@ def test_the_server_finds_what_is_true_of_the_people(
     for home in homes:
         assert home.ledger.participations(ME) == 1
         home.close()
+
+
+def test_the_report_of_an_experiment_has_what_its_looks_said_and_the_most_they_cost(
+    world: World, capsys: pytest.CaptureFixture[str]
+):
+    shown = world.serve()
+    facts = report.report_facts(world.folder)
+    assert facts["looks"] == [one["look"] for one in shown]
+    assert all(0.95 * EPSILON < one["epsilon"] <= EPSILON for one in facts["privacy"]["lines"])
+    assert {one["against"] for one in facts["privacy"]["lines"]} == {"analyst", "server"}
+    assert not facts["privacy"]["problems"] + facts["privacy"]["warnings"]
+    report.show(facts, Console())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "A/B of memory, notes on devices" in said
+    assert "answers each of 2 looks once at most, which cost epsilon 8 (client-level)" in said
+    assert "look 2: 4 devices answered; 97.5 % intervals" in said
 
 
 def test_an_experiment_that_has_found_a_difference_takes_no_further_look(
