@@ -27,7 +27,7 @@ arms = ["memory", "notes"]
 outcome = "bounded"
 clients = 4
 looks = 2
-hours = 0.003            # eleven seconds: the arms are in use, verdicts come in
+hours = 0.005            # eighteen seconds: the arms are in use, verdicts come in
 
 [privacy]
 epsilon = 4.0
@@ -35,6 +35,9 @@ epsilon = 4.0
 [masking]
 smallest_cohort = 3
 colluding = 0.0
+
+[devices]
+gather_s = 120.0
 """
 
 
