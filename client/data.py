@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -40,6 +40,7 @@ __all__ = [
     "capped",
     "check_fields",
     "decode_line",
+    "lessons",
     "parse_line",
     "poisson_indices",
     "rate_from",
@@ -120,6 +121,7 @@ class Tokenised:
     """One record as token ids, shape (tokens,), with its label; masked in `repr`.
 
     Attributes:
+        given: of a text: the first so many ids have no loss; at least 1.
         rejected: of a preference: the ids of prompt and refused answer; `ids` has the other.
         prompts: of a preference: how many ids of `ids` and of `rejected` are the prompt's.
         reference: of a preference: by how much the reference model prefers `ids`, in units of
@@ -128,6 +130,7 @@ class Tokenised:
 
     ids: tuple[int, ...] = field(repr=False)
     label: float | str | None = field(default=None, repr=False)
+    given: int = field(default=1, kw_only=True)
     rejected: tuple[int, ...] = field(default=(), repr=False)
     prompts: tuple[int, int] = field(default=(0, 0), repr=False)
     reference: float | None = field(default=None, repr=False)
@@ -385,6 +388,27 @@ def tokenize(
         for ids, record in zip(rows, records, strict=True)
         if len(ids) >= fewest
     ]
+
+
+def lessons(
+    records: Sequence[Tokenised], end: int | None, *, ends: bool, opening: int
+) -> list[Tokenised]:
+    """What is learnt of tokenised texts; evaluation, heads and retrieval see them whole.
+
+    Args:
+        end: the tokenizer's end token, if it has one.
+        ends: whether the end token is learnt; otherwise it is taken off.
+        opening: first tokens that are given and not learnt, at most half of what is left, as
+            models are asked in `privet evaluate`.
+
+    Edge case: a text of which fewer than 2 tokens are left has no loss and is skipped.
+    """
+    found = []
+    for one in records:
+        ids = one.ids if ends or one.ids[-1] != end else one.ids[:-1]
+        if len(ids) >= 2:
+            found.append(replace(one, ids=ids, given=max(1, min(opening, len(ids) // 2))))
+    return found
 
 
 def _read_block(path: Path, block: Block, size: int) -> bytes:

@@ -204,9 +204,13 @@ class Device:
 
     def records(self) -> Sequence[data.Tokenised]:
         """Own records for training: neither held out nor above the public cap."""
-        desk, settings = self.desk, self.desk.config.data
-        mine, _ = data.split(desk.records(self.name), settings.holdout)
-        return desk.tokenised(data.capped(mine, settings.records_per_client))
+        desk, config = self.desk, self.desk.config
+        mine, _ = data.split(desk.records(self.name), config.data.holdout)
+        found = desk.tokenised(data.capped(mine, config.data.records_per_client))
+        if config.outputs or config.pairs is not None:
+            return found
+        end, training = desk.trainer.adapter.base.tokenizer.eos_token_id, config.training
+        return data.lessons(found, end, ends=training.ends, opening=training.opening)
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """The latest own records, which the head is fitted on, and the first ones held out."""

@@ -92,6 +92,10 @@ class TrainingSettings(_Settings):
     steps: int = Field(1, ge=1, le=1000)
     batch_size: int = Field(8, ge=1, description="expected size; the public denominator")
     learning_rate: float = Field(1.0, gt=0)
+    ends: bool = Field(True, description="texts: learn where a record ends, too")
+    opening: int = Field(
+        0, ge=0, description="texts: first tokens, at most half of a record, that are not learnt"
+    )
 
 
 class PreferenceSettings(_Settings):
@@ -490,6 +494,9 @@ class Config(_Settings):
         }  # fmt: skip
         left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
+        for name in ("ends", "opening"):  # nor do a run's settings change by what it left as it was
+            if getattr(self.training, name) == TrainingSettings.model_fields[name].default:
+                del settings["training"][name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property

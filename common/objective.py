@@ -1,8 +1,9 @@
 """What a record's loss is; the same for training, heads and evaluation.
 
-Generation: mean negative log-likelihood of the record's tokens, nats per token. Regression:
-squared error of the label. Classification: cross-entropy. Records never share a computation that
-would couple their gradients: no batch norm, no packing, no in-batch negatives.
+Generation: mean negative log-likelihood of the record's tokens, nats per token; those that are
+given have none. Regression: squared error of the label. Classification: cross-entropy. Records
+never share a computation that would couple their gradients: no batch norm, no packing, no in-batch
+negatives.
 """
 
 from collections.abc import Sequence
@@ -22,17 +23,33 @@ Task = Literal["generation", "regression", "classification"]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Records padded on the right: ids and mask (n, t) int64, labels (n,) or None."""
+    """Records padded on the right.
+
+    Attributes:
+        ids, mask: (n, t) int64.
+        labels: (n,), or None.
+        given: (n,) int64: the first so many tokens of each text have no loss; at least 1.
+    """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor | None
+    given: Tensor
 
 
-def collate(ids: Sequence[Sequence[int]], labels: Sequence[float] | None) -> Batch:
-    """One batch; records of similar length belong together, the caller sees to that."""
+def collate(
+    ids: Sequence[Sequence[int]],
+    labels: Sequence[float] | None,
+    given: Sequence[int] | None = None,
+) -> Batch:
+    """One batch; records of similar length belong together, the caller sees to that.
+
+    Args:
+        given: as `Batch`; None: every token but the first has a loss.
+    """
     padded, mask = pad(ids)
-    return Batch(padded, mask, None if labels is None else torch.tensor(labels))
+    first = torch.tensor([1] * len(ids) if given is None else given)
+    return Batch(padded, mask, None if labels is None else torch.tensor(labels), first)
 
 
 def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
@@ -69,7 +86,8 @@ def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
 
 def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
     # logits only where there is a loss: padding never meets the vocabulary
-    wanted = batch.mask[:, 1:].bool()
+    place = torch.arange(1, batch.ids.shape[1])
+    wanted = batch.mask[:, 1:].bool() & (place >= batch.given[:, None])
     losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
     sums = torch.zeros(len(batch.ids), dtype=losses.dtype).index_add(0, rows, losses)

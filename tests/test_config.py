@@ -247,6 +247,8 @@ def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
         {"model": {"base": "minilm"}},
         {"adapter": {"seed": 8}},
         {"training": {"steps": 2}},
+        {"training": {"ends": False}},
+        {"training": {"opening": 8}},
         {"privacy": {"delta": 1e-6}},
         {"privacy": {"client": {"noise_at": "device"}}},
         {"privacy": {"budget": {"client": 9}}},
@@ -254,6 +256,11 @@ def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
         {"insecure_test_seed": 0},
     ]
     assert len({plain, *(parse(table).digest for table in others)}) == len(others) + 1
+
+
+def test_the_digest_of_a_run_begun_before_there_was_a_choice_of_tokens_stays_valid():
+    assert Config().digest == "33591da54cc66ade83426becfca5a4828f4dfebc9766338d964746b3cb27a5dd"
+    assert parse({"training": {"ends": True, "opening": 0}}).digest == Config().digest
 
 
 def test_the_rate_is_made_of_public_constants():

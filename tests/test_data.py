@@ -14,8 +14,10 @@ from privet.client.data import (
     INDEX_FILE,
     RECORDS_FILE,
     Record,
+    Tokenised,
     capped,
     check_fields,
+    lessons,
     parse_line,
     poisson_indices,
     rate_from,
@@ -272,6 +274,34 @@ def test_encoders_keep_their_special_tokens_when_cut():
 def test_max_tokens_below_two_is_refused():
     with pytest.raises(ConfigError, match="max_tokens"):
         tokenize([Record("a")], Letters(), 1, "generation")
+
+
+def test_what_is_learnt_of_a_text_may_leave_out_its_end_and_its_opening():
+    rows = tokenize(
+        [Record("abcdef"), Record("a"), Record("abcdefghi")], Letters(), 8, "generation"
+    )
+    assert lessons(rows, 1, ends=True, opening=0) == rows
+    texts = lessons(rows, 1, ends=False, opening=3)
+    assert [row.ids for row in texts] == [rows[0].ids[:-1], (0, 97), rows[2].ids]
+    assert [row.given for row in texts] == [3, 1, 3]
+    assert rows[2].ids[-1] != 1  # cut before its end: nothing is taken off
+
+
+def test_a_text_of_which_nothing_is_left_to_learn_is_skipped():
+    rows = tokenize([Record("a")], Letters(bos=None), 8, "generation")
+    assert [row.ids for row in rows] == [(97, 1)]
+    assert lessons(rows, 1, ends=False, opening=0) == []
+    assert lessons(rows, None, ends=False, opening=0) == rows
+
+
+@given(
+    st.lists(st.lists(st.integers(2, 9), min_size=2, max_size=9), max_size=5), st.integers(0, 12)
+)
+def test_a_text_that_is_learnt_has_a_loss_somewhere(texts, opening):
+    rows = [Tokenised((*text, 1)) for text in texts]
+    for row in lessons(rows, 1, ends=False, opening=opening):
+        assert 1 <= row.given < len(row.ids)
+        assert row.given <= max(1, len(row.ids) // 2)
 
 
 @pytest.mark.real

@@ -31,6 +31,15 @@ def test_generation_is_the_mean_loss_of_transformers_itself(llama):
             assert float(loss) == pytest.approx(float(llama.network(ids, labels=ids).loss), 1e-5)
 
 
+def test_tokens_that_are_given_have_no_loss_and_are_seen_all_the_same(llama):
+    with torch.no_grad():
+        losses = record_losses(llama, collate(RECORDS, None, [3, 1, 2]), None)
+        for loss, record, first in zip(losses, RECORDS, [3, 1, 2], strict=True):
+            ids = torch.tensor([record])
+            wanted = torch.where(torch.arange(len(record)) < first, -100, ids)
+            assert float(loss) == pytest.approx(float(llama.network(ids, labels=wanted).loss), 1e-5)
+
+
 @settings(deadline=None)
 @given(
     st.lists(
