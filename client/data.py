@@ -16,12 +16,13 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
+from ..common.config import TrainingSettings
 from ..common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class Tokenised:
     """One record as token ids, shape (tokens,), with its label; masked in `repr`.
 
     Attributes:
-        given: of a text: the first so many ids have no loss; at least 1.
+        learnt: of a text: the places in `ids` that have a loss; None: all but the first.
         rejected: of a preference: the ids of prompt and refused answer; `ids` has the other.
         prompts: of a preference: how many ids of `ids` and of `rejected` are the prompt's.
         reference: of a preference: by how much the reference model prefers `ids`, in units of
@@ -130,7 +131,7 @@ class Tokenised:
 
     ids: tuple[int, ...] = field(repr=False)
     label: float | str | None = field(default=None, repr=False)
-    given: int = field(default=1, kw_only=True)
+    learnt: tuple[int, ...] | None = field(default=None, repr=False, kw_only=True)
     rejected: tuple[int, ...] = field(default=(), repr=False)
     prompts: tuple[int, int] = field(default=(0, 0), repr=False)
     reference: float | None = field(default=None, repr=False)
@@ -391,24 +392,34 @@ def tokenize(
 
 
 def lessons(
-    records: Sequence[Tokenised], end: int | None, *, ends: bool, opening: int
+    records: Sequence[Tokenised], end: int | None, training: TrainingSettings
 ) -> list[Tokenised]:
-    """What is learnt of tokenised texts; evaluation, heads and retrieval see them whole.
+    """What is learnt of tokenised texts; evaluation, heads and retrieval see them as they are.
 
     Args:
+        records: earliest first.
         end: the tokenizer's end token, if it has one.
-        ends: whether the end token is learnt; otherwise it is taken off.
-        opening: first tokens that are given and not learnt, at most half of what is left, as
-            models are asked in `privet evaluate`.
+        training: `ends`: whether it is learnt. `opening`: so many first tokens are not, at most
+            half of a record, as models are asked in `privet evaluate`. `packed`: whole records
+            stand in rows of so many tokens, each with those before it in front.
 
-    Edge case: a text of which fewer than 2 tokens are left has no loss and is skipped.
+    Returns:
+        Rows, which are one record each without `packed`. A row with nothing to learn is left out.
     """
-    found = []
+    if training.ends and not training.opening and not training.packed:
+        return list(records)
+    rows: list[tuple[list[int], list[int]]] = []
     for one in records:
-        ids = one.ids if ends or one.ids[-1] != end else one.ids[:-1]
-        if len(ids) >= 2:
-            found.append(replace(one, ids=ids, given=max(1, min(opening, len(ids) // 2))))
-    return found
+        first = max(1, min(training.opening, len(one.ids) // 2))
+        learnt = [
+            place for place in range(first, len(one.ids)) if training.ends or one.ids[place] != end
+        ]
+        if not rows or len(rows[-1][0]) + len(one.ids) > training.packed:
+            rows.append(([], []))
+        ids, places = rows[-1]
+        places += [len(ids) + place for place in learnt]
+        ids += one.ids
+    return [Tokenised(tuple(ids), learnt=tuple(places)) for ids, places in rows if places]
 
 
 def _read_block(path: Path, block: Block, size: int) -> bytes:

@@ -209,8 +209,8 @@ class Device:
         found = desk.tokenised(data.capped(mine, config.data.records_per_client))
         if config.outputs or config.pairs is not None:
             return found
-        end, training = desk.trainer.adapter.base.tokenizer.eos_token_id, config.training
-        return data.lessons(found, end, ends=training.ends, opening=training.opening)
+        end = desk.trainer.adapter.base.tokenizer.eos_token_id
+        return data.lessons(found, end, config.training)
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """The latest own records, which the head is fitted on, and the first ones held out."""

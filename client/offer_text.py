@@ -247,13 +247,14 @@ def _before(config: Config) -> str:
 
 def _work(config: Config) -> str:
     own, data = config.training, config.data
-    most = own.steps * own.batch_size * data.max_tokens
-    texts = "records"
+    longest = own.packed or data.max_tokens
+    most = own.steps * own.batch_size * longest
+    texts = "rows of records" if own.packed else "records"
     if config.pairs is not None:  # two answers each, and another source than the own texts
         most, texts = 2 * most, "pairs of answers from your verdicts (privet client feedback)"
     return (
         f"in each round {own.steps} training steps of about {own.batch_size} {texts}, at most "
-        f"{data.max_tokens} tokens of each (about {most:,} tokens); of your records at most "
+        f"{longest} tokens of each (about {most:,} tokens); of your records at most "
         f"{data.records_per_client}"
     )
 

@@ -50,7 +50,7 @@ def mean_losses(
         chunk = ordered[begin : begin + _CHUNK]
         ids = [record.ids for record in chunk]
         labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
-        batch = collate(ids, labels, [record.given for record in chunk])
+        batch = collate(ids, labels, [record.learnt for record in chunk])
         prefix = prefix_states(base, first, *pad(ids))
         for place, vector in enumerate(personas):
             adapter.write(vector)

@@ -259,6 +259,7 @@ def _work(policy: Policy, config: Config) -> Iterator[_Check]:
         ("data.records_per_client", data.records_per_client, limits.largest_records,
          "largest_records"),
         ("data.max_tokens", data.max_tokens, limits.largest_tokens, "largest_tokens"),
+        ("training.packed", training.packed, limits.largest_tokens, "largest_tokens"),
     ):  # fmt: skip
         yield _at_most(field, given, most, f"limits.{key}")
 

@@ -349,7 +349,7 @@ def _losses(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
         return preference_losses(margin, reference, trainer.pairs.beta)
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
     ids = [record.ids for record in records]
-    batch = collate(ids, labels, [record.given for record in records])
+    batch = collate(ids, labels, [record.learnt for record in records])
     if trainer.prefix is None:
         return record_losses(adapter.base, batch, adapter.head)
     with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):

@@ -96,6 +96,9 @@ class TrainingSettings(_Settings):
     opening: int = Field(
         0, ge=0, description="texts: first tokens, at most half of a record, that are not learnt"
     )
+    packed: int = Field(
+        0, ge=0, description="texts: whole records in rows of so many tokens, which count as one"
+    )
 
 
 class PreferenceSettings(_Settings):
@@ -353,6 +356,12 @@ class Config(_Settings):
         self._refuse_false_claims()
         if self.trial is not None:
             self._refuse_wrong_trial(self.trial)
+        if 0 < self.training.packed < self.data.max_tokens:
+            raise ValueError(
+                f"training.packed = {self.training.packed} is smaller than data.max_tokens = "
+                f"{self.data.max_tokens}, so that some records fit no row; take a larger one, or 0 "
+                "for records on their own"
+            )
         if self.pairs and self.pairs.score == "head" and self.pairs.length_normalised:
             raise ValueError(
                 "preference.length_normalised = true takes the mean of a likelihood over tokens, "
@@ -378,6 +387,12 @@ class Config(_Settings):
 
     def _refuse_false_claims(self) -> None:
         groups, family = self.groups.count, self.adapter.family
+        if self.training.packed and self.privacy.example.enabled:
+            raise ValueError(
+                f"training.packed = {self.training.packed}: a record acts on the losses of those "
+                "behind it in its row, and moves others from row to row, so no example-level claim "
+                "can be made; set privacy.example.enabled = false"
+            )
         if groups > 1 and self.privacy.example.enabled:
             raise ValueError(
                 f"groups.count = {groups}: which persona a device picks depends on each of its "
@@ -494,7 +509,11 @@ class Config(_Settings):
         }  # fmt: skip
         left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
-        for name in ("ends", "opening"):  # nor do a run's settings change by what it left as it was
+        for name in (
+            "ends",
+            "opening",
+            "packed",
+        ):  # nor do a run's settings change by what it left as it was
             if getattr(self.training, name) == TrainingSettings.model_fields[name].default:
                 del settings["training"][name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

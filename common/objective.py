@@ -1,9 +1,9 @@
 """What a record's loss is; the same for training, heads and evaluation.
 
-Generation: mean negative log-likelihood of the record's tokens, nats per token; those that are
-given have none. Regression: squared error of the label. Classification: cross-entropy. Records
-never share a computation that would couple their gradients: no batch norm, no packing, no in-batch
-negatives.
+Generation: mean negative log-likelihood of the record's tokens, nats per token that is
+learnt. Regression: squared error of the label. Classification: cross-entropy. Rows never share a
+computation that would couple their gradients: no batch norm, no in-batch negatives; a row is one
+record, but where `training.packed` has it hold several of one client's.
 """
 
 from collections.abc import Sequence
@@ -28,28 +28,33 @@ class Batch:
     Attributes:
         ids, mask: (n, t) int64.
         labels: (n,), or None.
-        given: (n,) int64: the first so many tokens of each text have no loss; at least 1.
+        learnt: (n, t) bool: which tokens have a loss; never the first.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor | None
-    given: Tensor
+    learnt: Tensor
 
 
 def collate(
     ids: Sequence[Sequence[int]],
     labels: Sequence[float] | None,
-    given: Sequence[int] | None = None,
+    learnt: Sequence[Sequence[int] | None] | None = None,
 ) -> Batch:
     """One batch; records of similar length belong together, the caller sees to that.
 
     Args:
-        given: as `Batch`; None: every token but the first has a loss.
+        learnt: for each record the places that have a loss; None: all but the first.
     """
     padded, mask = pad(ids)
-    first = torch.tensor([1] * len(ids) if given is None else given)
-    return Batch(padded, mask, None if labels is None else torch.tensor(labels), first)
+    wanted = mask.bool()
+    for row, places in enumerate(learnt or ()):
+        if places is not None:
+            wanted[row] = False
+            wanted[row, list(places)] = True
+    wanted[:, 0] = False
+    return Batch(padded, mask, None if labels is None else torch.tensor(labels), wanted)
 
 
 def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
@@ -86,8 +91,7 @@ def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
 
 def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
     # logits only where there is a loss: padding never meets the vocabulary
-    place = torch.arange(1, batch.ids.shape[1])
-    wanted = batch.mask[:, 1:].bool() & (place >= batch.given[:, None])
+    wanted = batch.learnt[:, 1:]
     losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
     sums = torch.zeros(len(batch.ids), dtype=losses.dtype).index_add(0, rows, losses)

@@ -249,6 +249,8 @@ def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
         {"training": {"steps": 2}},
         {"training": {"ends": False}},
         {"training": {"opening": 8}},
+        {"training": {"packed": 96}, "privacy": {"example": {"enabled": False}}},
+        {"privacy": {"example": {"enabled": False}}},
         {"privacy": {"delta": 1e-6}},
         {"privacy": {"client": {"noise_at": "device"}}},
         {"privacy": {"budget": {"client": 9}}},
@@ -260,7 +262,16 @@ def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
 
 def test_the_digest_of_a_run_begun_before_there_was_a_choice_of_tokens_stays_valid():
     assert Config().digest == "33591da54cc66ade83426becfca5a4828f4dfebc9766338d964746b3cb27a5dd"
-    assert parse({"training": {"ends": True, "opening": 0}}).digest == Config().digest
+    assert parse({"training": {"ends": True, "opening": 0, "packed": 0}}).digest == Config().digest
+
+
+def test_packed_records_have_no_example_level_claim_and_fit_their_rows():
+    with pytest.raises(ConfigError, match="no example-level claim"):
+        parse({"training": {"packed": 96}})
+    client: dict[str, Any] = {"privacy": {"example": {"enabled": False}}}
+    with pytest.raises(ConfigError, match=r"training.packed = 40 is smaller than data.max_tokens"):
+        parse({"training": {"packed": 40}, **client})
+    assert parse({"training": {"packed": 48}, **client}).training.packed == 48
 
 
 def test_the_rate_is_made_of_public_constants():

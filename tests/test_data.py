@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from privet.client.data import (
     split,
     tokenize,
 )
+from privet.common.config import TrainingSettings
 from privet.common.errors import ConfigError, DataError
 
 
@@ -276,32 +278,52 @@ def test_max_tokens_below_two_is_refused():
         tokenize([Record("a")], Letters(), 1, "generation")
 
 
+def learning(**changes: Any) -> TrainingSettings:
+    return TrainingSettings.model_validate(changes)
+
+
 def test_what_is_learnt_of_a_text_may_leave_out_its_end_and_its_opening():
     rows = tokenize(
         [Record("abcdef"), Record("a"), Record("abcdefghi")], Letters(), 8, "generation"
     )
-    assert lessons(rows, 1, ends=True, opening=0) == rows
-    texts = lessons(rows, 1, ends=False, opening=3)
-    assert [row.ids for row in texts] == [rows[0].ids[:-1], (0, 97), rows[2].ids]
-    assert [row.given for row in texts] == [3, 1, 3]
-    assert rows[2].ids[-1] != 1  # cut before its end: nothing is taken off
+    assert lessons(rows, 1, learning()) == rows
+    texts = lessons(rows, 1, learning(ends=False, opening=3))
+    assert [row.ids for row in texts] == [row.ids for row in rows]
+    assert [row.learnt for row in texts] == [(3, 4, 5, 6), (1,), (3, 4, 5, 6, 7)]
 
 
-def test_a_text_of_which_nothing_is_left_to_learn_is_skipped():
-    rows = tokenize([Record("a")], Letters(bos=None), 8, "generation")
-    assert [row.ids for row in rows] == [(97, 1)]
-    assert lessons(rows, 1, ends=False, opening=0) == []
-    assert lessons(rows, None, ends=False, opening=0) == rows
+def test_a_text_of_which_nothing_is_left_to_learn_is_left_out():
+    rows = tokenize([Record("a"), Record("bc")], Letters(bos=None), 8, "generation")
+    assert [row.ids for row in rows] == [(97, 1), (98, 99, 1)]
+    (left,) = lessons(rows, 1, learning(ends=False))
+    assert (left.ids, left.learnt) == (rows[1].ids, (1,))
+    assert [row.learnt for row in lessons(rows, None, learning(ends=False))] == [(1,), (1, 2)]
+
+
+def test_packed_records_stand_whole_in_rows_and_their_own_tokens_are_learnt():
+    texts = [Record("abc"), Record("de"), Record("fghij"), Record("k")]
+    rows = tokenize(texts, Letters(), 8, "generation")
+    packed = lessons(rows, 1, learning(ends=False, opening=2, packed=10))
+    assert [row.ids for row in packed] == [rows[0].ids + rows[1].ids, rows[2].ids + rows[3].ids]
+    assert [row.learnt for row in packed] == [(2, 3, 7), (2, 3, 4, 5, 8)]
 
 
 @given(
-    st.lists(st.lists(st.integers(2, 9), min_size=2, max_size=9), max_size=5), st.integers(0, 12)
+    st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=9), max_size=9),
+    st.booleans(),
+    st.integers(0, 12),
+    st.sampled_from([0, 10, 25]),
 )
-def test_a_text_that_is_learnt_has_a_loss_somewhere(texts, opening):
-    rows = [Tokenised((*text, 1)) for text in texts]
-    for row in lessons(rows, 1, ends=False, opening=opening):
-        assert 1 <= row.given < len(row.ids)
-        assert row.given <= max(1, len(row.ids) // 2)
+def test_whatever_is_learnt_is_a_text_of_the_person_and_never_its_first_token(
+    texts, ends, opening, packed
+):
+    rows = [Tokenised((0, *text, 1)) for text in texts]
+    found = lessons(rows, 1, learning(ends=ends, opening=opening, packed=packed))
+    assert [i for row in found for i in row.ids] == [i for row in rows for i in row.ids]
+    for row in found:
+        places = range(1, len(row.ids)) if row.learnt is None else row.learnt
+        assert places
+        assert all(row.ids[place] not in ((0,) if ends else (0, 1)) for place in places)
 
 
 @pytest.mark.real

@@ -31,12 +31,14 @@ def test_generation_is_the_mean_loss_of_transformers_itself(llama):
             assert float(loss) == pytest.approx(float(llama.network(ids, labels=ids).loss), 1e-5)
 
 
-def test_tokens_that_are_given_have_no_loss_and_are_seen_all_the_same(llama):
+def test_tokens_that_are_not_learnt_have_no_loss_and_are_seen_all_the_same(llama):
+    places = [(2, 4), None, (0, 2)]
     with torch.no_grad():
-        losses = record_losses(llama, collate(RECORDS, None, [3, 1, 2]), None)
-        for loss, record, first in zip(losses, RECORDS, [3, 1, 2], strict=True):
+        losses = record_losses(llama, collate(RECORDS, None, places), None)
+        for loss, record, learnt in zip(losses, RECORDS, places, strict=True):
             ids = torch.tensor([record])
-            wanted = torch.where(torch.arange(len(record)) < first, -100, ids)
+            known = range(len(record)) if learnt is None else learnt
+            wanted = torch.tensor([[i if k in known else -100 for k, i in enumerate(record)]])
             assert float(loss) == pytest.approx(float(llama.network(ids, labels=wanted).loss), 1e-5)
 
 

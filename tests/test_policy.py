@@ -546,3 +546,12 @@ def test_the_places_of_noise_are_the_plans_in_the_same_order():
 
 def test_every_public_name_is_there():
     assert all(hasattr(policies, name) for name in policies.__all__)
+
+
+def test_a_row_of_packed_records_is_no_longer_than_the_policy_allows():
+    client: dict[str, Any] = {"example": {"enabled": False}, "client": {"noise_at": "distributed"}}
+    short, long = (run(training={"packed": packed}, privacy=client) for packed in (512, 513))
+    assert not any("training.packed" in said for said in reasons(Policy(), short, SERVER))
+    said = next(said for said in reasons(Policy(), long, SERVER) if "training.packed" in said)
+    assert "training.packed = 513:" in said
+    assert "(limits.largest_tokens in policy.toml)" in said
