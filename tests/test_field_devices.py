@@ -54,11 +54,11 @@ def test_a_server_and_four_devices_take_two_looks_of_which_each_is_paid_for(
     with running(tmp_path, llama_folder) as fleet:
         started = fleet.privet("server", "ab", str(fleet.server.folder), str(tmp_path / "ab.toml"))
         place = fleet.server.folder / "runs" / "templates"
-        until((place / "run-id").exists, 60, "the run folder")
+        until((place / "run-id").exists, 120, "the run folder")
         run = (place / "run-id").read_text().strip()
         for number, person in enumerate(fleet.people):
             with person.open() as home:
-                until(partial(trial.current, home), 120, "an arm")
+                until(partial(trial.current, home), 300, "an arm")
                 record = VaultRecorder(home, run)
                 for taken in (True, number % 2 == 0):
                     kind = "accept" if taken else "reject"
