@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..common.adapter import Adapter, Vector
 from ..common.config import PreferenceSettings
@@ -18,7 +19,8 @@ from ..common.objective import pooled
 from .data import Tokenised
 from .label_head import LabelHead
 from .measure import Person
-from .preferences import AnswerTokens, fit_score_head, fit_token_bias, token_margins
+from .preferences import AnswerTokens, fit_token_bias, token_margins
+from .score_head import fit_score_head, widened
 from .text_head import TokenStates, shared_scores
 
 __all__ = ["PairMeasure", "pair_error"]
@@ -40,7 +42,11 @@ class _Held:
 
 
 class PairMeasure:
-    """Preferences; with a head, states of the same answer are computed once."""
+    """Preferences; with a head, states of the same answer are computed once.
+
+    A score head sees two views of an answer: the pooled final state, and the mean of what enters
+    the first block. The shared head knows the first alone.
+    """
 
     def __init__(self, adapter: Adapter, shared: Vector, settings: PreferenceSettings) -> None:
         self.adapter, self.vector, self.settings = adapter, shared, settings
@@ -50,7 +56,8 @@ class PairMeasure:
         self.shared: LabelHead | None = None
         if head is not None:
             weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
-            self.shared = LabelHead(weight, bias, "regression")
+            self.widths = (weight.shape[1], weight.shape[1])
+            self.shared = widened(LabelHead(weight, bias, "regression"), sum(self.widths))
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
@@ -76,7 +83,9 @@ class PairMeasure:
     def _fitted(self, own: Sequence[Tokenised]) -> Any:
         material = self._material(own, self.vector)
         if self.shared is not None:
-            return fit_score_head(material, longer(own), _which(own), self.shared, self.settings)
+            return fit_score_head(
+                material, longer(own), _which(own), self.shared, self.settings, self.widths
+            )
         answers, output = material[0], self.adapter.base.output.detach()
         return fit_token_bias(answers, output, self.settings)
 
@@ -89,21 +98,22 @@ class PairMeasure:
         return token_margins(answers, head, scores, self.adapter.base.output.detach())
 
     def _material(self, records: Sequence[Tokenised], vector: Vector) -> Any:
-        """Differences of pooled states (n, w), or answers' tokens with the shared scores."""
+        """Differences of answers' views (n, w), or their tokens with the shared scores."""
         if self.shared is not None:
-            chosen = self._pooled([record.ids for record in records])
-            return chosen - self._pooled([record.rejected for record in records])
+            chosen = self._views([record.ids for record in records])
+            return chosen - self._views([record.rejected for record in records])
         self.adapter.write(vector)
         answers = self._answers(records)
         return answers, shared_scores(answers.tokens, self.adapter.base.output.detach())
 
     @torch.no_grad()
-    def _pooled(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    def _views(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         base, new = self.adapter.base, sorted({*rows} - {*self.known}, key=len)
         for start in range(0, len(new), _ROWS):
             part = new[start : start + _ROWS]
             ids, mask = pad(part)
-            found = pooled(base, final_states(base, ids, mask), mask)
+            last = pooled(base, final_states(base, ids, mask), mask)
+            found = torch.cat([last, _mean_state(prefix_states(base, 0, ids, mask), mask)], 1)
             self.known.update(zip(part, found, strict=True))
         return torch.stack([self.known[ids] for ids in rows])
 
@@ -132,6 +142,11 @@ class PairMeasure:
                           sign.repeat_interleave(each)))  # fmt: skip
         states, targets, pair, weight = (torch.cat(parts) for parts in zip(*found, strict=True))
         return AnswerTokens(TokenStates(states, targets, pair), weight, _which(records))
+
+
+def _mean_state(states: Tensor, mask: Tensor) -> Tensor:
+    """(n, w) mean over each row's tokens, of norm 1."""
+    return functional.normalize((states * mask[:, :, None].to(states.dtype)).sum(1), dim=1)
 
 
 def _which(records: Sequence[Tokenised]) -> Tensor:

@@ -80,14 +80,15 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
 def _of_pairs(
     model: Any, bench: Bench, people: dict[str, dict[str, Person]], found: dict[str, Losses]
 ) -> list[dict[str, Any]]:
-    """The oracle's losses into `found`, where there is one; length bias and gap as rows."""
+    """The losses of who knows best into `found`; length bias and gap as rows."""
     from . import pair_evaluation
 
     rows = []
     for group, known in people.items():
         names = list(known)
-        if bench.config.data.source == "tastes":
-            found[group]["oracle"] = pair_evaluation.oracle_losses(bench, names)
+        best = pair_evaluation.BEST.get(bench.config.data.source)
+        if best:
+            found[group][best] = pair_evaluation.best_losses(bench, names)
         if names:
             partner = partial(_partner, bench.index, names)
             rows += pair_evaluation.rows(model, bench, group, known, found[group], partner)

@@ -5,6 +5,7 @@ epsilon covers it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,20 +17,25 @@ from ..client.device import Bench
 from ..client.measure import Person
 from ..client.pair_measure import PairMeasure, pair_error
 from ..client.preferences import length_bias
-from .preferences import reward
+from ..common.assets import fetch
+from .preferences import crowd, reward
 from .statistics import bootstrap_mean
 
-__all__ = ["gap_closed", "oracle_losses", "rows"]
+__all__ = ["BEST", "best_losses", "gap_closed", "rows"]
 
 Rows = list[dict[str, Any]]
+BEST = {"tastes": "oracle", "preferences": "crowd"}
+"""Who knows more than any model: a made person's taste, or the other raters of the batch."""
+
 SUSPICIOUS = 0.1
 """A correlation of margins with length this much beyond the people's own is a finding."""
 
 
-def oracle_losses(bench: Bench, users: Sequence[str]) -> list[float]:
-    """Share of each made person's held-out pairs that the oracle orders wrongly."""
+def best_losses(bench: Bench, users: Sequence[str]) -> list[float]:
+    """Share of each person's held-out pairs that who knows best orders wrongly."""
+    worth = _worth(bench)
     return [
-        pair_error(torch.tensor([chosen - rejected for chosen, rejected in _worth(bench, user)]))
+        pair_error(torch.tensor([chosen - rejected for chosen, rejected in worth(user)]))
         for user in users
     ]
 
@@ -55,8 +61,8 @@ def rows(
     found: Rows = []
     for name, each in margins.items():
         found += _length_rows(name, group, people, each)
-    if bench.config.data.source == "tastes" and "personal" in losses:
-        found += _oracle_rows(bench, group, names, losses, margins)
+    if bench.config.data.source in BEST and "personal" in losses:
+        found += _gap_rows(bench, group, names, losses, margins)
     return found
 
 
@@ -99,43 +105,53 @@ def _length_rows(
     ]
 
 
-def _oracle_rows(
+def _gap_rows(
     bench: Bench,
     group: str,
     names: Sequence[str],
     losses: Mapping[str, Sequence[Any]],
     margins: Mapping[str, Sequence[torch.Tensor]],
 ) -> Rows:
-    """The share of the way from the shared model to the oracle, in pairs and in reward."""
-    draws = bench.config.evaluation.bootstrap
-    pairs = gap_closed(losses["global"], losses["personal"], losses["oracle"], draws)
-    worth = [_worth(bench, user) for user in names]
+    """The share of the way from the shared model to who knows best, in pairs and in reward."""
+    draws, best = bench.config.evaluation.bootstrap, BEST[bench.config.data.source]
+    what = f"share of the {best}'s lead over the shared model that"
+    pairs = gap_closed(losses["global"], losses["personal"], losses[best], draws)
+    found = [
+        {"name": f"gap_closed_pairs_{group}",
+         "title": f"{what} the personal head closes, pairs, {group} people", **pairs},
+    ]  # fmt: skip
+    if best == "crowd":  # how far apart ratings are is not a reward
+        return found
+    of, nothing = _worth(bench), [0.0] * len(names)
+    worth = [of(user) for user in names]
     missed = {
         name: [_regret(w, margin) for w, margin in zip(worth, each, strict=True)]
         for name, each in margins.items()
     }
-    nothing = [0.0] * len(names)
-    reward_gap = gap_closed(missed["shared model"], missed["personal head"], nothing, draws)
-    other = gap_closed(missed["shared model"], missed["another person's head"], nothing, draws)
-    what = "share of the oracle's lead over the shared model that"
-    return [
-        {"name": f"gap_closed_pairs_{group}",
-         "title": f"{what} the personal head closes, pairs, {group} people", **pairs},
-        {"name": f"gap_closed_reward_{group}",
-         "title": f"{what} the personal head closes, reward, {group} people", **reward_gap},
-        {"name": f"gap_closed_reward_swapped_{group}",
-         "title": f"{what} another person's head closes, reward, {group} people", **other},
-    ]  # fmt: skip
+    for name, kind, whose in (
+        ("personal head", "reward", "the personal head"),
+        ("another person's head", "reward_swapped", "another person's head"),
+    ):
+        closed = gap_closed(missed["shared model"], missed[name], nothing, draws)
+        title = f"{what} {whose} closes, reward, {group} people"
+        found.append({"name": f"gap_closed_{kind}_{group}", "title": title, **closed})
+    return found
 
 
-def _worth(bench: Bench, user: str) -> list[tuple[float, float]]:
-    """Of each held-out pair that is measured: what chosen and rejected are worth to the person."""
+def _worth(bench: Bench) -> Callable[[str], list[tuple[float, float]]]:
+    """Of each held-out pair of a person: what chosen and rejected are worth to who knows best."""
     config = bench.config
-    _, held_out = split(bench.records(user), config.data.holdout)
-    return [
-        (reward(config.data.seed, user, r.text), reward(config.data.seed, user, r.rejected or ""))
-        for r in held_out[: config.evaluation.records]
-    ]
+    known = config.data.source == "tastes"
+    score = partial(reward, config.data.seed) if known else crowd(fetch("ratings"))
+
+    def of(user: str) -> list[tuple[float, float]]:
+        _, held_out = split(bench.records(user), config.data.holdout)
+        return [
+            (score(user, record.text), score(user, record.rejected or ""))
+            for record in held_out[: config.evaluation.records]
+        ]
+
+    return of
 
 
 def _regret(worth: Sequence[tuple[float, float]], margin: torch.Tensor) -> float:

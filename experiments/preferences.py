@@ -4,7 +4,8 @@
 rater rated differently; the higher one is preferred. A rater's first `OWN` pairs are of the first
 two thirds of the sentences, the last `HELD_OUT` of the last third: no sentence is on both sides.
 All raters of a batch meet sentences and pairs in one order, so that another rater of the same batch
-is a control on the same items.
+is a control on the same items. A rater's own best model is not known; what the batch's other raters
+say of the same held-out sentences (`crowd`) is what no model of the text alone can easily beat.
 
 `tastes`: made people, whose best possible model is known. An answer to "What shall I cook?" names a
 dish and has five features, each one of two ways (`FEATURES`), and a closing sentence that is about
@@ -15,6 +16,7 @@ of the held-out pairs are in none of the others. Nobody can do better than the o
 the weights.
 """
 
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from ..common.errors import ConfigError
 from .ratings import Batch, read_batches
 from .sources import Person, Source
 
-__all__ = ["HELD_OUT", "OWN", "pairs_of_ratings", "refuse_other_cut", "reward", "tastes"]
+__all__ = ["HELD_OUT", "OWN", "crowd", "pairs_of_ratings", "refuse_other_cut", "reward", "tastes"]
 
 OWN, HELD_OUT = 50, 25
 SOURCES = ("preferences", "tastes")
@@ -88,6 +90,22 @@ def pairs_of_ratings(folder: Path, seed: int) -> Source:
         for rater in range(len(batch.ratings))
     )
     return Source("preferences", people, "preference", None, read)
+
+
+def crowd(folder: Path) -> Callable[[str, str], float]:
+    """What the other raters of a rater's batch give a sentence, mean: of user and text."""
+    batches = {batch.name: batch for batch in read_batches(folder)}
+
+    def rated(user: str, text: str) -> float:
+        name, rater = user.split("/")
+        return _others(batches[name], int(rater), text)
+
+    return rated
+
+
+def _others(batch: Batch, rater: int, text: str) -> float:
+    row = batch.texts.index(text)
+    return float(np.mean([each[row] for n, each in enumerate(batch.ratings) if n != rater]))
 
 
 def _pairs(batch: Batch, rater: int, seed: int) -> tuple[Record, ...]:

@@ -18,6 +18,7 @@ from privet.experiments.preferences import (
     FIRMNESS,
     HELD_OUT,
     OWN,
+    _others,
     _pairs,
     refuse_other_cut,
     reward,
@@ -52,6 +53,12 @@ def test_no_sentence_is_in_own_and_in_held_out_pairs():
     assert (len(own), len(held_out)) == (OWN, HELD_OUT)
     texts = [{t for r in part for t in (r.text, r.rejected)} for part in (own, held_out)]
     assert not texts[0] & texts[1]
+
+
+def test_the_crowd_is_everybody_else_of_the_batch():
+    made = batch()
+    said = _others(made, 1, made.texts[4])
+    assert said == np.mean([made.ratings[0][4], made.ratings[2][4]])
 
 
 def test_raters_of_a_batch_meet_the_same_sentences_in_the_same_order():

@@ -11,25 +11,16 @@ from torch.nn import functional
 
 from privet.client import training
 from privet.client.data import Record, Tokenised
-from privet.client.label_head import LabelHead
 from privet.client.measure import measure_of
 from privet.client.pair_measure import PairMeasure, pair_error
 from privet.client.pairs import tokenize_pairs
-from privet.client.preferences import (
-    MIN_PAIRS,
-    _dual,
-    _folds,
-    fit_score_head,
-    fit_token_bias,
-    length_bias,
-    token_margins,
-)
+from privet.client.preferences import _folds, fit_token_bias, length_bias, token_margins
 from privet.client.text_head import shared_scores
 from privet.client.training import Trainer, train
 from privet.common import preference
 from privet.common.adapter import attach
 from privet.common.config import AdapterSettings, PreferenceSettings
-from privet.common.errors import ConfigError, DataError
+from privet.common.errors import ConfigError
 from privet.common.noise import TestSource
 from privet.common.preference import answer_scores, margins, preference_losses
 
@@ -409,163 +400,7 @@ def test_an_encoder_reads_prompt_and_answer_together(bert):
     assert alone.ids == (2, 9, 3)
 
 
-# --- the personal part: score head --------------------------------------------------------------
-
-
-def people_who_like(count, width=12, seed=0, noise=0.0, lengths="none"):
-    """Differences (n, w), length differences (n,): one taste, chosen by it."""
-    rng = torch.Generator().manual_seed(seed)
-    taste = torch.randn(width, generator=torch.Generator().manual_seed(77))
-    differences = torch.randn(count, width, generator=rng)
-    said = differences @ taste + noise * torch.randn(count, generator=rng)
-    differences = differences * said.sign()[:, None]
-    longer = torch.randn(count, generator=rng)
-    if lengths == "always":
-        longer = longer.abs() + 0.5
-    return differences, longer, taste
-
-
-def each(count):
-    """Answers none of which is in two pairs."""
-    return torch.arange(2 * count).view(count, 2)
-
-
-def no_head(width=12):
-    return LabelHead(torch.zeros(1, width), torch.zeros(1), "regression")
-
-
-def test_the_dual_solves_logistic_regression():
-    differences, *_ = people_who_like(30)
-    x = differences.double()
-    weight = torch.zeros(12, dtype=torch.double, requires_grad=True)
-    solver = torch.optim.LBFGS([weight], max_iter=500, tolerance_grad=1e-12,
-                               tolerance_change=0.0, line_search_fn="strong_wolfe")  # fmt: skip
-
-    def step() -> float:
-        solver.zero_grad()
-        loss = functional.softplus(-x @ weight).sum() + weight.square().sum() / 2 / 3.0
-        loss.backward()
-        return float(loss.detach())
-
-    solver.step(step)
-    dual = _dual(3.0 * x @ x.T)
-    assert torch.allclose(3.0 * dual @ x, weight.detach(), atol=1e-5)
-
-
-def test_a_taste_is_learnt_from_50_pairs():
-    own, longer, _ = people_who_like(50)
-    later, *_ = people_who_like(400, seed=1)
-    head = fit_score_head(own, longer, each(50), no_head(), HEAD)
-    assert not head.is_shared
-    assert pair_error(later @ head.weight[0]) < 0.2
-    other = fit_score_head(-own, longer, each(50), no_head(), HEAD)
-    assert pair_error(later @ other.weight[0]) > 0.8
-
-
-def test_the_shared_head_is_the_reference_and_stays_as_it_is():
-    """The change is fitted to the pairs alone; the shared head comes on top, over beta."""
-    own, longer, taste = people_who_like(50)
-    shared = LabelHead(taste[None] * 0.3, torch.zeros(1), "regression")
-    before = shared.weight.clone()
-    head = fit_score_head(own, longer, each(50), shared, HEAD)
-    assert torch.equal(shared.weight, before)
-    small = fit_score_head(own, longer, each(50), shared, HEAD.model_copy(update={"beta": 0.01}))
-    assert float((small.weight - before).norm()) > 10 * float((head.weight - before).norm())
-
-
-def test_choices_without_a_taste_leave_the_shared_head():
-    hurt = 0
-    for seed in range(20):
-        rng = torch.Generator().manual_seed(seed)
-        differences, longer = torch.randn(50, 12, generator=rng), torch.randn(50, generator=rng)
-        head = fit_score_head(differences, longer, each(50), no_head(), HEAD)
-        hurt += not head.is_shared
-    assert hurt <= 6
-
-
-def test_no_answer_is_left_out_and_fitted_on_at_once():
-    rng = np.random.default_rng(0)
-    few = torch.from_numpy(rng.integers(0, 20, size=(50, 2)))
-    for answers, count in ((each(50), 5), (few, 2)):
-        folds = _folds(answers)
-        assert len(folds) == count
-        for out, rest in folds:
-            assert not {*answers[out].flatten().tolist()} & {*answers[rest].flatten().tolist()}
-        assert sum(int(out.sum()) for out, _ in folds) >= 20
-
-
-def test_remembering_sentences_is_no_taste():
-    """Twenty sentences come back in fifty pairs, liked at random: folds by pair would call it."""
-    remembered = shared = 0
-    for seed in range(12):
-        rng = torch.Generator().manual_seed(seed)
-        sentences, liked = torch.randn(20, 200, generator=rng), torch.randn(20, generator=rng)
-        pairs = torch.stack([torch.randperm(20, generator=rng)[:2] for _ in range(50)])
-        order = liked[pairs].argsort(1, descending=True)
-        answers = pairs.gather(1, order)
-        differences = sentences[answers[:, 0]] - sentences[answers[:, 1]]
-        longer = torch.randn(50, generator=rng)
-        alone = fit_score_head(differences, longer, answers, no_head(200), HEAD)
-        by_pair = fit_score_head(differences, longer, each(50), no_head(200), HEAD)
-        shared += alone.is_shared
-        remembered += not by_pair.is_shared
-    assert remembered == 12
-    assert shared >= 5
-
-
-def test_too_few_pairs_leave_the_shared_head():
-    own, longer, _ = people_who_like(MIN_PAIRS - 1)
-    shared = no_head()
-    few = MIN_PAIRS - 1
-    assert fit_score_head(own, longer, each(few), shared, HEAD) is shared
-    assert fit_score_head(own[:0], longer[:0], each(0), shared, HEAD) is shared
-
-
-@pytest.mark.parametrize(
-    ("differences", "longer", "said"),
-    [
-        (torch.zeros(6, 11), torch.zeros(6), r"\(n, 12\)"),
-        (torch.zeros(6, 12), torch.zeros(5), r"\(n, 12\)"),
-        (torch.full((6, 12), math.nan), torch.zeros(6), "NaN or infinity"),
-    ],
-)
-def test_differences_that_do_not_fit_are_refused(differences, longer, said):
-    with pytest.raises(DataError, match=said):
-        fit_score_head(differences, longer, each(6), no_head(), HEAD)
-
-
-# --- length -------------------------------------------------------------------------------------
-
-
-def long_is_chosen(settings, seed=3):
-    """Length shows in a feature, the chosen answer is always the longer one; content decides too.
-
-    Returns what the fitted model prefers on pairs where length means nothing.
-    """
-    own, longer, _ = people_who_like(50, seed=seed, lengths="always")
-    later, free, _ = people_who_like(400, seed=seed + 1)
-    seen = torch.cat([own, longer[:, None]], 1)
-    head = fit_score_head(seen, longer, each(50), no_head(13), settings)
-    margin = torch.cat([later, free[:, None]], 1) @ head.weight[0]
-    return length_bias(margin, free), pair_error(margin)
-
-
-def test_answers_chosen_for_content_that_happen_to_be_long_teach_half_the_taste_for_length():
-    """Length and content cannot be told apart wholly; what is left shows in the figure."""
-    free = HEAD.model_copy(update={"length_controlled": False})
-    both = [(long_is_chosen(HEAD, seed), long_is_chosen(free, seed)) for seed in range(3, 11)]
-    controlled = np.mean([one.excess for (one, _), _ in both])
-    learnt = np.mean([other.excess for _, (other, _) in both])
-    assert learnt > 0.6  # the faulty version, and that the figure in the report shows it
-    assert controlled < learnt / 2
-    assert np.mean([e for (_, e), _ in both]) < np.mean([e for _, (_, e) in both]) - 0.05
-
-
-def test_a_taste_for_content_alone_is_not_called_a_taste_for_length():
-    own, longer, _ = people_who_like(50)
-    later, free, _ = people_who_like(400, seed=1)
-    head = fit_score_head(own, longer, each(50), no_head(), HEAD)
-    assert abs(length_bias(later @ head.weight[0], free).excess) < 0.1
+# --- length and folds ---------------------------------------------------------------------------
 
 
 def test_length_bias_does_not_depend_on_which_answer_is_called_first():
@@ -577,6 +412,17 @@ def test_length_bias_does_not_depend_on_which_answer_is_called_first():
     assert length_bias(longer, longer).model == pytest.approx(1.0)
     assert length_bias(torch.zeros(3), longer).model == 0.0
     assert length_bias(torch.zeros(0), torch.zeros(0)).choices == 0.0
+
+
+def test_no_answer_is_left_out_and_fitted_on_at_once():
+    rng = np.random.default_rng(0)
+    few = torch.from_numpy(rng.integers(0, 20, size=(50, 2)))
+    for answers, count in ((torch.arange(100).view(50, 2), 5), (few, 2)):
+        folds = _folds(answers)
+        assert len(folds) == count
+        for out, rest in folds:
+            assert not {*answers[out].flatten().tolist()} & {*answers[rest].flatten().tolist()}
+        assert sum(int(out.sum()) for out, _ in folds) >= 20
 
 
 # --- the personal part: bias on tokens ----------------------------------------------------------
