@@ -1,6 +1,8 @@
 """experiments/preferences.py and pair_evaluation.py: pairs without a leak, and a known oracle."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from privet.client.device import Bench, Device
 from privet.client.preferences import length_bias
 from privet.common.config import parse
 from privet.common.errors import ConfigError, DataError
-from privet.experiments import datasets, report
+from privet.experiments import datasets, pair_evaluation, report
 from privet.experiments.pair_evaluation import _regret, gap_closed
 from privet.experiments.preferences import (
     DISHES,
@@ -131,6 +133,28 @@ def test_the_gap_closed_is_the_share_of_the_way_to_the_oracle():
     low, high = found["ci95"]
     assert low <= found["mean"] <= high
     assert gap_closed([0.5] * 3, [0.5] * 3, [0.1] * 3, 100) == {"mean": 0.0, "ci95": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize("source", ["tastes", "preferences"])
+def test_the_gap_to_who_knows_best_is_reported(source, monkeypatch):
+    """A personal model that says what they say closes all of it; the shared one is a coin."""
+    users, read = ["0001", "0002"], tastes(7).read
+    monkeypatch.setattr(pair_evaluation, "fetch", lambda name: name)
+    monkeypatch.setattr(
+        pair_evaluation, "crowd", lambda _: lambda user, text: reward(7, user, text)
+    )
+    bench: Any = SimpleNamespace(
+        records=read,
+        config=parse({"data": {"source": source, "min_records": 75, "holdout": 0.3333}}),
+    )
+    worth = pair_evaluation._worth(bench)
+    best = pair_evaluation.best_losses(bench, users)
+    said = [torch.tensor([one - other for one, other in worth(user)]) for user in users]
+    coin = [0 * one for one in said]
+    margins = {"shared model": coin, "another person's head": coin, "personal head": said}
+    losses = {"global": [0.5, 0.5], "personal": best, pair_evaluation.BEST[source]: best}
+    found = pair_evaluation._gap_rows(bench, "unseen", users, losses, margins)
+    assert [row["mean"] for row in found] == ([1.0, 1.0, 0.0] if source == "tastes" else [1.0])
 
 
 def test_regret_is_the_reward_missed():
