@@ -120,7 +120,7 @@ def test_the_size_of_the_shared_head_says_nothing():
 
 
 def test_own_pairs_and_a_poor_shared_head_do_better_together_than_either_alone():
-    shared_error, alone, both = [], [], []
+    shared_error, alone, both = list[float](), list[float](), list[float]()
     for seed in range(10):
         rng = torch.Generator().manual_seed(seed)
         taste = torch.randn(40, generator=rng)
