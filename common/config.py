@@ -73,17 +73,25 @@ class GroupSettings(_Settings):
     """Persona adapters: each device picks one in private, and trains that one."""
 
     count: int = Field(1, ge=1, le=16, description="persona adapters; 1: one for everybody")
-    warmup: int = Field(3, ge=1, description="rounds with one adapter, before the first split")
-    split_every: int = Field(3, ge=1, description="rounds from a split to the next")
-    spread: float = Field(0.3, gt=0, le=1, description="of a split, over how far it has moved")
-    smallest: float = Field(0.15, gt=0, lt=1, description="smaller share of members: split anew")
+    spare: int = Field(2, ge=0, le=16, description="more than that while groups are looked for")
+    warmup: int = Field(1, ge=1, description="rounds with one adapter, before it is split")
+    merge_every: int = Field(3, ge=1, description="rounds from the split, or a merger, to the next")
+    spread: float = Field(0.3, gt=0, le=1, description="of the split, over how far it has moved")
+    smallest: float = Field(0.05, gt=0, lt=1, description="share of members: least denominator")
     members_share: float = Field(0.35, gt=0, lt=1, description="of the clip, for the members")
-    seed: int = Field(7, ge=0, description="public: in which direction an adapter is split")
+    seed: int = Field(7, ge=0, description="public: in which directions the adapter is split")
+
+    @property
+    def most(self) -> int:
+        """Personas there are at any time; a state has a place for each."""
+        return 1 if self.count == 1 else self.count + self.spare
 
     def live(self, number: int) -> int:
-        """Personas to pick from in round `number`: one while warming up, then one more a split."""
-        splits = 1 + (number - 1 - self.warmup) // self.split_every
-        return min(1 + max(splits, 0), self.count)
+        """Personas to pick from in round `number`: one while warming up, then `most`, then one
+        less each merger, down to `count`."""
+        if number <= self.warmup:
+            return 1
+        return max(self.count, self.most - (number - 1 - self.warmup) // self.merge_every)
 
 
 class TrainingSettings(_Settings):
@@ -405,11 +413,13 @@ class Config(_Settings):
                 f"groups.count = {groups} with adapter.family = {family!r}: personas are built for "
                 "tiny, ffa and lora; take one of these, or groups.count = 1"
             )
-        if groups > 1 and self.groups.live(self.rounds.count) < groups:
+        needed = self.groups.warmup + self.groups.spare * self.groups.merge_every + 1
+        if groups > 1 and self.rounds.count < needed:
             raise ValueError(
-                f"groups.count = {groups}, but in {self.rounds.count} rounds only "
-                f"{self.groups.live(self.rounds.count)} are split off; more rounds, or smaller "
-                "groups.warmup and groups.split_every"
+                f"groups.count = {groups} with groups.spare = {self.groups.spare}: in "
+                f"rounds.count = {self.rounds.count} rounds they are not all merged and trained "
+                f"once more; take at least {needed}, or a smaller groups.warmup, groups.spare or "
+                "groups.merge_every"
             )
         if self.pairs and (groups > 1 or family == "fedsa"):
             raise ValueError(

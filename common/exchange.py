@@ -1,6 +1,7 @@
 """What server and devices exchange: the state that is sent, and what of it a contribution holds.
 
-    state      one adapter vector, or one for each persona (`groups.count`), in a row
+    state      one adapter vector, or one for each persona (`groups.most`), in a row; the first
+               `groups.live` of them are there to pick from
     released   the numbers of a contribution, which the plan's layout digest names:
 
         tiny, ffa, lora, fedsa   every number of the adapter vector
@@ -68,7 +69,7 @@ class Exchange:
     @property
     def start(self) -> Vector:
         """The state before the first round."""
-        return self.first if self.groups.count == 1 else np.tile(self.first, self.groups.count)
+        return self.first if self.groups.count == 1 else np.tile(self.first, self.groups.most)
 
     def released(self, number: int) -> Layout:
         """Layout of a contribution to round `number`."""
@@ -76,7 +77,7 @@ class Exchange:
 
     @cached_property
     def _turns(self) -> tuple[Layout, ...]:
-        count = self.groups.count
+        count = self.groups.most
         if count == 1:
             return halves(self.adapter)
         return (replace(self.state, pieces=(*self.state.pieces, (MEMBERS, (count,)))),)
@@ -84,7 +85,7 @@ class Exchange:
     def _wide(self, one: Layout) -> Layout:
         if self.groups.count == 1:
             return one
-        every = range(self.groups.count)
+        every = range(self.groups.most)
         pieces = tuple((f"persona {place}: {n}", s) for place in every for n, s in one.pieces)
         return replace(one, pieces=pieces)
 
@@ -97,9 +98,9 @@ class Exchange:
         if state.shape != (self.state.dimension,):
             raise ProtocolError(
                 f"expected a state of {self.state.dimension} numbers, got shape {state.shape}; "
-                "both sides need the same groups.count and adapter settings"
+                "both sides need the same groups.count, groups.spare and adapter settings"
             )
-        return state.reshape(self.groups.count, -1)
+        return state.reshape(self.groups.most, -1)
 
     def contribution(self, delta: Vector, place: int, bound: float) -> Vector:
         """What a client hands to the gate.
@@ -109,7 +110,7 @@ class Exchange:
             place: the chosen persona; private.
             bound: the clip of the whole contribution.
         """
-        count = self.groups.count
+        count = self.groups.most
         if count == 1:
             return delta
         found = np.zeros((count, len(delta)))

@@ -4,6 +4,7 @@ Which persona a device has is private. On a simulation the experimenter may read
 else of a simulated device; nothing of it passes the server, and no epsilon covers it.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from . import progress
 from .dialects import dialect_of
 from .statistics import bootstrap_mean
 
-__all__ = ["adapter_of", "choices", "compared", "largest_persona", "measured", "state_of"]
+__all__ = [
+    "adapter_of",
+    "choices",
+    "compared",
+    "largest_persona",
+    "measured",
+    "recovered",
+    "state_of",
+]
 
 
 def state_of(folder: Path) -> Vector:
@@ -90,6 +99,35 @@ def measured(
     return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
 
 
+def recovered(folder: Path) -> dict[str, Any]:
+    """How well the private choices of a run fit the true groups, after its last finished round.
+
+    Args:
+        folder: of a run with personas, of a source whose users' names begin with their group.
+
+    Returns:
+        `ari`: adjusted Rand index over everybody who was trained on; `people`: how many these are;
+        `choices`: of each true group, how many picked each persona.
+    """
+    return _recovered(Bench.open(folder.resolve()), state_of(folder))
+
+
+def _recovered(bench: Bench, state: Vector) -> dict[str, Any]:
+    from sklearn.metrics import adjusted_rand_score
+
+    count, train = bench.config.groups.count, bench.index.train_users
+    if count == 1:
+        raise ConfigError(
+            f"{bench.folder} has one adapter for everybody; name a run with groups.count > 1"
+        )
+    chosen = choices(bench, train, state)
+    truth = [dialect_of(user) for user in train]
+    pairs = Counter(zip(truth, chosen, strict=True))
+    table = {name: [pairs[name, place] for place in range(count)] for name in sorted(set(truth))}
+    ari = float(adjusted_rand_score(truth, chosen))
+    return {"ari": ari, "people": len(train), "choices": table}
+
+
 def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     """A run with personas against one without, on the same people's later records.
 
@@ -102,21 +140,9 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
         was trained on; `seen` and `unseen`: mean gain of each model over another in nats, each
         with a bootstrap interval over people.
     """
-    from sklearn.metrics import adjusted_rand_score
-
     bench, state = Bench.open(folder.resolve()), state_of(folder)
-    if bench.config.groups.count == 1:
-        raise ConfigError(
-            f"{folder} has one adapter for everybody; name a run with groups.count > 1"
-        )
+    found = _recovered(bench, state)
     train = bench.index.train_users
-    chosen = choices(bench, train, state)
-    truth = [dialect_of(user) for user in train]
-    table = {
-        name: [sum(c == p for c, t in zip(chosen, truth, strict=True) if t == name) for p in
-               range(bench.config.groups.count)]
-        for name in sorted(set(truth))
-    }  # fmt: skip
     limit = bench.config.evaluation.users
     people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
     grouped = {name: measured(bench, users, state, False) for name, users in people.items()}
@@ -127,9 +153,7 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     if any(shared[name]["users"] != grouped[name]["users"] for name in people):
         raise StateError("the two runs measured different people; run `privet personas` again")
     return {
-        "ari": float(adjusted_rand_score(truth, chosen)),
-        "people": len(train),
-        "choices": table,
+        **found,
         **{name: _gains(grouped[name], shared[name]) for name in people},
     }
 

@@ -111,7 +111,9 @@ def run_rounds(
         size = len(state.adapter) if exchange is None else exchange.released(number).dimension
         total, record, phases = summed(ask, config, cohort, plan, state.adapter, folder, size)
         if total is None:
-            state = State(number, state.adapter, state.optimizer)
+            adapter, memory, said = _unmoved(config, exchange, number, state)
+            record |= said
+            state = State(number, adapter, memory)
         else:
             mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
             if plan.blocks:
@@ -170,6 +172,15 @@ def _step(
     if exchange is not None:
         return updates.step(config, exchange, number, state.adapter, state.optimizer, mean)
     return *aggregation.apply(config.rounds, state.optimizer, state.adapter, mean), {}
+
+
+def _unmoved(
+    config: Config, exchange: Exchange | None, number: int, state: State
+) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
+    """After a void round: nothing but what is due by its number."""
+    if exchange is None or exchange.groups.count == 1:
+        return state.adapter, dict(state.optimizer), {}
+    return updates.turned(config, exchange, number, state.adapter, state.optimizer)
 
 
 def make_plan(

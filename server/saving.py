@@ -19,7 +19,7 @@ def save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> N
     Of several, `adapter` itself is the one with most members: for somebody who has no records to
     choose by.
     """
-    personas = exchange.personas(final)
+    personas = exchange.personas(final)[: exchange.groups.count]
     for place, vector in enumerate(personas if len(personas) > 1 else ()):
         adapter.write(vector)
         adapter.save(folder / "adapter" / f"persona-{place}")

@@ -3,7 +3,8 @@
     tiny, ffa, lora, fedsa   a step of the optimiser (`server/aggregation.py`)
     rolora                   the same, of the half that was trained
     fedsvd                   the same, of B; then B A = U S V' is split anew: A = V', B = U S
-    groups                   a step for each persona, over its own members; then perhaps a split
+    groups                   a step for each persona, over its own members; at published rounds
+                             the one there is is split, or the closest two are merged
 
 **Guarantee**: everything here is a function of public settings, of the state, and of the noised
 mean. So it costs no privacy, and the numbers of members it shows are the noised ones.
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.config import Config, GroupSettings, RoundSettings
+from ..common.config import Config
 from ..common.exchange import MEMBERS, Exchange, Vector
 from ..common.layout import Layout
 from . import aggregation
 
-__all__ = ["step"]
+__all__ = ["step", "turned"]
 
 Memory = Mapping[str, Vector]
 Stepped = tuple[Vector, dict[str, Vector], dict[str, Any]]
@@ -92,6 +93,28 @@ def _turn(layout: Layout, state: Vector, memory: dict[str, Vector]) -> None:
 # --- personas -----------------------------------------------------------------------------------
 
 
+def turned(
+    config: Config, exchange: Exchange, number: int, state: Vector, memory: Memory
+) -> Stepped:
+    """The split or the merger that is due after round `number`, be the round void or not.
+
+    When it is due hangs on public settings alone (`GroupSettings.live`); which two are merged, on
+    the state and on the noised numbers of members since the last time.
+    """
+    settings = exchange.groups
+    live, after = settings.live(number), settings.live(number + 1)
+    if after == live:
+        return state, dict(memory), {}
+    new = exchange.personas(state).copy()
+    kept = {name: v.reshape(len(new), -1).copy() for name, v in memory.items() if name != MEMBERS}
+    said: dict[str, Any] = {"split": after}
+    if after > live:
+        _split(exchange, number, new, kept)
+    else:
+        said = {"merged": _merge(exchange, new, kept, _usual(config, exchange, number, memory))}
+    return new.ravel(), {name: values.ravel() for name, values in kept.items()}, said
+
+
 def _grouped(
     config: Config,
     exchange: Exchange,
@@ -100,89 +123,77 @@ def _grouped(
     memory: Memory,
     mean: NDArray[np.float64],
 ) -> Stepped:
-    """A step for each persona there is; the denominator is its noised number of members.
-
-    It is a mean over the rounds since the last time a split was due: the noise of one round is as
-    large as a small persona. Where it is below the public floor, `groups.smallest` of the cohort,
-    the floor is taken.
-    """
-    settings, cohort = exchange.groups, config.rounds.cohort
-    count, live = settings.count, settings.live(number)
-    sums = (mean[:-count] * cohort).reshape(count, -1)
-    members = mean[-count:] * cohort / exchange.mark(config.privacy.client.clip)
-    floor = settings.smallest * cohort
-    told = np.array(memory.get(MEMBERS, np.zeros(count + 1, np.float32)))
-    told += np.append(members, 1.0).astype(np.float32)
-    usual = told[:live].astype(np.float64) / told[-1]
+    """A step for each persona there is, over its own members; then the turn."""
+    most, live, cohort = exchange.groups.most, exchange.groups.live(number), config.rounds.cohort
+    sums = (mean[:-most] * cohort).reshape(most, -1)
+    members = mean[-most:] * cohort / exchange.mark(config.privacy.client.clip)
+    told = memory.get(MEMBERS, np.zeros(most + 1)) + np.append(members, 1.0)
     new = exchange.personas(state).copy()
-    kept = {name: v.reshape(count, -1).copy() for name, v in memory.items() if name != MEMBERS}
+    kept = {name: v.reshape(most, -1).copy() for name, v in memory.items() if name != MEMBERS}
+    usual = _usual(config, exchange, number, {MEMBERS: told})
     for place in range(live):
         own = {name: values[place] for name, values in kept.items()}
-        denominator = max(float(usual[place]), floor)
-        moved, stepped = aggregation.apply(
-            config.rounds, own, new[place], sums[place] / denominator
-        )
-        new[place] = moved
+        share = sums[place] / usual[place]
+        new[place], stepped = aggregation.apply(config.rounds, own, new[place], share)
         for name, values in stepped.items():
             kept[name][place] = values
-    said: dict[str, Any] = {"members": [round(float(one), 2) for one in members[:live]]}
-    if _due(settings, number):
-        told[:] = 0
-    parted = _parted(settings, config.rounds, number, usual)
-    if parted is not None:
-        said["split"] = list(parted)
-        _split(exchange, number, new, kept, *parted)
     flat = {name: values.ravel() for name, values in kept.items()}
-    return new.ravel(), {**flat, MEMBERS: told}, said
+    flat[MEMBERS] = told.astype(np.float32)
+    state, memory, said = turned(config, exchange, number, new.ravel(), flat)
+    return state, dict(memory), {"members": [round(float(m), 2) for m in members[:live]], **said}
 
 
-def _due(settings: GroupSettings, number: int) -> bool:
-    """Whether a split is looked for after this round; by public settings only."""
-    return number >= settings.warmup and (number - settings.warmup) % settings.split_every == 0
+def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:
+    """Members of each persona there is in round `number`: what the server divides by.
 
-
-def _parted(
-    settings: GroupSettings, rounds: RoundSettings, number: int, members: NDArray[np.float64]
-) -> tuple[int, int] | None:
-    """(the largest persona, the one that begins anew as its other half), if there is a split now.
-
-    A persona that is not there yet; or, at the same distance and not at the very end, the smallest
-    one, if its noised share of the members is below `groups.smallest`: nobody's, or almost.
+    It is a mean over the rounds since the last turn: the noise of one round is as large as a small
+    persona. Where it is below the public floor, `groups.smallest` of the cohort, it is the floor.
     """
-    live = len(members)
-    largest, smallest = int(members.argmax()), int(members.argmin())
-    if settings.live(number + 1) > live:
-        return largest, live
-    lonely = members[smallest] < settings.smallest * rounds.cohort
-    if (
-        live > 1
-        and _due(settings, number)
-        and lonely
-        and number + settings.split_every <= rounds.count
-    ):
-        return largest, smallest
-    return None
+    told = memory.get(MEMBERS, np.zeros(exchange.groups.most + 1)).astype(np.float64)
+    usual = told[: exchange.groups.live(number)] / max(told[-1], 1.0)
+    return np.maximum(usual, exchange.groups.smallest * config.rounds.cohort)
 
 
-def _split(
-    exchange: Exchange,
-    number: int,
-    personas: Vector,
-    memory: Mapping[str, Vector],
-    large: int,
-    new: int,
-) -> None:
-    """Two adapters instead of one, apart from it by a step to and fro in a public random direction.
+def _split(exchange: Exchange, number: int, personas: Vector, memory: Mapping[str, Vector]) -> None:
+    """`most` adapters instead of the first, around it, each a step in a public random direction.
 
     Its members, each by its own loss, take the side their own gradients point to. The step is
-    `groups.spread` of how far the adapter has come since the start. Momentum begins anew.
+    about `groups.spread` of how far the adapter has come. Momentum begins anew.
     """
-    middle, first = personas[large].astype(np.float64), exchange.first
+    middle, first = personas[0].astype(np.float64), exchange.first
     way = float(np.linalg.norm(middle - first)) or 1e-2
-    drawn = np.random.default_rng([exchange.groups.seed, number]).normal(size=len(middle))
-    apart = exchange.groups.spread * way * drawn / np.linalg.norm(drawn)
-    personas[large], personas[new] = middle - apart, middle + apart
+    drawn = np.random.default_rng([exchange.groups.seed, number]).normal(size=personas.shape)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    personas[:] = middle + exchange.groups.spread * way * (drawn - drawn.mean(0))
     for name, values in memory.items():
-        values[new] = values[large]
-        if name == "momentum":
-            values[[large, new]] = 0.0
+        values[:] = 0.0 if name == "momentum" else values[0]
+
+
+def _merge(
+    exchange: Exchange,
+    personas: Vector,
+    memory: Mapping[str, Vector],
+    members: NDArray[np.float64],
+) -> list[int]:
+    """The two closest become one, their mean by members; who they were, by place.
+
+    Closest: the pair that costs least to merge by Ward's criterion (1963), a b / (a + b) times the
+    squared distance, for a and b members. So two that share one group out between them go
+    together, and so does one that almost nobody picks with its neighbour. Who comes after takes
+    the place that is left, and the last place is empty.
+    """
+    live = len(members)
+    pairs = [(one, two) for one in range(live) for two in range(one + 1, live)]
+
+    def cost(pair: tuple[int, int]) -> float:
+        apart = personas[pair[0]].astype(np.float64) - personas[pair[1]]
+        a, b = members[list(pair)]
+        return float(a * b / (a + b) * (apart @ apart))
+
+    one, two = min(pairs, key=cost)
+    share = members[[one, two]] / members[[one, two]].sum()
+    for name, values in {"": personas, **memory}.items():
+        values[one] = share @ values[[one, two]]
+        values[two : live - 1] = values[two + 1 : live].copy()
+        values[live - 1] = 0.0 if name else exchange.first
+    return [one, two]

@@ -26,6 +26,7 @@ from privet.common.files import read_lines
 from privet.common.noise import TestSource
 from privet.common.objective import collate, record_losses
 from privet.experiments import engine, evaluation, personas
+from privet.experiments.benchmarks.groups import FLOOR, recovered
 from privet.experiments.simulate import prepare
 from privet.server.rounds import make_plan
 from privet.server.saving import largest
@@ -34,7 +35,7 @@ from .test_adapter import READER
 from .test_gate import leaves_the_same, masked_leave_the_same, plan_of, records
 from .tiny import population, tiny_config
 
-GROUPS = {"count": 2, "warmup": 1, "split_every": 1, "spread": 0.9}
+GROUPS = {"count": 2, "spare": 0, "warmup": 1, "spread": 0.9}
 Run = tuple[Path, Config]
 
 
@@ -190,10 +191,13 @@ def test_personas_of_a_family_with_halves_are_refused(family):
         parse(table)
 
 
-def test_more_personas_than_the_rounds_can_split_off_are_refused():
+def test_more_spare_personas_than_the_rounds_can_merge_are_refused():
     off = {"privacy": {"example": {"enabled": False}}}
-    with pytest.raises(ConfigError, match="in 4 rounds only 2 are split off"):
-        parse({"groups": {"count": 3}, "rounds": {"count": 4}, **off})
+    groups = {"count": 3, "spare": 2, "warmup": 1, "merge_every": 3}
+    with pytest.raises(ConfigError, match="take at least 8"):
+        parse({"groups": groups, "rounds": {"count": 7}, **off})
+    enough = parse({"groups": groups, "rounds": {"count": 8}, **off})
+    assert [enough.groups.live(number) for number in range(1, 10)] == [1, 5, 5, 5, 4, 4, 4, 3, 3]
 
 
 def test_without_groups_the_digest_of_a_configuration_is_what_it_was():
@@ -244,7 +248,7 @@ def test_in_a_masked_round_only_the_masked_vector_depends_on_the_pick(
 def test_a_run_says_noised_members_and_splits_and_saves_a_folder_for_each_persona(finished):
     log = read_lines(finished / "rounds.jsonl")
     assert [len(line["members"]) for line in log] == [1, 2, 2, 2]
-    assert log[0]["split"] == [0, 1]
+    assert log[0]["split"] == 2
     bench, state = Bench.open(finished.resolve()), personas.state_of(finished)
     one, two = exchange_at(bench).personas(state)
     assert not np.array_equal(one, two)
@@ -278,18 +282,26 @@ def test_the_local_and_the_ray_engine_agree(prepared, finished, tmp_path):
     assert personas.state_of(folder).tobytes() == personas.state_of(finished).tobytes()
 
 
-def test_masked_rounds_of_personas_go_through(llama_folder, people, tmp_path):
+def test_masked_rounds_of_personas_go_through_and_the_spare_ones_are_merged(
+    llama_folder, people, tmp_path
+):
     config = configured(
-        llama_folder, people, data={"clients": 12}, rounds={"count": 2, "cohort": 12},
+        llama_folder, people, data={"clients": 12}, rounds={"count": 4, "cohort": 12},
+        groups={**GROUPS, "spare": 2, "merge_every": 1},
         client={"noise_at": "distributed", "noise_multiplier": 0.5},
     )  # fmt: skip
     folder = tmp_path / "run"
     engine.run("local", folder, prepare(config, folder, resume=False))
     log = read_lines(folder / "rounds.jsonl")
-    assert [line["answered"] for line in log] == [12, 12]
-    assert (
-        abs(sum(log[1]["members"]) - 12) < 15
-    )  # two numbers, noise of 0.5 / 0.25 times 12 / 6 each
+    assert [line["answered"] for line in log] == [12, 12, 12, 12]
+    assert [len(line["members"]) for line in log] == [1, 4, 3, 2]
+    # as many numbers, each with noise of 0.5 / 0.35 times sqrt(12 / 6)
+    assert abs(sum(log[1]["members"]) - 12) < 20
+    assert [len(line.get("merged", ())) for line in log] == [0, 2, 2, 0]
+    saved = sorted(path.name for path in (folder / "adapter").glob("persona-*"))
+    assert saved == ["persona-0", "persona-1"]
+    bench, state = Bench.open(folder.resolve()), personas.state_of(folder)
+    assert set(personas.choices(bench, bench.index.train_users, state)) <= {0, 1}
 
 
 def test_losses_are_measured_under_the_own_persona_and_the_largest_one(finished):
@@ -325,3 +337,13 @@ def test_a_device_declines_a_state_of_another_number_of_personas(bench):
     assert take_part(bench.device(0), plan, sent.first) is None
     (declined,) = bench.ledger.declined(bench.device(0).name)
     assert "both sides need the same groups.count" in declined.reason
+
+
+@pytest.mark.heavy
+def test_three_made_dialects_are_found_at_epsilon_8(tmp_path, monkeypatch):
+    """The floor of the groups: 500 devices, client level, an adjusted Rand index of 0.8."""
+    monkeypatch.chdir(tmp_path)
+    found = recovered(21, tmp_path / "runs", [])
+    assert found["people"] == 500
+    assert found["epsilon"] <= 8
+    assert found["ari"] >= FLOOR

@@ -194,7 +194,7 @@ def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
 def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_which(
     tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
 ):
-    groups = {"count": 2, "warmup": 1, "split_every": 1}
+    groups = {"count": 2, "spare": 0}
     config = config_of(llama_folder, groups=groups)
     for home in homes_of_four:
         agree(home, config)
