@@ -55,7 +55,9 @@ def adapter_of(bench: Bench, user: str, state: Vector) -> Vector:
 
 def largest_persona(bench: Bench, state: Vector) -> Vector:
     """The adapter vector for somebody without records: of the persona with most members."""
-    return np.asarray(exchange_at(bench).personas(state)[largest(bench.folder)])
+    return np.asarray(
+        exchange_at(bench).personas(state)[largest(bench.folder, bench.config.groups.count)]
+    )
 
 
 def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:

@@ -23,12 +23,13 @@ def save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> N
     for place, vector in enumerate(personas if len(personas) > 1 else ()):
         adapter.write(vector)
         adapter.save(folder / "adapter" / f"persona-{place}")
-    adapter.write(personas[largest(folder)])
+    adapter.write(personas[largest(folder, exchange.groups.count)])
     adapter.save(folder / "adapter")
 
 
-def largest(folder: Path) -> int:
-    """The persona with most members, by the noised numbers of the run's last rounds; else 0."""
-    counted = [line["members"] for line in read_lines(folder / LOG) if "members" in line]
-    same = [one for one in counted if len(one) == len(counted[-1])] if counted else []
+def largest(folder: Path, count: int) -> int:
+    """The one of `count` personas with most members, by the noised numbers of the rounds since
+    there are no more of them; 0 where no such round was finished."""
+    counted = [line.get("members", ()) for line in read_lines(folder / LOG)]
+    same = [one for one in counted if len(one) == count]
     return int(np.sum(same, axis=0).argmax()) if same else 0
