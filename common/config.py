@@ -519,11 +519,8 @@ class Config(_Settings):
         }  # fmt: skip
         left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
-        for name in (
-            "ends",
-            "opening",
-            "packed",
-        ):  # nor do a run's settings change by what it left as it was
+        # nor do a run's settings change by what it left as it was
+        for name in ("ends", "opening", "packed"):
             if getattr(self.training, name) == TrainingSettings.model_fields[name].default:
                 del settings["training"][name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

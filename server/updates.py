@@ -151,7 +151,7 @@ def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> N
     """
     told = memory.get(MEMBERS, np.zeros(exchange.groups.most + 1)).astype(np.float64)
     usual = told[: exchange.groups.live(number)] / max(told[-1], 1.0)
-    return np.maximum(usual, exchange.groups.smallest * config.rounds.cohort)
+    return np.asarray(np.maximum(usual, exchange.groups.smallest * config.rounds.cohort))
 
 
 def _split(exchange: Exchange, number: int, personas: Vector, memory: Mapping[str, Vector]) -> None:
