@@ -239,7 +239,7 @@ def test_on_a_device_adapter_head_and_records_speak_and_verdicts_stay_in_the_vau
     home, bert_folder, monkeypatch, capsys
 ):
     text = home.records()[0].text
-    lines = f"{text[:5]}\n:accept\n{text[:9]}\n:edit something else\n"
+    lines = f"{text[:5]}\n:accept\n{text[:9]}\n:edit a violet umbrella\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main.run(command(home, "--encoder", str(bert_folder), "--json")) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -251,14 +251,14 @@ def test_on_a_device_adapter_head_and_records_speak_and_verdicts_stay_in_the_vau
     kept = [json.loads(home.vault.get(name) or b"") for name in home.vault.names("feedback/")]
     assert [one["kind"] for one in kept] == ["accept", "edit"]
     assert kept[0]["answer"] == said[0]["personal"]
-    assert kept[1]["edited"] == "something else"
+    assert kept[1]["edited"] == "a violet umbrella"
     assert [pair.chosen for pair in feedback.pairs(feedback.kept(home).values())][-1:] == [
-        "something else"
+        "a violet umbrella"
     ]
     assert home.vault.names("retrieval/") == [f"retrieval/{bert_folder}"]
     assert home.outbox() == []
     plain = b"".join(path.read_bytes() for path in home.folder.iterdir())
-    assert b"something else" not in plain
+    assert b"a violet umbrella" not in plain
     assert text.encode() not in plain
 
 
