@@ -27,7 +27,7 @@ from privet.common.files import read_lines
 from privet.common.keys import Directory
 from privet.common.plan import Plan
 from privet.experiments import report
-from privet.server import ab, looks, rounds
+from privet.server import ab, looks
 
 from .test_seat import (
     PEOPLE,
@@ -43,6 +43,7 @@ from .test_seat import (
     hello,
     homes_of_four,
     keys,
+    released_and_opened,
 )
 
 __all__ = ["cheap", "homes_of_four"]
@@ -103,29 +104,12 @@ def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released
     judged(homes_of_four[0], True, True, True, False)
     judged(homes_of_four[1], False)
     judged(homes_of_four[2], True, run="another experiment")
-    opened: list[Any] = []
-    real = rounds.masked_sum
-
-    def watched(*given: Any) -> Any:
-        opened.append((given[2], real(*given)))
-        return opened[-1][1]
-
-    monkeypatch.setattr(rounds, "masked_sum", watched)
-    shown = world.serve()
-    assert [(one["answered"], one["declined"], one["void"]) for one in shown] == [(4, 0, False)] * 2
-    plan, (total, *_) = opened[-1]
-    length = layout(world.config.ab).dimension
-    gates = [home.ledger.resend(ME, RUN, 2, plan.digest) for home in homes_of_four]
-    plain = sum(unpack(gate or b"", length, plan.bits).astype(np.int64) for gate in gates)
-    assert np.array_equal(plain % 2**plan.bits, total.astype(np.int64) % 2**plan.bits)
+    dimension = layout(world.config.ab).dimension
+    shown, plan, total = released_and_opened(world, homes_of_four, dimension, monkeypatch)
+    assert plan.length(dimension) == dimension
     sums = ab.sums_of(total, plan)
     assert shown[1]["look"] == ab.told(sums, plan, 4, world.config.ab)
     for home in homes_of_four:
-        assert home.ledger.participations(ME) == 2
-        assert [(one.round, one.phase) for one in home.outbox()] == [
-            (number, phase) for number in (1, 2) for phase in PHASES
-        ]
-        assert all(len(home.payload(one.seq) or b"") == one.bytes for one in home.outbox())
         assert home.vault.names("adapters/") == home.vault.names("heads/") == []
         assert trial.current(home) is None  # it has ended, and so has the arm
 

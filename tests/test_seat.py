@@ -163,9 +163,14 @@ def plan_of(config: Config, number: int = 1, **changes: Any) -> Plan:
 # --- a whole run ---------------------------------------------------------------------------------
 
 
-def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
-):
+def released_and_opened(
+    world: World, homes: list[Home], dimension: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Mapping[str, Any]], Plan, Any]:
+    """A run of two rounds whose opened sum is that of what the gates released.
+
+    Returns:
+        The rounds' records; plan and opened sum of the second.
+    """
     opened: list[Any] = []
     real = rounds.masked_sum
 
@@ -177,18 +182,27 @@ def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
     shown = world.serve()
     assert [(one["answered"], one["declined"], one["void"]) for one in shown] == [(4, 0, False)] * 2
     plan, (total, *_) = opened[-1]
-    gates = [home.ledger.resend(ME, RUN, 2, plan.digest) for home in homes_of_four]
-    length = plan.length(shared(world.config).layout.dimension)
+    gates = [home.ledger.resend(ME, RUN, 2, plan.digest) for home in homes]
+    length = plan.length(dimension)
     plain = sum(unpack(gate or b"", length, plan.bits).astype(np.int64) for gate in gates)
-    assert np.array_equal(plain % 2**plan.bits, total % 2**plan.bits)
-    for home in homes_of_four:
-        assert home.vault.names("heads/") == [f"heads/{RUN}"]
+    assert np.array_equal(plain % 2**plan.bits, total.astype(np.int64) % 2**plan.bits)
+    for home in homes:
         assert home.ledger.participations(ME) == 2
         # every byte-string, in order, each as it was handed out
         assert [(one.round, one.phase) for one in home.outbox()] == [
             (number, phase) for number in (1, 2) for phase in PHASES
         ]
         assert all(len(home.payload(one.seq) or b"") == one.bytes for one in home.outbox())
+    return shown, plan, total
+
+
+def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
+    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+):
+    dimension = shared(world.config).layout.dimension
+    released_and_opened(world, homes_of_four, dimension, monkeypatch)
+    for home in homes_of_four:
+        assert home.vault.names("heads/") == [f"heads/{RUN}"]
 
 
 def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_which(
