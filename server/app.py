@@ -17,7 +17,7 @@ from ..common.errors import ConfigError
 from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
-from .exchange import addressed, exchange
+from .replies import addressed, replies
 from .rounds import Reply, Show
 from .runs import whole
 from .serving import alone
@@ -54,7 +54,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
         limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
         outgoing = [addressed(content, node, "query.hello", limit) for node in nodes]
-        for message in exchange(grid, outgoing, limit, unheard):
+        for message in replies(grid, outgoing, limit, unheard):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
 
     directory = read_directory(folder / "directory")
@@ -74,7 +74,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
             content = {**common, "protocol": ConfigRecord({"message": message, "client": number})}
             outgoing.append(addressed(content, crowd.accepted[number], f"train.{phase}", limit))
         numbers = {node: number for number, node in crowd.accepted.items()}
-        for message in exchange(grid, outgoing, limit):
+        for message in replies(grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
     final = whole(ask, config, run, folder, show, crowd.present, crowd.greet)
@@ -83,7 +83,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
         limit = config.rounds.timeout_s if config.trial is None else config.rounds.answer_timeout_s
         ends = [addressed(content, node, "query.keep", limit) for node in nodes]
-        for _ in exchange(grid, ends, limit):
+        for _ in replies(grid, ends, limit):
             pass
 
 

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from privet.common.errors import ProtocolError
 from privet.experiments import engine
 from privet.experiments.grid import LocalGrid
-from privet.server.exchange import exchange
+from privet.server.replies import replies
 
 
 def echo(message: Message, context: Context) -> Message:
@@ -89,8 +89,8 @@ def test_a_lost_node_gives_an_error_before_or_after_it_has_heard_the_message(
 
 def test_the_server_says_once_how_many_nodes_failed_and_the_first_reason(caplog, monkeypatch):
     grid = LocalGrid(mortal((1, 3, 4), "before", monkeypatch), 5, "run")
-    replies = [said(reply)["me"] for reply in exchange(grid, messages(grid), 10.0)]
-    assert replies == [0, 2]
+    heard = [said(reply)["me"] for reply in replies(grid, messages(grid), 10.0)]
+    assert heard == [0, 2]
     (line,) = caplog.messages
     assert line == "3 nodes failed and are left out; the first: lost, by simulation.dropout"
 

@@ -29,7 +29,7 @@ from ...client.training import Trained
 from ...common import config as settings
 from ...common.config import Config
 from ...server import app as server_app
-from ...server.exchange import exchange
+from ...server.replies import replies
 from .. import simulate
 from ..grid import LocalGrid
 
@@ -67,7 +67,7 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
             nodes = list(grid.get_node_ids())
             offer = RecordDict({"offer": ConfigRecord({"run": "benchmark", "nonce": bytes(32)})})
             greetings = [Message(offer, node, "query.hello") for node in nodes]
-            list(exchange(grid, greetings, 60.0))
+            list(replies(grid, greetings, 60.0))
             hello = time.perf_counter() - began
             began, ends = time.perf_counter(), []
             server_app.serve(grid, run, lambda _: ends.append(time.perf_counter()))

@@ -9,14 +9,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import http_grid
 
-__all__ = ["addressed", "exchange"]
+__all__ = ["addressed", "replies"]
 
 POLL_S, SLOWEST_S = 0.1, 1.0
 AT_ONCE, UNANSWERED, PACE_S = 16, 32, 5.0
 """Messages that are sent together; so many devices may be busy with their SuperLink before the
 next ones are asked; unless they take more than so many seconds, and so compute rather than speak.
 
-Flower 1.41's SuperLink serves a device's share of one exchange in about 0.35 processor seconds, on
+Flower 1.41's SuperLink needs about 0.35 processor seconds for one message and its reply, on
 one core: asked all at once, 250 devices wait so long that they give up and connect anew, which
 costs more than their questions."""
 SPARE_S = 900.0
@@ -38,7 +38,7 @@ def addressed(content: Mapping[str, Any], node: int, kind: str, limit_s: float) 
     return Message(RecordDict(dict(content)), node, kind, ttl=limit_s + SPARE_S)
 
 
-def exchange(
+def replies(
     grid: Grid, messages: Sequence[Message], timeout_s: float, unheard: set[str] | None = None
 ) -> Iterator[Message]:
     """Send all, yield replies as they arrive; failed and late clients are counted and left out.

@@ -1,4 +1,4 @@
-"""server/exchange.py over Flower's own grid, with a SuperLink that has only half a reply."""
+"""server/replies.py over Flower's own grid, with a SuperLink that has only half a reply."""
 
 import time
 from inspect import signature
@@ -19,8 +19,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from privet.experiments.grid import LocalGrid
-from privet.server import exchange as module
-from privet.server.exchange import AT_ONCE, PARTS, UNANSWERED, addressed, exchange
+from privet.server import replies as module
+from privet.server.replies import AT_ONCE, PARTS, UNANSWERED, addressed, replies
 
 
 class HalfStored(HttpGrid):  # type: ignore[misc]
@@ -98,7 +98,7 @@ def test_a_device_that_dies_while_it_answers_holds_the_others_up_no_longer_than_
     grid = HalfStored(dead)
     outgoing = [addressed({}, node, "query.hello", 60.0) for node in range(3)]
     began = time.monotonic()
-    heard = [int(cast(Any, one.content["said"])["node"]) for one in exchange(grid, outgoing, 0.5)]
+    heard = [int(cast(Any, one.content["said"])["node"]) for one in replies(grid, outgoing, 0.5)]
     assert time.monotonic() - began < 5.0  # Flower's own waits for 500 questions
     assert heard == sorted({0, 1, 2} - dead)
 
@@ -109,7 +109,7 @@ def test_a_few_devices_are_asked_at_a_time_and_in_the_end_all(silent, monkeypatc
     grid = Asked(silent)
     outgoing = [addressed({}, node, "query.hello", 60.0) for node in range(6 * AT_ONCE + 1)]
     began = time.monotonic()
-    heard = list(exchange(grid, outgoing, 4.0))
+    heard = list(replies(grid, outgoing, 4.0))
     assert len(heard) == len(outgoing) - silent
     assert grid.most <= UNANSWERED + AT_ONCE if silent == 0 else time.monotonic() - began >= 4.0
 
@@ -119,7 +119,7 @@ def test_those_who_take_long_hold_nobody_up_for_more_than_the_pace(monkeypatch):
     everybody = 6 * AT_ONCE
     grid = Asked(everybody)
     outgoing = [addressed({}, node, "query.hello", 60.0) for node in range(everybody)]
-    assert list(exchange(grid, outgoing, 4.0)) == []
+    assert list(replies(grid, outgoing, 4.0)) == []
     assert grid.most == everybody
 
 
