@@ -337,6 +337,13 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"and Skellam noise of {client.noise_multiplier:g} times that clip is added "
             + _PLACES[client.noise_at]
         )
+    if client.enabled and config.groups.count > 1:
+        said.append(
+            f"To each person: the device picks one of up to {config.groups.most} group adapters by "
+            "itself. The contribution has a block for each, zero but for the picked one, and is "
+            "clipped as a whole: the pick is as hidden as the rest of it, by the same noise. A "
+            "noised sum tells how many picked each."
+        )
     if example.enabled:
         said.append(
             f"To each record: in training its gradient is clipped to norm {example.clip:g}, and "
