@@ -1,7 +1,8 @@
 """Cold start with texts: the latest 0, 1, 2, 4 … own records, nothing else known of the person.
 
 With no record the shared model; up to three, texts in front; from four on the own records choose
-between texts in front, head and both (`comparisons.OwnSide`). The held-out records are the same at
+between texts in front, head and both, and the shared model if nothing is sure to be better
+(`comparisons.choice`). The held-out records are the same at
 every number, so that a person is compared with itself.
 """
 

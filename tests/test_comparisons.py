@@ -11,7 +11,7 @@ from privet.client.retrieval import Index
 from privet.common.adapter import attach
 from privet.common.config import AdapterSettings
 from privet.experiments import comparisons, contexts, tables
-from privet.experiments.comparisons import OwnSide, Ruler, measure_text, surest
+from privet.experiments.comparisons import OwnSide, Ruler, choice, measure_text, surest
 from privet.experiments.contexts import History, Row, asked, states_of
 
 from .tiny import WORDS
@@ -172,6 +172,15 @@ def test_the_surest_model_wins_and_nothing_sure_falls_back():
     assert surest({"global": shared, "head": lucky}) == "global"
     assert surest({"global": shared, "head": shared}) == "global"
     assert surest({"global": [3.0], "head": [1.0]}) == "global"  # one record is no evidence
+
+
+def test_a_few_records_keep_the_own_texts_while_they_do_better_on_average():
+    unsure = {"global": [10.0, 12.0], "retrieval": [10.5, 9.0], "head": [10.5, 11.4]}
+    assert surest(unsure) == "global"
+    assert choice(unsure) == "retrieval"
+    assert choice({**unsure, "retrieval": [10.5, 12.0]}) == "global"
+    assert choice({name: 2 * nats for name, nats in unsure.items()}) == "global"  # four records
+    assert choice({**unsure, "hybrid": [8.0, 10.1]}) == "hybrid"  # which is sure
 
 
 def test_the_choice_does_not_see_the_test_records(adapter, ruler):
