@@ -17,7 +17,7 @@ from ..common.errors import ConfigError
 from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
-from .replies import addressed, replies
+from .replies import addressed, enough_s, replies
 from .rounds import Reply, Show
 from .runs import whole
 from .serving import alone
@@ -51,8 +51,10 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     unheard: set[str] = set()
 
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        content = {"offer": ConfigRecord({**offer, "nonce": nonce})}
-        limit = HELLO_S if config.data.source == DEVICES else config.rounds.timeout_s
+        content, nodes = {"offer": ConfigRecord({**offer, "nonce": nonce})}, list(nodes)
+        limit = config.rounds.timeout_s
+        if config.data.source == DEVICES:
+            limit = enough_s(len(nodes), HELLO_S)
         outgoing = [addressed(content, node, "query.hello", limit) for node in nodes]
         for message in replies(grid, outgoing, limit, unheard):
             yield message.metadata.src_node_id, dict(message.content.get("hello") or {})

@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.superlink.grid import http_grid
 
-__all__ = ["addressed", "replies"]
+__all__ = ["addressed", "enough_s", "replies"]
 
 POLL_S, SLOWEST_S = 0.1, 1.0
 AT_ONCE, UNANSWERED, PACE_S = 16, 32, 5.0
@@ -38,12 +38,18 @@ def addressed(content: Mapping[str, Any], node: int, kind: str, limit_s: float) 
     return Message(RecordDict(dict(content)), node, kind, ttl=limit_s + SPARE_S)
 
 
+def enough_s(count: int, answer_s: float) -> float:
+    """Seconds in which all are asked, though nobody answers, and the last has `answer_s`."""
+    return answer_s + PACE_S * ((count - 1) // AT_ONCE)
+
+
 def replies(
     grid: Grid, messages: Sequence[Message], timeout_s: float, unheard: set[str] | None = None
 ) -> Iterator[Message]:
     """Send all, yield replies as they arrive; failed and late clients are counted and left out.
 
-    Not everybody is asked at the same moment: see `UNANSWERED`.
+    Not everybody is asked at the same moment (see `UNANSWERED`), so a short `timeout_s` may leave
+    some unasked: see `enough_s`.
 
     `unheard`: ids of earlier messages whose late replies are still welcome; those of these messages
     that are not answered in time are added.

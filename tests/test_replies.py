@@ -20,7 +20,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from privet.experiments.grid import LocalGrid
 from privet.server import replies as module
-from privet.server.replies import AT_ONCE, PARTS, UNANSWERED, addressed, replies
+from privet.server.replies import AT_ONCE, PARTS, UNANSWERED, addressed, enough_s, replies
 
 
 class HalfStored(HttpGrid):  # type: ignore[misc]
@@ -121,6 +121,15 @@ def test_those_who_take_long_hold_nobody_up_for_more_than_the_pace(monkeypatch):
     outgoing = [addressed({}, node, "query.hello", 60.0) for node in range(everybody)]
     assert list(replies(grid, outgoing, 4.0)) == []
     assert grid.most == everybody
+
+
+@pytest.mark.parametrize("count", [1, AT_ONCE, 6 * AT_ONCE])
+def test_in_time_enough_everybody_is_asked_though_nobody_answers(count, monkeypatch):
+    monkeypatch.setattr(module, "PACE_S", 0.3)
+    grid = Asked(count)
+    outgoing = [addressed({}, node, "query.hello", 60.0) for node in range(count)]
+    assert list(replies(grid, outgoing, enough_s(count, 0.3))) == []
+    assert grid.most == count
 
 
 def test_flower_still_pulls_replies_where_the_server_makes_it_ask_sooner():
