@@ -44,6 +44,7 @@ PATIENCE_S = 600.0
 LOOK_S = 0.1
 TRIES = 20
 MEMORY_S = 2.0
+DEALT_S = 1.0  # shares are written down before they are on their way
 
 POLICY_CHANGES: Mapping[str, tuple[str, str]] = {
     "smallest_cohort": ("4", "there are six devices in all, where the default asks for ten"),
@@ -331,9 +332,9 @@ def killed(people: Sequence[Person]) -> tuple[Person, Person]:
 
 
 def _trains(home: Home) -> bool:
-    """Whether it has dealt the shares of its masks, and its contribution has not left."""
-    phases = [one.phase for one in home.outbox() if one.round == ROUND_OF_THE_FIRST]
-    return phases[-1:] == ["shares"]
+    """Whether the shares of its masks have left a while ago, and its contribution has not."""
+    sent = [one for one in home.outbox() if one.round == ROUND_OF_THE_FIRST][-1:]
+    return any(one.phase == "shares" and time.time() - one.time > DEALT_S for one in sent)
 
 
 def report(place: Path, console: Console) -> None:

@@ -21,7 +21,9 @@ one core: asked all at once, 250 devices wait so long that they give up and conn
 costs more than their questions."""
 SPARE_S = 900.0
 PARTS = {"initial_backoff": 0.05, "backoff_cap": 1.0}
-"""Seconds until the next question for a part that is not stored yet; Flower doubles the first."""
+PARTS_S = 60.0
+"""Seconds until the next question for a part that is not stored yet; Flower doubles the first. And
+how long a reply's parts may take, at most."""
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +89,15 @@ def replies(
 
 
 def _wait_for_parts(until: float) -> None:
-    """A reply that is listed and not stored in whole is waited for until then, and then has failed.
+    """A reply that is listed and not stored in whole is waited for a while, and then has failed.
 
     A device that dies while it answers leaves such a reply for ever. Flower 1.41 asks 500 times
-    for each of its parts, and hands out no other reply meanwhile.
+    for each of its parts, and hands out no other reply meanwhile. So it has a third of the time
+    that is left: the others, whose replies are not listed yet, need some of it too.
     """
 
     def pulled(*args: Any, **named: Any) -> Any:
-        left = max(until - time.monotonic(), 0.0)
+        left = min(max(until - time.monotonic(), 0.0) / 3, PARTS_S)
         return _pull_objects(*args, **named, **PARTS, max_time=left, max_tries_per_object=None)
 
     if _pull_objects is not None:

@@ -24,7 +24,7 @@ from privet.server.replies import AT_ONCE, PARTS, UNANSWERED, addressed, enough_
 
 
 class HalfStored(HttpGrid):  # type: ignore[misc]
-    """Everybody has answered; of those in `dead` the SuperLink has no content."""
+    """Everybody has answered, one after the other; the SuperLink has no content of `dead`."""
 
     def __init__(self, dead: set[int]) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 7, 1
@@ -56,7 +56,7 @@ class HalfStored(HttpGrid):  # type: ignore[misc]
         return names
 
     def PullMessages(self, _: object) -> PullAppMessagesResponse:
-        found, self._replies = self._replies, []
+        found, self._replies = self._replies[:1], self._replies[1:]
         return PullAppMessagesResponse(
             messages_list=[one for one, _ in found],
             message_object_trees=[tree for _, tree in found],
