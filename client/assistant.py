@@ -60,6 +60,13 @@ class Sampling:
     seed: int = 0
     budget: int = 256
 
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise ConfigError(
+                f"temperature = {self.temperature:g}: expected 0 (the likeliest token) or a number "
+                "from 0.01 to 100"
+            )
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -15,7 +15,7 @@ from ..common.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from .assistant import Assistant, Heard, Recorder, Reply
 
-__all__ = ["HELP", "facts", "talk"]
+__all__ = ["HELP", "as_text", "facts", "talk"]
 
 HELP = """\
 :accept          the personal answer is the better one
@@ -49,7 +49,7 @@ def talk(
     """
     show = _Shown(as_json, live=once is None and lines.isatty())
     if once is not None:
-        show.reply(assistant, once)
+        show.reply(assistant, as_text(once))
         return
     last: Reply | None = None
     if show.live:
@@ -60,7 +60,7 @@ def talk(
                 continue
             if not line.startswith(":") or line.startswith("::"):
                 prompt = line[1:] if line.startswith("::") else line
-                last = show.reply(assistant, prompt)
+                last = show.reply(assistant, as_text(prompt))
             elif line.split()[0] in (":quit", ":q"):
                 return
             else:
@@ -72,6 +72,15 @@ def talk(
 
 
 # --- what is shown -------------------------------------------------------------------------------
+
+
+def as_text(prompt: str) -> str:
+    """The prompt; DataError where its bytes were no UTF-8."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("the prompt is not UTF-8; write it again in that encoding") from None
+    return prompt
 
 
 def _asked(lines: TextIO, live: bool) -> Iterator[str]:

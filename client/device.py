@@ -39,6 +39,7 @@ from .measure import arms_block, gains_block, measured
 from .pairs import tokenize_pairs
 from .persona import choose
 from .release import Statistics, budgets, charges, release
+from .run_ledger import run_id, run_ledger
 from .training import Trainer, train
 
 __all__ = [
@@ -52,7 +53,6 @@ __all__ = [
     "take_part",
 ]
 
-LEDGERS = "ledgers.sqlite"
 DEVICE_SECRET = "device-secret"
 AT_HOME = "at-home"
 DIRECTORY = "directory"
@@ -141,15 +141,14 @@ class Bench:
         config = settings.read(folder / "config.toml")
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
-        run = (folder / "run-id").read_text().strip()
+        ledger = run_ledger(folder)
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
-        ledger = Ledger.open(folder / LEDGERS, owner=run)
         # the model lives as long as the process: no collection needs to walk through it again
         gc.collect()
         gc.freeze()
         secret = Secret((folder / DEVICE_SECRET).read_bytes())
         directory = read_directory(folder / DIRECTORY)
-        return cls(folder, run, config, index, trainer, ledger, secret, directory)
+        return cls(folder, run_id(folder), config, index, trainer, ledger, secret, directory)
 
     def records(self, name: str) -> Sequence[data.Record]:
         """Read from the run folder, one block of it."""

@@ -23,13 +23,14 @@ a sealed entry of the device's vault, which adds the key that the chain has not.
 `client/chain.py` has the tables and the hashes.
 """
 
+import atexit
 import hashlib
 import os
 import sqlite3
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -317,6 +318,12 @@ class Ledger:
             self._trusted_head(db, client)
             return _charges(self._path, db, client)
 
+    def releases(self, run: str) -> dict[int, int]:
+        """How many releases of all clients each round of a run has."""
+        with self._transaction("BEGIN") as db:
+            asked = "SELECT round, COUNT(*) FROM release WHERE run = ? GROUP BY round"
+            return dict(db.execute(asked, (run,)).fetchall())
+
     def participations(self, client: str) -> int:
         """How many releases a client has made; 0 for an unknown one."""
         with self._transaction("BEGIN") as db:
@@ -458,7 +465,11 @@ class VaultPlace:
 
 
 def _close_before_every_fork(ledger: Ledger) -> None:
-    """Keeps no connection open through a fork; a hook cannot be removed, so it holds no ledger."""
+    """Keeps no connection open through a fork; a hook cannot be removed, so it holds no ledger.
+
+    Nor through the end of the process: a file that is closed is whole without its journal.
+    """
+    atexit.register(_close_if_alive, weakref.ref(ledger))
     if not hasattr(os, "register_at_fork"):
         return
     reference = weakref.ref(ledger)
@@ -473,6 +484,12 @@ def _close_before_every_fork(ledger: Ledger) -> None:
             found._lock.release()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+
+
+def _close_if_alive(ledger: "weakref.ref[Ledger]") -> None:
+    if (found := ledger()) is not None:
+        with suppress(PrivetError):
+            found.close()
 
 
 def _charges(path: Path, db: sqlite3.Connection, client: str) -> tuple[Charge, ...]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..client.ab import take_part
 from ..client.arm import arm_of
 from ..client.ledger import Ledger
+from ..client.run_ledger import LEDGERS
 from ..common import noise
 from ..common.ab import AbSettings, run_settings
 from ..common.encoding import unpack
@@ -36,8 +37,6 @@ from . import pictures, progress, protocol
 from .privacy import History, facts_of
 
 __all__ = ["People", "made_people", "outcomes", "run", "spent"]
-
-LEDGERS = "ledgers.sqlite"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +85,11 @@ def run(settings: AbSettings, folder: Path) -> dict[str, Any]:
         RoundVoid: too few devices answered a look: nothing is decoded, what was spent stays so.
     """
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise RunExists(f"{folder} holds a run already; choose another `name`, or --out FOLDER")
+        ended = (folder / "ab.json").exists() or not (folder / "run-id").exists()
+        what = "a run already" if ended else "an experiment that did not end and cannot go on"
+        raise RunExists(
+            f"{folder} holds {what}; choose another `name`, or --out FOLDER, or remove it"
+        )
     with explain_os_errors(folder, "make the run folder"):
         folder.mkdir(parents=True, exist_ok=True)
     run_id = f"{settings.name}-{secrets.token_hex(8)}"

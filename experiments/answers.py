@@ -88,7 +88,10 @@ def measured(study: "Study", user: str) -> Line | None:
     held_out, _ = study.held_out(user)
     if not held_out:
         return None
-    own, other = study.side(user), study.side(study.partner(user))
+    partner = study.partner(user)
+    if partner is None:
+        return None
+    own, other = study.side(user), study.side(partner)
     questions = ruler.asked(held_out[: wanted.records])
     openings = [list(one.ids[: one.given]) for one in questions]
     queries = [one.query(base.tokenizer) for one in questions]

@@ -24,6 +24,7 @@ import numpy as np
 from ..client import data
 from ..client.device import Bench
 from ..client.retrieval import Encoder
+from ..client.run_ledger import run_id
 from ..common import config as settings
 from ..common.adapter import Vector
 from ..common.config import DEVICES, Config
@@ -127,7 +128,7 @@ def further(study: "Study") -> Line:
         users = study.users[: wanted.cold_start.users]
         lines = study.stage("newcomers", users, lambda user: newcomers.measured(study, user))
         found["cold_start"] = newcomers.curve(lines, wanted.bootstrap)
-    if wanted.answers.users:
+    if wanted.answers.users and len(study.users) > 1:
         users = study.users[: wanted.answers.users]
         lines = study.stage("answers", users, lambda user: answers.measured(study, user))
         found["answers"] = answers.summarised(lines, wanted.bootstrap)
@@ -150,7 +151,8 @@ def _text_line(study: "Study", user: str) -> Line | None:
     held_out, time = study.held_out(user)
     if not held_out:
         return None
-    own, other = study.side(user), study.side(study.partner(user))
+    partner = study.partner(user)
+    own, other = study.side(user), None if partner is None else study.side(partner)
     line = measure_text(study.ruler, own, other, held_out)
     return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **line}
 
@@ -197,18 +199,22 @@ class Study:
         return self.bench.config.outputs > 0
 
     @cached_property
+    def others(self) -> dict[str, list[Vector]]:
+        """The adapters of other runs, by name."""
+        return {
+            name: [_of_other_run(self.bench, run) for run in runs]
+            for name, runs in self.scenario.adapters.items()
+        }
+
+    @cached_property
     def ruler(self) -> Ruler:
         """What texts are measured with."""
         wanted = self.scenario
-        others = {
-            name: [_of_other_run(self.bench, run) for run in runs]
-            for name, runs in wanted.adapters.items()
-        }
         return Ruler(
             self.bench.trainer.adapter,
             self.shared,
             self.trained,
-            others,
+            self.others,
             _encoder() if wanted.retrieval.meaning else None,
             wanted.retrieval.tokens,
             wanted.retrieval.opening,
@@ -253,8 +259,10 @@ class Study:
         found: OwnSide = sides[user]
         return found
 
-    def partner(self, user: str) -> str:
-        """Whose texts and head the controls take: the next person, of the same group."""
+    def partner(self, user: str) -> str | None:
+        """Whose texts and head the controls take: the next, of the same group; None: alone."""
+        if len(self.users) < 2:
+            return None
         return evaluation._partner(self.bench.index, self.users, self.users.index(user))
 
     def stage(
@@ -262,7 +270,10 @@ class Study:
     ) -> list[Line]:
         """One line a person, those of an earlier call read from the stage's file."""
         path = self.folder / f"{name}.jsonl"
-        done = {line["user"]: line for line in read_lines(path)}
+        lines = read_lines(path)
+        if not all(isinstance(line.get("user"), str) for line in lines):
+            raise StateError(f"{path} has a line without a user; remove the file: it is made again")
+        done = {line["user"]: line for line in lines}
         with progress.counting(name, len(users), "people") as one:
             for user in users:
                 if user not in done:
@@ -278,10 +289,15 @@ class Study:
         """Make the folder for these settings and this adapter, or refuse that of others."""
         path = self.folder / "settings.json"
         adapter = hashlib.sha256(self.shared.tobytes()).hexdigest()
-        mine = {"scenario": self.scenario.digest, "adapter": adapter, "users": self.users}
+        mine: Line = {"scenario": self.scenario.digest, "adapter": adapter, "users": self.users}
+        if self.others:
+            mine["others"] = {
+                name: [hashlib.sha256(one.tobytes()).hexdigest() for one in found]
+                for name, found in self.others.items()
+            }
         with explain_os_errors(self.folder, "make the folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and json.loads(path.read_text("utf-8")) != mine:
+        if path.exists() and _settings_of(path) != mine:
             raise StateError(
                 f"{self.folder} holds results of other settings or of another adapter; remove it, "
                 "or give the scenario another name"
@@ -317,9 +333,13 @@ def _run_folder(scenario: Scenario, runs: Path) -> Path:
 
 def _adapter(bench: Bench) -> Vector | None:
     layout = bench.trainer.adapter.layout.digest
-    kept = checkpoint.load(
-        bench.folder, run=bench.run, config_hash=bench.config.digest, layout=layout
-    )
+    return _loaded(bench.folder, bench.run, bench.config, layout)
+
+
+def _loaded(folder: Path, run: str, config: Config, layout: str) -> Vector | None:
+    kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
+    if kept is not None and kept.note:
+        progress.warn(kept.note)
     return None if kept is None else kept.adapter
 
 
@@ -328,11 +348,20 @@ def _of_other_run(bench: Bench, run: str) -> Vector:
     folder = Path(run)
     config = settings.read(folder / "config.toml")
     layout = bench.trainer.adapter.layout.digest
-    name = (folder / "run-id").read_text().strip()
-    kept = checkpoint.load(folder, run=name, config_hash=config.digest, layout=layout)
+    kept = _loaded(folder, run_id(folder), config, layout)
     if kept is None:
         raise StateError(f"{folder} has no finished round; adapters takes finished runs")
-    return kept.adapter
+    return kept
+
+
+def _settings_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} cannot be read as JSON ({error}): what the results beside it were made with "
+            f"is unknown; remove {path.parent}, and they are made again"
+        ) from None
 
 
 def _drawn(scenario: Scenario, bench: Bench) -> list[str]:

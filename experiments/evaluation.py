@@ -128,25 +128,26 @@ def _people(
 
 
 def _losses(measure: Measure, bench: Bench, people: dict[str, Person], heads: bool) -> Losses:
-    models = MODELS if heads else MODELS[:2]
-    losses: Losses = {name: [] for name in ("users", *models)}
     names = list(people)
+    models = (MODELS if len(names) > 1 else MODELS[:3]) if heads else MODELS[:2]
+    losses: Losses = {name: [] for name in ("users", *models)}
     for number, (user, person) in enumerate(people.items()):
         losses["users"].append(user)
         losses["base"].append(person.base)
         losses["global"].append(measure.loss(person, None))
         if not heads:
             continue
-        other = people[_partner(bench.index, names, number)]
         losses["personal"].append(measure.loss(person, person.head))
-        losses["swapped_head"].append(measure.loss(person, other.head))
+        if "swapped_head" in models:
+            other = people[_partner(bench.index, names, number)]
+            losses["swapped_head"].append(measure.loss(person, other.head))
     return losses
 
 
 def _partner(index: data.Index, users: Sequence[str], number: int) -> str:
-    """The next person, of the same group where there are groups."""
+    """The next other person, of the same group where somebody is; there must be another."""
     group = index.blocks[users[number]].group
-    following = [users[(number + step) % len(users)] for step in range(1, len(users) + 1)]
+    following = [users[(number + step) % len(users)] for step in range(1, len(users))]
     same = [user for user in following if index.blocks[user].group == group]
     return (same or following)[0]
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..client import data
+from ..client.assistant import Sampling
+from ..client.chat import as_text
 from ..client.device import Bench, Device, kept_half
 from ..client.personal_head import load_text_head, save_text_head
 from ..client.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
@@ -25,9 +27,11 @@ def side_by_side(
     """The prompt continued by each model; the same seed for each.
 
     Raises:
-        ConfigError: the run is not about generation, or the prompt is empty.
-        DataError: nobody of that name.
+        ConfigError: the run is not about generation, the prompt is empty, or the temperature is
+            none.
+        DataError: nobody of that name; a prompt that is no text.
     """
+    drawn = Sampling(tokens, temperature, seed)
     bench = Bench.open(folder.resolve())
     if bench.config.outputs:
         raise ConfigError(f"{folder} predicts labels; privet generate needs a run that makes text")
@@ -35,17 +39,17 @@ def side_by_side(
         close = [name for name in bench.index.blocks if user.lower() in name.lower()][:5]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise DataError(f"{folder} has no user {user!r}{hint}")
-    ids = bench.trainer.adapter.base.tokenizer(prompt)["input_ids"]
+    ids = bench.trainer.adapter.base.tokenizer(as_text(prompt))["input_ids"]
     if not ids:
         raise ConfigError("--prompt is empty; give the model a few words to begin with")
     # of several personas the person's own one
     adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
     adapter.write(adapter.start)
-    found = {"base": _continue(bench, ids, None, tokens, seed, temperature)}
+    found = {"base": _continue(bench, ids, None, drawn)}
     adapter.write(final, kept_half(Device(user, bench)))
     head = kept_head(bench, user, final)
-    found["shared"] = _continue(bench, ids, None, tokens, seed, temperature)
-    found["personal"] = _continue(bench, ids, head, tokens, seed, temperature)
+    found["shared"] = _continue(bench, ids, None, drawn)
+    found["personal"] = _continue(bench, ids, head, drawn)
     return found
 
 
@@ -75,18 +79,16 @@ def _head(bench: Bench, user: str) -> TextHead:
     return fit_text_head(mine, base.output)
 
 
-def _continue(
-    bench: Bench, ids: list[int], head: TextHead | None, tokens: int, seed: int, temperature: float
-) -> str:
+def _continue(bench: Bench, ids: list[int], head: TextHead | None, drawn: Sampling) -> str:
     base: Any = bench.trainer.adapter.base
-    generator, ids = torch.Generator().manual_seed(seed), list(ids)
-    for _ in range(tokens):
+    generator, ids = torch.Generator().manual_seed(drawn.seed), list(ids)
+    for _ in range(drawn.tokens):
         state = final_states(base, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
         scores = adjusted_logits(head, state[0, -1], base.output @ state[0, -1])
-        if temperature == 0:
+        if drawn.temperature == 0:
             ids.append(int(scores.argmax()))
         else:
-            chances = (scores / temperature).softmax(0)
+            chances = (scores / drawn.temperature).softmax(0)
             ids.append(int(torch.multinomial(chances, 1, generator=generator)))
         if ids[-1] == base.tokenizer.eos_token_id:
             break

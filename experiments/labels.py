@@ -31,8 +31,8 @@ class People(Protocol):
     def labelled_held_out(self, user: str) -> tuple[list[Tokenised], list[float]]:
         """Held-out records and how late each is."""
 
-    def partner(self, user: str) -> str:
-        """Whose head the control takes."""
+    def partner(self, user: str) -> str | None:
+        """Whose head the control takes; None: there is nobody else."""
 
     @property
     def validation(self) -> float:
@@ -72,8 +72,9 @@ def measure_labels(ruler: LabelRuler, people: People, user: str) -> dict[str, An
         "base": ruler.nothing,
         "global": ruler.shared,
         "head": ruler.head(own),
-        "head_swapped": ruler.head(people.own(people.partner(user))),
     }
+    if (partner := people.partner(user)) is not None:
+        heads["head_swapped"] = ruler.head(people.own(partner))
     heads["personal"] = heads[chosen]
     regression = ruler.shared.task == "regression"
     said = {name: predict(head, features) for name, head in heads.items()}

@@ -317,6 +317,10 @@ def _text(found: Mapping[str, Any], name: str, where: str) -> str:
             f'{where}: expected "{name}" to be a text, found '
             f"{_kind(value) if name in found else 'none'}; is it a file of this task?"
         )
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f'{where}: "{name}" holds half a surrogate pair, not a text') from None
     return str(value)
 
 

@@ -138,6 +138,8 @@ def _trace(verbose: bool) -> None:
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["ab"]:
+        return "stopped; an experiment is not resumed: remove its folder, or choose another `name`."
     if arguments[:1] != ["simulate"]:
         return "stopped; run the same command again."
     again = shlex.join(["privet", *(word for word in arguments if word != "--resume"), "--resume"])

@@ -53,7 +53,8 @@ def rows(
     heads: dict[str, Callable[[int], Any]] = {"shared model": lambda _: None}
     if "personal" in losses:
         heads["personal head"] = lambda number: people[names[number]].head
-        heads["another person's head"] = lambda number: people[partner(number)].head
+        if len(names) > 1:
+            heads["another person's head"] = lambda number: people[partner(number)].head
     margins = {
         name: [model.margins(people[user], head(i)) for i, user in enumerate(names)]
         for name, head in heads.items()

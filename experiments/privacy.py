@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..client.ledger import Declined, Ledger, verify
+from ..client.ledger import Declined, verify
+from ..client.run_ledger import LEDGERS, run_id, run_ledger
 from ..common.accounting import Charge, epsilon
 from ..common.config import Config, read
 from ..common.errors import PrivacyError, StateError
@@ -42,17 +43,15 @@ def privacy_facts(run_folder: Path) -> dict[str, Any]:
         StateError: the folder has no settings or no ledgers; says which command makes them.
         LedgerCorrupt: a ledger does not verify; no figure is given.
     """
-    settings, ledgers, run_id = (
-        run_folder / name for name in ("config.toml", "ledgers.sqlite", "run-id")
-    )
-    for path in (settings, ledgers, run_id):
+    settings = run_folder / "config.toml"
+    for path in (settings, run_folder / LEDGERS, run_folder / "run-id"):
         if not path.is_file():
             raise StateError(
                 f"{path} is missing, so there is nothing to report; `privet simulate` makes a run "
                 "folder, and `privet report` takes its path"
             )
     config = read(settings)
-    histories, declined = _read_ledgers(ledgers, run_id.read_text("utf-8").strip())
+    histories, declined = _read_ledgers(run_folder)
     return facts_of(config, histories, declined)
 
 
@@ -95,9 +94,9 @@ def facts_of(
     }
 
 
-def _read_ledgers(path: Path, owner: str) -> tuple[list[History], list[Declined]]:
-    verify(path, owner)
-    with Ledger.open(path, owner=owner) as ledger:
+def _read_ledgers(folder: Path) -> tuple[list[History], list[Declined]]:
+    verify(folder / LEDGERS, run_id(folder))
+    with run_ledger(folder) as ledger:
         histories = [
             History(name, tuple((row.round, row.charges) for row in ledger.rows(name)))
             for name in ledger.clients()

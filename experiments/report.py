@@ -18,7 +18,8 @@ from rich.text import Text
 
 from ..common.config import DEVICES, read
 from ..common.errors import StateError
-from ..common.files import read_lines, write_atomic, write_json_atomic
+from ..common.files import keep_aside, read_lines, write_atomic, write_json_atomic
+from . import progress
 from .claims import NO_EVALUATION, headline, line_name, main_line
 from .plans import device_facts, device_measured
 from .privacy import privacy_facts
@@ -147,7 +148,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _measured(run_folder: Path) -> dict[str, Any]:
     """What only the run itself could measure, from its `summary.json`."""
-    summary = _json(run_folder / "summary.json")
+    path = run_folder / "summary.json"
+    try:
+        summary = _json(path)
+    except StateError as error:
+        summary = {}
+        progress.warn(f"{error}; kept aside as {keep_aside(path).name}, the run's times are lost")
     adapter = summary.get("adapter") or {}
     known = {name: summary.get(name) for name in MEASURED}
     versions = known["versions"] or {"python": platform.python_version()}

@@ -53,7 +53,7 @@ class AnswerSettings(_Settings):
     users: int = Field(0, ge=0)
     records: int = Field(4, ge=1)
     tokens: int = Field(24, ge=1)
-    temperature: float = Field(0.8, gt=0)
+    temperature: float = Field(0.8, ge=0.01, le=100)
 
 
 class ColdStartSettings(_Settings):
@@ -86,7 +86,7 @@ class HarmSettings(_Settings):
 class Scenario(_Settings):
     """One comparison."""
 
-    name: str = Field("", pattern=r"[A-Za-z0-9._-]*")
+    name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     title: str = ""
     run: str = Field("", description="a run's name, or its folder")
     config: str = Field("", description="settings of people who were never trained on")

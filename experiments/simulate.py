@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from ..client import data
-from ..client.device import DEVICE_SECRET, DIRECTORY, LEDGERS, simulated_identity
+from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.ledger import Ledger
 from ..client.release import budgets, charges
+from ..client.run_ledger import LEDGERS, run_ledger
 from ..common import config as settings
 from ..common.accounting import Charge, within
 from ..common.adapter import exchanged
 from ..common.config import Config
-from ..common.errors import ConfigError, LedgerCorrupt, RunExists, StateError
+from ..common.errors import ConfigError, RunExists, StateError
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
 from ..common.keys import Directory, Secret, write_directory
 from ..common.plan import Plan
@@ -221,11 +222,7 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
             f"{folder} was started with other settings ({_difference(kept, wanted)}); resume with "
             "the same ones, or choose another name with --set name=..."
         )
-    if not (folder / LEDGERS).exists():
-        raise LedgerCorrupt(
-            f"The ledger {folder / LEDGERS} is missing: what was spent is unknown. Restore it from "
-            "a copy, or start the run anew under another name with --set name=..."
-        )
+    run_ledger(folder).close()
     return kept
 
 

@@ -135,11 +135,11 @@ def _comparisons(
 def _kept(
     losses: Mapping[str, Sequence[float]], shared: str, control: str, own: str
 ) -> float | None:
-    """Share of the own model's gain that the control has too; None for what is no control."""
+    """Share of the own model's gain that the control has too; None for no control, or no gain."""
     if control not in CONTROL_OF:
         return None
     gain = float(np.mean(np.subtract(losses[shared], losses[own])))
-    return float(np.mean(np.subtract(losses[shared], losses[control]))) / gain if gain else None
+    return float(np.mean(np.subtract(losses[shared], losses[control]))) / gain if gain > 0 else None
 
 
 def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, Any]]:

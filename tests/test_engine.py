@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from privet.client.device import LEDGERS, Bench
+from privet.client.device import Bench
+from privet.client.run_ledger import LEDGERS
 from privet.common.config import Config, to_toml
 from privet.common.errors import ConfigError, LedgerCorrupt, StateError
 from privet.common.files import read_lines

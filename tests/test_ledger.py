@@ -654,3 +654,30 @@ def test_opening_leaves_no_other_file_behind(path: Path) -> None:
         pass
     left = {name for name in os.listdir(path.parent) if name.endswith(".tmp")}
     assert left == set()
+
+
+KEPT_UNTIL_THE_END = """
+import gc, sys
+from functools import lru_cache
+from privet.client.ledger import Ledger
+@lru_cache
+def kept():
+    return Ledger.open(sys.argv[1], owner="run")
+kept().decline("a", "run", 1, "why")
+gc.freeze()
+"""
+
+
+def test_a_process_that_ends_leaves_its_ledger_in_one_file(tmp_path):
+    path = tmp_path / "ledgers.sqlite"
+    subprocess.run([sys.executable, "-c", KEPT_UNTIL_THE_END, path], check=True)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    with Ledger.open(path, owner="run") as ledger:
+        assert len(ledger.declined()) == 1
+
+
+def test_releases_are_counted_by_run_and_round(ledger: Ledger) -> None:
+    for client, round in (("ann", 1), ("bob", 1), ("ann", 3)):
+        release(ledger, client, round)
+    assert ledger.releases("run-1") == {1: 2, 3: 1}
+    assert ledger.releases("run-2") == {}

@@ -21,9 +21,10 @@ import pytest
 from numpy.typing import NDArray
 
 from privet.client import masking
-from privet.client.device import LEDGERS, Bench, _answer, masked_phase, take_part
+from privet.client.device import Bench, _answer, masked_phase, take_part
 from privet.client.ledger import Ledger
 from privet.client.release import charges, release
+from privet.client.run_ledger import LEDGERS
 from privet.common.accounting import Charge
 from privet.common.config import Config, parse, read, to_toml
 from privet.common.encoding import rounded_sensitivity, unpack, unwrap

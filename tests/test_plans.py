@@ -14,8 +14,9 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from rich.console import Console
 
 from privet.client.app import app as client_app
-from privet.client.device import LEDGERS, Bench
+from privet.client.device import Bench
 from privet.client.ledger import Ledger
+from privet.client.run_ledger import LEDGERS
 from privet.common.accounting import epsilon
 from privet.common.config import parse, read, to_toml
 from privet.common.errors import ConfigError, StateError

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from privet.client.device import LEDGERS
 from privet.client.ledger import Ledger, verify
+from privet.client.run_ledger import LEDGERS
 from privet.common.config import Config, to_toml
 from privet.common.files import read_lines
 from privet.server.checkpoint import CURRENT, PREVIOUS
@@ -353,6 +353,26 @@ def test_a_damaged_or_missing_ledger_ends_the_run_and_is_left(nursery, half, dam
     assert "ledgers.sqlite" in said
     assert any(word in said for word in ("damaged", "does not verify", "is missing"))
     assert (path.read_bytes() if path.exists() else None) == before
+
+
+def emptied(path: Path) -> None:
+    """As one that was made anew, or whose journal was left behind."""
+    owner = (path.parent / "run-id").read_text().strip()
+    path.unlink()
+    Ledger.open(path, owner=owner).close()
+
+
+@pytest.mark.parametrize("command", ["report tiny", "evaluate tiny", "simulate tiny.toml --resume"])
+@pytest.mark.parametrize("lose", [Path.unlink, emptied])
+def test_no_command_takes_a_lost_ledger_for_a_run_that_spent_nothing(nursery, half, command, lose):
+    path = half / "runs" / "tiny" / LEDGERS
+    lose(path)
+    before = path.read_bytes() if path.exists() else None
+    said = one_sentence(nursery.run(half, *command.split()))
+    assert "ledgers.sqlite" in said
+    assert "is missing" in said or "releases of round 1, in whose sum are" in said
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert not (half / "runs" / "tiny" / "privacy.json").exists()
 
 
 # --- no room, no right to write ----------------------------------------------------------------
