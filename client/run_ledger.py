@@ -10,7 +10,7 @@ from ..common.errors import LedgerCorrupt, StateError
 from ..common.files import read_lines
 from .ledger import Ledger
 
-__all__ = ["LEDGERS", "run_id", "run_ledger"]
+__all__ = ["LEDGERS", "ledger_path", "run_id", "run_ledger"]
 
 LEDGERS = "ledgers.sqlite"
 _RESTORE = (
@@ -35,6 +35,14 @@ def run_id(folder: Path) -> str:
         ) from None
 
 
+def ledger_path(folder: Path) -> Path:
+    """Where it is; LedgerCorrupt if it is missing."""
+    path = folder / LEDGERS
+    if not path.exists():
+        raise LedgerCorrupt(f"The ledger {path} is missing: {_RESTORE}.")
+    return path
+
+
 def run_ledger(folder: Path) -> Ledger:
     """Opens it, never creating it; close it, so that it is one file again.
 
@@ -45,9 +53,7 @@ def run_ledger(folder: Path) -> Ledger:
         LedgerCorrupt: missing, damaged, another run's, or with fewer releases than were summed.
         StateError: it cannot be read.
     """
-    path, run = folder / LEDGERS, run_id(folder)
-    if not path.exists():
-        raise LedgerCorrupt(f"The ledger {path} is missing: {_RESTORE}.")
+    run, path = run_id(folder), ledger_path(folder)
     ledger = Ledger.open(path, owner=run)
     kept = ledger.releases(run)
     for line in read_lines(folder / "rounds.jsonl"):

@@ -66,12 +66,15 @@ def rare_runs(
 
 
 def measured(study: "Study", user: str) -> Line | None:
-    """Mean exposure of a person's rare strings under base, shared and personal models."""
+    """Mean exposure of a person's rare strings under base, shared and personal models.
+
+    None: the person has none, or nobody else has texts to compare them with.
+    """
     ruler, adapter = study.ruler, study.ruler.adapter
     own = [one.ids for one in study.own(user)]
     rest = [one.ids for other in study.users if other != user for one in study.own(other)]
     strings = rare_runs(own, Counter(token for ids in rest for token in ids), STRINGS)
-    if not strings:
+    if not strings or not rest:
         return None
     side = study.side(user)
     rng = np.random.default_rng([study.scenario.people.seed, study.users.index(user)])

@@ -26,7 +26,7 @@ from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.ledger import Ledger
 from ..client.release import budgets, charges
-from ..client.run_ledger import LEDGERS, run_ledger
+from ..client.run_ledger import LEDGERS, ledger_path
 from ..common import config as settings
 from ..common.accounting import Charge, within
 from ..common.adapter import exchanged
@@ -222,7 +222,7 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
             f"{folder} was started with other settings ({_difference(kept, wanted)}); resume with "
             "the same ones, or choose another name with --set name=..."
         )
-    run_ledger(folder).close()
+    ledger_path(folder)
     return kept
 
 

@@ -1,13 +1,22 @@
 """`privet evaluate SCENARIO`: settings, stages that resume, tables, page, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tomli_w
 
 from privet.common import config as settings
-from privet.experiments import compared, compared_page, comparisons, main, scenario
+from privet.experiments import (
+    compared,
+    compared_page,
+    comparisons,
+    evaluation,
+    main,
+    scenario,
+    tables,
+)
 from privet.experiments.compared import spread
 from privet.experiments.simulate import simulate
 
@@ -146,6 +155,76 @@ def test_another_runs_adapter_is_measured_beside():
     assert means["group"] == pytest.approx(means["global"])
 
 
+def test_one_person_alone_is_no_control_of_himself():
+    name = written("alone.toml", SCENARIO.replace("users = 4", "users = 1"))
+    assert main.run(["evaluate", name]) == 0
+    found = json.loads(Path("runs/tiny/compared/alone/summary.json").read_text())
+    assert not [one["model"] for one in found["models"] if one["control"]]
+    assert not [one for one in found["harm"]["findings"] if one["kind"] == "control"]
+
+
+@pytest.mark.parametrize("run", ["tiny", "numbers"])
+def test_a_run_with_one_measured_person_has_no_swapped_head(run):
+    folder = Path(shutil.copytree(f"runs/{run}", f"runs/one-{run}"))
+    config = settings.read(folder / "config.toml")
+    wanted = config.evaluation.model_copy(update={"users": 1})
+    found = evaluation.evaluate(folder, config.model_copy(update={"evaluation": wanted}))
+    assert "swapped_head" not in found["seen"]
+    assert len(found["seen"]["personal"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("settings.json", b'{"a":', "cannot be read as JSON"),
+        ("settings.json", b"\xff\xfe", "cannot be read as JSON"),
+        ("users.jsonl", b'{"foo": 1}\n', "has a line without a user"),
+    ],
+)
+def test_a_comparisons_damaged_file_is_one_sentence(file, content, sentence, capsys):
+    name = written("damaged.toml", SCENARIO)
+    shutil.rmtree("runs/tiny/compared/damaged", ignore_errors=True)
+    assert main.run(["evaluate", name]) == 0
+    (Path("runs/tiny/compared/damaged") / file).write_bytes(content)
+    assert main.run(["evaluate", name]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_results_beside_another_runs_adapter_are_not_mixed_when_it_changes(monkeypatch, capsys):
+    name = written("changed.toml", 'adapters = { group = ["runs/tiny"] }\n' + SCENARIO)
+    assert main.run(["evaluate", name]) == 0
+    right = compared._of_other_run
+    monkeypatch.setattr(compared, "_of_other_run", lambda bench, run: right(bench, run) + 1)
+    assert main.run(["evaluate", name]) == 2
+    assert "of another adapter" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_silently_that_of_the_round_before(capsys):
+    without = shutil.ignore_patterns("compared")
+    folder = Path(shutil.copytree("runs/tiny", "runs/cut", ignore=without))
+    path = folder / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    name = written("cut.toml", SCENARIO.replace('run = "tiny"', 'run = "cut"'))
+    assert main.run(["evaluate", name]) == 0
+    assert "checkpoint.safetensors.damaged-1" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_is_kept_aside_and_made_again(capsys):
+    folder = Path(shutil.copytree("runs/tiny", "runs/garbage"))
+    (folder / "summary.json").write_text("garbage")
+    assert main.run(["evaluate", "garbage"]) == 0
+    assert "kept aside as summary.json.damaged-1" in capsys.readouterr().err
+    assert json.loads((folder / "summary.json").read_text())["run"] == "tiny"
+    assert (folder / "summary.json.damaged-1").read_text() == "garbage"
+
+
+def test_a_control_keeps_nothing_of_a_gain_that_is_none():
+    losses = {"global": [1.0, 1.0], "retrieval": [1.1, 1.0], "retrieval_swapped": [1.3, 1.4]}
+    assert tables._kept(losses, "global", "retrieval_swapped", "retrieval") is None
+    gained = {**losses, "retrieval": [0.5, 0.5], "retrieval_swapped": [0.75, 0.75]}
+    assert tables._kept(gained, "global", "retrieval_swapped", "retrieval") == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -155,6 +234,8 @@ def test_another_runs_adapter_is_measured_beside():
         ("run = 'nowhere'", "there is no run 'nowhere'"),
         ("run = 'tiny'\n[people]\nusers = 0", "people.users = 0"),
         ("run = 'tiny'\n[cold_start]\ncounts = [4, 1]", "rising numbers"),
+        ("run = 'tiny'\nname = '..'", "name = '..'"),
+        ("run = 'tiny'\nname = '../../evil'", "name = '../../evil'"),
         ("run = [", "not valid TOML"),
         ("run = 'tiny'\n[harm]\ngroups = 'nowhere.json'", "expected a JSON object, user -> group"),
         ("config = 'nothing'", "there is no configuration 'nothing'"),
