@@ -28,6 +28,14 @@ from .layout import Layout
 
 __all__ = ["AbSettings", "OnDevices", "layout", "read", "run_settings"]
 
+OWN_NAMES = {
+    "data.clients": "clients",
+    "rounds.cohort": "clients",
+    "rounds.count": "looks",
+    "privacy.client.noise_at": "privacy.noise_at",
+    "privacy.budget.client": "privacy.epsilon",
+}
+"""A run's settings that an experiment has under other names; of sentences about them."""
 BITS = 32  # a contribution is a few numbers: the finest grid costs a few bytes
 
 
@@ -38,7 +46,7 @@ class _Settings(BaseModel):
 class AbPrivacy(_Settings):
     """What all looks together may cost a person."""
 
-    epsilon: float = Field(1.0, gt=0, description="client-level, of all looks")
+    epsilon: float = Field(1.0, ge=1e-3, description="client-level, of all looks")
     delta: float = Field(1e-5, gt=0, lt=1)
     noise_at: Literal["device", "distributed"] = "distributed"
     adjacency: Adjacency = "add_remove"
@@ -91,6 +99,15 @@ class AbSettings(TrialSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _masks_need_shares_of_noise(self) -> Self:
+        if self.made.masks and self.privacy.noise_at == "device":
+            raise ValueError(
+                'made.masks = true: expected privacy.noise_at = "distributed", for a sum under '
+                "masks is made of the devices' shares of its noise"
+            )
+        return self
+
 
 def read(path: Path) -> AbSettings:
     """The experiment in a TOML file.
@@ -136,24 +153,28 @@ def run_settings(settings: AbSettings, slack: float = 0.0, ratio: float = 0.0) -
     multiplier = calibrate(
         asked.epsilon, asked.delta, settings.looks, asked.adjacency, slack, ratio
     )
-    return parse(
-        {
-            "name": settings.name,
-            "data": {"source": "ab", "clients": settings.clients, "test_clients": 0},
-            "rounds": {"count": settings.looks, "cohort": settings.clients},
-            "masking": settings.masking.model_dump(),
-            "privacy": {
-                "delta": asked.delta,
-                "example": {"enabled": False},
-                "client": {
-                    "noise_at": asked.noise_at,
-                    "noise_multiplier": multiplier,
-                    "clip": settings.norm,
-                    "adjacency": asked.adjacency,
-                    "bits": BITS,
-                },
-                "budget": {"client": asked.epsilon},
+    table = {
+        "name": settings.name,
+        "data": {"source": "ab", "clients": settings.clients, "test_clients": 0},
+        "rounds": {"count": settings.looks, "cohort": settings.clients},
+        "masking": settings.masking.model_dump(),
+        "privacy": {
+            "delta": asked.delta,
+            "example": {"enabled": False},
+            "client": {
+                "noise_at": asked.noise_at,
+                "noise_multiplier": multiplier,
+                "clip": settings.norm,
+                "adjacency": asked.adjacency,
+                "bits": BITS,
             },
+            "budget": {"client": asked.epsilon},
         },
-        source=f"the experiment {settings.name}",
-    )
+    }
+    try:
+        return parse(table, source=f"the experiment {settings.name}")
+    except ConfigError as error:
+        said = str(error)
+        for theirs, own in OWN_NAMES.items():
+            said = said.replace(theirs, own)
+        raise ConfigError(said) from None

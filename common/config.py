@@ -256,8 +256,8 @@ class TrialSettings(_Settings):
 
     arms: tuple[str, ...] = Field((), max_length=MOST_ARMS, description="empty: no experiment")
     outcome: Literal["binary", "bounded"] = "binary"
-    low: float = Field(0.0, description="public bounds of an outcome; binary: 0 and 1")
-    high: float = 1.0
+    low: float = Field(0.0, ge=-1e12, description="public bounds of an outcome; binary: 0 and 1")
+    high: float = Field(1.0, le=1e12)
     looks: int = Field(1, ge=1, le=100, description="planned; the noise is sized for all of them")
     stop: bool = Field(False, description="take no further look once a difference is found")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="chance of any false difference, all told")

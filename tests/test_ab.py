@@ -319,7 +319,11 @@ def test_the_check_counts_and_reads_the_epsilon_off_the_ledgers(tmp_path, capsys
         ("[made]\nmeans = [0.5]", "one for each of the 2 arms"),
         ("[made]\nmeans = [0.5, 1.5]", "expected numbers from 0.0 to 1.0"),
         ("[privacy]\nepsilon = -1", "privacy.epsilon = -1"),
-        ("clients = 5", "smallest_cohort"),
+        ("[privacy]\nepsilon = 1e-9", "privacy.epsilon = 1e-09"),
+        ('outcome = "bounded"\nhigh = 1e300', "high = 1e+300"),
+        ("clients = 5", "  clients = 5 is smaller than masking.smallest_cohort"),
+        ("clients = 5", 'set privacy.noise_at = "device"'),
+        ('[privacy]\nnoise_at = "device"\n[made]\nmasks = true', "made.masks = true: expected"),
         ("not toml", "not valid TOML"),
     ],
 )
@@ -335,3 +339,12 @@ def test_the_shipped_experiment_is_the_issues_floor():
     assert (settings.clients, settings.privacy.epsilon, settings.privacy.delta) == (2000, 1.0, 1e-5)
     assert settings.made.means == (0.5, 0.6)
     assert run_settings(settings).privacy.client.noise_at == "distributed"
+
+
+def test_an_experiment_that_was_stopped_is_not_called_a_run_that_has_ended(tmp_path, capsys):
+    (tmp_path / "ab.toml").write_text("clients = 20")
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    (folder / "run-id").write_text("ab-1")
+    assert command(["ab", str(tmp_path / "ab.toml"), "--out", str(folder)]) == 2
+    assert "did not end and cannot go on" in capsys.readouterr().err

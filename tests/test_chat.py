@@ -344,6 +344,9 @@ def test_a_chat_as_a_simulated_user_and_its_bad_input(llama_folder, tmp_path, mo
         ([], "say as whom"),
         (["--user", "user 001", "--device"], "say as whom"),
         (["--user", "user 001", "--once", ""], "prompt is empty"),
+        (["--user", "user 001", "--once", "ba \udcff"], "the prompt is not UTF-8"),
+        (["--user", "user 001", "--once", "ba", "--temperature", "nan"], "temperature = nan"),
+        (["--user", "user 001", "--once", "ba", "--temperature", "1e-300"], "from 0.01 to 100"),
     ):
         assert main.run([*words, *given]) == 2
         assert sentence in capsys.readouterr().err

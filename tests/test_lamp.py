@@ -91,6 +91,7 @@ def test_another_task_is_refused_and_the_seven_are_named(name):
         ("[3]", "question 1: expected an object, found a int"),
         ('[{"id": "1", "input": "x"}]', 'expected "profile" to be a list, found nothing'),
         ('[{"id": "1", "profile": []}]', 'expected "input" to be a text, found none'),
+        ('[{"id": "1", "input": "a \\ud800 b", "profile": []}]', "half a surrogate pair"),
         ('[{"id": "1", "input": "x", "profile": [1]}]', "profile item 1: expected an object"),
         ('[{"id": "1", "input": "x", "profile": [{"text": "a"}]}]', 'item 1: expected "score"'),
         ('[{"id": "1", "input": "x", "profile": []}, {"id": "1", "input": "y", "profile": []}]',
