@@ -56,13 +56,12 @@ def clip(vector: ArrayLike, bound: float) -> Clipped:
             "nothing was released. Lower the learning rate or check the records."
         )
     norm = _norm(flat)
-    factor = bound / norm if norm > bound else 1.0
-    while norm > bound:
-        factor *= 1.0 - _MARGIN
+    while norm > bound:  # a second time where the first quotient was too small to have its digits
+        factor = bound / norm * (1.0 - _MARGIN)
         # Two factors, because bound / norm alone may underflow for huge entries.
         peak = float(np.abs(flat).max())
         flat = (flat / peak) * min(peak * factor, bound)
-        norm, factor = _norm(flat), 1.0
+        norm = _norm(flat)
     flat.flags.writeable = False
     return Clipped(flat, float(bound))
 
