@@ -141,14 +141,15 @@ class Bench:
         config = settings.read(folder / "config.toml")
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
-        ledger = run_ledger(folder)
+        run = run_id(folder)
+        ledger = run_ledger(folder, run)
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
         # the model lives as long as the process: no collection needs to walk through it again
         gc.collect()
         gc.freeze()
         secret = Secret((folder / DEVICE_SECRET).read_bytes())
         directory = read_directory(folder / DIRECTORY)
-        return cls(folder, run_id(folder), config, index, trainer, ledger, secret, directory)
+        return cls(folder, run, config, index, trainer, ledger, secret, directory)
 
     def records(self, name: str) -> Sequence[data.Record]:
         """Read from the run folder, one block of it."""

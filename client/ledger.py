@@ -92,7 +92,7 @@ class Ledger:
         self._lock = place.lock
         self._verified: dict[str, Head] = {}
         self._allowed: dict[str, tuple[Head, str]] = {}
-        _close_before_every_fork(self)
+        _close_at_fork_and_exit(self)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, owner: str) -> Self:
@@ -464,10 +464,10 @@ class VaultPlace:
         return self._connection
 
 
-def _close_before_every_fork(ledger: Ledger) -> None:
-    """Keeps no connection open through a fork; a hook cannot be removed, so it holds no ledger.
+def _close_at_fork_and_exit(ledger: Ledger) -> None:
+    """Keeps no connection open through a fork, nor through the end of the process.
 
-    Nor through the end of the process: a file that is closed is whole without its journal.
+    A file that is closed is whole without its journal. Hooks are not removed: they hold no ledger.
     """
     atexit.register(_close_if_alive, weakref.ref(ledger))
     if not hasattr(os, "register_at_fork"):

@@ -43,8 +43,8 @@ def ledger_path(folder: Path) -> Path:
     return path
 
 
-def run_ledger(folder: Path) -> Ledger:
-    """Opens it, never creating it; close it, so that it is one file again.
+def run_ledger(folder: Path, run: str) -> Ledger:
+    """Opens that of `run`, never creating it; close it, so that it is one file again.
 
     **Guarantee**: for each round of `rounds.jsonl` that was opened it has at least as many releases
     as contributions were in the sum, or it is refused.
@@ -53,7 +53,7 @@ def run_ledger(folder: Path) -> Ledger:
         LedgerCorrupt: missing, damaged, another run's, or with fewer releases than were summed.
         StateError: it cannot be read.
     """
-    run, path = run_id(folder), ledger_path(folder)
+    path = ledger_path(folder)
     ledger = Ledger.open(path, owner=run)
     kept = ledger.releases(run)
     for line in read_lines(folder / "rounds.jsonl"):

@@ -95,8 +95,9 @@ def facts_of(
 
 
 def _read_ledgers(folder: Path) -> tuple[list[History], list[Declined]]:
-    verify(folder / LEDGERS, run_id(folder))
-    with run_ledger(folder) as ledger:
+    run = run_id(folder)
+    verify(folder / LEDGERS, run)
+    with run_ledger(folder, run) as ledger:
         histories = [
             History(name, tuple((row.round, row.charges) for row in ledger.rows(name)))
             for name in ledger.clients()
