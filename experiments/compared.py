@@ -36,10 +36,10 @@ from ..common.files import (
     write_atomic,
     write_json_atomic,
 )
-from ..server import checkpoint
 from . import evaluation, progress, simulate, tables
 from .comparisons import OwnSide, Ruler, measure_text
 from .labels import LabelRuler, measure_labels
+from .personas import kept_state
 from .scenario import Scenario
 
 __all__ = ["Study", "compare"]
@@ -333,14 +333,7 @@ def _run_folder(scenario: Scenario, runs: Path) -> Path:
 
 def _adapter(bench: Bench) -> Vector | None:
     layout = bench.trainer.adapter.layout.digest
-    return _loaded(bench.folder, bench.run, bench.config, layout)
-
-
-def _loaded(folder: Path, run: str, config: Config, layout: str) -> Vector | None:
-    kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
-    if kept is not None and kept.note:
-        progress.warn(kept.note)
-    return None if kept is None else kept.adapter
+    return kept_state(bench.folder, bench.run, bench.config, layout)
 
 
 def _of_other_run(bench: Bench, run: str) -> Vector:
@@ -348,7 +341,7 @@ def _of_other_run(bench: Bench, run: str) -> Vector:
     folder = Path(run)
     config = settings.read(folder / "config.toml")
     layout = bench.trainer.adapter.layout.digest
-    kept = _loaded(folder, run_id(folder), config, layout)
+    kept = kept_state(folder, run_id(folder), config, layout)
     if kept is None:
         raise StateError(f"{folder} has no finished round; adapters takes finished runs")
     return kept

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..client.device import Bench, Device, exchange_at, kept_half, persona_of
 from ..client.measure import measure_of
+from ..common.config import Config
 from ..common.errors import ConfigError, StateError
 from ..common.exchange import Vector
 from ..server import checkpoint
@@ -25,6 +26,7 @@ __all__ = [
     "adapter_of",
     "choices",
     "compared",
+    "kept_state",
     "largest_persona",
     "measured",
     "recovered",
@@ -40,9 +42,17 @@ def state_of(folder: Path) -> Vector:
     """
     bench = Bench.open(folder.resolve())
     layout = exchange_at(bench).state.digest
-    kept = checkpoint.load(folder, run=bench.run, config_hash=bench.config.digest, layout=layout)
+    kept = kept_state(folder, bench.run, bench.config, layout)
     if kept is None:
         raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
+    return kept
+
+
+def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | None:
+    """What the checkpoint of a run has, None before the first round; damage is said."""
+    kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
+    if kept is None:
+        return None
     if kept.note:
         progress.warn(kept.note)
     return kept.adapter
