@@ -181,8 +181,9 @@ def ab(
     asked = settings.privacy
     print(
         f"a device that took part in all {settings.looks} looks has spent at most epsilon "
-        f"{asked.epsilon:g} at delta {asked.delta:g}, client-level, {asked.adjacency}, against the "
-        f"analyst and the server; its own ledger says what it did spend (privet client budget)"
+        f"{asked.epsilon:g} at delta {asked.delta:g}, client-level, {asked.adjacency}, noise "
+        f"{asked.noise_at}, against the analyst and the server; its own ledger says what it did "
+        "spend (privet client budget)"
     )
     print(f"{place / LOG} has every number")
     if callable(context.obj):

@@ -71,6 +71,7 @@ def test_a_server_and_four_devices_take_two_looks_of_which_each_is_paid_for(
         assert [one["look"]["look"] for one in shown] == [1, 2]
         assert "look 2: 4 devices answered; 97.5 % intervals" in said
         assert "has spent at most epsilon 4 at delta 1e-05, client-level, add_remove" in said
+        assert "noise distributed, against the analyst and the server" in said
         for person in fleet.people:
             with person.open() as home:
                 assert [(row.run, row.round) for row in home.ledger.rows(ME)] == [
