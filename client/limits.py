@@ -93,8 +93,8 @@ class Limits(_Section):
     colluding: float = Field(
         0.1,
         ge=0,
-        lt=1,
-        description="share of the cohort that a run must reckon with as working for the server",
+        description="devices of the whole fleet that a run must reckon with as working for the "
+        "server: their number, or below 1 that share of the run's cohort, rounded up",
     )
     smallest_bits: int = Field(
         12, ge=12, le=16, description="of the numbers under masks: sums are taken modulo 2**bits"
@@ -106,9 +106,9 @@ class Limits(_Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        masking = MaskingSettings(survivors=self.smallest_survivors, colluding=self.colluding)
         cohort = self.smallest_cohort
-        honest = masking.smallest_sum(cohort) - masking.colluders(cohort)
+        masking = MaskingSettings(survivors=self.smallest_survivors)
+        honest = masking.smallest_sum(cohort) - self.colluders(cohort)
         if honest < 2:
             raise ValueError(
                 f"smallest_survivors = {self.smallest_survivors:g} and colluding = "
@@ -116,6 +116,10 @@ class Limits(_Section):
                 f"{cohort}, but a sum needs at least 2; raise smallest_survivors or the cohort"
             )
         return self
+
+    def colluders(self, cohort: int) -> int:
+        """Devices that a run with this cohort must reckon with as working for its server."""
+        return MaskingSettings(colluding=self.colluding).colluders(cohort)
 
 
 class Allowed(_Section):

@@ -110,11 +110,11 @@ def _plan(config: Config, dimension: int) -> "Plan":
     """A plan as a server would make it from this configuration: noise calibrated after rounding."""
     from ..common.plan import Plan, work
 
-    client, masking = config.privacy.client, config.masking
+    client = config.privacy.client
     cohort, noised = config.rounds.cohort, client.enabled
     masked = noised and client.noise_at == "distributed"
     survivors = config.smallest_sum if masked else 0
-    colluders = masking.colluders(cohort) if masked else 0
+    colluders = config.colluders if masked else 0
     shares = survivors - colluders if masked else 1
     step, variance = _grid(client.noise_multiplier * noised, shares, client.clip, dimension)
     plan = Plan(
@@ -227,15 +227,15 @@ def _experiment(trial: TrialSettings) -> str:
 
 
 def _rounds(config: Config) -> str:
-    own, masking = config.rounds, config.masking
+    own = config.rounds
     said = (
         f"{own.count}, of {own.cohort} devices each{_before(config)}; this device may be asked for "
         f"one release in each, {own.count} at most, and what it sends cannot be taken back"
     )
     if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
         said += (
-            f"; a sum is opened from {masking.smallest_sum(own.cohort)} devices on, and holds if "
-            f"at most {masking.colluders(own.cohort)} of them work for the server"
+            f"; a sum is opened from {config.smallest_sum} devices on, and holds if at most "
+            f"{config.colluders} of all enrolled devices work for the server"
         )
     return said
 

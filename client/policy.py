@@ -180,7 +180,7 @@ def own_config(policy: Policy, config: Config) -> Config:
         masking=_with(
             masking,
             survivors=max(masking.survivors, limits.smallest_survivors),
-            colluding=max(masking.colluding, limits.colluding),
+            colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
             smallest_cohort=max(masking.smallest_cohort, limits.smallest_cohort),
         ),
         statistics=_with(
@@ -247,8 +247,14 @@ def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
     if client.enabled and client.noise_at == "distributed":
         survivors, key = limits.smallest_survivors, "limits.smallest_survivors"
         yield _at_least("masking.survivors", masking.survivors, survivors, key)
-        colluding = limits.colluding
-        yield _at_least("masking.colluding", masking.colluding, colluding, "limits.colluding")
+        feared = limits.colluders(cohort)
+        yield (
+            "masking.colluding",
+            masking.colluding,
+            config.colluders >= feared,
+            f"asks for at least {feared} colluding devices in a cohort of {cohort}",
+            "limits.colluding",
+        )
 
 
 def _work(policy: Policy, config: Config) -> Iterator[_Check]:

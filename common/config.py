@@ -146,7 +146,12 @@ class MaskingSettings(_Settings):
     """Secure aggregation, with `noise_at = "distributed"`: what a sum must have to be opened."""
 
     survivors: float = Field(0.6, gt=0, le=1, description="smallest accepted share of the cohort")
-    colluding: float = Field(0.1, ge=0, lt=1, description="share of the cohort not trusted")
+    colluding: float = Field(
+        0.1,
+        ge=0,
+        description="devices of the whole fleet that may work with the server: their number, or "
+        "below 1 that share of rounds.cohort, rounded up",
+    )
     smallest_cohort: int = Field(10, ge=3, description="the device's own: no roster below it")
 
     def smallest_sum(self, cohort: int) -> int:
@@ -154,8 +159,8 @@ class MaskingSettings(_Settings):
         return math.ceil(self.survivors * cohort - 1e-9)
 
     def colluders(self, cohort: int) -> int:
-        """Survivors whose noise counts for nothing."""
-        return math.ceil(self.colluding * cohort - 1e-9)
+        """Devices of the whole fleet that may collude, where runs have a cohort of this size."""
+        return math.ceil(self.colluding * (cohort if self.colluding < 1 else 1) - 1e-9)
 
 
 class StatisticsSettings(_Settings):
@@ -470,7 +475,7 @@ class Config(_Settings):
 
     def _refuse_hopeless_masking(self) -> None:
         cohort, masking = self.rounds.cohort, self.masking
-        smallest, colluders = self.smallest_sum, masking.colluders(cohort)
+        smallest, colluders = self.smallest_sum, self.colluders
         if cohort < masking.smallest_cohort:
             raise ValueError(
                 f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
@@ -509,6 +514,14 @@ class Config(_Settings):
         """Vectors that a masked sum must have; one below the quorum would be opened for nothing."""
         quorum = math.ceil(self.rounds.quorum * self.rounds.cohort - 1e-9)
         return max(quorum, self.masking.smallest_sum(self.rounds.cohort))
+
+    @property
+    def colluders(self) -> int:
+        """Devices that may work with the server: the one number m of plan, noise, graph and report.
+
+        Absolute, and of the whole fleet: whom a server asks in a round does not change it.
+        """
+        return self.masking.colluders(self.rounds.cohort)
 
     @property
     def digest(self) -> str:

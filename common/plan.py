@@ -252,8 +252,8 @@ class Plan:
             placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
             checks += (("noise_at", placed, client.noise_at),)
         if self.masked:
-            least = own.masking.smallest_sum(self.cohort)
-            feared = own.masking.colluders(self.cohort)
+            least = own.smallest_sum
+            feared = own.colluders
             checks += (
                 ("survivors", self.survivors >= least, least),
                 ("colluders", self.colluders >= feared, feared),

@@ -285,7 +285,7 @@ def assumptions(
             "masking holds (SecAgg+, docs/masking.md): the devices check each other's identities "
             "against a directory that the server cannot add to, and in every sum of at least "
             f"{config.smallest_sum} at most "
-            f"{config.masking.colluders(config.rounds.cohort)} collude"
+            f"{config.colluders} collude"
         )
         if config.data.source == DEVICES:
             said.append(

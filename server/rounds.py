@@ -202,11 +202,11 @@ def make_plan(
         ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
     """
     client = config.privacy.client
-    cohort, allowed = config.rounds.cohort, config.masking
+    cohort = config.rounds.cohort
     noise_at = client.noise_at if client.enabled else "none"
     masked = noise_at == "distributed"
     survivors = config.smallest_sum if masked else 0
-    colluders = allowed.colluders(cohort) if masked else 0
+    colluders = config.colluders if masked else 0
     shares = survivors - colluders if masked else 1
     released = None if exchange is None else exchange.released(number)
     dimension = len(adapter) if released is None else released.dimension
