@@ -423,14 +423,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
         desk.ledger.check(name, cost, budgets(privacy), privacy.delta)
-    own = desk.config.masking
-    policy = MaskingPolicy(
-        smallest_cohort=own.smallest_cohort,
-        largest_cohort=plan.cohort,  # of more, the plan's colluders would be too few
-        smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
-        smallest_bits=max(8, desk.config.privacy.client.bits),
-        colluding=own.colluding,
-    )
+    policy = MaskingPolicy.agreed(desk.config, plan.cohort)
     last = desk.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
     return masking.announce(desk.number(name), desk.identity(name), terms, policy, last, os.urandom)

@@ -9,10 +9,11 @@ number before it sends an announcement. A `ProtocolError` ends the round for thi
 state.
 
 **Guarantee** (`docs/masking.md` has the argument): the server learns of this device's vector no
-more than the sum over a survivor list that has at least `terms.survivors` members, that this
-device and a threshold of its holders signed, and whose roster passed this device's directory and
-policy; if fewer than twice the threshold less the number of holders collude with the server,
-among the holders of any honest participant. Source: Bonawitz et al. 2017 (section 6, active
+more than the sum over the honest members of one survivor list that has at least `terms.survivors`
+members and that a quorum of a roster signed which passed this device's directory and policy; if at
+most `terms.colluders` devices of the whole fleet collude with the server. Where everybody is a
+neighbour (up to `COMPLETE` participants) that is certain, on a sparse graph up to a chance of
+2^-100 for a server that tries 2^60 rosters. Source: Bonawitz et al. 2017 (section 6, active
 adversary), Bell et al. 2020 (neighbour graph).
 """
 
@@ -38,7 +39,7 @@ from ..common.keys import (
     verify,
 )
 from ..common.keystream import add_masks
-from ..common.masking import MaskingPolicy, Terms, neighbours
+from ..common.masking import Graph, MaskingPolicy, Terms, gap, neighbours, quorum
 from ..common.messages import (
     SERVER,
     Deal,
@@ -94,14 +95,28 @@ class Party:
 
 @dataclass(frozen=True)
 class Cohort:
-    """What is kept of the roster once it is checked: the entries of this device's holders."""
+    """What is kept of the roster once it is checked.
+
+    Attributes:
+        entries: of this device's holders, by position.
+        identities: of all participants, by position.
+        digest: of the roster.
+        graph: neighbours and threshold of everybody.
+        position: this device's own.
+        neighbours: their positions, ascending.
+    """
 
     entries: Mapping[int, Entry]
-    participants: int
+    identities: tuple[bytes, ...] = field(repr=False)
     digest: bytes
-    threshold: int
+    graph: Graph
     position: int
     neighbours: tuple[int, ...]
+
+    @property
+    def participants(self) -> int:
+        """Of the roster."""
+        return len(self.identities)
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,7 @@ class Received:
     seed: Secret
     pairs: Mapping[int, Secret]
     held: Mapping[int, Held]
+    dealt: frozenset[int] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,7 @@ class Masked:
     party: Party
     cohort: Cohort
     held: Mapping[int, Held]
+    dealt: frozenset[int] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -262,7 +279,13 @@ def share(
     state = _in_phase(state, Announced, "share")
     party = state.party
     roster = messages.decode_roster(message, party.terms)
-    _named(party, party.policy.refuse_cohort, len(roster.entries), roster.degree, roster.threshold)
+    _named(
+        party,
+        party.policy.refuse_cohort,
+        len(roster.entries),
+        party.terms.colluders,
+        roster.graph,
+    )
     _refuse_repeated_keys(party, roster)
     claimed = {entry.client: entry.identity for entry in roster.entries}
     directory = _named(party, directory.admit, claimed)
@@ -289,9 +312,10 @@ def _find_self(state: Announced, roster: Roster) -> Cohort:
         raise party.refuse("the roster lacks this device, or lists it with other keys")
     position = roster.entries.index(own)
     found = roster.digest(party.terms)
-    beside = neighbours(found, len(roster.entries), roster.degree, position)
+    beside = neighbours(found, len(roster.entries), roster.graph.degree, position)
     holders = {at: roster.entries[at] for at in (*beside, position)}
-    return Cohort(holders, len(roster.entries), found, roster.threshold, position, tuple(beside))
+    identities = tuple(entry.identity for entry in roster.entries)
+    return Cohort(holders, identities, found, roster.graph, position, tuple(beside))
 
 
 def _refuse_unsigned(party: Party, cohort: Cohort, roster: Roster) -> None:
@@ -328,8 +352,8 @@ def _deal(
         holder: pair
         for holder, *pair in zip(
             holders,
-            split(state.seed, cohort.threshold, points, random),
-            split(state.mask_key.private, cohort.threshold, points, random),
+            split(state.seed, cohort.graph.threshold, points, random),
+            split(state.mask_key.private, cohort.graph.threshold, points, random),
             strict=True,
         )
     }
@@ -372,27 +396,39 @@ def receive(state: State, message: bytes) -> Received:
         message: the server's inbox.
 
     Raises:
-        ProtocolError: a package does not open, does not fit its commitments, comes from somebody
-            who is no neighbour, or there are too few.
+        ProtocolError: a package does not open, does not fit its commitments, or the packages are
+            not those of the neighbours that are said to have dealt; or too few have.
     """
     state = _in_phase(state, Shared, "receive shares")
     party, cohort = state.party, state.cohort
-    inbox = messages.decode_inbox(message, party.terms)
+    inbox = messages.decode_inbox(message, party.terms, cohort.participants)
+    _refuse_other_packages(party, cohort, inbox)
     _refuse_few_holders(party, cohort, inbox)
     held = {cohort.position: state.own}
     for sender, package in inbox.packages.items():
         held[sender] = _open_package(state, sender, package)
-    return Received(party, cohort, state.seed, state.pairs, held)
+    return Received(party, cohort, state.seed, state.pairs, held, inbox.dealt)
 
 
-def _refuse_few_holders(party: Party, cohort: Cohort, inbox: Inbox) -> None:
+def _refuse_other_packages(party: Party, cohort: Cohort, inbox: Inbox) -> None:
     strangers = inbox.packages.keys() - set(cohort.neighbours)
     if strangers:
         raise party.refuse(f"shares from position {min(strangers)}, who is not a neighbour")
-    if len(inbox.packages) + 1 < cohort.threshold:
+    listed = inbox.dealt & {*cohort.neighbours, cohort.position}
+    for position in sorted(listed ^ {*inbox.packages, cohort.position}):
+        client = cohort.entries[position].client
+        raise party.refuse(
+            f"client {client} is listed as having dealt shares, and they did not come"
+            if position in listed
+            else f"the list of who dealt shares lacks client {client}, whose shares came"
+        )
+
+
+def _refuse_few_holders(party: Party, cohort: Cohort, inbox: Inbox) -> None:
+    if len(inbox.packages) + 1 < cohort.graph.threshold:
         raise party.refuse(
             f"{len(inbox.packages) + 1} holders have dealt, fewer than the threshold of "
-            f"{cohort.threshold}"
+            f"{cohort.graph.threshold}"
         )
 
 
@@ -414,12 +450,15 @@ def _open_package(state: Shared, sender: int, package: Package) -> Held:
 def mask(state: State, vector: NDArray[np.uint32]) -> tuple[Masked, bytes]:
     """Add the self mask and the masks shared with each neighbour that dealt.
 
+    The signature that goes with the vector says whose masks are in it: holders open this device's
+    self mask only if their list of who dealt is the one it was masked by.
+
     Args:
         state: from `receive`.
         vector: uint32, shape (terms.dimension,), residues mod 2^terms.bits: the gate's output.
 
     Returns:
-        The state, and the masked vector, packed: dimension * bits / 8 bytes and 82. To anybody
+        The state, and the masked vector, packed: dimension * bits / 8 bytes and 150. To anybody
         who lacks one of the masks' seeds the numbers are uniform.
 
     Raises:
@@ -435,9 +474,14 @@ def mask(state: State, vector: NDArray[np.uint32]) -> tuple[Masked, bytes]:
     masked = vector.copy()
     add_masks(masked, added, removed)
     masked &= np.uint32((1 << terms.bits) - 1)
-    packed = pack(masked, terms.bits)
-    message = messages.encode_vector(terms, party.client, packed)
-    return Masked(party, cohort, state.held), message
+    signature = party.identity.sign(_dealt_list(party, cohort, state.dealt))
+    vector_message = messages.Vector(pack(masked, terms.bits), signature)
+    message = messages.encode_vector(terms, party.client, vector_message)
+    return Masked(party, cohort, state.held, state.dealt), message
+
+
+def _dealt_list(party: Party, cohort: Cohort, dealt: frozenset[int]) -> bytes:
+    return messages.dealt_list(party.terms, cohort.digest, dealt, cohort.participants)
 
 
 def _refuse_vector(terms: Terms, vector: NDArray[np.uint32]) -> None:
@@ -467,12 +511,14 @@ def confirm(state: State, message: bytes) -> tuple[Confirmed, bytes]:
     """
     state = _in_phase(state, Masked, "confirm survivors")
     party, cohort = state.party, state.cohort
-    survivors = messages.decode_survivors(message, party.terms, cohort.participants)
+    survivors, signatures = messages.decode_survivors(message, party.terms, cohort.participants)
     _refuse_overlap(party, survivors)
     _refuse_own_absence(party, cohort, survivors)
     _refuse_few_survivors(party, survivors)
-    _refuse_unheld(party, cohort, state.held, survivors)
+    _refuse_other_dealers(party, state, survivors)
+    _refuse_otherwise_masked(party, state, survivors, signatures)
     _refuse_few_alive_holders(party, cohort, survivors)
+    _refuse_gap(party, cohort, survivors)
     signature = party.identity.sign(
         survivors.signed(party.terms, cohort.digest, cohort.participants)
     )
@@ -497,24 +543,49 @@ def _refuse_few_survivors(party: Party, survivors: Survivors) -> None:
         raise party.refuse(f"{len(survivors.alive)} survivors, fewer than the smallest, {least}")
 
 
-def _refuse_unheld(
-    party: Party, cohort: Cohort, held: Mapping[int, Held], survivors: Survivors
+def _refuse_other_dealers(party: Party, state: Masked, survivors: Survivors) -> None:
+    """Alive and dropped together are who dealt shares, for everybody the same."""
+    for position in sorted((survivors.alive | survivors.dropped) ^ state.dealt):
+        shown = "lacks" if position in state.dealt else "lists"
+        had = "had" if position in state.dealt else "had not"
+        raise party.refuse(f"the survivor list {shown} position {position}, who {had} dealt shares")
+
+
+def _refuse_otherwise_masked(
+    party: Party, state: Masked, survivors: Survivors, signatures: tuple[bytes, ...]
 ) -> None:
-    """Neighbours who dealt, says the list, and neighbours whose shares came must be the same."""
-    listed = (survivors.alive | survivors.dropped) & {*cohort.neighbours, cohort.position}
-    for position in sorted(listed ^ held.keys()):
-        client = cohort.entries[position].client
-        came = "came" if position in held else "never came"
-        shown = "lists" if position in listed else "lacks"
-        raise party.refuse(f"the survivor list {shown} client {client}, whose shares {came}")
+    """Each living neighbour has signed that it was shown the same list of who dealt shares."""
+    cohort = state.cohort
+    alive = [position for position in cohort.neighbours if position in survivors.alive]
+    if len(signatures) != len(alive):
+        raise party.refuse(
+            f"expected the signatures of {len(alive)} living neighbours, got {len(signatures)}"
+        )
+    signed = _dealt_list(party, cohort, state.dealt)
+    for position, signature in zip(alive, signatures, strict=True):
+        entry = cohort.entries[position]
+        if not verify(entry.identity, signed, signature):
+            raise party.about(entry.client).refuse(
+                "did not sign the list of who dealt shares that this device was shown"
+            )
 
 
 def _refuse_few_alive_holders(party: Party, cohort: Cohort, survivors: Survivors) -> None:
     alive = survivors.alive & {*cohort.neighbours, cohort.position}
-    if len(alive) < cohort.threshold:
+    if len(alive) < cohort.graph.threshold:
         raise party.refuse(
             f"{len(alive)} of this device's holders survive, fewer than the threshold of "
-            f"{cohort.threshold}"
+            f"{cohort.graph.threshold}"
+        )
+
+
+def _refuse_gap(party: Party, cohort: Cohort, survivors: Survivors) -> None:
+    colluders, degree = party.terms.colluders, cohort.graph.degree
+    found = gap(cohort.digest, cohort.participants, colluders, degree, survivors.alive)
+    if found is not None:
+        raise party.refuse(
+            f"only {found} of {degree // 2} successive places in the neighbour ring survive, and "
+            "they could all be colluders: the sum could be taken apart there"
         )
 
 
@@ -522,17 +593,17 @@ def _refuse_few_alive_holders(party: Party, cohort: Cohort, survivors: Survivors
 
 
 def unmask(state: State, message: bytes) -> tuple[Finished, bytes]:
-    """Check that holders signed the same list, then give one share for each owner.
+    """Check that a quorum signed the same list, then give one share for each owner.
 
     For a survivor the share of its self mask's seed, for one that dropped the share of its mask
     key; an opening message has no place for both.
 
     Args:
         state: from `confirm`.
-        message: the neighbours' signatures.
+        message: signatures of the survivor list.
 
     Raises:
-        ProtocolError: a signature is wrong, or too few holders signed this list.
+        ProtocolError: a signature is wrong, or too few of the roster signed this list.
     """
     state = _in_phase(state, Confirmed, "unmask")
     party, cohort = state.party, state.cohort
@@ -551,17 +622,17 @@ def _refuse_unconfirmed(
     party: Party, cohort: Cohort, survivors: Survivors, signatures: Mapping[int, bytes]
 ) -> None:
     signed = survivors.signed(party.terms, cohort.digest, cohort.participants)
-    expected = survivors.alive & set(cohort.neighbours)
     for position, signature in signatures.items():
-        if position not in expected:
-            raise party.refuse(f"a confirmation from position {position}, not a living neighbour")
-        entry = cohort.entries[position]
-        if not verify(entry.identity, signed, signature):
-            raise party.about(entry.client).refuse(
-                "did not sign the survivor list this device was shown"
+        if position not in survivors.alive:
+            raise party.refuse(f"a confirmation from position {position}, which is not alive")
+        if not verify(cohort.identities[position], signed, signature):
+            raise party.refuse(
+                f"position {position} did not sign the survivor list this device was shown"
             )
-    if len(signatures) + 1 < cohort.threshold:
+    least = quorum(cohort.participants, party.terms.colluders)
+    signers = len(signatures.keys() | {cohort.position})
+    if signers < least:
         raise party.refuse(
-            f"{len(signatures) + 1} of this device's holders confirmed the survivor list, fewer "
-            f"than the threshold of {cohort.threshold}"
+            f"{signers} of the {cohort.participants} on the roster confirmed the survivor list, "
+            f"fewer than the quorum of {least}"
         )

@@ -142,6 +142,16 @@ class ClientPrivacySettings(_Settings):
     bits: int = Field(0, ge=0, le=32, description="the sum is taken modulo 2**bits; 0: chosen")
 
 
+def quorum(participants: int, colluders: int) -> int:
+    """How many of a roster must sign one survivor list before anybody opens a share.
+
+    **Guarantee**: with at most `colluders` dishonest participants no two lists can both have so
+    many signatures: two such sets have more than `colluders` members in common, so an honest one
+    among them, and an honest device signs one list only.
+    """
+    return (participants + colluders) // 2 + 1
+
+
 class MaskingSettings(_Settings):
     """Secure aggregation, with `noise_at = "distributed"`: what a sum must have to be opened."""
 
@@ -153,6 +163,8 @@ class MaskingSettings(_Settings):
         "below 1 that share of rounds.cohort, rounded up",
     )
     smallest_cohort: int = Field(10, ge=3, description="the device's own: no roster below it")
+    degree: int = Field(0, ge=0, description="neighbours of each device; 0: sized from the above")
+    threshold: int = Field(0, ge=0, description="holders that open a secret; 0: sized likewise")
 
     def smallest_sum(self, cohort: int) -> int:
         """Vectors a sum must have; every device's noise is sized for it."""
@@ -484,8 +496,16 @@ class Config(_Settings):
             )
         if smallest - colluders < 2:
             raise ValueError(
-                f"masking.survivors and masking.colluding leave {smallest - colluders} honest "
-                f"survivors of a cohort of {cohort}, but a sum needs at least 2"
+                f"masking.colluding = {masking.colluding:g} lets {colluders} devices collude and "
+                f"leaves {max(smallest - colluders, 0)} honest survivors of a cohort of {cohort}, "
+                f"but a sum needs at least 2: it would need rounds.cohort = {self._enough()}"
+            )
+        holders = (masking.degree or cohort - 1) + 1
+        if masking.threshold and not colluders < masking.threshold <= holders:
+            raise ValueError(
+                f"masking.threshold = {masking.threshold}: expected 0 (sized), or from "
+                f"{colluders + 1}, as {colluders} colluding devices open every secret together, "
+                f"to {holders}, the holders of a secret"
             )
 
     def _refuse_hopeless_statistics(self) -> None:
@@ -509,11 +529,23 @@ class Config(_Settings):
         if "personal" in arms and not self.head.enabled:
             raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
+    def _enough(self) -> int:
+        """The smallest cohort in which as many colluding devices leave two honest survivors."""
+        feared = self.masking.colluders
+        sizes = range(self.rounds.cohort + 1, 10**6)
+        return next(n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2)
+
     @property
     def smallest_sum(self) -> int:
-        """Vectors that a masked sum must have; one below the quorum would be opened for nothing."""
-        quorum = math.ceil(self.rounds.quorum * self.rounds.cohort - 1e-9)
-        return max(quorum, self.masking.smallest_sum(self.rounds.cohort))
+        """Vectors that a masked sum must have; every device's noise is sized for it.
+
+        One below the round's quorum would be opened for nothing, and one that fewer than a majority
+        of the honest and all colluders sign is not opened at all (`common/masking.py`).
+        """
+        cohort = self.rounds.cohort
+        answers = math.ceil(self.rounds.quorum * cohort - 1e-9)
+        signed = quorum(cohort, self.colluders)
+        return min(cohort, max(answers, signed, self.masking.smallest_sum(cohort)))
 
     @property
     def colluders(self) -> int:
@@ -533,9 +565,13 @@ class Config(_Settings):
         left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
         settings = self.model_dump(mode="json", exclude=left_out)
         # nor do a run's settings change by what it left as it was
-        for name in ("ends", "opening", "packed"):
-            if getattr(self.training, name) == TrainingSettings.model_fields[name].default:
-                del settings["training"][name]
+        for section, kind, names in (
+            ("training", TrainingSettings, ("ends", "opening", "packed")),
+            ("masking", MaskingSettings, ("degree", "threshold")),
+        ):
+            for name in names:
+                if settings[section][name] == kind.model_fields[name].default:
+                    del settings[section][name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property

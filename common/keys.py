@@ -5,6 +5,7 @@ HKDF-SHA256 (RFC 5869) for everything derived from a secret. `derive` and `diges
 users of HKDF and SHA-256 in the protocol, and each use has its own `Purpose`.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Purpose(Enum):
     TERMS = "terms of a round"
     ROSTER = "participants of a round"
     ANNOUNCEMENT = "signature of an announcement"
+    DEALT = "signature of the list of who dealt shares"
     SURVIVORS = "signature of a survivor list"
     GRAPH = "order of the neighbour ring"
     GREETING = "answer to a server's greeting"
@@ -143,8 +145,13 @@ def _signing(seed: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(seed)
 
 
+@functools.lru_cache(maxsize=1 << 13)
 def verify(public: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is that of `public` over `message`; False for any malformed input."""
+    """Whether `signature` is that of `public` over `message`; False for any malformed input.
+
+    A function of public bytes only, so the last answers are kept: a server, and devices that one
+    process simulates, are shown the same signatures again and again.
+    """
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
     except (InvalidSignature, ValueError):

@@ -12,24 +12,32 @@ each holds one share of its two secrets. *Threshold*: how many holders together 
 
 import functools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import Config, MaskingSettings, quorum
 from .errors import ConfigError, ProtocolError
 from .keys import Purpose, Secret, digest
 from .keystream import keystream
 
 __all__ = [
+    "COMPLETE",
     "MOST_PARTICIPANTS",
     "SECRECY",
+    "Graph",
     "MaskingPolicy",
     "Terms",
-    "default_degree",
+    "default_graph",
     "default_threshold",
+    "gap",
     "neighbours",
+    "quorum",
     "secrecy_bits",
+    "sized_graph",
+    "window_colluders",
 ]
 
 MOST_PARTICIPANTS = 1 << 14
@@ -37,8 +45,11 @@ MOST_PARTICIPANTS = 1 << 14
 
 MOST_DIMENSION = 1 << 28
 
-SECRECY = 40.0
-"""Bits: a graph with more than a 2^-40 chance of failing is refused by every policy."""
+COMPLETE = 400
+"""Up to so many participants everybody is everybody's neighbour, and nothing is drawn."""
+
+SECRECY = 160.0
+"""Bits: a server tries rosters for the cost of a hash; of 2^60, none fails but with 2^-100."""
 
 _FEWEST_NEIGHBOURS = 16
 
@@ -54,6 +65,7 @@ class Terms:
         dimension: numbers in a vector.
         bits: of the modulus 2^bits, 8 to 32.
         survivors: smallest number of vectors a sum may have; the noise shares are sized for it.
+        colluders: devices of the whole fleet that may work with the server.
     """
 
     run: str
@@ -62,6 +74,7 @@ class Terms:
     dimension: int
     bits: int
     survivors: int
+    colluders: int = 0
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
@@ -71,6 +84,7 @@ class Terms:
             ("dimension", self.dimension, 1, MOST_DIMENSION),
             ("bits", self.bits, 8, 32),
             ("survivors", self.survivors, 1, MOST_PARTICIPANTS),
+            ("colluders", self.colluders, 0, MOST_PARTICIPANTS),
         ):
             if not low <= value <= high:
                 raise ConfigError(
@@ -85,7 +99,7 @@ class Terms:
     @property
     def plan_digest(self) -> bytes:
         """32 bytes that stand for the plan and the numbers here in a message."""
-        numbers = (self.dimension, self.bits, self.survivors)
+        numbers = (self.dimension, self.bits, self.survivors, self.colluders)
         return digest(Purpose.TERMS, self.plan, *(n.to_bytes(8, "big") for n in numbers))
 
     @property
@@ -101,73 +115,150 @@ class Terms:
         return -(-self.dimension * self.bits // 8)
 
 
-def default_threshold(degree: int) -> int:
-    """Two thirds of the holders, rounded up."""
-    return -(-2 * (degree + 1) // 3)
+@dataclass(frozen=True)
+class Graph:
+    """Who holds shares of whose secrets.
+
+    Attributes:
+        degree: neighbours of each participant: participants - 1 (everybody), or even.
+        threshold: of the degree + 1 holders, who together open a secret.
+    """
+
+    degree: int
+    threshold: int
+
+
+def default_threshold(participants: int, colluders: int, degree: int) -> int:
+    """The quorum where everybody is a neighbour, a bare majority of the holders elsewhere."""
+    if degree >= participants - 1:
+        return quorum(participants, colluders)
+    return (degree + 1) // 2 + 1
 
 
 @functools.lru_cache(maxsize=256)
-def default_degree(participants: int, colluding: float = 0.1, dropping: float = 0.1) -> int:
-    """Neighbours of each participant: the fewest, even, that keep both failures rare.
-
-    Everybody up to 17 participants, 16 at 50, 30 at 100, 124 at 1,000; from there it grows with
-    the logarithm. Never fewer than 16, so that a third of the holders is more than a handful.
+def default_graph(participants: int, colluders: int, dropping: float = 0.1) -> Graph:
+    """Everybody is a neighbour up to `COMPLETE` participants; above, as few as are safe.
 
     Args:
         participants: on the roster.
-        colluding: largest fraction of them that works with the server.
-        dropping: largest fraction of them that may be lost.
+        colluders: of the whole fleet; all of them may be on the roster.
+        dropping: largest fraction of the participants that may be lost.
 
-    **Guarantee**: with `default_threshold`, `secrecy_bits` is at least 40, and the chance that
-    losses void the round is below 2^-20.
+    **Guarantee**: a graph of everybody, or one with at least `SECRECY` bits in `secrecy_bits` on
+    which those losses void the round with a chance below 2^-20.
     """
-    most = participants - 1
-    for degree in range(_FEWEST_NEIGHBOURS, most, 2):
-        threshold = default_threshold(degree)
-        few = degree + 1 - threshold + 1
-        lost = _bits(participants, int(dropping * participants), degree, few)
-        if lost >= 20.0 and secrecy_bits(participants, degree, threshold, colluding) >= SECRECY:
-            return degree
+    complete = participants - 1
+    if participants > COMPLETE:
+        for degree in range(_FEWEST_NEIGHBOURS, complete, 2):
+            graph = Graph(degree, default_threshold(participants, colluders, degree))
+            if secrecy_bits(participants, colluders, graph) < SECRECY:
+                continue
+            if _loss_bits(participants, colluders, graph, int(dropping * participants)) >= 20.0:
+                return graph
+    return Graph(complete, default_threshold(participants, colluders, complete))
+
+
+def sized_graph(settings: MaskingSettings, colluders: int, participants: int) -> Graph:
+    """The graph a server takes: the default one, or a denser one that the settings ask for."""
+    found = default_graph(participants, colluders)
+    degree = max(found.degree, min(settings.degree, participants - 1))
+    if degree < participants - 1:
+        degree += degree % 2
+    least = default_threshold(participants, colluders, degree)
+    return Graph(degree, max(least, min(settings.threshold, degree + 1)))
+
+
+def secrecy_bits(participants: int, colluders: int, graph: Graph) -> float:
+    """-log2 of the chance that some honest participant's holders include a threshold of colluders.
+
+    The order of the ring is drawn anew for every roster, so colluders beside a participant are
+    hypergeometric, and the participants are added up (a union bound). Where everybody is a
+    neighbour nothing is drawn.
+
+    Returns:
+        Infinity where it is impossible.
+    """
+    if colluders < graph.threshold:
+        return math.inf
+    if graph.degree >= participants - 1:
+        return 0.0
+    return _bits(participants - 1, colluders, graph.degree, graph.threshold, participants)
+
+
+@functools.lru_cache(maxsize=256)
+def window_colluders(participants: int, colluders: int, window: int) -> int:
+    """The most colluders that any `window` successive places of the ring have.
+
+    **Guarantee**: over the draw of the ring, more stand in some window with a chance below
+    2^-SECRECY only. So a window with more living places than this has an honest living one.
+    """
+    most = min(colluders, window)
+    for found in range(most):
+        if _bits(participants, colluders, window, found + 1, participants) >= SECRECY:
+            return found
     return most
 
 
-def secrecy_bits(participants: int, degree: int, threshold: int, colluding: float) -> float:
-    """-log2 of the chance that a server could open both secrets of any honest participant.
-
-    It can when, of some participant's holders, at least twice the threshold less the number of
-    holders collude: then honest holders who believe that it lives, and others who believe that it
-    dropped, are enough with them for each threshold.
-
-    Args:
-        participants: on the roster; `colluding` times as many, rounded down, collude.
-        degree: neighbours, drawn without the server's influence (see `docs/masking.md`).
-        threshold: of the degree + 1 holders.
-        colluding: a fraction.
-
-    Returns:
-        Infinity where it is impossible. A union bound over the participants.
-    """
-    needed = max(2 * threshold - (degree + 1), 0)
-    return _bits(participants, int(colluding * participants), degree, needed)
+def _loss_bits(participants: int, colluders: int, graph: Graph, lost: int) -> float:
+    """-log2 of the chance that the loss of `lost` participants voids a round on a sparse graph."""
+    window = graph.degree // 2
+    needed = window_colluders(participants, colluders, window) + 1
+    if needed > window:
+        return 0.0
+    holders = _bits(
+        participants - 1, lost, graph.degree, graph.degree + 2 - graph.threshold, participants
+    )
+    windows = _bits(participants, lost, window, window - needed + 1, participants)
+    return min(holders, windows)
 
 
-def _bits(participants: int, marked: int, drawn: int, least: int) -> float:
-    """-log2 of participants times P[at least `least` marked among the `drawn` neighbours]."""
-    others = participants - 1
-    marked = min(marked, others)
-    low, high = max(least, drawn - (others - marked)), min(marked, drawn)
+def _bits(population: int, marked: int, drawn: int, least: int, times: int) -> float:
+    """-log2 of `times` P[at least `least` marked among `drawn` of a population]."""
+    marked = min(marked, population)
+    low, high = max(least, drawn - (population - marked), 0), min(marked, drawn)
     if low > high:
         return math.inf
-    every = _log_choose(others, drawn)
+    every = _log_choose(population, drawn)
     total = math.fsum(
-        math.exp(_log_choose(marked, i) + _log_choose(others - marked, drawn - i) - every)
+        math.exp(_log_choose(marked, i) + _log_choose(population - marked, drawn - i) - every)
         for i in range(low, high + 1)
     )
-    return -math.log2(total * participants) if total > 0.0 else math.inf
+    return -math.log2(total * times) if total > 0.0 else math.inf
 
 
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def gap(
+    roster_digest: bytes,
+    participants: int,
+    colluders: int,
+    degree: int,
+    alive: Collection[int],
+) -> int | None:
+    """Where the living participants' graph could be cut by colluders, if anywhere.
+
+    Two honest living participants with fewer than degree / 2 places between them are neighbours,
+    so where each window of degree / 2 places has an honest living one, all of them hang together.
+
+    Args:
+        roster_digest, participants, degree: as in `neighbours`.
+        colluders: of the whole fleet.
+        alive: positions the survivor list calls alive.
+
+    Returns:
+        How many live in the emptiest window, where these could all be colluders; None where every
+        window has an honest living participant, or everybody is a neighbour.
+    """
+    if degree >= participants - 1:
+        return None
+    window = degree // 2
+    order, _ = _ring(roster_digest, participants)
+    living = np.isin(order, np.fromiter(alive, np.int64, len(alive))).astype(np.int64)
+    counts = np.cumsum(np.concatenate([[0], living, living[: window - 1]]))
+    least = int((counts[window:] - counts[:-window]).min())
+    return least if least <= window_colluders(participants, colluders, window) else None
 
 
 def neighbours(roster_digest: bytes, participants: int, degree: int, position: int) -> list[int]:
@@ -208,18 +299,20 @@ class MaskingPolicy:
     Attributes:
         smallest_cohort, largest_cohort: participants on a roster.
         smallest_survivors: vectors in a sum.
-        smallest_threshold: as a fraction of the holders, above one half.
         smallest_bits: of the modulus.
-        colluding: fraction of the participants that may work with the server; the neighbour graph
-            must be dense enough for it.
+        colluders: devices of the whole fleet that may work with the server; an absolute number,
+            whatever the size of the roster.
+        smallest_degree, smallest_threshold: of the graph, where the run that the owner agreed to
+            names them; 0: what `secrecy_bits` and `quorum` ask for.
     """
 
     smallest_cohort: int = 10
     smallest_survivors: int = 7
-    smallest_threshold: float = 2 / 3
     smallest_bits: int = 8
-    colluding: float = 0.1
+    colluders: int = 1
     largest_cohort: int = MOST_PARTICIPANTS
+    smallest_degree: int = 0
+    smallest_threshold: int = 0
 
     def __post_init__(self) -> None:
         if self.smallest_cohort < 3 or self.smallest_survivors < 2:
@@ -228,15 +321,26 @@ class MaskingPolicy:
                 f"vectors, got {self.smallest_cohort} and {self.smallest_survivors}: with fewer "
                 "the sum shows one person's numbers"
             )
-        if not 0.5 < self.smallest_threshold <= 1.0:
+        if not 0 <= self.colluders <= self.smallest_survivors - 2:
             raise ConfigError(
-                "masking policy: smallest_threshold must be above 0.5 and at most 1, got "
-                f"{self.smallest_threshold}: at one half a server opens both secrets of a client"
+                f"masking policy: colluders must be from 0 to smallest_survivors - 2 = "
+                f"{self.smallest_survivors - 2}, got {self.colluders}: a sum needs at least two "
+                "honest devices"
             )
-        if not 0.0 <= self.colluding < 1.0:
-            raise ConfigError(
-                f"masking policy: colluding must be at least 0 and below 1, got {self.colluding}"
-            )
+
+    @classmethod
+    def agreed(cls, config: Config, largest_cohort: int = MOST_PARTICIPANTS) -> "MaskingPolicy":
+        """What a device with these settings insists on; `largest_cohort` is the plan's."""
+        own = config.masking
+        return cls(
+            smallest_cohort=own.smallest_cohort,
+            smallest_survivors=max(config.smallest_sum, config.colluders + 2),
+            smallest_bits=max(8, config.privacy.client.bits),
+            colluders=config.colluders,
+            largest_cohort=largest_cohort,
+            smallest_degree=own.degree,
+            smallest_threshold=own.threshold,
+        )
 
     def refuse_terms(self, terms: Terms) -> None:
         """Before anything is sent.
@@ -245,28 +349,33 @@ class MaskingPolicy:
             ProtocolError: names the field that is weaker than the policy. The caller adds round
                 and sender.
         """
-        if terms.survivors < self.smallest_survivors:
-            raise ProtocolError(
-                f"the terms accept a sum of {terms.survivors} vectors, this device asks for "
-                f"survivors >= {self.smallest_survivors}"
-            )
-        if terms.bits < self.smallest_bits:
-            raise ProtocolError(
-                f"the terms have a modulus of {terms.bits} bits, this device asks for bits >= "
-                f"{self.smallest_bits}"
-            )
+        for name, found, least in (
+            ("survivors", terms.survivors, self.smallest_survivors),
+            ("bits", terms.bits, self.smallest_bits),
+            ("colluders", terms.colluders, self.colluders),
+            ("survivors less colluders", terms.survivors - terms.colluders, 2),
+        ):
+            if found < least:
+                raise ProtocolError(
+                    f"the terms have {name} = {found}, this device asks for at least {least}"
+                )
 
-    def refuse_cohort(self, participants: int, degree: int, threshold: int) -> None:
+    def refuse_cohort(self, participants: int, colluders: int, graph: Graph) -> None:
         """Before any share is made.
 
+        Args:
+            participants: on the roster.
+            colluders: of the terms.
+            graph: of the roster.
+
         Raises:
-            ProtocolError: the cohort, the degree or the threshold is too small, or impossible; or
-                the cohort is larger than the one that colluders were counted in.
+            ProtocolError: the cohort, the degree or the threshold is too small, or impossible.
         """
         self._refuse_small(participants)
         self._refuse_large(participants)
-        self._refuse_threshold(participants, degree, threshold)
-        self._refuse_sparse(participants, degree, threshold)
+        self._refuse_degree(participants, graph)
+        self._refuse_threshold(participants, colluders, graph)
+        self._refuse_sparse(participants, colluders, graph)
 
     def _refuse_small(self, participants: int) -> None:
         if participants < self.smallest_cohort:
@@ -282,26 +391,40 @@ class MaskingPolicy:
                 f"{self.largest_cohort}"
             )
 
-    def _refuse_sparse(self, participants: int, degree: int, threshold: int) -> None:
-        everybody = degree == participants - 1
-        if not (everybody or (_FEWEST_NEIGHBOURS <= degree < participants and degree % 2 == 0)):
+    def _refuse_degree(self, participants: int, graph: Graph) -> None:
+        everybody, degree = participants - 1, graph.degree
+        sparse = _FEWEST_NEIGHBOURS <= degree < everybody and degree % 2 == 0
+        if not (degree == everybody or (sparse and participants > COMPLETE)):
+            expected = f"{everybody} (everybody)"
+            if participants > COMPLETE:
+                expected += f" or an even number from {_FEWEST_NEIGHBOURS}"
             raise ProtocolError(
                 f"the roster gives each of {participants} participants {degree} neighbours, "
-                f"expected {participants - 1} (everybody) or an even number from "
-                f"{_FEWEST_NEIGHBOURS}"
+                f"expected {expected}"
             )
-        bits = secrecy_bits(participants, degree, threshold, self.colluding)
-        if bits < SECRECY:
+        if degree < min(self.smallest_degree, everybody):
             raise ProtocolError(
-                f"{degree} neighbours and threshold {threshold} among {participants} participants, "
-                f"of whom {self.colluding:.0%} collude, give {bits:.0f} bits of secrecy, this "
-                f"device asks for {SECRECY:.0f}"
+                f"the roster gives each participant {degree} neighbours, this device agreed to "
+                f"{self.smallest_degree}"
             )
 
-    def _refuse_threshold(self, participants: int, degree: int, threshold: int) -> None:
-        least = math.ceil(self.smallest_threshold * (degree + 1) - 1e-9)
-        if not 0 < least <= threshold <= degree + 1 <= participants:
+    def _refuse_threshold(self, participants: int, colluders: int, graph: Graph) -> None:
+        holders = graph.degree + 1
+        least = max(
+            default_threshold(participants, colluders, graph.degree),
+            min(self.smallest_threshold, holders),
+        )
+        if not least <= graph.threshold <= holders:
             raise ProtocolError(
-                f"the roster has threshold {threshold} for {degree + 1} holders out of "
-                f"{participants}, this device asks for {least} to {degree + 1}"
+                f"the roster has threshold {graph.threshold} for {holders} holders out of "
+                f"{participants}, this device asks for {least} to {holders}"
+            )
+
+    def _refuse_sparse(self, participants: int, colluders: int, graph: Graph) -> None:
+        bits = secrecy_bits(participants, colluders, graph)
+        if bits < SECRECY:
+            raise ProtocolError(
+                f"{graph.degree} neighbours and threshold {graph.threshold} among {participants} "
+                f"participants, of whom {colluders} collude, give {bits:.0f} bits of secrecy, this "
+                f"device asks for {SECRECY:.0f}"
             )

@@ -21,7 +21,7 @@ from enum import IntEnum
 
 from .errors import ProtocolError
 from .keys import KEY_BYTES, SIGNATURE_BYTES, Purpose, Secret, digest
-from .masking import MOST_PARTICIPANTS, Terms
+from .masking import MOST_PARTICIPANTS, Graph, Terms
 from .sealing import SEALING_OVERHEAD
 from .shamir import SHARE_BYTES
 
@@ -38,7 +38,9 @@ __all__ = [
     "Package",
     "Roster",
     "Survivors",
+    "Vector",
     "announced",
+    "dealt_list",
     "decode_announcement",
     "decode_confirmation",
     "decode_confirmations",
@@ -67,7 +69,7 @@ SERVER = 0xFFFFFFFF
 DIGEST_BYTES = 32
 SEALED_BYTES = 2 * SHARE_BYTES + SEALING_OVERHEAD
 
-_MAGIC, _VERSION = b"pvtm", 1
+_MAGIC, _VERSION = b"pvtm", 2
 _HEADER = struct.Struct(">4sBBII32s32s")
 _LENGTH = struct.Struct(">I")
 
@@ -214,19 +216,17 @@ class Roster:
 
     Attributes:
         entries: of all participants.
-        degree: neighbours of each.
-        threshold: holders that open a secret together.
+        graph: how many neighbours each has, and how many holders open a secret.
         signatures: of the receiving client's neighbours, ascending by position.
     """
 
     entries: tuple[Entry, ...]
-    degree: int
-    threshold: int
+    graph: Graph
     signatures: tuple[bytes, ...]
 
     def digest(self, terms: Terms) -> bytes:
         """32 bytes for all that the participants must see alike."""
-        numbers = self.degree.to_bytes(4, "big") + self.threshold.to_bytes(4, "big")
+        numbers = self.graph.degree.to_bytes(4, "big") + self.graph.threshold.to_bytes(4, "big")
         entries = b"".join(entry.to_bytes() for entry in self.entries)
         return digest(Purpose.ROSTER, terms.binding, numbers, entries)
 
@@ -237,8 +237,8 @@ def encode_roster(terms: Terms, message: Roster) -> bytes:
         Kind.ROSTER,
         terms,
         SERVER,
-        message.degree.to_bytes(4, "big"),
-        message.threshold.to_bytes(4, "big"),
+        message.graph.degree.to_bytes(4, "big"),
+        message.graph.threshold.to_bytes(4, "big"),
         b"".join(entry.to_bytes() for entry in message.entries),
         b"".join(message.signatures),
     )
@@ -259,9 +259,8 @@ def decode_roster(data: bytes, terms: Terms) -> Roster:
     _refuse_disorder(terms, SERVER, [entry.client for entry in entries])
     if entries[-1].client == SERVER:
         raise fault(terms, SERVER, "roster message: the server is not a participant")
-    return Roster(
-        entries, _number(degree), _number(threshold), tuple(_records(signatures, SIGNATURE_BYTES))
-    )
+    graph = Graph(_number(degree), _number(threshold))
+    return Roster(entries, graph, tuple(_records(signatures, SIGNATURE_BYTES)))
 
 
 def _refuse_disorder(terms: Terms, sender: int, numbers: Sequence[int]) -> None:
@@ -329,21 +328,38 @@ def decode_deal(data: bytes, terms: Terms, client: int) -> Deal:
 
 @dataclass(frozen=True)
 class Inbox:
-    """What neighbours sent to one client, by the sender's position."""
+    """What neighbours sent to one client, and who of all participants has dealt shares.
+
+    Attributes:
+        packages: by the sender's position.
+        dealt: positions; the same for everybody, or the round ends without a sum.
+    """
 
     packages: Mapping[int, Package]
+    dealt: frozenset[int]
 
 
-def encode_inbox(terms: Terms, message: Inbox) -> bytes:
-    """162 bytes a neighbour."""
-    return _encode(Kind.INBOX, terms, SERVER, _encode_packages(message.packages))
+def encode_inbox(terms: Terms, message: Inbox, participants: int) -> bytes:
+    """162 bytes a neighbour and a bit a participant."""
+    dealt = _bitmap(message.dealt, participants)
+    return _encode(Kind.INBOX, terms, SERVER, dealt, _encode_packages(message.packages))
 
 
-def decode_inbox(data: bytes, terms: Terms) -> Inbox:
+def decode_inbox(data: bytes, terms: Terms, participants: int) -> Inbox:
     """Raises ProtocolError for any other bytes, and for senders that do not ascend."""
-    bounds = ((_PACKAGE_BYTES, 0, MOST_PARTICIPANTS),)
-    (packages,) = _decode(data, Kind.INBOX, terms, SERVER, bounds)
-    return Inbox(_decode_packages(terms, SERVER, packages))
+    bounds = ((-(-participants // 8), 1, 1), (_PACKAGE_BYTES, 0, MOST_PARTICIPANTS))
+    dealt, packages = _decode(data, Kind.INBOX, terms, SERVER, bounds)
+    return Inbox(
+        _decode_packages(terms, SERVER, packages),
+        _positions(terms, Kind.INBOX, dealt, participants),
+    )
+
+
+def dealt_list(
+    terms: Terms, roster_digest: bytes, dealt: frozenset[int], participants: int
+) -> bytes:
+    """What a participant signs with its vector: whose masks are in it, of the whole roster."""
+    return digest(Purpose.DEALT, terms.binding, roster_digest, _bitmap(dealt, participants))
 
 
 def _encode_packages(packages: Mapping[int, Package]) -> bytes:
@@ -367,15 +383,23 @@ def _decode_packages(terms: Terms, sender: int, data: bytes) -> dict[int, Packag
 # 5. vector: client -> server
 
 
-def encode_vector(terms: Terms, client: int, packed: bytes) -> bytes:
-    """The packed vector and 82 bytes."""
-    return _encode(Kind.VECTOR, terms, client, packed)
+@dataclass(frozen=True)
+class Vector:
+    """A masked vector, and its sender's signature of who had dealt shares (`dealt_list`)."""
+
+    packed: bytes = field(repr=False)
+    signature: bytes
 
 
-def decode_vector(data: bytes, terms: Terms, client: int) -> bytes:
-    """The packed vector. Raises ProtocolError for any other bytes, so for any other length."""
-    (packed,) = _decode(data, Kind.VECTOR, terms, client, ((terms.vector_bytes, 1, 1),))
-    return packed
+def encode_vector(terms: Terms, client: int, message: Vector) -> bytes:
+    """The packed vector and 150 bytes."""
+    return _encode(Kind.VECTOR, terms, client, message.packed, message.signature)
+
+
+def decode_vector(data: bytes, terms: Terms, client: int) -> Vector:
+    """Raises ProtocolError for any other bytes. The signature is not checked here."""
+    bounds = ((terms.vector_bytes, 1, 1), (SIGNATURE_BYTES, 1, 1))
+    return Vector(*_decode(data, Kind.VECTOR, terms, client, bounds))
 
 
 # 6. survivors: server -> client
@@ -394,23 +418,38 @@ class Survivors:
         return digest(Purpose.SURVIVORS, terms.binding, roster_digest, *lists)
 
 
-def encode_survivors(terms: Terms, message: Survivors, participants: int) -> bytes:
-    """Two bits a participant."""
+def encode_survivors(
+    terms: Terms, message: Survivors, participants: int, signatures: Sequence[bytes]
+) -> bytes:
+    """Two bits a participant, and 64 bytes a living neighbour.
+
+    Args:
+        signatures: of the list of who dealt shares, by the receiving client's living neighbours,
+            ascending by position.
+    """
     lists = (_bitmap(message.alive, participants), _bitmap(message.dropped, participants))
-    return _encode(Kind.SURVIVORS, terms, SERVER, *lists)
+    return _encode(Kind.SURVIVORS, terms, SERVER, *lists, b"".join(signatures))
 
 
-def decode_survivors(data: bytes, terms: Terms, participants: int) -> Survivors:
-    """Raises ProtocolError for any other bytes. That the lists are disjoint is not checked here."""
+def decode_survivors(
+    data: bytes, terms: Terms, participants: int
+) -> tuple[Survivors, tuple[bytes, ...]]:
+    """The lists, and the signatures, unchecked. That the lists are disjoint is not checked here.
+
+    Raises ProtocolError for any other bytes.
+    """
     one = (-(-participants // 8), 1, 1)
-    lists = _decode(data, Kind.SURVIVORS, terms, SERVER, (one, one))
-    found = []
-    for bitmap in lists:
-        number = int.from_bytes(bitmap, "little")
-        if number >> participants:
-            raise fault(terms, SERVER, "survivors message: lists a position beyond the roster")
-        found.append(frozenset(at for at in range(participants) if number >> at & 1))
-    return Survivors(*found)
+    bounds = (one, one, (SIGNATURE_BYTES, 0, MOST_PARTICIPANTS))
+    alive, dropped, signatures = _decode(data, Kind.SURVIVORS, terms, SERVER, bounds)
+    found = (_positions(terms, Kind.SURVIVORS, bits, participants) for bits in (alive, dropped))
+    return Survivors(*found), tuple(_records(signatures, SIGNATURE_BYTES))
+
+
+def _positions(terms: Terms, kind: Kind, bitmap: bytes, participants: int) -> frozenset[int]:
+    if int.from_bytes(bitmap, "little") >> participants:
+        sentence = f"{kind.name.lower()} message: lists a position beyond the roster"
+        raise fault(terms, SERVER, sentence)
+    return frozenset(at for at in range(participants) if bitmap[at // 8] >> at % 8 & 1)
 
 
 def _bitmap(positions: frozenset[int], participants: int) -> bytes:
@@ -420,7 +459,7 @@ def _bitmap(positions: frozenset[int], participants: int) -> bytes:
     return bytes(bitmap)
 
 
-# 7. and 8. confirmations: client -> server -> neighbours
+# 7. and 8. confirmations: client -> server -> everybody
 
 
 def encode_confirmation(terms: Terms, client: int, signature: bytes) -> bytes:
@@ -436,13 +475,13 @@ def decode_confirmation(data: bytes, terms: Terms, client: int) -> bytes:
 
 @dataclass(frozen=True)
 class Confirmations:
-    """Neighbours' signatures of the survivor list, by position."""
+    """Signatures of the survivor list, by position: a quorum of the roster's, or more."""
 
     signatures: Mapping[int, bytes]
 
 
 def encode_confirmations(terms: Terms, message: Confirmations) -> bytes:
-    """68 bytes a neighbour."""
+    """68 bytes a signature."""
     found = sorted(message.signatures.items())
     body = b"".join(position.to_bytes(4, "big") + signature for position, signature in found)
     return _encode(Kind.CONFIRMATIONS, terms, SERVER, body)

@@ -36,7 +36,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "bits": (8, 32),
     "variance": (0, MAX_VARIANCE),
     "survivors": (0, MOST_PARTICIPANTS),
-    "colluders": (0, math.inf),
+    "colluders": (0, MOST_PARTICIPANTS),
     "attempt": (1, 2**32 - 1),
     "learning_rate": (5e-324, math.inf),
     "local_steps": (1, math.inf),
@@ -159,7 +159,15 @@ class Plan:
         """What the masking protocol binds every key and signature of this attempt to."""
         run = hashlib.sha256(self.run.encode()).hexdigest()
         plan = bytes.fromhex(self.digest)
-        return Terms(run, self.attempt, plan, self.length(dimension), self.bits, self.survivors)
+        return Terms(
+            run,
+            self.attempt,
+            plan,
+            self.length(dimension),
+            self.bits,
+            self.survivors,
+            self.colluders,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
@@ -236,6 +244,7 @@ class Plan:
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("round", self.round <= own.rounds.count, own.rounds.count),
             ("attempt", self.attempt <= attempts, attempts),
+            ("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),
             ("clip", self.clip <= client.clip, client.clip),
             ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
             ("bits", self.bits >= client.bits, client.bits),
@@ -254,9 +263,11 @@ class Plan:
         if self.masked:
             least = own.smallest_sum
             feared = own.colluders
+            honest = self.survivors - self.colluders
             checks += (
                 ("survivors", self.survivors >= least, least),
                 ("colluders", self.colluders >= feared, feared),
+                ("survivors less colluders", honest >= max(2, least - feared), least - feared),
             )
         for block in self.blocks:
             floor = own.statistics.multiplier(block.name) * block.bound if client.enabled else 0.0

@@ -155,12 +155,7 @@ def _unmasked(
     settings: AbSettings, plan: Plan, people: People, vectors: Mapping[int, NDArray[np.uint32]]
 ) -> tuple[NDArray[np.uint32], int]:
     """The masking protocol with every party (`experiments/protocol.py`)."""
-    own = run_settings(settings).masking
-    policy = MaskingPolicy(
-        smallest_cohort=own.smallest_cohort,
-        smallest_survivors=max(2, own.smallest_sum(own.smallest_cohort)),
-        colluding=own.colluding,
-    )
+    policy = MaskingPolicy.agreed(run_settings(settings), plan.cohort)
     known = {number: one.public for number, one in enumerate(people.identities)}
     devices = {
         number: protocol.Device(

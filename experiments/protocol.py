@@ -4,7 +4,7 @@ The two Flower apps are this function cut at the wire.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ..client import masking as client
 from ..common.errors import ConfigError
 from ..common.keys import Directory, Identity, Random
-from ..common.masking import MaskingPolicy, Terms
+from ..common.masking import Graph, MaskingPolicy, Terms
 from ..server import masking as server
 
-__all__ = ["DROPOUT_PHASES", "Device", "Graph", "run"]
+__all__ = ["DROPOUT_PHASES", "Device", "run"]
 
 DROPOUT_PHASES = ("keys", "shares", "training", "vector", "confirming")
 """After which step a client may be lost: "confirming" is while the masks are being removed."""
@@ -33,21 +33,13 @@ class Device:
     last_round: int = 0
 
 
-@dataclass(frozen=True)
-class Graph:
-    """Neighbours and threshold other than the defaults."""
-
-    degree: int | None = None
-    threshold: int | None = None
-
-
 def run(
     terms: Terms,
     devices: Mapping[int, Device],
     vectors: Mapping[int, NDArray[np.uint32]],
     lost: Mapping[str, Collection[int]] | None = None,
     random: Random = os.urandom,
-    graph: Graph | None = None,
+    sized: Callable[[int], Graph] | None = None,
 ) -> server.Outcome:
     """One round, from the terms to the sum.
 
@@ -57,7 +49,7 @@ def run(
         vectors: by client number: uint32, shape (terms.dimension,), residues mod 2^terms.bits.
         lost: which clients are never heard of again after each of `DROPOUT_PHASES`.
         random: the operating system's; a seeded stream in tests only.
-        graph: for tests of other degrees.
+        sized: the graph for so many participants; None for the default one.
 
     Returns:
         The sum over the survivors.
@@ -66,7 +58,7 @@ def run(
         RoundVoid: too few are left.
         ProtocolError: a device refuses (with honest parties: its policy does).
     """
-    lost, graph = lost or {}, graph or Graph()
+    lost = lost or {}
     if not lost.keys() <= set(DROPOUT_PHASES):
         raise ConfigError(f"expected phases of {DROPOUT_PHASES}, got {sorted(lost)}")
     gone: set[int] = set()
@@ -82,7 +74,7 @@ def run(
         )
         device.last_round = terms.round
     lose("keys")
-    cohort, out, _ = server.gather(terms, replies, None, graph.degree, graph.threshold)
+    cohort, out, _ = server.gather(terms, replies, sized=sized)
 
     # 2. shares: each checks the roster and shares its two secrets among its holders
     shared, replies = {}, {}

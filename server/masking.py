@@ -14,7 +14,7 @@ can be removed is checked before the survivor list is sent. Every opened secret 
 what its owner announced.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..common.encoding import unpack
 from ..common.errors import ProtocolError, RoundVoid
 from ..common.keys import KEY_BYTES, Directory, Purpose, RoundKey, Secret, derive, digest, verify
 from ..common.keystream import add_masks
-from ..common.masking import Terms, default_degree, default_threshold, neighbours
+from ..common.masking import Graph, Terms, default_graph, gap, neighbours, quorum
 from ..common.messages import (
     Announcement,
     Confirmations,
@@ -91,8 +91,7 @@ def gather(
     terms: Terms,
     replies: Replies,
     directory: Directory | None = None,
-    degree: int | None = None,
-    threshold: int | None = None,
+    sized: Callable[[int], Graph] | None = None,
 ) -> tuple[Cohort, Outgoing, Refused]:
     """Announcements -> the roster, with each participant's neighbours' signatures.
 
@@ -100,7 +99,8 @@ def gather(
         terms: of the round.
         replies: announcements by client number.
         directory: where an operator lists identities; None: any.
-        degree, threshold: None for the defaults, which a device's policy accepts.
+        sized: the graph for so many participants; None for the default one of the terms'
+            colluders, which a device's policy accepts.
 
     Raises:
         RoundVoid: fewer usable announcements than `terms.survivors`.
@@ -122,15 +122,14 @@ def gather(
     entries = tuple(one.entry(client) for client, one in found.items())
     count = len(entries)
     _refuse_few(terms, count, "announced keys")
-    degree = default_degree(count) if degree is None else degree
-    threshold = default_threshold(degree) if threshold is None else threshold
-    roster = Roster(entries, degree, threshold, ())
+    graph = default_graph(count, terms.colluders) if sized is None else sized(count)
+    roster = Roster(entries, graph, ())
     its_digest = roster.digest(terms)
-    beside = tuple(tuple(neighbours(its_digest, count, degree, at)) for at in range(count))
+    beside = tuple(tuple(neighbours(its_digest, count, graph.degree, at)) for at in range(count))
     signatures = [one.signature for one in found.values()]
     outgoing = {
         entries[at].client: messages.encode_roster(
-            terms, Roster(entries, degree, threshold, tuple(signatures[one] for one in beside[at]))
+            terms, Roster(entries, graph, tuple(signatures[one] for one in beside[at]))
         )
         for at in range(count)
     }
@@ -193,7 +192,11 @@ def relay(cohort: Cohort, replies: Replies) -> tuple[Dealt, Outgoing, Refused]:
     outgoing = {
         cohort.client(at): messages.encode_inbox(
             terms,
-            Inbox({one: deals[one].packages[at] for one in cohort.beside[at] if one in deals}),
+            Inbox(
+                {one: deals[one].packages[at] for one in cohort.beside[at] if one in deals},
+                frozenset(deals),
+            ),
+            len(cohort.roster.entries),
         )
         for at in deals
     }
@@ -209,7 +212,7 @@ def _position(cohort: Cohort, places: Mapping[int, int], client: int) -> int:
 def _leave_out_the_lonely(cohort: Cohort, deals: dict[int, Deal], refused: Refused) -> None:
     """Without a threshold of holders that dealt, nobody could ever open a client's secrets."""
     while lonely := [
-        at for at in deals if len(cohort.holders(at) & deals.keys()) < cohort.roster.threshold
+        at for at in deals if len(cohort.holders(at) & deals.keys()) < cohort.roster.graph.threshold
     ]:
         for at in lonely:
             del deals[at]
@@ -237,14 +240,19 @@ class Sum:
     dealt: Dealt
     places: Mapping[int, int] = field(repr=False)
     total: NDArray[np.uint32] = field(repr=False)
-    alive: set[int]
+    signatures: dict[int, bytes] = field(repr=False)
     closed: bool = False
+
+    @property
+    def alive(self) -> Set[int]:
+        """Positions whose vectors are in the sum."""
+        return self.signatures.keys()
 
 
 def begin_sum(dealt: Dealt) -> Sum:
     """An empty sum: zeros, shape (dimension,)."""
     total = np.zeros(dealt.cohort.terms.dimension, dtype=np.uint32)
-    return Sum(dealt, dealt.cohort.places, total, set())
+    return Sum(dealt, dealt.cohort.places, total, {})
 
 
 def add_vector(running: Sum, client: int, reply: bytes) -> None:
@@ -263,12 +271,17 @@ def add_vector(running: Sum, client: int, reply: bytes) -> None:
         raise fault(terms, client, "sent a vector, but had dealt no shares")
     if position in running.alive:
         raise fault(terms, client, "sent a second vector")
-    packed = messages.decode_vector(reply, terms, client)
+    vector = messages.decode_vector(reply, terms, client)
+    cohort = running.dealt.cohort
+    dealt = frozenset(running.dealt.deals)
+    signed = messages.dealt_list(terms, cohort.digest, dealt, len(cohort.roster.entries))
+    if not verify(cohort.roster.entries[position].identity, signed, vector.signature):
+        raise fault(terms, client, "did not sign the list of who dealt shares")
     try:
-        running.total += unpack(packed, terms.dimension, terms.bits)
+        running.total += unpack(vector.packed, terms.dimension, terms.bits)
     except ProtocolError as refusal:
         raise fault(terms, client, str(refusal)) from None
-    running.alive.add(position)
+    running.signatures[position] = vector.signature
 
 
 # 4. survivors
@@ -287,8 +300,9 @@ def close_sum(running: Sum) -> tuple[Listed, Outgoing]:
     """No vector is taken any more; every survivor gets the list.
 
     Raises:
-        RoundVoid: fewer vectors than `terms.survivors`, or a secret that will be needed has fewer
-            living holders than the threshold. Nothing has been revealed.
+        RoundVoid: fewer vectors than `terms.survivors` or the quorum, a secret that will be needed
+            has fewer living holders than the threshold, or every device would refuse the list for
+            a gap in the ring. Nothing has been revealed.
     """
     running.closed = True
     dealt, cohort = running.dealt, running.dealt.cohort
@@ -297,8 +311,17 @@ def close_sum(running: Sum) -> tuple[Listed, Outgoing]:
     survivors = Survivors(frozenset(running.alive), dropped)
     for owner in _needed(cohort, survivors):
         _refuse_few_holders(cohort, owner, len(cohort.holders(owner) & running.alive))
-    message = messages.encode_survivors(cohort.terms, survivors, len(cohort.roster.entries))
-    outgoing = {cohort.client(at): message for at in sorted(running.alive)}
+    _refuse_few_signers(cohort, len(running.alive))
+    _refuse_gap(cohort, survivors)
+    outgoing = {
+        cohort.client(at): messages.encode_survivors(
+            cohort.terms,
+            survivors,
+            len(cohort.roster.entries),
+            [running.signatures[one] for one in cohort.beside[at] if one in running.alive],
+        )
+        for at in sorted(running.alive)
+    }
     return Listed(dealt, survivors, running.total), outgoing
 
 
@@ -308,12 +331,33 @@ def _needed(cohort: Cohort, survivors: Survivors) -> Iterable[int]:
     return sorted({*survivors.alive, *beside})
 
 
+def _refuse_few_signers(cohort: Cohort, count: int) -> None:
+    least = quorum(len(cohort.roster.entries), cohort.terms.colluders)
+    if count < least:
+        raise RoundVoid(
+            f"round {cohort.terms.round}: {count} of {len(cohort.roster.entries)} participants are "
+            f"left, fewer than the quorum of {least} that must sign the survivor list; the round "
+            "is void and nothing is revealed"
+        )
+
+
+def _refuse_gap(cohort: Cohort, survivors: Survivors) -> None:
+    terms, graph = cohort.terms, cohort.roster.graph
+    size = len(cohort.roster.entries)
+    found = gap(cohort.digest, size, terms.colluders, graph.degree, survivors.alive)
+    if found is not None:
+        raise RoundVoid(
+            f"round {terms.round}: only {found} of {graph.degree // 2} successive places in the "
+            "neighbour ring are left; the round is void and nothing is revealed"
+        )
+
+
 def _refuse_few_holders(cohort: Cohort, owner: int, count: int) -> None:
-    if count < cohort.roster.threshold:
+    if count < cohort.roster.graph.threshold:
         raise RoundVoid(
             f"round {cohort.terms.round}: {count} holders of client {cohort.client(owner)}'s "
-            f"shares are left, fewer than the threshold of {cohort.roster.threshold}; the round is "
-            "void and nothing is revealed"
+            f"shares are left, fewer than the threshold of {cohort.roster.graph.threshold}; the "
+            "round is void and nothing is revealed"
         )
 
 
@@ -329,7 +373,7 @@ class Confirmed:
 
 
 def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Refused]:
-    """Signatures of the survivor list -> those of each survivor's neighbours.
+    """Signatures of the survivor list -> a quorum of them for everybody who signed.
 
     Raises:
         RoundVoid: too few signed for the holders to give their shares.
@@ -350,14 +394,12 @@ def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Ref
             found[position] = signature
         except ProtocolError as refusal:
             refused[client] = str(refusal)
+    _refuse_few_signers(cohort, len(found))
     for owner in _needed(cohort, survivors):
         _refuse_few_holders(cohort, owner, len(cohort.holders(owner) & found.keys()))
-    outgoing = {
-        cohort.client(at): messages.encode_confirmations(
-            terms, Confirmations({one: found[one] for one in cohort.beside[at] if one in found})
-        )
-        for at in found
-    }
+    enough = sorted(found)[: quorum(len(cohort.roster.entries), terms.colluders)]
+    message = messages.encode_confirmations(terms, Confirmations({at: found[at] for at in enough}))
+    outgoing = {cohort.client(at): message for at in found}
     return Confirmed(listed, frozenset(found)), outgoing, refused
 
 
@@ -452,7 +494,7 @@ def _checked_opening(state: Confirmed, holder: int, client: int, reply: bytes) -
 def _open(dealt: Dealt, owner: int, shares: Mapping[int, Secret], alive: bool) -> Secret:
     cohort = dealt.cohort
     try:
-        secret = combine(shares, cohort.roster.threshold)
+        secret = combine(shares, cohort.roster.graph.threshold)
         if alive:
             found = digest(Purpose.SELF_COMMITMENT, cohort.digest, secret.value)
             fits = found == dealt.deals[owner].commitment

@@ -9,6 +9,7 @@ is decoded, and what the clients spent stays spent.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -32,6 +33,7 @@ from ..common.encoding import (
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
 from ..common.exchange import Exchange
 from ..common.files import append_line, read_lines, write_atomic
+from ..common.masking import Graph, sized_graph
 from ..common.plan import Plan, work
 from ..common.rotation import unrotate
 from . import aggregation, checkpoint, masking, updates
@@ -150,7 +152,8 @@ def summed(
     """
     _announce(folder, cohort, plan, dimension)
     phases: dict[str, float] = {}
-    total, came, counts = _sum(_timed(ask, phases), cohort, plan, start, folder, dimension)
+    asking = _timed(ask, phases)
+    total, came, counts = _sum(asking, config, cohort, plan, start, folder, dimension)
     void = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
     record: dict[str, Any] = {
         "round": plan.round,
@@ -250,13 +253,20 @@ def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
 
 
 def _sum(
-    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, folder: Path, dimension: int
+    ask: Ask,
+    config: Config,
+    cohort: Sequence[int],
+    plan: Plan,
+    adapter: Vector,
+    folder: Path,
+    dimension: int,
 ) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
         attempt = _next_attempt(folder)
         tried = dataclasses.replace(plan, attempt=attempt)
-        return masked_sum(ask, cohort, tried, adapter, dimension)
+        sized = functools.partial(sized_graph, config.masking, plan.colluders)
+        return masked_sum(ask, cohort, tried, adapter, dimension, sized)
     length = plan.length(dimension)
     return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
 
@@ -281,12 +291,18 @@ def _next_attempt(folder: Path) -> int:
 
 
 def masked_sum(
-    ask: Ask, cohort: Sequence[int], plan: Plan, adapter: Vector, dimension: int | None = None
+    ask: Ask,
+    cohort: Sequence[int],
+    plan: Plan,
+    adapter: Vector,
+    dimension: int | None = None,
+    sized: Callable[[int], Graph] | None = None,
 ) -> Summed:
     """One masked round, phase by phase (`experiments/protocol.py` shows both sides).
 
     A client that is missing, declines or is refused in a phase has dropped out of the rest.
-    `dimension`: numbers in a contribution, where these are not as many as in `adapter`.
+    `dimension`: numbers in a contribution, where these are not as many as in `adapter`. `sized`:
+    the neighbour graph for so many participants, None for the default one.
 
     Returns:
         The sum over the survivors, or None when the round is void and nothing was revealed; their
@@ -306,6 +322,7 @@ def masked_sum(
         everybody, out, refused = masking.gather(
             plan.terms(len(adapter) if dimension is None else dimension),
             phase("keys", dict.fromkeys(cohort, b"")),
+            sized=sized,
         )
         left_out(refused)
         dealt, out, refused = masking.relay(everybody, phase("shares", out))

@@ -8,7 +8,7 @@ Everything comes from `masking_party`'s fixed randomness, so the file is the sam
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from privet.client import masking as client
 from privet.common import messages
 from privet.common.errors import ProtocolError
 from privet.common.keys import Directory, RoundKey
-from privet.common.masking import MaskingPolicy, Terms
+from privet.common.masking import Graph, MaskingPolicy, Terms
 from privet.common.messages import Entry, Opened, Package, Survivors
 from privet.server import masking as server
 
@@ -35,8 +35,9 @@ SETUPS: dict[str, dict[str, Any]] = {
     },
     "laxer threshold": {
         "silent": (14,),
-        "policy": dataclasses.replace(POLICY, smallest_threshold=0.6),
-        "threshold": 3,
+        "policy": dataclasses.replace(POLICY, colluders=0),
+        "terms": terms(colluders=0),
+        "graph": Graph(4, 3),
     },
     "earlier round": {"terms": terms(round=6), "silent": (14,), "last_round": 5},
     "seven": {"numbers": (10, 11, 12, 13, 14, 15, 16), "silent": (16,)},
@@ -126,6 +127,7 @@ LAXER: dict[str, tuple[Terms, MaskingPolicy, int]] = {
     "a round that has been": (TERMS, POLICY, 7),
     "a round before the last": (TERMS, POLICY, 9),
     "too few survivors accepted": (terms(survivors=2), POLICY, 6),
+    "fewer colluders than the policy reckons with": (terms(colluders=0), POLICY, 6),
     "a modulus below the policy": (TERMS, dataclasses.replace(POLICY, smallest_bits=24), 6),
 }
 
@@ -157,7 +159,7 @@ def _headers() -> Iterator[Case]:
     yield Case("empty message", "share", b"")
     yield Case("a byte after the end", "share", good + b"\0")
     yield Case("another protocol", "share", at(0, b"http"))
-    yield Case("a later protocol version", "share", at(4, b"\2"))
+    yield Case("a later protocol version", "share", at(4, b"\3"))
     yield Case("another kind of message", "share", party().got["receive"][ME])
     yield Case("from a client, not the server", "share", at(6, (11).to_bytes(4, "big")))
     yield Case("replayed from another round", "share", party("earlier round").got["shares"][ME])
@@ -186,13 +188,13 @@ def _rosters() -> Iterator[Case]:
         beside = (*signatures[: position - 1], mine, *signatures[position:])
         return {"entries": entry(position, **keys), "signatures": beside}
 
-    yield case("a cohort below the policy", entries=entries[:4], degree=3, threshold=3)
-    yield case("threshold 1", threshold=1)
-    yield case("threshold 0", threshold=0)
-    yield case("threshold of half the holders", threshold=2)
-    yield case("threshold above the holders", threshold=6)
-    yield case("too few neighbours", degree=2, threshold=3)
-    yield case("more neighbours than participants", degree=5, threshold=4)
+    yield case("a cohort below the policy", entries=entries[:4], graph=Graph(3, 3))
+    yield case("threshold 1", graph=Graph(4, 1))
+    yield case("threshold 0", graph=Graph(4, 0))
+    yield case("threshold that colluders and half the others reach", graph=Graph(4, 3))
+    yield case("threshold above the holders", graph=Graph(4, 6))
+    yield case("too few neighbours", graph=Graph(2, 3))
+    yield case("more neighbours than participants", graph=Graph(5, 4))
     yield case("a participant twice", entries=(*entries[:2], entries[1], *entries[3:]))
     yield case("participants out of order", entries=(entries[1], entries[0], *entries[2:]))
     yield case(
@@ -237,19 +239,21 @@ def _rosters() -> Iterator[Case]:
 
 
 def _inboxes() -> Iterator[Case]:
-    good = dict(messages.decode_inbox(party().got["receive"][ME], TERMS).packages)
+    good = dict(messages.decode_inbox(party().got["receive"][ME], TERMS, 5).packages)
 
-    def case(name: str, packages: dict[int, Package], setup: str = "plain") -> Case:
-        message = messages.encode_inbox(party(setup).terms, messages.Inbox(packages))
-        return Case(name, "receive", message, setup)
+    def case(name: str, packages: dict[int, Package], dealt: set[int] | None = None) -> Case:
+        listed = frozenset({0, *packages} & set(range(5)) if dealt is None else dealt)
+        message = messages.encode_inbox(TERMS, messages.Inbox(packages, listed), 5)
+        return Case(name, "receive", message)
 
     def changed(position: int, **changes: bytes) -> dict[int, Package]:
         return {**good, position: dataclasses.replace(good[position], **changes)}
 
     sealed = good[1].sealed
-    others = messages.decode_inbox(party().got["receive"][11], TERMS).packages
+    without = {at: package for at, package in good.items() if at != 4}
+    others = messages.decode_inbox(party().got["receive"][11], TERMS, 5).packages
     earlier = messages.decode_inbox(
-        party("earlier round").got["receive"][ME], terms(round=6)
+        party("earlier round").got["receive"][ME], terms(round=6), 5
     ).packages
     yield case(
         "a tampered share",
@@ -265,14 +269,33 @@ def _inboxes() -> Iterator[Case]:
     yield case("shares from beyond the roster", {**good, 9: good[1]})
     yield case("fewer holders than the threshold", {1: good[1], 2: good[2]})
     yield case("no holders", {})
+    yield case("a neighbour withheld that is said to have dealt", without, {0, 1, 2, 3, 4})
+    yield case("a neighbour passed on that is said not to have dealt", good, {0, 1, 2, 3})
+    yield case("this device said not to have dealt", good, {1, 2, 3, 4})
 
 
 def _survivor_lists() -> Iterator[Case]:
     def case(
-        name: str, alive: set[int], dropped: set[int], setup: str = "plain", size: int = 5
+        name: str,
+        alive: set[int],
+        dropped: set[int],
+        setup: str = "plain",
+        size: int = 5,
+        signatures: Sequence[bytes] | None = None,
     ) -> Case:
         lists = Survivors(frozenset(alive), frozenset(dropped))
-        return Case(name, "confirm", messages.encode_survivors(TERMS, lists, size), setup)
+        vectors = party(setup).sent["mask"]
+        found = [
+            messages.decode_vector(vectors[ME + at], TERMS, ME + at).signature
+            for at in sorted(alive - {0})
+            if ME + at in vectors
+        ]
+        given = found if signatures is None else signatures
+        message = messages.encode_survivors(TERMS, lists, size, given)
+        return Case(name, "confirm", message, setup)
+
+    _, good = messages.decode_survivors(party().got["confirm"][ME], TERMS, 5)
+    fewer = messages.dealt_list(TERMS, party().served["keys"].digest, frozenset({0, 1, 2}), 5)
 
     yield case("overlapping lists", {0, 1, 2, 3, 4}, {4})
     yield case("this device not among the survivors", {1, 2, 3}, {0, 4})
@@ -282,6 +305,25 @@ def _survivor_lists() -> Iterator[Case]:
     yield case("a survivor whose shares never came", {0, 1, 2, 3, 4}, set(), "undealt")
     yield case("one dropped whose shares never came", {0, 1, 2, 3}, {4}, "undealt")
     yield case("one whose shares came is on neither list", {0, 1, 2, 3}, set())
+    yield case(
+        "a survivor that signed no list of dealers",
+        {0, 1, 2, 3},
+        {4},
+        signatures=(bytes(64), *good[1:]),
+    )
+    yield case(
+        "a survivor that was shown another list of dealers",
+        {0, 1, 2, 3},
+        {4},
+        signatures=(identity(11).sign(fewer), *good[1:]),
+    )
+    yield case(
+        "two survivors' signatures swapped",
+        {0, 1, 2, 3},
+        {4},
+        signatures=(good[1], good[0], *good[2:]),
+    )
+    yield case("a survivor's signature missing", {0, 1, 2, 3}, {4}, signatures=good[1:])
     yield case("a list for a larger roster", {0, 1, 2, 3}, {4}, size=9)
     yield case("a position beyond the roster", {0, 1, 2, 3, 6}, {4})
     yield Case("a second survivor list", "confirm again", party().got["confirm"][ME])
@@ -305,7 +347,8 @@ def _confirmations() -> Iterator[Case]:
     yield case("a confirmation of one that dropped", {**good, 4: ghost})
     yield case("a confirmation from beyond the roster", {**good, 9: good[1]})
     yield case(
-        "this device's own confirmation counted", {**good, 0: party().sent["confirm"][ME][-64:]}
+        "this device's own confirmation counted twice",
+        {0: party().sent["confirm"][ME][-64:], 1: good[1], 2: good[2]},
     )
     yield case("too few confirmations", {1: good[1], 2: good[2]})
     yield case("no confirmation", {})
@@ -371,13 +414,22 @@ def _replies() -> Iterator[Case]:
     yield Case("shares from nobody on the roster", "server relay", sent["shares"], sender=99)
 
     yield Case(
-        "a vector of another length", "server add", messages.encode_vector(TERMS, ME, bytes(11))
+        "a vector of another length",
+        "server add",
+        messages.encode_vector(TERMS, ME, messages.Vector(bytes(11), bytes(64))),
     )
     yield Case("another client's vector", "server add", others["mask"])
+    mine_masked = messages.decode_vector(sent["mask"], TERMS, ME)
+    unsigned_vector = dataclasses.replace(mine_masked, signature=bytes(64))
+    yield Case(
+        "a vector without a signature of who dealt",
+        "server add",
+        messages.encode_vector(TERMS, ME, unsigned_vector),
+    )
     yield Case(
         "a vector from one that dealt no shares",
         "server add",
-        messages.encode_vector(TERMS, 14, bytes(10)),
+        messages.encode_vector(TERMS, 14, messages.Vector(bytes(10), bytes(64))),
         "undealt",
         14,
     )
@@ -385,7 +437,7 @@ def _replies() -> Iterator[Case]:
     yield Case(
         "a late vector, its key may be opened",
         "server add late",
-        messages.encode_vector(TERMS, 14, bytes(10)),
+        messages.encode_vector(TERMS, 14, messages.Vector(bytes(10), bytes(64))),
         sender=14,
     )
 

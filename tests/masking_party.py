@@ -9,7 +9,7 @@ import numpy as np
 
 from privet.client import masking as client
 from privet.common.keys import Directory, Identity
-from privet.common.masking import MaskingPolicy, Terms
+from privet.common.masking import Graph, MaskingPolicy, Terms
 from privet.server import masking as server
 
 PHASES = ("keys", "shares", "receive", "mask", "confirm", "unmask")
@@ -34,7 +34,7 @@ def identity(number: int) -> Identity:
 
 def terms(**changes: Any) -> Terms:
     given = {"run": "test", "round": 7, "plan": b"p" * 32, "dimension": 4, "bits": 20}
-    return Terms(**{**given, "survivors": 3, **changes})
+    return Terms(**{**given, "survivors": 3, "colluders": 1, **changes})
 
 
 def vector(number: int, its: Terms) -> np.ndarray:
@@ -56,8 +56,8 @@ class Party:
     """Clients that deal no shares."""
     identities: Callable[[int], Identity] = identity
     last_round: int = 6
-    degree: int | None = None
-    threshold: int | None = None
+    graph: Graph | None = None
+    """Another one than the default."""
     states: dict[str, dict[int, Any]] = field(default_factory=dict)
     sent: dict[str, dict[int, bytes]] = field(default_factory=dict)
     """What clients sent in a phase."""
@@ -96,7 +96,7 @@ class Party:
             },
         )
         self.served["keys"], self.got["shares"], _ = server.gather(
-            self.terms, self.sent["keys"], None, self.degree, self.threshold
+            self.terms, self.sent["keys"], None, (lambda _: self.graph) if self.graph else None
         )
 
     def _shares(self) -> None:

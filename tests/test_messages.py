@@ -27,7 +27,7 @@ DECODERS: dict[Kind, Decoder] = {
     Kind.ANNOUNCEMENT: lambda data: messages.decode_announcement(data, TERMS, 10),
     Kind.ROSTER: lambda data: messages.decode_roster(data, TERMS),
     Kind.DEAL: lambda data: messages.decode_deal(data, TERMS, 10),
-    Kind.INBOX: lambda data: messages.decode_inbox(data, TERMS),
+    Kind.INBOX: lambda data: messages.decode_inbox(data, TERMS, 5),
     Kind.VECTOR: lambda data: messages.decode_vector(data, TERMS, 10),
     Kind.SURVIVORS: lambda data: messages.decode_survivors(data, TERMS, 5),
     Kind.CONFIRMATION: lambda data: messages.decode_confirmation(data, TERMS, 10),
@@ -39,9 +39,9 @@ ENCODERS: dict[Kind, Callable[[Any], bytes]] = {
     Kind.ANNOUNCEMENT: lambda one: messages.encode_announcement(TERMS, 10, one),
     Kind.ROSTER: lambda one: messages.encode_roster(TERMS, one),
     Kind.DEAL: lambda one: messages.encode_deal(TERMS, 10, one),
-    Kind.INBOX: lambda one: messages.encode_inbox(TERMS, one),
+    Kind.INBOX: lambda one: messages.encode_inbox(TERMS, one, 5),
     Kind.VECTOR: lambda one: messages.encode_vector(TERMS, 10, one),
-    Kind.SURVIVORS: lambda one: messages.encode_survivors(TERMS, one, 5),
+    Kind.SURVIVORS: lambda one: messages.encode_survivors(TERMS, one[0], 5, one[1]),
     Kind.CONFIRMATION: lambda one: messages.encode_confirmation(TERMS, 10, one),
     Kind.CONFIRMATIONS: lambda one: messages.encode_confirmations(TERMS, one),
     Kind.OPENING: lambda one: messages.encode_opening(TERMS, 10, one),
@@ -196,7 +196,7 @@ def test_a_list_that_does_not_ascend_is_refused(numbers, words):
 
 def test_a_survivor_beyond_the_roster_is_refused():
     data = bytearray(VALID[Kind.SURVIVORS])
-    data[-1] |= 0x20
+    data[HEADER + 4] |= 0x20
     with pytest.raises(ProtocolError, match="beyond the roster"):
         DECODERS[Kind.SURVIVORS](bytes(data))
 

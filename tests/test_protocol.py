@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, RoundVoid
-from privet.common.masking import MaskingPolicy
-from privet.experiments.protocol import DROPOUT_PHASES, Device, Graph, run
+from privet.common.masking import Graph, MaskingPolicy, quorum
+from privet.experiments.protocol import DROPOUT_PHASES, Device, run
 from privet.server import masking as server
 
 from .masking_party import identity, stream, terms
 
-POLICY = MaskingPolicy(smallest_cohort=3, smallest_survivors=2, smallest_threshold=0.51)
+POLICY = MaskingPolicy(smallest_cohort=3, smallest_survivors=2, colluders=0)
 
 
 def cohort(size: int, policy: MaskingPolicy = POLICY) -> dict[int, Device]:
@@ -35,7 +35,7 @@ def test_the_sum_is_the_plain_sum_at_every_dropout_point_degree_and_modulus(data
     survivors = data.draw(st.integers(2, size), label="survivors")
     when = data.draw(st.lists(st.sampled_from([*DROPOUT_PHASES, *[None] * 4]), min_size=size,
                               max_size=size), label="lost")  # fmt: skip
-    its = terms(bits=bits, survivors=survivors, dimension=data.draw(st.integers(1, 9)))
+    its = terms(bits=bits, survivors=survivors, colluders=0, dimension=data.draw(st.integers(1, 9)))
     devices = cohort(size)
     top = (1 << bits) - 1
     numbers = st.lists(st.integers(0, top), min_size=its.dimension, max_size=its.dimension)
@@ -43,15 +43,18 @@ def test_the_sum_is_the_plain_sum_at_every_dropout_point_degree_and_modulus(data
     lost = {phase: [n for n, at in zip(devices, when, strict=True) if at == phase]
             for phase in DROPOUT_PHASES}  # fmt: skip
     left = [size - sum(when.count(phase) for phase in DROPOUT_PHASES[:i]) for i in range(1, 6)]
+    graph = Graph(degree, threshold)
+    least = max(survivors, threshold, quorum(left[0], 0))
     with pytest.MonkeyPatch.context() as patch:  # sparse graphs are below every policy
-        patch.setattr(MaskingPolicy, "_refuse_sparse", lambda *_: None)
+        patch.setattr(MaskingPolicy, "refuse_cohort", lambda *_: None)
         try:
-            found = run(its, devices, vectors, lost, stream("law"), Graph(degree, threshold))
+            found = run(its, devices, vectors, lost, stream("law"), lambda _: graph)
         except RoundVoid:
-            assert degree < size - 1 or min(left) < max(survivors, threshold)
+            assert degree < size - 1 or min(left) < least
             assert any(when)
             return
     assert degree < size - 1 or min(left) >= threshold
+    assert min(left) >= quorum(left[0], 0)
     assert left[2] >= survivors
     expected = [
         n for n, at in zip(devices, when, strict=True) if at in ("vector", "confirming", None)
@@ -68,8 +71,8 @@ def test_the_sum_is_the_plain_sum_at_every_dropout_point_degree_and_modulus(data
 @pytest.mark.parametrize("phase", DROPOUT_PHASES)
 @pytest.mark.parametrize("count", [1, 3])
 def test_in_a_full_graph_each_phase_may_lose_a_third_and_one_more_voids(phase, count):
-    devices = cohort(10, MaskingPolicy())
-    its = terms(survivors=7, dimension=3)
+    devices = cohort(10, MaskingPolicy(colluders=2))
+    its = terms(survivors=7, colluders=2, dimension=3)
     vectors = {n: np.array([n, 2 * n, (1 << 20) - n], dtype=np.uint32) for n in devices}
     lost = list(devices)[:count]
     found = run(its, devices, vectors, {phase: lost}, stream("third"))
@@ -80,7 +83,7 @@ def test_in_a_full_graph_each_phase_may_lose_a_third_and_one_more_voids(phase, c
 
 
 def test_losses_in_every_phase_at_once_leave_the_sum_of_the_rest():
-    devices = cohort(90, MaskingPolicy())  # a sparse graph
+    devices = cohort(90, MaskingPolicy())
     numbers = list(devices)
     its = terms(survivors=60, dimension=5)
     vectors = {n: np.full(5, n, dtype=np.uint32) for n in devices}

@@ -10,7 +10,7 @@ from privet.client import masking as client
 from privet.common import messages
 from privet.common.errors import ProtocolError, RoundVoid
 from privet.common.keys import Directory, RoundKey, Secret
-from privet.common.masking import MaskingPolicy
+from privet.common.masking import Graph, MaskingPolicy
 from privet.common.messages import Opened
 from privet.common.shamir import combine, split
 from privet.server import masking as server
@@ -85,8 +85,8 @@ def test_a_round_that_is_void_reveals_no_survivor_list():
 
 
 def test_a_client_with_too_few_dealing_holders_is_left_out_by_name(monkeypatch):
-    monkeypatch.setattr(MaskingPolicy, "_refuse_sparse", lambda *_: None)
-    party = Party(numbers=tuple(range(10, 21)), degree=2, threshold=2).until("receive")
+    monkeypatch.setattr(MaskingPolicy, "refuse_cohort", lambda *_: None)
+    party = Party(numbers=tuple(range(10, 21)), graph=Graph(2, 2)).until("receive")
     replies = dict(party.sent["shares"])
     for lost in party.served["keys"].beside[0]:  # client 10 is left with its own share
         del replies[10 + lost]

@@ -24,7 +24,7 @@ import numpy as np
 from ...client import masking as client
 from ...common.encoding import round_randomly, wrap
 from ...common.keys import Directory, Identity
-from ...common.masking import MaskingPolicy, Terms
+from ...common.masking import Graph, MaskingPolicy, Terms
 from ...common.noise import SystemSource
 from ...server import masking as server
 from .clock import Clock
@@ -53,17 +53,21 @@ def main() -> None:
 
 
 def measure(
-    clients: int, dimension: int, dropout: float, degree: int | None = None
+    clients: int,
+    dimension: int,
+    dropout: float,
+    sized: Callable[[int], Graph] | None = None,
 ) -> dict[str, Any]:
-    """One round with every party; `degree` None for the default graph.
+    """One round with every party; `sized` None for the default graph.
 
     Returns:
         Seconds of a mean client by phase and of the server by phase, bytes up and down, peak
         memory of the process (all clients together), and whether the sum was right.
     """
-    survivors = math.ceil(clients * 2 / 3)
-    terms = Terms("benchmark", 1, bytes(32), dimension, BITS, max(2, survivors))
-    policy = MaskingPolicy(smallest_cohort=max(3, clients), smallest_survivors=2)
+    survivors = max(2, math.ceil(clients * 2 / 3))
+    colluders = min(clients // 10, survivors - 2)
+    terms = Terms("benchmark", 1, bytes(32), dimension, BITS, survivors, colluders)
+    policy = MaskingPolicy(max(3, clients), survivors, colluders=colluders)
     identities = [Identity.create(os.urandom) for _ in range(clients)]
     listed = Directory({n: one.public for n, one in enumerate(identities)}, closed=True)
     lost = set(range(round(clients * dropout)))
@@ -90,7 +94,7 @@ def measure(
 
     each("announce", dict.fromkeys(range(clients), b""), announce)
     with theirs("gather"):
-        cohort, out, _ = server.gather(terms, replies, listed, degree)
+        cohort, out, _ = server.gather(terms, replies, listed, sized)
     each("share", out, lambda n, m: client.share(states[n], m, listed, os.urandom))
     with theirs("relay"):
         dealt, out, _ = server.relay(cohort, replies)
@@ -118,8 +122,8 @@ def measure(
         "clients": clients,
         "dimension": dimension,
         "dropped": len(outcome.dropped),
-        "degree": cohort.roster.degree,
-        "threshold": cohort.roster.threshold,
+        "degree": cohort.roster.graph.degree,
+        "threshold": cohort.roster.graph.threshold,
         "the sum is right": right,
         "client seconds": {**per_client, "all": sum(per_client.values())},
         "server seconds": {**theirs.seconds, "all": sum(theirs.seconds.values())},
@@ -157,7 +161,7 @@ def beside_flower(clients: int, dimension: int, measured: int) -> dict[str, Any]
     flower = flower_round(clients, dimension, measured)
     own = measure(clients, dimension, 0.0)
     with_loss = measure(clients, dimension, 1 / clients)
-    complete = measure(clients, dimension, 0.0, clients - 1)
+    complete = own
     rounding = _rounding_seconds(dimension)
     client_s = own["client seconds"]["all"]
     unmask_s = own["server seconds"]["unmask"]

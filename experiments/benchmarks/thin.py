@@ -85,7 +85,7 @@ class Thin:
                 largest_cohort=plan.cohort,
                 smallest_survivors=2,
                 smallest_bits=8,
-                colluding=0.0,
+                colluders=0,
             )
             terms = plan.terms(self.dimension)
             self.state, payload = masking.announce(
