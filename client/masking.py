@@ -203,10 +203,21 @@ def _named(
     **more: Arguments.kwargs,
 ) -> Result:
     """Call a check of `common`; its refusal gets round and sender."""
+    return _blaming(party, SERVER, check, *given, **more)
+
+
+def _blaming(
+    party: Party,
+    client: int,
+    check: Callable[Arguments, Result],
+    *given: Arguments.args,
+    **more: Arguments.kwargs,
+) -> Result:
+    """The same, where another client's bytes are looked at."""
     try:
         return check(*given, **more)
     except ProtocolError as refusal:
-        raise party.refuse(str(refusal)) from None
+        raise party.about(client).refuse(str(refusal)) from None
 
 
 # 1. keys
@@ -337,7 +348,7 @@ def _pair_seeds(state: Announced, cohort: Cohort) -> dict[int, Secret]:
     agree, seeds = state.mask_key.agreement(), {}
     for other in cohort.neighbours:
         entry = cohort.entries[other]
-        shared = _named(state.party.about(entry.client), agree, entry.mask_key)
+        shared = _blaming(state.party, entry.client, agree, entry.mask_key)
         seeds[other] = derive(shared, Purpose.PAIR_MASK, cohort.digest)
     return seeds
 
@@ -361,7 +372,7 @@ def _deal(
     sealing, packages, agree = {}, {}, state.sealing_key.agreement()
     for holder in cohort.neighbours:
         entry = cohort.entries[holder]
-        sealing[holder] = _named(party.about(entry.client), agree, entry.sealing_key)
+        sealing[holder] = _blaming(party, entry.client, agree, entry.sealing_key)
         one, two = shares[holder]
         both = Secret(one.value + two.value)
         names = (cohort.digest, party.client, entry.client)
@@ -436,7 +447,7 @@ def _open_package(state: Shared, sender: int, package: Package) -> Held:
     party, cohort = state.party, state.cohort
     client = cohort.entries[sender].client
     names = (cohort.digest, client, party.client)
-    opened = _named(party.about(client), open_sealed, state.sealing[sender], *names, package.sealed)
+    opened = _blaming(party, client, open_sealed, state.sealing[sender], *names, package.sealed)
     shares = Secret(opened.value[:SHARE_BYTES]), Secret(opened.value[SHARE_BYTES:])
     promised = (package.self_commitment, package.key_commitment)
     if _commitments(cohort, sender, cohort.position, shares) != promised:

@@ -91,18 +91,18 @@ class Terms:
                     f"masking terms: {name} must be between {low} and {high}, got {value}"
                 )
 
-    @property
+    @functools.cached_property
     def run_digest(self) -> bytes:
         """32 bytes that stand for the run in a message."""
         return digest(Purpose.TERMS, self.run.encode())
 
-    @property
+    @functools.cached_property
     def plan_digest(self) -> bytes:
         """32 bytes that stand for the plan and the numbers here in a message."""
         numbers = (self.dimension, self.bits, self.survivors, self.colluders)
         return digest(Purpose.TERMS, self.plan, *(n.to_bytes(8, "big") for n in numbers))
 
-    @property
+    @functools.cached_property
     def binding(self) -> bytes:
         """32 bytes for run, round and plan together."""
         return digest(

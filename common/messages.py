@@ -274,7 +274,7 @@ def _refuse_disorder(terms: Terms, sender: int, numbers: Sequence[int]) -> None:
 # 3. and 4. shares: client -> server -> holders
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Package:
     """One holder's two shares, sealed, and what they were when they were made.
 

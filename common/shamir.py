@@ -15,6 +15,7 @@ __all__ = ["PRIME", "SHARE_BYTES", "combine", "split"]
 PRIME = 2**256 + 297
 SHARE_BYTES = 33
 _MOST_POINTS = 1 << 16
+_TERMS = 24
 
 
 def split(secret: Secret, threshold: int, points: Sequence[int], random: Random) -> list[Secret]:
@@ -51,8 +52,10 @@ def split(secret: Secret, threshold: int, points: Sequence[int], random: Random)
 
 def _value(terms: Sequence[int], point: int) -> int:
     value = 0
-    for term in terms:
-        value = (value * point + term) % PRIME
+    for start in range(0, len(terms), _TERMS):  # the remainder is the dear part
+        for term in terms[start : start + _TERMS]:
+            value = value * point + term
+        value %= PRIME
     return value
 
 

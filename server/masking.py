@@ -106,13 +106,14 @@ def gather(
         RoundVoid: fewer usable announcements than `terms.survivors`.
     """
     known = directory or Directory({}, closed=False)
+    probe = RoundKey.of(bytes(KEY_BYTES)).agreement()
     taken: set[bytes] = set()
     found: dict[int, Announcement] = {}
     refused: Refused = {}
     for client, reply in sorted(replies.items()):
         try:
             one = messages.decode_announcement(reply, terms, client)
-            _refuse_announcement(terms, client, one, taken)
+            _refuse_announcement(terms, client, one, taken, probe)
             known = known.admit({client: one.identity})
         except ProtocolError as refusal:
             refused[client] = str(refusal)
@@ -144,7 +145,13 @@ def _refuse_few(terms: Terms, count: int, doing: str) -> None:
         )
 
 
-def _refuse_announcement(terms: Terms, client: int, one: Announcement, taken: set[bytes]) -> None:
+def _refuse_announcement(
+    terms: Terms,
+    client: int,
+    one: Announcement,
+    taken: set[bytes],
+    probe: Callable[[bytes], Secret],
+) -> None:
     if not verify(one.identity, messages.announced(terms, one.entry(client)), one.signature):
         raise fault(terms, client, "the signature of its keys is not that of its identity")
     if taken & {one.identity, one.mask_key, one.sealing_key}:
@@ -153,7 +160,7 @@ def _refuse_announcement(terms: Terms, client: int, one: Announcement, taken: se
         raise fault(terms, client, "its two keys are the same")
     for key in (one.mask_key, one.sealing_key):
         try:
-            RoundKey.of(bytes(KEY_BYTES)).agree(key)
+            probe(key)
         except ProtocolError as refusal:
             raise fault(terms, client, str(refusal)) from None
 
@@ -239,6 +246,7 @@ class Sum:
 
     dealt: Dealt
     places: Mapping[int, int] = field(repr=False)
+    signed: bytes = field(repr=False)
     total: NDArray[np.uint32] = field(repr=False)
     signatures: dict[int, bytes] = field(repr=False)
     closed: bool = False
@@ -252,7 +260,9 @@ class Sum:
 def begin_sum(dealt: Dealt) -> Sum:
     """An empty sum: zeros, shape (dimension,)."""
     total = np.zeros(dealt.cohort.terms.dimension, dtype=np.uint32)
-    return Sum(dealt, dealt.cohort.places, total, {})
+    terms, size = dealt.cohort.terms, len(dealt.cohort.roster.entries)
+    signed = messages.dealt_list(terms, dealt.cohort.digest, frozenset(dealt.deals), size)
+    return Sum(dealt, dealt.cohort.places, signed, total, {})
 
 
 def add_vector(running: Sum, client: int, reply: bytes) -> None:
@@ -272,10 +282,8 @@ def add_vector(running: Sum, client: int, reply: bytes) -> None:
     if position in running.alive:
         raise fault(terms, client, "sent a second vector")
     vector = messages.decode_vector(reply, terms, client)
-    cohort = running.dealt.cohort
-    dealt = frozenset(running.dealt.deals)
-    signed = messages.dealt_list(terms, cohort.digest, dealt, len(cohort.roster.entries))
-    if not verify(cohort.roster.entries[position].identity, signed, vector.signature):
+    identity = running.dealt.cohort.roster.entries[position].identity
+    if not verify(identity, running.signed, vector.signature):
         raise fault(terms, client, "did not sign the list of who dealt shares")
     try:
         running.total += unpack(vector.packed, terms.dimension, terms.bits)

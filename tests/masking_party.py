@@ -9,7 +9,7 @@ import numpy as np
 
 from privet.client import masking as client
 from privet.common.keys import Directory, Identity
-from privet.common.masking import Graph, MaskingPolicy, Terms
+from privet.common.masking import Graph, MaskingPolicy, Terms, default_graph
 from privet.server import masking as server
 
 PHASES = ("keys", "shares", "receive", "mask", "confirm", "unmask")
@@ -96,8 +96,11 @@ class Party:
             },
         )
         self.served["keys"], self.got["shares"], _ = server.gather(
-            self.terms, self.sent["keys"], None, (lambda _: self.graph) if self.graph else None
+            self.terms, self.sent["keys"], None, self._sized
         )
+
+    def _sized(self, participants: int) -> Graph:
+        return self.graph or default_graph(participants, self.terms.colluders)
 
     def _shares(self) -> None:
         got, states = self.got["shares"], self.states["keys"]

@@ -285,6 +285,11 @@ def no_identity_check(patch: Patch) -> None:
     patch.setattr(client, "_refuse_repeated_keys", nothing)
 
 
+def agreeing_with_half(patch: Patch) -> None:
+    patch.setattr(MaskingPolicy, "_refuse_threshold", nothing)
+    patch.setattr(client, "_refuse_unconfirmed", nothing)
+
+
 def states_kept(patch: Patch) -> None:
     """A device that can be set back to any phase."""
     kept: dict[tuple[int, type], Any] = {}
@@ -303,8 +308,7 @@ SCRIPTS: list[tuple[Callable[[], Learned], str, Callable[[Patch], None]]] = [
     (threshold_of_one, "the server: the roster has threshold 1 for 10 holders",
      no_check(MaskingPolicy, "_refuse_threshold", "_refuse_sparse")),
     (threshold_of_half, "the server: the roster has threshold 5 for 10 holders",
-     lambda patch: (no_check(MaskingPolicy, "_refuse_threshold")(patch),
-                    no_check(client, "_refuse_unconfirmed")(patch))),
+     agreeing_with_half),
     (sparse_graph, "the server: the roster gives each of 10 participants 2 neighbours",
      no_check(MaskingPolicy, "_refuse_degree")),
     (invented_clients, "the server: client 101 is not in this device's directory", open_directory),

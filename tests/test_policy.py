@@ -477,7 +477,7 @@ def test_own_settings_of_an_accepted_run_are_valid_and_accept_its_own_plan(confi
         ({"privacy": {"client": {"noise_at": "distributed", "noise_multiplier": 0.5}}}, "noise"),
         ({"privacy": {"client": {"noise_at": "server"}}}, "noise_at"),
         ({"privacy": {"client": {"enabled": False}}}, "noise"),
-        ({"masking": {"survivors": 0.5}}, "survivors"),
+        ({"masking": {"survivors": 0.5}, "rounds": {"cohort": 64}}, "survivors"),
         ({"masking": {"colluding": 0.0}}, "colluders"),
         ({"training": {"steps": 21}}, "local_steps"),
         ({"privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}}},
