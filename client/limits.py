@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..common.config import Adjacency, MaskingSettings, NoiseAt
+from ..common.config import Adjacency, MaskingSettings, NoiseAt, quorum
 
 __all__ = [
     "Allowed",
@@ -26,6 +26,9 @@ __all__ = [
 ]
 
 DAY = 24 * 60
+LEAST_COLLUDERS = 3
+"""Of a share: in a cohort of ten, two devices of a server's own would read everybody else's."""
+
 MODELS = ("smollm2-135m-instruct", "minilm")
 Words = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -94,7 +97,8 @@ class Limits(_Section):
         0.1,
         ge=0,
         description="devices of the whole fleet that a run must reckon with as working for the "
-        "server: their number, or below 1 that share of the run's cohort, rounded up",
+        "server: their number, or between 0 and 1 that share of the run's cohort, and then 3 at "
+        "least, which whoever runs a server soon has",
     )
     smallest_bits: int = Field(
         12, ge=12, le=16, description="of the numbers under masks: sums are taken modulo 2**bits"
@@ -106,9 +110,10 @@ class Limits(_Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        cohort = self.smallest_cohort
+        cohort, feared = self.smallest_cohort, self.colluders(self.smallest_cohort)
         masking = MaskingSettings(survivors=self.smallest_survivors)
-        honest = masking.smallest_sum(cohort) - self.colluders(cohort)
+        smallest = max(masking.smallest_sum(cohort), quorum(cohort, feared))
+        honest = min(smallest, cohort) - feared
         if honest < 2:
             raise ValueError(
                 f"smallest_survivors = {self.smallest_survivors:g} and colluding = "
@@ -119,7 +124,8 @@ class Limits(_Section):
 
     def colluders(self, cohort: int) -> int:
         """Devices that a run with this cohort must reckon with as working for its server."""
-        return MaskingSettings(colluding=self.colluding).colluders(cohort)
+        found = MaskingSettings(colluding=self.colluding).colluders(cohort)
+        return max(found, LEAST_COLLUDERS) if 0 < self.colluding < 1 else found
 
 
 class Allowed(_Section):

@@ -48,6 +48,7 @@ DEALT_S = 1.0  # shares are written down before they are on their way
 
 POLICY_CHANGES: Mapping[str, tuple[str, str]] = {
     "smallest_cohort": ("4", "there are six devices in all, where the default asks for ten"),
+    "colluding": ("1", "of six devices more than one cannot be reckoned with"),
     "largest_load": ("1000.0", "all six share this machine, with whatever else it does"),
     "on_battery": ("true", "a laptop may show this demo too"),
     "smallest_battery": ("0.0", "a laptop may show this demo too"),

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.config import Config
+from ..common.config import Config, MaskingSettings
 from ..common.encoding import (
     decode,
     unpack,
@@ -153,7 +153,7 @@ def summed(
     _announce(folder, cohort, plan, dimension)
     phases: dict[str, float] = {}
     asking = _timed(ask, phases)
-    total, came, counts = _sum(asking, config, cohort, plan, start, folder, dimension)
+    total, came, counts = _sum(asking, cohort, plan, start, folder, dimension, config.masking)
     void = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
     record: dict[str, Any] = {
         "round": plan.round,
@@ -254,18 +254,18 @@ def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
 
 def _sum(
     ask: Ask,
-    config: Config,
     cohort: Sequence[int],
     plan: Plan,
     adapter: Vector,
     folder: Path,
     dimension: int,
+    masks: MaskingSettings,
 ) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
         attempt = _next_attempt(folder)
         tried = dataclasses.replace(plan, attempt=attempt)
-        sized = functools.partial(sized_graph, config.masking, plan.colluders)
+        sized = functools.partial(sized_graph, masks, plan.colluders)
         return masked_sum(ask, cohort, tried, adapter, dimension, sized)
     length = plan.length(dimension)
     return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)

@@ -405,7 +405,7 @@ def test_a_device_that_releases_writes_down_those_lines(bench):
         (lambda p: {"variance": 0.99 * p.variance}, r"noise \(own limit 1"),
         (lambda _: {"survivors": 7}, r"noise \(own limit 1"),
         (lambda p: {"cohort": 6, "survivors": 5, "colluders": 1, "variance": 2 * p.variance},
-         r"accept a sum of 5 vectors, this device asks for survivors >= 6"),
+         r"cohort \(own limit 12\)"),
         (lambda _: {"clip": 1.1}, r"clip \(own limit 1.0\)"),
         (lambda p: {"noise_at": "device", "survivors": 0, "colluders": 0,
                     "variance": 9 * p.variance}, "the plan has no masks, phase 'keys' does"),
@@ -437,10 +437,14 @@ def test_a_masked_plan_asked_for_without_masks_gets_nothing(bench):
 
 
 def test_a_roster_larger_than_the_plans_cohort_is_refused(bench):
-    """Of more participants, more may collude than the noise was sized for."""
+    """Of more participants the sum could wrap, and the mean's denominator would be too small."""
+    config = bench.config.model_copy(
+        update={"rounds": bench.config.rounds.model_copy(update={"cohort": 11})}
+    )
+    fewer = dataclasses.replace(bench, config=config)
     variance = 9 * plan_of(bench).variance
     plan = plan_of(bench, cohort=11, survivors=SMALLEST, variance=variance)
-    assert round_of(Devices(bench), plan) is None
+    assert round_of(Devices(fewer), plan) is None
     for number in EVERYBODY:
         assert "12 participants, the plan's cohort is 11" in reason(bench, number)
     assert bench.ledger.clients() == []
