@@ -202,6 +202,10 @@ class Device:
     name: str
     desk: Desk
 
+    def is_empty(self) -> bool:
+        """Whether there are no own records at all, whatever is learnt of them."""
+        return not self.desk.records(self.name)
+
     def records(self) -> Sequence[data.Tokenised]:
         """Own records for training: neither held out nor above the public cap."""
         desk, config = self.desk, self.desk.config
@@ -242,7 +246,14 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
 
 
 def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
-    """The gate's bytes for this round, or why there are none."""
+    """The gate's bytes for this round, or why there are none.
+
+    **Guarantee**: without any records the contribution is zero before the release's noise, in the
+    adapter, in `members` and in the statistics, whatever noise training adds. So "all records of
+    one person added or removed" moves it by its norm, one clip, and not from one contribution to
+    another, up to two. Whether there are any is asked of the records themselves: what a record says
+    may decide that nothing of it is learnt, and must not decide that nothing is contributed.
+    """
     desk, name = device.desk, device.name
     ledger, privacy = desk.ledger, desk.config.privacy
     if desk.config.trial is not None:
@@ -273,7 +284,9 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     )
     if len(trained.own):
         desk.keep_at_home(name, at_home.added(desk.at_home(name), plan.round, trained.own))
-    contribution = exchange.contribution(trained.delta, place, plan.clip)
+    contribution = exchange.contribution(
+        trained.delta, None if device.is_empty() else place, plan.clip
+    )
     if len(contribution) != released.dimension:
         raise GateRefused(
             f"round {plan.round}: {len(contribution)} numbers were trained to be released, the "

@@ -30,8 +30,8 @@ def choose(
         adapter: overwritten.
         personas: each one's adapter, shape (k, d).
         live: how many of them there are already; with one there is nothing to choose.
-        records: own training records. Without any the choice is the first, and moves nothing but
-            the number of members.
+        records: own training records. With nothing to learn the choice is the first; a device
+            without any records contributes to none (`common/exchange.py`).
     """
     if live == 1 or not records:
         return 0

@@ -14,8 +14,8 @@ The losses of the step itself are kept as well, where the plan asks for statisti
 gradients they are one function of one batch, and one record adds at most sqrt(2) / batch size to
 them. They leave through the gate only, which bounds and noises them.
 
-Edge cases: an empty batch (also of a client without records) still steps, with noise. A record
-whose gradient is not finite makes the delta non-finite; the gate refuses it.
+Edge cases: an empty batch still steps, with noise. So does that of a client without records, which
+contributes nothing of it (`client/device.py`). What is not finite counts as nothing: see `train`.
 
 Source: Abadi et al. 2016 (DP-SGD).
 """

@@ -12,9 +12,10 @@
 
 **Guarantee**: a contribution to one of several personas is clipped as one vector, `members` and
 all. Its l2 norm, and so what a client can move, is that of a contribution without personas: the
-choice is as private as the delta (client level). At example level it is not: a record that
-changes the choice moves the contribution from one block to another, by up to sqrt(2) times the
-clip, so the settings refuse an example-level claim.
+choice is as private as the delta (client level). A client without records contributes zero and is
+nobody's member, so that with its records and without differ by one clip at most. At example level
+the choice is not private: a record that changes it moves the contribution from one block to
+another, by up to sqrt(2) times the clip, so the settings refuse an example-level claim.
 """
 
 from dataclasses import dataclass, field, replace
@@ -102,15 +103,18 @@ class Exchange:
             )
         return state.reshape(self.groups.most, -1)
 
-    def contribution(self, delta: Vector, place: int, bound: float) -> Vector:
+    def contribution(self, delta: Vector, place: int | None, bound: float) -> Vector:
         """What a client hands to the gate.
 
         Args:
             delta: what it trained, as `released` has it for one adapter.
-            place: the chosen persona; private.
+            place: the chosen persona; private. None: the client has no records, and contributes
+                zero: neither what the noise of its training made, nor a member.
             bound: the clip of the whole contribution.
         """
         count = self.groups.most
+        if place is None:
+            return np.zeros(len(delta) * count + (count if count > 1 else 0), np.float32)
         if count == 1:
             return delta
         found = np.zeros((count, len(delta)))
