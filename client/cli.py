@@ -460,7 +460,9 @@ def status(
 def budget(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
-    """What this device has spent of its privacy budget, and against whom it holds."""
+    """What this home has spent of its privacy budget, and against whom it holds.
+
+    A budget is one home's: another device, or a home begun after `forget`, has its own."""
     from . import status as statuses
 
     with opened(home, passphrase) as found:

@@ -40,6 +40,7 @@ class _Section(BaseModel):
 
 class Budget(_Section):
     """The largest epsilon this device ever spends, over all runs together, for its whole life.
+    Another device with your records, or a home begun after `forget`, has its own: they add up.
 
     It has no date and is never given back. A release that would pass it is declined. Each epsilon
     is counted against each adversary, at the stricter of this delta and the run's."""

@@ -38,6 +38,10 @@ NEIGHBOURS = {
     "zero_out": "whether its share was replaced by zero",
     "replace_one": "whether it was this or something else",
 }
+BUDGET_OF = (
+    "this home on this device, for its life: another device with your records, or a home begun "
+    "after `privet client forget`, has a budget of its own, and what is learnt of you adds up"
+)
 PLACES = {
     "device": "this device adds all of it before anything leaves; it holds against the server too",
     "distributed": "each device adds a share, and masks show the server the sum alone",
@@ -83,6 +87,7 @@ def describe(
     rows += [
         ("noise", _noise(config)),
         *_epsilons(config, policy, dimension or TYPICAL_DIMENSION, spent),
+        ("budget of", BUDGET_OF),
         ("statistics", _statistics(config)),
     ]
     if config.insecure_test_seed is not None:
@@ -277,6 +282,11 @@ def _noise(config: Config) -> str:
         if example.enabled
         else "no example-level noise"
     )
+    if config.privacy.clip_chosen == "looked":
+        said.append(
+            "the clip was chosen by looking at norms of some of the "
+            f"{config.data.clients:,} people of this run, which no epsilon here covers"
+        )
     return "; ".join(said)
 
 

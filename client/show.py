@@ -175,7 +175,8 @@ def budget(facts: Mapping[str, Any], as_json: bool) -> None:
         f"delta = {facts['delta']:g}. However sure somebody was before that something hidden here "
         "is so, all that this device has released changes the odds by at most e to the power of "
         "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
-        "is declined."
+        "is declined. It is that of this home: another device with your records, or a home begun "
+        "after `forget`, has its own, and what is learnt of you adds up."
     )
 
 

@@ -230,6 +230,9 @@ class PrivacySettings(_Settings):
     """Everything an epsilon depends on besides what happened."""
 
     delta: float = Field(1e-5, gt=0, lt=1)
+    clip_chosen: Literal["public", "looked"] = Field(
+        "public", description="looked: clips were chosen by looking at these very people's norms"
+    )
     example: ExamplePrivacySettings = Field(default_factory=ExamplePrivacySettings)
     client: ClientPrivacySettings = Field(default_factory=ClientPrivacySettings)
     budget: BudgetSettings = Field(default_factory=BudgetSettings)
@@ -568,6 +571,7 @@ class Config(_Settings):
         for section, kind, names in (
             ("training", TrainingSettings, ("ends", "opening", "packed")),
             ("masking", MaskingSettings, ("degree", "threshold")),
+            ("privacy", PrivacySettings, ("clip_chosen",)),
         ):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:

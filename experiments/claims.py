@@ -22,6 +22,7 @@ __all__ = [
     "headline",
     "holds_against",
     "line_name",
+    "looked",
     "main_line",
     "measured",
     "no_claims",
@@ -60,8 +61,12 @@ NOT_COVERED = (
     "runs on the same people costs more.",
     "The personal model's own output: it stays on the device, and what it says may repeat the "
     "person's own text.",
-    "Whether a device took part: who was asked and who answered is not hidden. A device whose "
-    "training gives no finite numbers does not answer.",
+    "Whether a device took part: who was asked and who answered is not hidden. What a device's "
+    "numbers are does not decide it: what overflows in training counts as nothing, and is noised "
+    "and paid for like anything else.",
+    "A person with several homes: a person is one device's home here. Two devices with the same "
+    "person's records, or a home that was erased and one begun after it, are two budgets, and what "
+    "is known of the person is both together.",
     "Anything a person pastes elsewhere.",
     "Timing and other side channels.",
     "A thief with the device's disk: these figures say nothing about what is stored.",
@@ -114,7 +119,7 @@ def headline(facts: Mapping[str, Any]) -> str:
         return "Not private: a test seed was set; the figures say what real noise would have cost."
     if line is None:
         return "No privacy claim is made for this run."
-    subject = "Each person" if line["unit"] == "client" else "Each record"
+    subject = "Each person (one device's home)" if line["unit"] == "client" else "Each record"
     return (
         f"{subject} is protected with epsilon = {line['epsilon']:.2f} at delta = "
         f"{line['delta']:g} ({line['unit']}-level, {line['adjacency']}: "
@@ -311,10 +316,36 @@ def assumptions(
         said.append("one local step a round, so that one record moves the contribution by at most "
                     "learning rate x clip / batch size")  # fmt: skip
     but = " but in the noised statistics" if config.statistics.enabled else ""
-    said.append(
-        f"clips and denominators are public constants; no count of records leaves a device{but}"
-    )
+    if config.privacy.clip_chosen == "looked":
+        said.append(looked(config))
+        said.append(f"denominators are public constants; no count of records leaves a device{but}")
+    else:
+        said.append(
+            f"clips and denominators are public constants; no count of records leaves a device{but}"
+        )
+    if any(charge.unit == "client" for charge in charges):
+        said.append(
+            "a person is one device's home: two homes with the same person's records are two "
+            "people here, and their epsilons add up"
+        )
     return said
+
+
+def looked(config: Config) -> str:
+    """That clips were chosen by looking at these people, and what that leaves uncovered."""
+    whats = [
+        what
+        for what, there in (
+            ("contributions", config.privacy.client.enabled),
+            ("gradients", config.privacy.example.enabled),
+        )
+        if there
+    ]
+    return (
+        f"the {'clips were' if len(whats) > 1 else 'clip was'} chosen by looking at the norms of "
+        f"{' and '.join(whats)} of some of these {config.data.clients:,} people, which this "
+        "epsilon does not cover"
+    )
 
 
 def promised(config: Config) -> dict[str, Any]:
@@ -374,6 +405,11 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"Of each device: it writes down what it spends before it answers, and declines a "
             f"round that would bring its total above epsilon {limits}, at delta "
             f"{config.privacy.delta:g}{own}."
+        )
+    if budgets:
+        said.append(
+            "A person is one device's home: two devices, or a home that was erased and another "
+            "begun, are two budgets."
         )
     return said
 
