@@ -69,7 +69,7 @@ def given(bench: Bench, kind: type[Bench], number: int, state: Any = None) -> Pa
     seen: list[Parts] = []
 
     def watched(delta: Any, _: str, plan: Plan, *rest: Any) -> bytes:
-        (*_, statistics) = rest
+        statistics = rest[-1]
         seen.append({"adapter": clip(delta.astype(np.float64), plan.clip).vector / plan.clip})
         for block in plan.blocks:
             seen[0][block.name] = clip(statistics[block.name], block.bound).vector / block.bound
@@ -85,7 +85,7 @@ def given(bench: Bench, kind: type[Bench], number: int, state: Any = None) -> Pa
     return seen[0]
 
 
-def moved(one: Parts, two: Parts) -> Parts:
+def moved(one: Parts, two: Parts) -> dict[str, float]:
     """How far each part moves, in its bounds."""
     return {name: float(np.linalg.norm(one[name] - two[name])) for name in one}
 
