@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..common.errors import LedgerCorrupt, StateError
-from ..common.files import explain_os_errors, sync_folder
+from ..common.files import explain_os_errors, owners_own, sync_folder
 
 FORMAT = 1
 _BUSY_TIMEOUT_MS = 30_000
@@ -105,7 +105,9 @@ def create(path: Path, owner: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explain_os_errors(path, "create"), sentences(path):
         try:
-            with closing(connect(temporary, "rwc")) as db:
+            # SQLite gives what stands beside it (-wal, -shm) the same mode
+            os.close(owners_own(str(temporary), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            with closing(connect(temporary, "rw")) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 fill(db, owner)
             with suppress(FileExistsError):
@@ -134,7 +136,7 @@ def memory(content: bytes | None = None) -> sqlite3.Connection:
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """Opens without creating, unless `mode` is "rwc"; the lock of `Ledger` keeps threads apart."""
+    """Opens without creating (`mode`: "rw" or "ro"); the lock of `Ledger` keeps threads apart."""
     db = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
     )

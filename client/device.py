@@ -171,7 +171,7 @@ class Bench:
     def keep_at_home(self, name: str, kept: bytes) -> None:
         """Into that file."""
         path = self._home_of(name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, kept)
 
     def _home_of(self, name: str) -> Path:

@@ -2,7 +2,8 @@
 
 **Guarantee** (POSIX file systems; on Windows the folder itself is not synced): after a crash or a
 `kill -9` at any point, a path written by `write_atomic` holds either the old bytes or the new
-bytes, and a log written by `append_line` holds every line whose call returned.
+bytes, and a log written by `append_line` holds every line whose call returned. What either makes is
+readable by its owner alone, from its first byte on (0600).
 """
 
 import errno
@@ -20,6 +21,7 @@ __all__ = [
     "append_line",
     "explain_os_errors",
     "keep_aside",
+    "owners_own",
     "read_lines",
     "sync_folder",
     "write_atomic",
@@ -60,6 +62,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def owners_own(path: str, flags: int) -> int:
+    """An `opener` for `open`: a file that is made is never readable by group or world, not even for
+    a moment; one that is there keeps its mode."""
+    return os.open(path, flags, 0o600)
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Replaces the content of `path` by `data`, as a whole or not at all.
 
@@ -74,7 +82,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with explain_os_errors(path, "write"):
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=owners_own) as file:
                 file.write(data)
                 _sync(file)
             os.replace(temporary, path)
@@ -106,7 +114,7 @@ def append_line(path: str | os.PathLike[str], value: object) -> None:
     line = (_json(path, value) + "\n").encode()
     with explain_os_errors(path, "append to"):
         is_new = not path.exists()
-        with open(path, "a+b") as file:
+        with open(path, "a+b", opener=owners_own) as file:
             _cut_torn_line(path, file)
             file.write(line)
             _sync(file)
@@ -187,7 +195,7 @@ def _cut_torn_line(path: Path, file: BinaryIO) -> None:
     if start == file.seek(0, os.SEEK_END):
         return
     file.seek(start)
-    with open(f"{path}.torn", "ab") as torn:
+    with open(f"{path}.torn", "ab", opener=owners_own) as torn:
         torn.write(file.read() + b"\n")
         _sync(torn)
     file.truncate(start)

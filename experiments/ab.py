@@ -91,7 +91,7 @@ def run(settings: AbSettings, folder: Path) -> dict[str, Any]:
             f"{folder} holds {what}; choose another `name`, or --out FOLDER, or remove it"
         )
     with explain_os_errors(folder, "make the run folder"):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     run_id = f"{settings.name}-{secrets.token_hex(8)}"
     write_atomic(folder / "run-id", f"{run_id}\n".encode())
     write_json(folder / "settings.json", settings.model_dump(mode="json"))

@@ -73,7 +73,7 @@ class RunRecorder:
     ) -> str:  # fmt: skip
         """Keep one; the file's name. `taken` is for a device in an experiment."""
         del taken
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, exist_ok=True)
         fields = {"kind": kind, "prompt": prompt, "answer": answer, "over": over,
                   "edited": edited, "time": time.time()}  # fmt: skip
         append_line(self.path, fields)

@@ -296,7 +296,7 @@ class Study:
                 for name, found in self.others.items()
             }
         with explain_os_errors(self.folder, "make the folder"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and _settings_of(path) != mine:
             raise StateError(
                 f"{self.folder} holds results of other settings or of another adapter; remove it, "

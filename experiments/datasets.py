@@ -192,7 +192,7 @@ def write(population: Population, folder: str | Path) -> None:
     """
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / INDEX_FILE).unlink(missing_ok=True)
         digest, size, blocks = hashlib.sha256(), 0, {}
 

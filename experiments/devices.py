@@ -159,7 +159,7 @@ def claimed(folder: Path) -> Iterator[None]:
                 f"{folder} holds something that no `privet demo-devices` made; move it away, or "
                 "run the command in another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(mark, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         _alone(handle, folder)
@@ -193,11 +193,11 @@ def make_people(folder: Path) -> list[Person]:
     for number, role in enumerate(chosen.train_users, 1):
         person = Person(f"device-{number}", role, folder / f"device-{number}")
         with explain_os_errors(person.folder, "make"):
-            (person.folder / "texts").mkdir(parents=True)
+            person.folder.mkdir(mode=0o700)
+            (person.folder / "texts").mkdir(mode=0o700)
         speeches = "\n\n".join(record.text for record in chosen.read(role))
         write_atomic(person.folder / "texts" / "speeches.txt", speeches.encode())
         write_atomic(person.folder / "passphrase", f"{secrets.token_urlsafe(16)}\n".encode())
-        (person.folder / "passphrase").chmod(0o600)
         found.append(person)
     return found
 

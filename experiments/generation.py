@@ -60,7 +60,7 @@ def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
     if path.exists():
         return load_text_head(path)
     head = _head(bench, user)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     save_text_head(head, path)
     return head
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from ..common.errors import StateError
-from ..common.files import explain_os_errors
+from ..common.files import explain_os_errors, owners_own
 
 __all__ = ["ENTRY", "Processes", "below", "call", "memory_mb", "privet", "stopped_by_signals"]
 
@@ -58,7 +58,7 @@ class Processes:
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         with explain_os_errors(logs, "make the folder"):
-            logs.mkdir(parents=True, exist_ok=True)
+            logs.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -77,13 +77,15 @@ class Processes:
 
     def start(self, name: str, command: list[str]) -> None:
         """Start a program, from the main thread; it is not started again when it ends."""
-        with explain_os_errors(self.log(name), "write"), open(self.log(name), "ab") as log:
+        path = self.log(name)
+        with explain_os_errors(path, "write"), open(path, "ab", opener=owners_own) as log:
             self._running[name] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                umask=0o077,
                 start_new_session=True,  # Ctrl-C is for this process, which ends them in order
                 preexec_fn=_ended_with(os.getpid()),
             )

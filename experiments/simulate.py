@@ -108,7 +108,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     try:
         with explain_os_errors(folder, "make the run folder"):
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, mode=0o700)
         datasets.write(people, partial)
         write_atomic(partial / "config.toml", settings.to_toml(config).encode())
         run = f"{config.name}-{secrets.token_hex(8)}"

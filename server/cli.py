@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.errors import AssetError, ConfigError, RunExists, StateError
-from ..common.files import explain_os_errors, read_lines, write_atomic
+from ..common.files import explain_os_errors, owners_own, read_lines, write_atomic
 
 if TYPE_CHECKING:
     from ..common.config import Config
@@ -524,7 +524,7 @@ def _looked_after(
             return child
         process = subprocess.Popen(
             child.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
-            start_new_session=True, preexec_fn=_end_with_parent,
+            start_new_session=True, preexec_fn=_end_with_parent, umask=0o077,
         )  # fmt: skip
         show(f"{child.name} started (process {process.pid})")
         return _Child(child.name, child.command, process, now, 0.0, child.failures)
@@ -567,7 +567,7 @@ def _log(logs: Path, name: str) -> IO[bytes]:
     with explain_os_errors(path, "write"):
         if path.exists():
             os.replace(path, f"{path}.1")
-        return open(path, "ab", buffering=0)
+        return open(path, "ab", buffering=0, opener=owners_own)
 
 
 def _answers(port: int) -> bool:

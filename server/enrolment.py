@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..common.errors import DataError, StateError
-from ..common.files import explain_os_errors, write_json_atomic
+from ..common.files import explain_os_errors, owners_own, write_json_atomic
 from ..common.keys import KEY_BYTES, Directory, write_directory
 from .control import control, nodes_of, register, unregister
 from .setup import Server
@@ -302,6 +302,6 @@ def _keep(server: Server, everybody: Sequence[Device]) -> None:
 def _locked(server: Server) -> Iterator[None]:
     """One enrolment at a time: two would give out one number."""
     path = server.folder / ".enrolment.lock"
-    with explain_os_errors(path, "lock"), open(path, "a") as file:
+    with explain_os_errors(path, "lock"), open(path, "a", opener=owners_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
