@@ -180,7 +180,7 @@ def test_killed_between_row_and_bytes_it_is_counted_and_the_same_bytes_cost_noth
     path, config = tmp_path / "ledger.sqlite", settings()
     plan = planned(config, 9)
     code = KILLED.format(tests=str(Path(__file__).resolve()), path=str(path))
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=600)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert child.stdout == b""
     with Ledger.open(path, owner=RUN) as after, Ledger.open(tmp_path / "b", owner=RUN) as other:
@@ -232,6 +232,28 @@ def test_a_release_costs_exactly_these_lines(noise_at, example, steps):
     if not wanted:
         wanted["client", "analyst"] = (0.0, 1.0, 1)
     assert said == {key: pytest.approx(value) for key, value in wanted.items()}
+
+
+def test_a_record_reaches_from_one_side_of_the_clip_to_the_other_and_is_charged_for_both():
+    """Where lr C / B is past it: the contribution with the record may point the other way."""
+    config = settings(
+        noise_at="device",
+        noise_multiplier=2.0,
+        example=EXAMPLE,
+        training={"learning_rate": 100.0},  # 100 * 0.5 / 8 = 6.25 clips
+    )
+    plan = planned(config, DIMENSION)
+    here, there = (clip(sign * vector(DIMENSION, 6.25).astype(np.float64), plan.clip).vector
+                   for sign in (1, -1))  # fmt: skip
+    reach = float(np.linalg.norm(here - there))
+    assert reach == pytest.approx(2 * plan.clip)
+    noise = plan.counted_variance**0.5
+    wanted = noise / rounded_sensitivity(reach, plan.step, DIMENSION)[0]
+    found = [c for c in charges(plan, DIMENSION, config.privacy) if c.unit == "example"]
+    assert {c.against for c in found} == {"analyst", "server"}
+    for charge in found:
+        assert charge.noise_multiplier == pytest.approx(wanted)
+        assert charge.noise_multiplier == pytest.approx(1.0, rel=0.01)  # the client's is 2
 
 
 def test_integer_noise_is_charged_for_what_it_lacks_to_gaussian_noise():
