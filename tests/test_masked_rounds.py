@@ -436,6 +436,25 @@ def test_a_masked_plan_asked_for_without_masks_gets_nothing(bench):
     assert bench.ledger.clients() == []
 
 
+def test_a_roster_below_the_devices_own_smallest_cohort_is_refused_by_the_devices_themselves(bench):
+    """The server asked twelve and names ten: enough for every other rule, too few for her."""
+    own = bench.config.model_copy(
+        update={"masking": bench.config.masking.model_copy(update={"smallest_cohort": 11})}
+    )
+    for desk, declined in ((dataclasses.replace(bench, config=own), True), (bench, False)):
+        devices = Devices(desk)
+        plan = plan_of(bench, attempt=2 if declined else 3)
+        terms = plan.terms(bench.trainer.adapter.layout.dimension)
+        announced = {number: devices.phase(number, "keys", plan) for number in EVERYBODY[:10]}
+        assert None not in announced.values()
+        _, rosters, refused = served.gather(terms, announced)
+        assert not refused
+        shares = [devices.phase(number, "shares", plan, rosters[number]) for number in rosters]
+        assert len(shares) == 10
+        assert all((one is None) == declined for one in shares)
+    assert "10 participants, this device asks for at least 11" in reason(bench, 0)
+
+
 def test_a_roster_larger_than_the_plans_cohort_is_refused(bench):
     """Of more participants the sum could wrap, and the mean's denominator would be too small."""
     config = bench.config.model_copy(
@@ -625,7 +644,7 @@ def killed(
     arguments = [part for name in moments for part in (str(folders[name]), str(moments[name]))]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )  # fmt: skip
     assert done.stdout.split() == [str(-signal.SIGKILL)] * 3, done.stderr
