@@ -53,7 +53,7 @@ OWNER: dict[str, dict[str, Any]] = {
 }
 
 
-def until(true: Callable[[], Any], seconds: float = 30.0, what: str = "it") -> Any:
+def until(true: Callable[[], Any], seconds: float = 300.0, what: str = "it") -> Any:
     """What `true` gives once it gives something."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:

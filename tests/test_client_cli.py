@@ -694,8 +694,8 @@ def test_a_worker_looks_for_new_records_waits_for_its_node_and_ends_at_sigterm(
     reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
     reader.start()
     try:
-        wait_for(lambda: any("1 files read, 22 records" in line for line in lines), 60, "the scan")
-        wait_for(lambda: any("waiting for it" in line for line in lines), 60, "the node")
+        wait_for(lambda: any("1 files read, 22 records" in line for line in lines), 300, "the scan")
+        wait_for(lambda: any("waiting for it" in line for line in lines), 300, "the node")
         assert ask("status")["worker"] == process.pid
         second = subprocess.run(
             command, pass_fds=given, capture_output=True, text=True, check=False
@@ -727,10 +727,10 @@ def test_a_scan_waits_while_a_message_is_answered_and_gives_up_at_the_end(own: P
         time.sleep(0.3)
         assert said == []
         busy.release()
-        wait_for(lambda: said, 10, "the scan")
+        wait_for(lambda: said, 300, "the scan")
         assert said == ["1 files read, 22 records in all"]
         stop.set()
-        watcher.join(5)
+        watcher.join(300)
         assert not watcher.is_alive()
 
 

@@ -102,15 +102,16 @@ def test_the_first_round_waits_for_a_whole_cohort_and_the_next_ones_do_not():
     began = time.monotonic()
     assert here.present() == [0, 1, 2]
     assert time.monotonic() - began > 0.5
+    here.config = settings(gather_s=3600.0)
     began = time.monotonic()
     assert here.present() == [0, 1, 2]
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 600
 
 
 def test_a_cohort_that_is_whole_is_not_waited_for():
     began = time.monotonic()
-    assert crowd(Fleet(), settings(gather_s=60.0)).present() == [0, 1, 2, 3]
-    assert time.monotonic() - began < 10
+    assert crowd(Fleet(), settings(gather_s=3600.0)).present() == [0, 1, 2, 3]
+    assert time.monotonic() - began < 600
 
 
 def test_too_few_devices_end_in_a_sentence():

@@ -182,7 +182,7 @@ def test_flwr_run_gives_the_same_adapter_with_the_commands_of_the_docs(prepared,
 
     def call(*command: str) -> str:
         done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

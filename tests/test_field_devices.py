@@ -63,7 +63,7 @@ def test_a_server_and_four_devices_take_two_looks_of_which_each_is_paid_for(
                 for taken in (True, number % 2 == 0):
                     kind = "accept" if taken else "reject"
                     record(kind, "ba", f"be {taken}", over=None, edited=None, taken=taken)
-        said, _ = started.communicate(timeout=240)
+        said, _ = started.communicate(timeout=1200)
         print(said)
         assert started.returncode == 0, said + fleet.said()
         shown = read_lines(place / "rounds.jsonl")

