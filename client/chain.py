@@ -36,6 +36,8 @@ CREATE TABLE declined (
     client TEXT NOT NULL, run TEXT NOT NULL, round INTEGER NOT NULL, reason TEXT NOT NULL,
     PRIMARY KEY (client, run, round)) STRICT;
 """
+_PLANS = "CREATE TABLE IF NOT EXISTS plan (digest TEXT PRIMARY KEY, content TEXT NOT NULL) STRICT"
+"""Not in `_SCHEMA`: a ledger that an older privet began gets it with its next release."""
 RECOVER = (
     "The file was left as it is. A device whose past spending is unknown must not release: restore "
     "the ledger from a copy, or, for a simulation, start a new run folder"
@@ -285,6 +287,19 @@ def insert(db: sqlite3.Connection, row: RawRow, payload: bytes) -> None:
     db.execute("INSERT OR REPLACE INTO outbox VALUES (?, ?, ?)", (row.client, row.seq, payload))
     db.execute("INSERT OR REPLACE INTO head VALUES (?, ?, ?)", (row.client, row.seq, row.hash))
     db.execute("UPDATE meta SET releases = releases + 1")
+
+
+def keep_plan(db: sqlite3.Connection, digest: str, content: str) -> None:
+    """Keeps what a release was asked with, once; its digest is in the row, which is chained."""
+    db.execute(_PLANS)
+    db.execute("INSERT OR IGNORE INTO plan VALUES (?, ?)", (digest, content))
+
+
+def plans(db: sqlite3.Connection) -> dict[str, str]:
+    """What was kept, by digest; empty in a ledger of an older privet."""
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'plan'").fetchone():
+        return {}
+    return dict(db.execute("SELECT digest, content FROM plan"))
 
 
 def raw_rows(db: sqlite3.Connection, client: str) -> Iterator[RawRow]:

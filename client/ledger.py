@@ -43,7 +43,7 @@ from .chain import Head, RawRow, verify
 if TYPE_CHECKING:  # a simulation's ledger needs no vault, and loads no cryptography
     from .vault import Vault
 
-__all__ = ["Declined", "Ledger", "Row", "verify"]
+__all__ = ["Declined", "Ledger", "Row", "budget_of", "verify"]
 
 MOST_DECLINED = 1000
 LONGEST_REASON = 1000
@@ -154,11 +154,13 @@ class Ledger:
     def check(
         self, client: str, charges: Sequence[Charge], budgets: Mapping[str, float], delta: float
     ) -> None:
-        """Allows a release of `charges` within `budgets` (epsilon by unit), or refuses.
+        """Allows a release of `charges` within `budgets`, or refuses.
+
+        `budgets`: epsilon by unit, or for one adversary by `unit/against`, which then counts.
 
         **Guarantee**: for every line (unit, against, adjacency) of everything this client released
-        and of `charges`, the composed epsilon at `delta` is at most the budget of the unit. A unit
-        without a budget has none to spend; an epsilon that is not a number is over every budget.
+        and of `charges`, the composed epsilon at `delta` is at most its budget. A line without a
+        budget has none to spend; an epsilon that is not a number is over every budget.
         Nothing is written.
 
         Raises:
@@ -184,6 +186,7 @@ class Ledger:
         plan: str,
         charges: Sequence[Charge],
         payload: bytes,
+        asked: str = "",
     ) -> None:
         """Records a release in one durable transaction: row, head and payload.
 
@@ -197,6 +200,7 @@ class Ledger:
             plan: hash of the round's plan, hex.
             charges: what `check` has just allowed for this client.
             payload: the bytes that leave, kept until the client's next release.
+            asked: the plan itself, kept for whoever asks later what its noise is worth.
 
         Raises:
             StateError: this round was released before, or the file cannot be written.
@@ -222,6 +226,8 @@ class Ledger:
             row = RawRow(seq, client, run, int(round), plan, text, digest, head.hash, "")
             row = row._replace(hash=chain.row_hash(self._owner, row))
             chain.insert(db, row, payload)
+            if asked:
+                chain.keep_plan(db, plan, asked)
         self._verified[client] = Head(seq, row.hash)
 
     def resend(self, client: str, run: str, round: int, plan: str) -> bytes | None:
@@ -317,6 +323,11 @@ class Ledger:
         with self._transaction("BEGIN") as db:
             self._trusted_head(db, client)
             return _charges(self._path, db, client)
+
+    def plans(self) -> dict[str, str]:
+        """What releases were asked with, by the plan's digest; releases of an older privet lack."""
+        with self._transaction("BEGIN") as db:
+            return chain.plans(db)
 
     def releases(self, run: str) -> dict[int, int]:
         """How many releases of all clients each round of a run has."""
@@ -518,7 +529,7 @@ def _refuse_over_budget(
     for line in dict.fromkeys(_line(charge) for charge in (*past, *new)):
         unit, against, adjacency = line
         after = [c for c in (*past, *new) if _line(c) == line]
-        budget = budgets.get(unit)
+        budget = budget_of(budgets, unit, against)
         if budget is not None and within(after, delta, budget):
             continue
         total = epsilon(after, delta)
@@ -528,9 +539,29 @@ def _refuse_over_budget(
         raise BudgetExceeded(
             f"Client {client!r} declines: its next release would bring the {unit}-level epsilon "
             f"against the {against} ({adjacency}) from {spent:.6g} to {total:.6g} at delta "
-            f"{delta:.6g}, and there is {limit} for this unit; nothing was spent. Stop here, or "
-            "have the owner of the device grant a larger budget."
+            f"{delta:.6g}, and there is {limit} for this unit; nothing was spent. "
+            + (_WITHOUT_DIRECTORY if _alone(new) and line[:2] == _PERSON else "")
+            + "Stop here, or have the owner of the device grant a larger budget."
         )
+
+
+_PERSON = ("client", "server")
+_WITHOUT_DIRECTORY = (
+    "This device has no closed directory, so that a server may have invented the others, and of "
+    "the noise only its own share counts: join again with the operator's list of devices (`privet "
+    "client join --directory FILE`), or set budget.open_directory in policy.toml. "
+)
+
+
+def budget_of(budgets: Mapping[str, float], unit: str, against: str) -> float | None:
+    """What a line may spend: its own budget, or else its unit's; None: nothing."""
+    return budgets.get(f"{unit}/{against}", budgets.get(unit))
+
+
+def _alone(charges: Sequence[Charge]) -> bool:
+    """Whether a masked release counts no more against the server than if its mask broke."""
+    found = {c.against: c.noise_multiplier for c in charges if c.unit == "client"}
+    return "server" in found and found["server"] == found.get("unmasked server")
 
 
 def _line(charge: Charge) -> tuple[str, str, str]:

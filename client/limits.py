@@ -63,6 +63,15 @@ class Budget(_Section):
     example_adjacency: Literal["zero_out", "replace_one"] = Field(
         "zero_out", description="the same for a single record"
     )
+    open_directory: float = Field(
+        0.0,
+        ge=0,
+        description="for all of your records together (epsilon) against a server that you joined "
+        "without a closed directory (`privet client join --directory`): it may have invented the "
+        "other devices of a round, so that what is left of masked noise is this device's own "
+        "share, which one round of 64 devices may spend 47 of; 0: not more than client above, "
+        "which such rounds pass at once, so that this device declines them",
+    )
 
 
 class Limits(_Section):

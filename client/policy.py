@@ -132,13 +132,19 @@ def refuse_run(policy: Policy, config: Config, server: str) -> None:
         )
 
 
-def own_config(policy: Policy, config: Config) -> Config:
+def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
     """The settings that a device holds every plan of this run against.
+
+    `closed`: whether this device knows from its directory which devices there are.
 
     **Guarantee**: whatever `config` is, also one that `refuse_run` refuses, each field that
     `Plan.refuse_if_laxer`, the gate, the masks or the ledger read is at least as strict as in
     `config` and as in `policy`; adjacency is the owner's, so that all runs share one budget. A run
     that claims nothing gets a client-level claim, because without any the gate knows no budget.
+
+    Without a closed directory a server may have invented the other devices of a round: what is
+    counted against it is then this device's own share of the noise (`privacy.directory`), up to
+    the owner's own limit for that (`budget.open_directory`).
 
     Two things stay the run's on purpose: its public batch size and its cap on records. A smaller
     cap would raise the sampling rate that is allowed, a smaller batch the influence of a record.
@@ -157,7 +163,9 @@ def own_config(policy: Policy, config: Config) -> Config:
             config.privacy.budget,
             client=min(asked.client, budget.client),
             example=min(asked.example, budget.example),
+            open_directory=budget.open_directory,
         ),
+        "directory": config.privacy.directory if closed else "open",
         "client": _with(
             client,
             enabled=client.enabled or limits.smallest_noise > 0 or not has_examples,

@@ -20,17 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common import noise
-from ..common.accounting import Charge
+from ..common.accounting import Adjacency, Against, Charge
+from ..common.asked import Asked
 from ..common.blocks import Block
 from ..common.clipping import clip
 from ..common.config import PrivacySettings
 from ..common.encoding import pack, round_randomly, rounded_sensitivity, wrap
-from ..common.errors import GateRefused
+from ..common.errors import GateRefused, PrivacyError
 from ..common.plan import Plan
 from ..common.rotation import flat_bound, rotate
 from .ledger import Ledger
 
-__all__ = ["Statistics", "budgets", "charges", "release"]
+__all__ = ["Statistics", "budgets", "charges", "colluding", "release"]
 
 
 Statistics = Mapping[str, NDArray[np.float64]]
@@ -77,7 +78,8 @@ def release(
         drawn = _noised(values.vector, block.step, block.variance, plan, source)
         integers = np.concatenate([integers, drawn])
     payload = pack(wrap(integers, plan.bits), plan.bits)
-    ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload)
+    asked = Asked(plan, len(delta)).text
+    ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload, asked)
     return payload
 
 
@@ -97,7 +99,9 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     Client level: the noise of `noise_at` against the clip. With `device` it holds against the
     server too; with `distributed` as well, if masking holds, and what counts are the shares of
     the smallest accepted sum less the colluders; with `server` it holds only against whoever sees
-    what is published.
+    what is published. Should masking not hold, the device's own share is left: the charge against
+    the "unmasked server". It is the one against the server too where the device's directory is
+    open, because a server that invents the other devices reads the share alone (docs/masking.md).
 
     Example level against the server: Opacus's noise in each local step. Against the analyst the
     release noise counts as well: after one local step a record moves the delta by at most
@@ -113,16 +117,20 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     """
     found: list[Charge] = []
     released = plan.noise_at != "none" and plan.variance > 0
+    invented = plan.masked and privacy.directory == "open"
     everywhere = released and plan.noise_at != "server"
     near = noise.gaussian_closeness(plan.counted_variance, dimension, plan.adders)
     integer: dict[str, Any] = {"distance": near.slack, "ratio": near.ratio} if released else {}
+    shares: dict[Against, int] = {"analyst": plan.adders, "server": plan.adders}
+    shares |= {"server": 1} if invented else {}
+    shares |= {"unmasked server": 1} if plan.masked else {}
     if released:
-        adjacency = privacy.client.adjacency
-        multiplier = _multiplier(plan, plan.clip, dimension)
-        against_analyst = Charge("client", "analyst", adjacency, multiplier, **integer)
-        found.append(against_analyst)
-        if everywhere:
-            found.append(dataclasses.replace(against_analyst, against="server"))
+        found += [
+            _person(plan, dimension, privacy.client.adjacency, against, hiding)
+            for against, hiding in shares.items()
+            if against == "analyst" or everywhere
+        ]
+    examples: list[Charge] = []
     if plan.record_clip > 0:
         inside = Charge(
             "example", "server", privacy.example.adjacency, plan.record_noise,
@@ -134,21 +142,55 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
             multiplier = _multiplier(plan, moved, dimension)
             if multiplier > plan.record_noise:
                 outside = dataclasses.replace(inside, noise_multiplier=multiplier, **integer)
-        found.append(dataclasses.replace(outside, against="analyst"))
-        found.append(outside if everywhere else inside)
+        examples.append(dataclasses.replace(outside, against="analyst"))
+        examples.append(outside if everywhere and not invented else inside)
         if plan.masked:
-            found.append(dataclasses.replace(inside, against="unmasked server"))
-    if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
-        found.append(Charge("client", "analyst", privacy.client.adjacency, 0.0))
-    every = list[Charge]()
-    for charge in found:
-        everything = charge.unit == "client" or charge.sampling_rate == charge.steps == 1
+            examples.append(dataclasses.replace(inside, against="unmasked server"))
+    for charge in examples:
+        hiding = shares[charge.against]
+        everything = charge.sampling_rate == charge.steps == 1
         joint = [block for block in plan.blocks if block.sampled or everything]
         apart = [block for block in plan.blocks if block not in joint]
-        every.append(_together([charge, *(_of_block(block, charge, plan) for block in joint)]))
+        parts = [_of_block(block, charge, plan, hiding) for block in joint]
+        found.append(_together([charge, *parts]))
         if apart:
-            every.append(_together([_of_block(block, charge, plan) for block in apart]))
-    return tuple(every)
+            found.append(_together([_of_block(block, charge, plan, hiding) for block in apart]))
+    if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
+        none = Charge("client", "analyst", privacy.client.adjacency, 0.0)
+        found.append(_together([none, *(_of_block(b, none, plan, 1) for b in plan.blocks)]))
+    return tuple(found)
+
+
+def colluding(plan: Plan, dimension: int, adjacency: Adjacency, devices: int) -> Charge:
+    """What one masked release costs a person against a server with `devices` colluding devices.
+
+    They know their own noise and take it away: what hides the person are the shares of the
+    smallest sum that may be opened, less theirs. With 0 that is the noise of the whole sum, with
+    `plan.colluders` what `charges` counts, and never less than the own share, which nobody knows.
+
+    Raises:
+        PrivacyError: the plan has no shares of noise.
+    """
+    if not plan.masked:
+        raise PrivacyError(
+            f"round {plan.round}: noise_at = {plan.noise_at!r}: expected distributed; only masked "
+            "sums have shares of noise that devices could take away"
+        )
+    return _person(plan, dimension, adjacency, "server", max(plan.survivors - devices, 1))
+
+
+def _person(
+    plan: Plan, dimension: int, adjacency: Adjacency, against: Against, shares: int
+) -> Charge:
+    """Adapter and blocks as one release about a person, hidden by `shares` adders' noise."""
+    variance = plan.variance * shares
+    near = noise.gaussian_closeness(variance, dimension, shares)
+    moved = rounded_sensitivity(plan.clip, plan.step, dimension)[0]
+    adapter = Charge(
+        "client", against, adjacency, float(variance**0.5 / moved),
+        distance=near.slack, ratio=near.ratio,
+    )  # fmt: skip
+    return _together([adapter, *(_of_block(one, adapter, plan, shares) for one in plan.blocks)])
 
 
 def _together(parts: Sequence[Charge]) -> Charge:
@@ -169,18 +211,16 @@ def _together(parts: Sequence[Charge]) -> Charge:
     )
 
 
-def _of_block(block: Block, charge: Charge, plan: Plan) -> Charge:
+def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
     """A block by itself: to the unit and adversary of `charge`, nothing drawn.
 
-    Its noise is what the adversary sees: all of it in the sum; one share where a server reads this
-    contribution alone; none where the server adds it later, and then nothing is hidden.
+    Its noise is what the adversary sees: `shares` adders' of it; none where the server adds it
+    later, and then nothing is hidden.
     """
-    alone = charge.against == "unmasked server"
     before = charge.against == "server" and plan.noise_at == "server"
-    adders = 1 if alone else plan.adders
-    variance = 0.0 if before else block.variance * adders
+    variance = 0.0 if before else block.variance * shares
     moved = block.bound if charge.unit == "client" else block.moved
-    near = noise.gaussian_closeness(variance, block.size, adders)
+    near = noise.gaussian_closeness(variance, block.size, shares)
     return Charge(
         charge.unit,
         charge.against,
@@ -192,10 +232,20 @@ def _of_block(block: Block, charge: Charge, plan: Plan) -> Charge:
 
 
 def budgets(privacy: PrivacySettings) -> dict[str, float]:
-    """The device's largest epsilon per unit; without limit only where no claim is made at all."""
+    """The device's largest epsilon per unit; without limit only where no claim is made at all.
+
+    What a person has spent should masking break is written down and shown, and limited by nothing:
+    a share of the noise is never enough for a person, and a budget that counted it would refuse
+    every masked round. A record is: Opacus's noise is there for that. What was released without a
+    closed directory counts with one share *against the server*, up to `open_directory`.
+    """
     if not privacy.client.enabled and not privacy.example.enabled:
         return {"client": np.inf, "example": np.inf}
-    return {"client": privacy.budget.client, "example": privacy.budget.example}
+    own = privacy.budget
+    found = {"client": own.client, "example": own.example, "client/unmasked server": np.inf}
+    if own.open_directory > own.client:
+        found["client/server"] = own.open_directory
+    return found
 
 
 def _flattened(delta: NDArray[np.float32], plan: Plan) -> NDArray[np.float64]:

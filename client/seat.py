@@ -159,7 +159,9 @@ class OwnSeat:
     def _desk_of(self, run: str, number: int, begins: bool) -> OwnDesk:
         self._refuse_other_server()
         offer = self._home.taking_part(run, begins)
-        config = own_config(self._home.policy, offer.config)
+        joined = self._home.joined
+        closed = joined is not None and joined.closed
+        config = own_config(self._home.policy, offer.config, closed)
         desk = self._desk
         if desk is None or (desk.run, desk.place) != (run, number) or desk.config != config:
             desk = self._desk = self._opened(run, config, number)

@@ -224,6 +224,12 @@ class BudgetSettings(_Settings):
 
     client: float = Field(10.0, gt=0)
     example: float = Field(15.0, gt=0)
+    open_directory: float = Field(
+        0.0,
+        ge=0,
+        description="client-level against the server, where releases without a closed directory "
+        "count with one share of the noise each; 0, or less than client: as client",
+    )
 
 
 class PrivacySettings(_Settings):
@@ -236,6 +242,11 @@ class PrivacySettings(_Settings):
     example: ExamplePrivacySettings = Field(default_factory=ExamplePrivacySettings)
     client: ClientPrivacySettings = Field(default_factory=ClientPrivacySettings)
     budget: BudgetSettings = Field(default_factory=BudgetSettings)
+    directory: Literal["closed", "open"] = Field(
+        "closed",
+        description='whether devices know beforehand which devices there are; "open": a server may '
+        "invent the others, so that against it one device's share of the noise counts",
+    )
 
 
 class RoundSettings(_Settings):
@@ -571,11 +582,13 @@ class Config(_Settings):
         for section, kind, names in (
             ("training", TrainingSettings, ("ends", "opening", "packed")),
             ("masking", MaskingSettings, ("degree", "threshold")),
-            ("privacy", PrivacySettings, ("clip_chosen",)),
+            ("privacy", PrivacySettings, ("clip_chosen", "directory")),
         ):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:
                     del settings[section][name]
+        if not self.privacy.budget.open_directory:
+            del settings["privacy"]["budget"]["open_directory"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property

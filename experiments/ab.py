@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..client.ab import take_part
 from ..client.arm import arm_of
+from ..client.collusion import known
 from ..client.ledger import Ledger
 from ..client.run_ledger import LEDGERS
 from ..common import noise
@@ -34,7 +35,7 @@ from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
 from ..server.ab import look_plan, sums_of, told
 from . import pictures, progress, protocol
-from .privacy import History, facts_of
+from .privacy import facts_of, history_of
 
 __all__ = ["People", "made_people", "outcomes", "run", "spent"]
 
@@ -174,10 +175,8 @@ def spent(settings: AbSettings, ledger: Ledger) -> list[dict[str, Any]]:
     Raises:
         StateError: nothing was released.
     """
-    histories = [
-        History(name, tuple((row.round, row.charges) for row in ledger.rows(name)))
-        for name in ledger.clients()
-    ]
+    asked = known(ledger.plans())
+    histories = [history_of(name, ledger.rows(name), asked) for name in ledger.clients()]
     if not histories:
         raise StateError(
             f"no device released anything in {settings.name}; see its ledger's reasons"
@@ -186,6 +185,7 @@ def spent(settings: AbSettings, ledger: Ledger) -> list[dict[str, Any]]:
     shown = (
         "unit", "against", "adjacency", "adjacency_means", "epsilon", "delta", "noise_at",
         "participations_max", "noise_counted", "holds_against", "assumptions", "cross_check",
+        "conditions", "colluding",
     )  # fmt: skip
     return [{name: line[name] for name in shown} for line in lines]
 

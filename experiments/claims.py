@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..client.collusion import conditions
 from ..common.accounting import Charge
 from ..common.blocks import BOUNDS
 from ..common.config import DEVICES, Config, StatisticsSettings
@@ -17,7 +18,11 @@ from ..common.config import DEVICES, Config, StatisticsSettings
 __all__ = [
     "ADDERS",
     "Line",
+    "alone",
     "assumptions",
+    "budget_of",
+    "condition",
+    "conditions_of",
     "from_training",
     "headline",
     "holds_against",
@@ -90,6 +95,17 @@ _PLACES = {
     "server": "by the server, to the sum.",
 }
 ADDERS = {"device": "device", "distributed": "devices, each a share", "server": "server"}
+OWN_SHARE = ("client", "unmasked server")
+"""The line of what is left for a person if masking is broken; it has no budget."""
+NOT_COUNTED = (
+    "What is left for a person if masking is broken is not known of some releases: an older privet "
+    "wrote them down, and their plans are not here or cannot be read."
+)
+COLLUDING = (
+    "They take their own noise out of the sum. The masks are built for at most the agreed number; "
+    "with more they may break, and then the last row is what is left, the device's own share of "
+    "the noise."
+)
 NO_AMPLIFICATION = (
     "none is claimed: the server chooses who takes part, so every participation counts in full"
 )
@@ -124,8 +140,54 @@ def headline(facts: Mapping[str, Any]) -> str:
         f"{subject} is protected with epsilon = {line['epsilon']:.2f} at delta = "
         f"{line['delta']:g} ({line['unit']}-level, {line['adjacency']}: "
         f"{line['adjacency_means']}; noise added by the {ADDERS[line['noise_at']]}) against "
-        f"{spoken(line['holds_against'])}."
+        f"{spoken(line['holds_against'])}.{_under(line)}{_broken(facts)}"
     )
+
+
+def _under(line: Mapping[str, Any]) -> str:
+    """The conditions of a line as a sentence."""
+    return f" Against the server that rests on: {condition(line)}." if condition(line) else ""
+
+
+def _broken(facts: Mapping[str, Any]) -> str:
+    """What is left if masking is broken, as a sentence; nothing where there are no masks."""
+    found = [x for x in facts["lines"] if (x["unit"], x["against"]) == OWN_SHARE]
+    if not found:
+        return ""
+    return (
+        f" If masking is broken, the device's own share of the noise is left: epsilon = "
+        f"{found[0]['epsilon']:.2f}."
+    )
+
+
+def condition(line: Mapping[str, Any]) -> str:
+    """What a line rests on, in one clause; nothing where it rests on no masks."""
+    return "; ".join(line.get("conditions", ()))
+
+
+def conditions_of(
+    config: Config, line: Line, charges: Sequence[Charge], at: str | None
+) -> list[str]:
+    """What must be so for a line against the server: nothing, where no masks are relied on."""
+    masks = at == "distributed" and line.against == "server" and not alone(config, line, at)
+    if not masks or all(map(from_training, charges)):
+        return []
+    return conditions(config.colluders, config.data.clients)
+
+
+def alone(config: Config, line: Line, at: str | None) -> bool:
+    """Whether a line counts one device's share of the noise: masks are broken, or not relied on."""
+    open_ = config.privacy.directory == "open" and at == "distributed"
+    return line.against == "unmasked server" or (open_ and line.against == "server")
+
+
+def budget_of(config: Config, line: Line) -> float | None:
+    """What the run allows on a line; None: nothing is limited."""
+    limits = {
+        "client": config.privacy.budget.client if config.privacy.client.enabled else None,
+        "example": config.privacy.budget.example if config.privacy.example.enabled else None,
+    }
+    return None if (line.unit, line.against) == OWN_SHARE else limits[line.unit]
 
 
 def main_line(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -144,8 +206,11 @@ def main_line(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def line_name(line: Mapping[str, Any]) -> str:
-    """What a line is about, in a few words: `client-level, against the analyst`."""
-    return f"{line['unit']}-level, against the {line['against']}"
+    """What a line is about, with its conditions: `client-level, against the analyst`."""
+    said = f"{line['unit']}-level, against the {line['against']}"
+    if line["against"] == "unmasked server":
+        return f"{said} (if masking is broken)"
+    return f"{said} (if: {condition(line)})" if condition(line) else said
 
 
 def spoken(names: Sequence[str]) -> str:
@@ -194,14 +259,18 @@ def from_training(charge: Charge) -> bool:
     return charge.unit == "example" and charge.distance == 0 == charge.ratio
 
 
-def noise_counted(at: str | None, charges: Sequence[Charge], statistics: bool = False) -> str:
+def noise_counted(
+    at: str | None, charges: Sequence[Charge], statistics: bool = False, alone: bool = False
+) -> str:
     """A sentence on which noise a line rests on, from what the ledger says of it.
 
-    With statistics a charge is that of adapter and block together.
+    With statistics a charge is that of adapter and block together; `alone`: it counts the
+    device's own share.
     """
     said = _both_counted if statistics else _one_counted
+    at = "alone" if alone else at
     return "; ".join(
-        _measured_counted(charge, n) if measured(charge, charges) else said(at, charge, n)
+        _measured_counted(charge, n, alone) if measured(charge, charges) else said(at, charge, n)
         for charge, n in Counter(charges).items()
     )
 
@@ -216,9 +285,9 @@ def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
     )
 
 
-def _measured_counted(charge: Charge, times: int) -> str:
+def _measured_counted(charge: Charge, times: int, alone: bool) -> str:
     often = f"in {times} releases" if times > 1 else "in one release"
-    whose = "the device's own share of " if charge.against == "unmasked server" else ""
+    whose = "the device's own share of " if alone else ""
     return (
         f"{whose}the Skellam noise on gains and A/B outcomes, which every record of a person "
         f"enters in every round, {charge.noise_multiplier:.3g} times the most that one record can "
@@ -239,9 +308,10 @@ def _both_counted(at: str | None, charge: Charge, times: int) -> str:
     if charge.unit == "example":
         adapter += " or, where that is more, the Gaussian noise in the training step (DP-SGD)"
     block = "on the statistics"
-    if charge.against == "unmasked server":
-        adapter = "the Gaussian noise in the training step (DP-SGD, Opacus)"
+    if at == "alone":
         block = "of the device's own share on the statistics"
+        if charge.unit == "example":
+            adapter = "the Gaussian noise in the training step (DP-SGD, Opacus)"
     return (
         f"{adapter}, and the Skellam noise {block}, as one release: together "
         f"{charge.noise_multiplier:.3g} times the most that one {subject} can move it{drawn} "
@@ -267,6 +337,8 @@ def _one_counted(at: str | None, charge: Charge, times: int) -> str:
 
 
 def _adder(at: str | None) -> str:
+    if at == "alone":
+        return "of the device's own share, which nobody else knows"
     if at == "device":
         return "that each device adds in full to its own contribution"
     if at == "distributed":
@@ -285,17 +357,19 @@ def assumptions(
     release = len(training) < len(charges)
     sampled = any(charge.sampling_rate < 1 for charge in charges)
     said = ["the person's device runs the privet that was installed, unchanged"]
-    if at == "distributed" and release:
+    by_share = any(charge.against == "unmasked server" for charge in charges)
+    if at == "distributed" and release and not by_share and config.privacy.directory == "closed":
+        most = f"at most {config.colluders} of the {config.data.clients:,} enrolled devices collude"
         said.append(
             "masking holds (SecAgg+, docs/masking.md): the devices check each other's identities "
-            "against a directory that the server cannot add to, and in every sum of at least "
-            f"{config.smallest_sum} at most "
-            f"{config.colluders} collude"
+            "against a closed directory, which the server cannot add to, a sum is opened from "
+            f"{config.smallest_sum} devices on, and {most} with the server"
         )
         if config.data.source == DEVICES:
             said.append(
-                "a device that joined without the operator's directory (`privet client join "
-                "--directory`) saw true identities the first time: it keeps to those"
+                "the device joined with the operator's directory (`privet client join "
+                "--directory`); for one that did not, this holds against the server only if "
+                "nobody on a roster was invented, and it claims its own share of the noise alone"
             )
     if not by_device:
         said.append("the server runs as written: it adds the noise, and publishes nothing else")

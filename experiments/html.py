@@ -10,8 +10,27 @@ from html import escape
 from typing import Any
 
 from . import pictures
-from .claims import ADDERS, NO_EVALUATION, headline, line_name, main_line, spoken
-from .report import COUNTS, counts, differences, interval_text, statistics_series, verdict
+from .claims import (
+    ADDERS,
+    COLLUDING,
+    NO_EVALUATION,
+    OWN_SHARE,
+    condition,
+    headline,
+    line_name,
+    main_line,
+    spoken,
+)
+from .report import (
+    COUNTS,
+    budget_text,
+    colluding_rows,
+    counts,
+    differences,
+    interval_text,
+    statistics_series,
+    verdict,
+)
 from .style import style
 
 __all__ = ["page"]
@@ -66,7 +85,7 @@ def _opening(summary: Facts, privacy: Facts) -> str:
         seen = "everybody who sees what leaves the device"
         parts.append(
             f'<h1><span class="big">ε = {line["epsilon"]:.2f}</span> for each {who}, against '
-            f"{outside if line['noise_at'] == 'server' else seen}</h1>"
+            f"{outside if line['noise_at'] == 'server' else seen}{_if(line)}</h1>"
         )
     else:
         parts.append("<h1>No privacy claim</h1>")
@@ -77,6 +96,10 @@ def _opening(summary: Facts, privacy: Facts) -> str:
     parts.append(_list(privacy["warnings"], "not"))
     parts.append(_cards(privacy))
     return f"<header>{''.join(parts)}</header>"
+
+
+def _if(line: Facts) -> str:
+    return f", if: {escape(condition(line))}" if condition(line) else ""
 
 
 def _cards(privacy: Facts) -> str:
@@ -91,14 +114,13 @@ def _cards(privacy: Facts) -> str:
 
 
 def _promised(privacy: Facts) -> str:
-    budgets = privacy["promised"]["budgets"]
     rows = [
         [
             line_name(line),
             f"{line['adjacency']}: {line['adjacency_means']}",
             line["noise_at"],
             f"{line['epsilon']:.2f}",
-            f"{budgets[line['unit']]:g}" if line["unit"] in budgets else "none",
+            budget_text(line),
             f"{line['delta']:g}",
         ]
         for line in privacy["lines"]
@@ -123,19 +145,21 @@ def _spent(privacy: Facts) -> str:
         "client.</p>"
         for line in lines
     )
+    # if masking is broken, a person's figure is that large that no other could be read beside it
+    drawn = [line for line in lines if (line["unit"], line["against"]) != OWN_SHARE]
     per_client = pictures.svg(
-        pictures.spent_per_client(lines, privacy["clients"], privacy["promised"]["budgets"]),
+        pictures.spent_per_client(drawn, privacy["clients"], privacy["promised"]["budgets"]),
         "clients",
         "How many clients spent which epsilon, one panel a line: "
-        + "; ".join(f"{line_name(x)}, worst client {x['epsilon']:.2f}" for x in lines),
+        + "; ".join(f"{line_name(x)}, worst client {x['epsilon']:.2f}" for x in drawn),
     )
     per_round = pictures.svg(
         pictures.spent_per_round(
-            lines, privacy["rounds"], "at most" if devices else "worst client"
+            drawn, privacy["rounds"], "at most" if devices else "worst client"
         ),
         "rounds",
         "The worst client's epsilon after each round; at the end: "
-        + "; ".join(f"{line_name(x)} {x['epsilon']:.2f}" for x in lines),
+        + "; ".join(f"{line_name(x)} {x['epsilon']:.2f}" for x in drawn),
     )
     return (
         _list(devices["sentences"] if devices else ())
@@ -219,9 +243,23 @@ def _holds(privacy: Facts) -> str:
     return (
         (grid if lines else "")
         + _list(privacy["no_claim"], "plain strong")
+        + "".join(_colluding(line) for line in lines if line.get("colluding"))
         + "".join(_rests_on(line) for line in lines)
         + "<h3>Not covered</h3>"
         + _list(privacy["not_covered"])
+    )
+
+
+def _colluding(line: Facts) -> str:
+    found, rows = line["colluding"], colluding_rows(line["colluding"])
+    alt = "Epsilon of a person against the server by the number of colluding devices: " + "; ".join(
+        f"{devices} {value}" for devices, value, _ in rows
+    )
+    drawn = pictures.svg(pictures.by_colluding(found), "colluding", alt)
+    cells = [[devices, value, note] for devices, value, note in rows]
+    table = _table(["colluding devices", "ε", ""], cells, line_name(line))
+    return "<h3>If devices collude with the server, or masking is broken</h3>" + _beside(
+        drawn, f"{table}<p>{escape(COLLUDING)}</p>"
     )
 
 

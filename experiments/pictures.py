@@ -75,7 +75,8 @@ def spent_per_client(
         clients: each has `epsilon`, a mapping from line key to its own epsilon.
         budgets: largest epsilon per unit; a unit without one gets no mark.
     """
-    drawn, panels = figure(0.55 + 1.05 * max(1, len(lines)), max(1, len(lines)))
+    more = 0.15 * sum(bool(line.get("conditions")) for line in lines)
+    drawn, panels = figure(0.55 + more + 1.05 * max(1, len(lines)), max(1, len(lines)))
     ends = [line["epsilon"] for line in lines] + [budgets.get(line["unit"], 0) for line in lines]
     right = 1.04 * max([*ends, 1e-9])
     for panel, line in zip(panels, lines, strict=False):
@@ -125,7 +126,8 @@ def spent_per_round(
     places = _apart(wanted, 0.24 * high)
     panel.set_ylim(0, max([1.25 * high, *(place + 0.15 * high for place in places)]))
     for place, (end, line) in zip(places, ends, strict=True):
-        text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}"
+        given = " (if …)" if line.get("conditions") else ""
+        text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}{given}"
         panel.annotate(
             text,
             (last, end),
@@ -139,6 +141,32 @@ def spent_per_round(
     panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
     panel.set_xlabel("round", color=LIGHT["ink"])
     panel.set_ylabel(f"epsilon, {whose} so far", color=LIGHT["ink"])
+    return drawn
+
+
+def by_colluding(found: Mapping[str, Any]) -> "Figure":
+    """A person's epsilon by the number of devices that collude with the server.
+
+    Args:
+        found: `rows` of `colluding` and `epsilon` (None: no bound, not drawn), and `agreed`.
+    """
+    drawn, (panel,) = figure(2.4)
+    rows = [row for row in found["rows"] if row["epsilon"] is not None]
+    numbers = [row["colluding"] for row in rows]
+    values = [row["epsilon"] for row in rows]
+    panel.plot(numbers, values, "o-", color=LIGHT["client"], markersize=3.5, linewidth=1.3)
+    top, right = max([*values, 1e-9]), max([*numbers, 1])
+    panel.set_ylim(0, 1.18 * top)
+    panel.set_xlim(-0.03 * right, 1.04 * right)
+    for row in rows:
+        if row["colluding"] == found["agreed"]:
+            _mark(panel, row["colluding"], f"agreed: {row['epsilon']:.2f}", "ink", right)
+    if rows and rows[-1] == found["rows"][-1]:
+        panel.text(numbers[-1], 1.05 * values[-1], f"own share: {values[-1]:.2f}", ha="right",
+                   fontsize=8, color=LIGHT["client"])  # fmt: skip
+    panel.locator_params(axis="x", integer=True)
+    panel.set_xlabel("devices that collude with the server", color=LIGHT["ink"])
+    panel.set_ylabel("epsilon of a person", color=LIGHT["ink"])
     return drawn
 
 
@@ -263,8 +291,10 @@ def _middle(first: int, last: int) -> list[int]:
 
 
 def line_label(line: Mapping[str, Any]) -> str:
-    """What a line is about, in a few words: `client-level, against the analyst`."""
-    return f"{line['unit']}-level, against the {line['against']}"
+    """What a line is about, its conditions below it: `client-level, against the analyst`."""
+    said = f"{line['unit']}-level, against the {line['against']}"
+    given = "; ".join(line.get("conditions", ()))
+    return f"{said}\n(if: {given})" if given else said
 
 
 def svg(drawn: "Figure", name: str, alt: str) -> str:

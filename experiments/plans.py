@@ -5,9 +5,11 @@ who was asked, written down beforehand (`plans.jsonl`), and counts of who came a
 (`rounds.jsonl`).
 
 **Guarantee**: what a device's own ledger holds of this run composes, line by line, to at most the
-figure here. A device answers a plan only if it is in no way laxer than its owner allows, at most
-once a round, and charges it as `client/release.py` does; that is composed here over all rounds it
-was asked in, void and unfinished ones too.
+figure here; against the server that of a device without a closed directory, which counts its own
+share of the noise alone, to at most the figure against the unmasked server. A device answers a plan
+only if it is in no way laxer than its owner allows, at most once a round, and charges it as
+`client/release.py` does; that is composed here over all rounds it was asked in, void and unfinished
+ones too.
 """
 
 import platform
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..client.release import charges
+from ..common.asked import Asked
 from ..common.config import Config, read
 from ..common.errors import ProtocolError, StateError
 from ..common.files import read_lines
@@ -70,12 +73,17 @@ def histories(config: Config, rounds: Sequence[Announced]) -> list[History]:
     """What each device's ledger would hold, had it released in every round it was asked in."""
     plans = {(one.plan.round, one.plan.digest): one for one in rounds}
     costs = {key: charges(one.plan, one.dimension, config.privacy) for key, one in plans.items()}
+    kept = {key: Asked(one.plan, one.dimension) for key, one in plans.items()}
     asked: dict[int, dict[tuple[int, str], None]] = {}
     for one in rounds:
         for number in one.asked:
             asked.setdefault(number, {})[one.plan.round, one.plan.digest] = None
     return [
-        History(f"client {number}", tuple((key[0], costs[key]) for key in keys))
+        History(
+            f"client {number}",
+            tuple((key[0], costs[key]) for key in keys),
+            tuple(kept[key] for key in keys),
+        )
         for number, keys in sorted(asked.items())
     ]
 
@@ -148,6 +156,12 @@ def _sentences(void: int, summed: Mapping[str, Any]) -> list[str]:
         "The largest epsilon that a device can have spent on this run, had it released in every "
         "round it was asked in: from the rounds' public plans, which were written down beforehand."
     ]
+    if any(line["conditions"] for line in summed["lines"]):
+        said.append(
+            "That is of devices that joined with the operator's closed directory. One that did not "
+            "claims, against the server, its own share of the noise only: the figures against the "
+            "unmasked server."
+        )
     if void:
         figures = (f"{line['epsilon']:.2f} ({claims.line_name(line)})" for line in summed["lines"])
         said.append(

@@ -13,27 +13,37 @@ that does not verify gives no facts at all.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..client.ledger import Declined, verify
+from ..client.collusion import Release, completed, known, table
+from ..client.ledger import Declined, Row, verify
 from ..client.run_ledger import LEDGERS, run_id, run_ledger
 from ..common.accounting import Charge, epsilon
+from ..common.asked import Asked
 from ..common.config import Config, read
-from ..common.errors import PrivacyError, StateError
+from ..common.errors import PrivacyError, ProtocolError, StateError
+from ..common.files import read_lines
+from ..common.plan import Plan
+from ..server.rounds import PLANS
 from . import claims
 from .accountants import cross_check
 
-__all__ = ["History", "facts_of", "privacy_facts"]
+__all__ = ["History", "facts_of", "history_of", "privacy_facts"]
 
 
 @dataclass(frozen=True)
 class History:
-    """What one client released, oldest first: `releases` are (round, charges)."""
+    """What one client released, oldest first: `releases` are (round, charges).
+
+    `asked` has what each was asked with; None, or nothing at all, where that is not known.
+    """
 
     client: str
     releases: tuple[tuple[int, tuple[Charge, ...]], ...]
+    asked: tuple[Asked | None, ...] = ()
 
 
 def privacy_facts(run_folder: Path) -> dict[str, Any]:
@@ -66,12 +76,22 @@ def facts_of(
         declined: the rounds in which a client released nothing.
     """
     delta = config.privacy.delta
+    histories = [_completed(history) for history in histories]
     spent = {history.client: history for history in histories}
     names = sorted({*spent, *(one.client for one in declined)})
     totals = {name: _charges(spent.get(name)) for name in names}
     lines, unbounded = _split_lines(histories, totals.values(), delta)
     at = claims.noise_at(config, lines)
     described = [_describe(line, at, config, spent, totals) for line in lines]
+    for shown in described:
+        shown["colluding"] = _colluding(shown, at, config, histories)
+    older = at == "distributed" and not all(
+        any((c.unit, c.against) == claims.OWN_SHARE for c in charges)
+        for history in histories
+        for _, charges in history.releases
+    )
+    if older:
+        unbounded = [line for line in unbounded if (line.unit, line.against) != claims.OWN_SHARE]
     return {
         "schema": 1,
         "run": config.name,
@@ -82,7 +102,10 @@ def facts_of(
         "warnings": [text for text in config.warnings() if "insecure_test_seed" not in text],
         "promised": claims.promised(config),
         "lines": described,
-        "no_claim": claims.no_claims(config, lines, unbounded, bool(histories)),
+        "no_claim": [
+            *claims.no_claims(config, lines, unbounded, bool(histories)),
+            *([claims.NOT_COUNTED] if older else []),
+        ],
         "clients": _clients(names, spent, totals, lines, declined, delta),
         "histories": _distinct(totals, spent, lines, delta),
         "rounds": _rounds(histories, lines, delta),
@@ -98,11 +121,55 @@ def _read_ledgers(folder: Path) -> tuple[list[History], list[Declined]]:
     run = run_id(folder)
     verify(folder / LEDGERS, run)
     with run_ledger(folder, run) as ledger:
-        histories = [
-            History(name, tuple((row.round, row.charges) for row in ledger.rows(name)))
-            for name in ledger.clients()
+        asked = {**_announced(folder), **known(ledger.plans())}
+        rows = {name: ledger.rows(name) for name in ledger.clients()}
+        return [history_of(name, rows[name], asked) for name in rows], ledger.declined()
+
+
+def history_of(client: str, rows: Sequence[Row], asked: Mapping[str, Asked]) -> History:
+    """What a ledger says of a client, with the plans of its releases as far as they are known."""
+    releases = tuple((row.round, row.charges) for row in rows)
+    return History(client, releases, tuple(asked.get(row.plan) for row in rows))
+
+
+def _announced(folder: Path) -> dict[str, Asked]:
+    """The plans that the server wrote down: all there is beside a ledger of an older privet."""
+    found: dict[str, Asked] = {}
+    for line in read_lines(folder / PLANS):
+        with suppress(ProtocolError, TypeError, KeyError):
+            plan = Plan.from_dict(line["plan"])
+            found[plan.digest] = Asked(plan, int(line["dimension"]))
+    return found
+
+
+def _completed(history: History) -> History:
+    """The same, with what an older privet did not charge, where its plan is known."""
+    asked = history.asked or (None,) * len(history.releases)
+    releases = tuple(
+        (number, completed(charges, one))
+        for (number, charges), one in zip(history.releases, asked, strict=True)
+    )
+    return History(history.client, releases, asked)
+
+
+def _colluding(
+    line: Mapping[str, Any], at: str | None, config: Config, histories: Sequence[History]
+) -> dict[str, Any] | None:
+    """Of the client-level line against the server under masks: its epsilon by colluding devices."""
+    if at != "distributed" or (line["unit"], line["against"]) != ("client", "server"):
+        return None
+    made: dict[tuple[tuple[Charge, ...], int], Release] = {}
+    every = [
+        [
+            made.setdefault((charges, id(asked)), Release(charges, asked))
+            for (_, charges), asked in zip(history.releases, history.asked, strict=True)
         ]
-        return histories, ledger.declined()
+        for history in histories
+    ]
+    rows = table(every, line["adjacency"], line["delta"], config.colluders)
+    if not rows:
+        return None
+    return {"agreed": config.colluders, "enrolled": config.data.clients, "rows": rows}
 
 
 def _charges(history: History | None) -> tuple[Charge, ...]:
@@ -157,12 +224,16 @@ def _describe(
         "adjacency": line.adjacency,
         "adjacency_means": claims.ADJACENCY[line.unit][line.adjacency],
         "noise_at": _place(at, by_device, charges),
+        "conditions": claims.conditions_of(config, line, charges, at),
+        "budget": claims.budget_of(config, line),
         "client": worst,
         "participations_max": max(_participations(line, history) for history in spent.values()),
         "holds_against": list(holds),
         "does_not_hold_against": [who for who in claims.ADVERSARIES if who not in holds],
         "assumptions": claims.assumptions(config, charges, by_device, at),
-        "noise_counted": claims.noise_counted(at, charges, config.statistics.enabled),
+        "noise_counted": claims.noise_counted(
+            at, charges, config.statistics.enabled, claims.alone(config, line, at)
+        ),
         "amplified": None,
         "amplified_note": claims.NO_AMPLIFICATION,
         "cross_check": _checked(value, charges, delta),

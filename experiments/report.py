@@ -20,14 +20,16 @@ from ..common.config import DEVICES, read
 from ..common.errors import StateError
 from ..common.files import keep_aside, read_lines, write_atomic, write_json_atomic
 from . import progress
-from .claims import NO_EVALUATION, headline, line_name, main_line
+from .claims import COLLUDING, NO_EVALUATION, headline, line_name, main_line
 from .plans import device_facts, device_measured
 from .privacy import privacy_facts
 from .summary import MEASURED, build_summary
 
 __all__ = [
     "COUNTS",
+    "budget_text",
     "build_summary",
+    "colluding_rows",
     "counts",
     "differences",
     "interval_text",
@@ -178,6 +180,7 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     _print_promises(privacy, console)
     _print_spent(privacy, console)
     _print_holds(privacy, console)
+    _print_colluding(privacy, console)
     _print_gained(summary, privacy["devices"] is not None, console)
     _print_statistics(facts["statistics"], console)
     if facts.get("looks"):
@@ -197,7 +200,6 @@ def _print_spent(privacy: Mapping[str, Any], console: Console) -> None:
     devices = privacy["devices"]
     _heading(f"What was spent ({'at most' if devices else 'worst client'})", console)
     table = _table("line", "ε", "δ", "adjacency", "noise at", "releases", "budget", "second ε")
-    budgets = privacy["promised"]["budgets"]
     for line in privacy["lines"]:
         table.add_row(
             Text(line_name(line), style=_colour(line)),
@@ -206,7 +208,7 @@ def _print_spent(privacy: Mapping[str, Any], console: Console) -> None:
             line["adjacency"],
             line["noise_at"],
             f"{line['participations_max']}",
-            f"{budgets[line['unit']]:g}" if line["unit"] in budgets else "none",
+            budget_text(line),
             _second(line["cross_check"]),
         )
     if privacy["lines"]:
@@ -266,6 +268,42 @@ def _print_holds(privacy: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"  counts {line['noise_counted']}", style="dim"))
     _heading("Not covered", console)
     _bullets(privacy["not_covered"], console)
+
+
+def _print_colluding(privacy: Mapping[str, Any], console: Console) -> None:
+    for line in privacy["lines"]:
+        found = line.get("colluding")
+        if not found:
+            continue
+        _heading("If devices collude with the server, or masking is broken", console)
+        console.print(Text(line_name(line)))
+        table = _table("colluding devices", "ε, client-level", "")
+        for row in colluding_rows(found):
+            table.add_row(*row)
+        console.print(table)
+        console.print(Text(COLLUDING))
+
+
+def colluding_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Colluding devices, epsilon and what that row is, from `line["colluding"]`."""
+    rows = found["rows"]
+    notes = {
+        rows[-1]["colluding"]: "the device's own share: if masking is broken",
+        found["agreed"]: f"the agreed number, of {found['enrolled']:,} enrolled",
+    }
+    return [
+        (
+            str(row["colluding"]),
+            "no bound" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
+            notes.get(row["colluding"], ""),
+        )
+        for row in rows
+    ]
+
+
+def budget_text(line: Mapping[str, Any]) -> str:
+    """What a line may spend; what is left if masking is broken is limited by nothing."""
+    return "none" if line["budget"] is None else f"{line['budget']:g}"
 
 
 def _print_gained(summary: Mapping[str, Any], devices: bool, console: Console) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
-from ..client.ledger import Ledger
+from ..client.ledger import Ledger, budget_of
 from ..client.release import budgets, charges
 from ..client.run_ledger import LEDGERS, ledger_path
 from ..common import config as settings
@@ -132,8 +132,9 @@ def _warn_of_declining(config: Config, plan: Plan, dimension: int) -> None:
     lines: dict[tuple[str, str], list[Charge]] = {}
     for charge in charges(plan, dimension, config.privacy):
         lines.setdefault((charge.unit, charge.against), []).append(charge)
+    limits = budgets(config.privacy)
     for (unit, against), cost in lines.items():
-        if not within(cost, config.privacy.delta, budgets(config.privacy)[unit]):
+        if not within(cost, config.privacy.delta, (budget_of(limits, unit, against) or 0.0)):
             progress.warn(
                 f"one release costs more than privacy.budget.{unit} allows, {unit}-level against "
                 f"the {against}: every device would decline. More noise on gains and arms, a "

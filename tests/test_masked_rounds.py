@@ -368,6 +368,7 @@ def test_what_a_masked_release_costs_counts_the_honest_shares_of_the_smallest_su
     assert sorted(lines) == [
         ("client", "analyst"),
         ("client", "server"),
+        ("client", "unmasked server"),
         ("example", "analyst"),
         ("example", "server"),
         ("example", "unmasked server"),
@@ -378,6 +379,9 @@ def test_what_a_masked_release_costs_counts_the_honest_shares_of_the_smallest_su
         assert lines["client", against].noise_multiplier == pytest.approx(shares**0.5 / moved)
     assert lines["client", "server"].noise_multiplier == pytest.approx(
         privacy.client.noise_multiplier
+    )
+    assert lines["client", "unmasked server"].noise_multiplier == pytest.approx(
+        plan.variance**0.5 / moved
     )
     one = min(plan.learning_rate * plan.record_clip / plan.batch_size, 2 * plan.clip)
     moved = rounded_sensitivity(one, plan.step, dimension)[0]

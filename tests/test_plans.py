@@ -111,7 +111,7 @@ def shown(facts: dict[str, Any]) -> str:
 def test_each_line_is_that_of_the_ledger_of_a_device_that_released_in_every_round(folder, facts):
     lines = facts["privacy"]["lines"]
     assert {(line["unit"], line["against"]) for line in lines} == {
-        ("client", "analyst"), ("client", "server"),
+        ("client", "analyst"), ("client", "server"), ("client", "unmasked server"),
         ("example", "analyst"), ("example", "server"), ("example", "unmasked server"),
     }  # fmt: skip
     for line in lines:
@@ -179,7 +179,7 @@ def test_the_terminal_says_at_most_and_sends_the_reader_to_each_devices_own_ledg
     assert "privet evaluate" not in text
     assert "(in 3 releases)" in text
     assert "Other runs with the same devices" in text
-    assert "saw true identities the first time" in " ".join(
+    assert "only if nobody on a roster was invented" in " ".join(
         sentence for line in facts["privacy"]["lines"] for sentence in line["assumptions"]
     )
 

@@ -264,9 +264,10 @@ def test_integer_noise_is_charged_for_what_it_lacks_to_gaussian_noise():
 
 
 def test_only_a_run_that_claims_nothing_has_no_limit():
-    assert budgets(settings(budget=3.0).privacy) == {"client": 3.0, "example": 3.0}
+    limits = {"client": 3.0, "example": 3.0, "client/unmasked server": np.inf}
+    assert budgets(settings(budget=3.0).privacy) == limits
     example_only = settings(enabled=False, example=EXAMPLE, budget=3.0).privacy
-    assert budgets(example_only) == {"client": 3.0, "example": 3.0}
+    assert budgets(example_only) == limits
     assert budgets(settings(enabled=False).privacy) == {"client": np.inf, "example": np.inf}
 
 
