@@ -364,7 +364,10 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
     from .home import ME
     from .status import runs
 
-    rows = offers.describe(offer, home.policy, spent=home.ledger.charges(ME))
+    joined, spent = home.joined, home.ledger.charges(ME)
+    closed = joined is not None and joined.closed
+    enrolled = len(home.directory.known) if closed else None
+    rows = offers.describe(offer, home.policy, spent=spent, closed=closed, enrolled=enrolled)
     rows += _own_part(home, offer)
     before = home.agreed(offer.run)
     changed = [] if before is None else offers.changes(before[0], offer)

@@ -4,7 +4,7 @@ Everything here is computed from the offered configuration: no model, no server,
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -55,6 +55,8 @@ def describe(
     *,
     dimension: int | None = None,
     spent: Sequence["Charge"] = (),
+    closed: bool = True,
+    enrolled: int | None = None,
 ) -> list[tuple[str, str]]:
     """What a run asks for, as (label, text), before its first round.
 
@@ -63,6 +65,9 @@ def describe(
         policy: the owner's.
         dimension: numbers in its adapter, if known.
         spent: what this device's ledger holds already.
+        closed: whether this device has a closed directory; without one only its own share of
+            masked noise counts against the server.
+        enrolled: how many devices the directory has, if known.
 
     Epsilons are those of the configuration on the coarsest grid that a server takes by itself,
     rounded up to two digits: the ledger will hold the exact ones, of each round's own plan. Of
@@ -86,7 +91,13 @@ def describe(
         rows += [("experiment", _experiment(trial)), ("looks", _rounds(config))]
     rows += [
         ("noise", _noise(config)),
-        *_epsilons(config, policy, dimension or TYPICAL_DIMENSION, spent),
+        *_epsilons(
+            config,
+            own_config(policy, config, closed),
+            dimension or TYPICAL_DIMENSION,
+            spent,
+            enrolled,
+        ),
         ("budget of", BUDGET_OF),
         ("statistics", _statistics(config)),
     ]
@@ -157,12 +168,24 @@ def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple
 
 
 def _epsilons(
-    config: Config, policy: Policy, dimension: int, spent: Sequence["Charge"]
+    config: Config, own: Config, dimension: int, spent: Sequence["Charge"], enrolled: int | None
 ) -> list[tuple[str, str]]:
-    """A row for each epsilon; adversaries who share one share the row."""
+    """A row for each epsilon; adversaries who share one share the row.
+
+    What is left of all records together should the masks fail stands in the sentence of what the
+    masks give, and has no budget of its own.
+    """
+    privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
+    found = dict.fromkeys(expected(config.model_copy(update={"privacy": privacy}), dimension))
     said: dict[tuple[str, str], list[str]] = {}
-    for charge in dict.fromkeys(expected(config, dimension)):
-        text = _epsilon(config, policy, charge, spent)
+    for charge in found:
+        if (charge.unit, charge.against) == ("client", "unmasked server"):
+            continue
+        text = _epsilon(config, own, charge, spent)
+        if _by_masks(charge, config, own):
+            text += _if_they_fail(config, own, charge, found, enrolled)
+        elif charge.against == "server" and _masked(config) and charge.unit == "client":
+            text += _if_nobody_was_invented(config, own, found)
         against = said.setdefault((charge.unit, text), [])
         against.append(AGAINST[charge.against])
     return [
@@ -171,18 +194,71 @@ def _epsilons(
     ]
 
 
-def _epsilon(config: Config, policy: Policy, charge: "Charge", spent: Sequence["Charge"]) -> str:
+def _masked(config: Config) -> bool:
+    return config.privacy.client.enabled and config.privacy.client.noise_at == "distributed"
+
+
+def _by_masks(charge: "Charge", config: Config, own: Config) -> bool:
+    """Whether a figure against the server counts what masks keep in the sum."""
+    masks = _masked(config) and own.privacy.directory == "closed" and charge.distance > 0
+    return masks and charge.against == "server"
+
+
+def _if_they_fail(
+    config: Config, own: Config, charge: "Charge", every: Iterable["Charge"], enrolled: int | None
+) -> str:
+    """The conditions of a figure against the server; of all records, what is left without masks."""
+    of = "all" if enrolled is None else f"the {enrolled:,}"
+    said = (
+        f"; that is if the masks hold: closed directory, at most {config.colluders} of {of} "
+        "enrolled devices collude with the server"
+    )
+    left = _person(every, "unmasked server")
+    if charge.unit != "client" or left is None:
+        return said
+    return f"{said}; should they fail, {_growing(config, own, left)}, from this device's own share"
+
+
+def _if_nobody_was_invented(config: Config, own: Config, every: Iterable["Charge"]) -> str:
+    """Without a closed directory: what the masks would give, which is no claim."""
+    seen = _person(every, "analyst")
+    if seen is None:
+        return ""
+    return (
+        "; this device joined without a closed directory, so that of the noise only its own share "
+        "counts (budget.open_directory in policy.toml is the limit); only if nobody on the roster "
+        f"was invented and at most {config.colluders} of all enrolled devices collude with the "
+        f"server, it would be {_growing(config, own, seen)}"
+    )
+
+
+def _person(every: Iterable["Charge"], against: str) -> "Charge | None":
+    return next((c for c in every if (c.unit, c.against) == ("client", against)), None)
+
+
+def _growing(config: Config, own: Config, charge: "Charge") -> str:
+    """A figure after one release, and after all of the run."""
     from ..common.accounting import epsilon
 
-    count, delta = config.rounds.count, min(config.privacy.delta, policy.budget.delta)
+    count, delta = config.rounds.count, own.privacy.delta
     once, always = (epsilon([_times(charge, n)], delta) for n in (1, count))
+    after = f", {_about(always)} after {count}" if count > 1 else ""
+    return f"{_about(once)} after 1 release{after}"
+
+
+def _epsilon(config: Config, own: Config, charge: "Charge", spent: Sequence["Charge"]) -> str:
+    from ..common.accounting import epsilon
+    from .ledger import budget_of
+    from .release import budgets
+
+    count, delta = config.rounds.count, own.privacy.delta
+    once = epsilon([charge], delta)
     if math.isinf(once):
         return "no bound at all: some part of it has no noise, so this device declines every round"
-    budget = getattr(own_config(policy, config).privacy.budget, charge.unit)
+    budget = budget_of(budgets(own.privacy), charge.unit, charge.against) or 0.0
     line = [one for one in spent if _line(one) == _line(charge)]
     return (
-        f"{_about(once)} after 1 release"
-        + (f", {_about(always)} after {count}" if count > 1 else "")
+        f"{_growing(config, own, charge)}"
         + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
         f"{NEIGHBOURS[charge.adjacency]}); budget {budget:g}"
         + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")

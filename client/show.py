@@ -149,23 +149,18 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def budget(facts: Mapping[str, Any], as_json: bool) -> None:
-    """What was spent, a line for each unit, adversary and adjacency."""
-    from .offer_text import AGAINST, NEIGHBOURS, UNITS
+    """What was spent, a line for each unit, adversary and adjacency, with what it rests on."""
+    from .offer_text import NEIGHBOURS, UNITS
 
     if as_json:
         dump(facts)
         return
     rows = [
-        (
-            UNITS[line["unit"]],
-            AGAINST[line["against"]],
-            "no bound" if line["epsilon"] is None else f"{line['epsilon']:.3f}",
-            f"{line['budget']:g}",
-            line["releases"],
-            f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}",
-        )
+        (UNITS[line["unit"]], against, epsilon, limit, line["releases"],
+         f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}")
         for line in facts["lines"]
-    ]
+        for against, epsilon, limit in _figures(line)
+    ]  # fmt: skip
     if not rows:
         allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
         print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
@@ -176,8 +171,75 @@ def budget(facts: Mapping[str, Any], as_json: bool) -> None:
         "is so, all that this device has released changes the odds by at most e to the power of "
         "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
         "is declined. It is that of this home: another device with your records, or a home begun "
-        "after `forget`, has its own, and what is learnt of you adds up."
+        "after `forget`, has its own, and what is learnt of you adds up. What is left if the masks "
+        "fail is limited by none for all your records together."
     )
+    for said in _rests(facts):
+        print(said)
+    for line in facts["lines"]:
+        if line["colluding"]:
+            _colluding(line)
+
+
+def _figures(line: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Against whom, epsilon, and its limit: the claim, and what masks would give beside it."""
+    from .offer_text import AGAINST
+
+    against = AGAINST[line["against"]]
+    if line["with_masks"] is not None:
+        said = "this device's own share of the noise: no closed directory"
+        if line["conditions"]:
+            said += f"; {line['alone']} of {line['releases']} releases"
+        against += f" ({said})"
+    if line["conditions"]:
+        against += f" (if: {'; '.join(line['conditions'])})"
+    limit = "no limit" if line["budget"] is None else f"{line['budget']:g}"
+    yield against, _bound(line["epsilon"]) if line["known"] else "not known", limit
+    if line["with_masks"] is not None:
+        conditions = "; ".join(line["with_masks"]["conditions"])
+        against = f"{AGAINST[line['against']]}, only if: {conditions}"
+        yield against, _bound(line["with_masks"]["epsilon"]), "no claim"
+
+
+def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
+    if any(line["with_masks"] for line in facts["lines"]):
+        yield (
+            "Without a closed directory a server may invent the other devices of a round; then the "
+            "own share of the noise alone hides you, and that is what is counted. `privet "
+            "client join --directory FILE`, with the operator's list, changes it for what comes."
+        )
+    if facts["older"]:
+        yield (
+            f"Of {facts['older']} releases, which an older privet wrote down without their plans, "
+            "it is not known what is left if the masks fail."
+        )
+
+
+def _colluding(line: Mapping[str, Any]) -> None:
+    """Epsilon by the number of devices that work with the server."""
+    found = line["colluding"]
+    rows = found["rows"]
+    notes = {
+        rows[-1]["colluding"]: "this device's own share: the masks failed",
+        found["agreed"]: "the number agreed to",
+    }
+    print(
+        "\nIf devices work with the server, all your records together, epsilon against the server"
+        + (" (only if nobody on the roster was invented):" if line["with_masks"] else ":")
+    )
+    table(
+        ("devices", "epsilon", ""),
+        [(row["colluding"], _bound(row["epsilon"]), notes.get(row["colluding"], ""))
+         for row in rows],
+    )  # fmt: skip
+    print(
+        "The masks are built for at most the number agreed to; with more they may fail, and then "
+        "the last row is what is left."
+    )
+
+
+def _bound(epsilon: float | None) -> str:
+    return "no bound" if epsilon is None else f"{epsilon:.3f}"
 
 
 def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:

@@ -18,7 +18,6 @@ from .erase import LOCK
 from .home import ME, Home, Sent
 
 if TYPE_CHECKING:
-    from ..common.accounting import Charge
     from .ledger import Row
 
 __all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
@@ -90,39 +89,10 @@ def worker(folder: Path) -> int | None:
 
 
 def budget(home: Home) -> dict[str, Any]:
-    """What was spent, composed from the ledger: a line for each unit, adversary and adjacency.
+    """What was spent, composed from the ledger (`client/spending.py`)."""
+    from .spending import spending
 
-    An epsilon of None is no bound at all. Delta is the smallest of the policy's and of the agreed
-    runs', as the ledger itself reckons.
-    """
-    from ..common.accounting import epsilon
-
-    owner = home.policy.budget
-    agreed = [offer.config.privacy.delta for offer, consent in home.runs() if consent is not None]
-    delta = min([owner.delta, *agreed])
-    rows = home.ledger.rows(ME)
-    lines = []
-    for line in sorted({_line(charge) for row in rows for charge in row.charges}):
-        mine = [charge for row in rows for charge in row.charges if _line(charge) == line]
-        spent = epsilon(mine, delta)
-        unit, against, adjacency = line
-        lines.append(
-            {
-                "unit": unit,
-                "against": against,
-                "adjacency": adjacency,
-                "delta": delta,
-                "epsilon": spent if spent < float("inf") else None,
-                "budget": getattr(owner, unit),
-                "releases": sum(line in map(_line, row.charges) for row in rows),
-            }
-        )
-    limits = {"client": owner.client, "example": owner.example}
-    return {"delta": delta, "budget": limits, "releases": len(rows), "lines": lines}
-
-
-def _line(charge: "Charge") -> tuple[str, str, str]:
-    return charge.unit, charge.against, charge.adjacency
+    return spending(home)
 
 
 def outbox(home: Home) -> list[dict[str, Any]]:

@@ -562,12 +562,17 @@ def test_the_budget_is_composed_from_the_ledger_a_line_for_each_adversary(ask: A
     found = ask("budget")
     charge = Charge("client", "server", "add_remove", 2.0, distance=1e-9)
     assert [line["against"] for line in found["lines"]] == ["analyst", "server"]
-    for line in found["lines"]:
+    analyst, server = found["lines"]
+    for line in (analyst, server["with_masks"]):
         assert line["epsilon"] == epsilon([charge] * 2, found["delta"])
+    for line in found["lines"]:
         assert (line["budget"], line["releases"], line["adjacency"]) == (10.0, 2, "add_remove")
-    said = say("budget")
+    # rows of an older privet, and no closed directory: the own share is all there is to claim
+    assert (server["epsilon"], server["known"], found["older"]) == (None, False, 2)
+    said = " ".join(say("budget").split())
     assert "all your records" in said
-    assert "the server" in said
+    assert "not known" in said
+    assert "Of 2 releases, which an older privet wrote down without their plans" in said
 
 
 @pytest.mark.usefixtures("made")

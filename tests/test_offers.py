@@ -120,9 +120,10 @@ def test_a_run_is_told_in_plain_words():
     assert "1 training steps of about 8 records" in found["work"]
     assert "noise of 1 times that; each device adds a share" in found["noise"]
     client, example = found["epsilon, client-level"], found["epsilon, example-level"]
-    assert "against whoever sees what is published and the server: about 4.38 after 1" in client
+    assert "all your records together, against the server: about 4.38 after 1 release" in client
     assert "at delta = 1e-05 (add_remove: hidden is whether it was there at all)" in client
-    assert client.endswith("budget 10")
+    assert "budget 10; that is if the masks hold: closed directory, at most 2 of all" in client
+    assert "should they fail, about 15.46 after 1 release" in client
     assert "should the masks fail: about 7.96 after 1 release" in example
     assert found["statistics"] == "none"
     assert found["policy"] == "inside the limits of policy.toml"

@@ -152,7 +152,10 @@ def test_the_owner_sees_what_an_experiment_asks_and_costs_and_the_own_arm_before
     assert "only this device's share" in said["noise"]
     assert "budget 10" in said["epsilon, client-level"]
     assert "after 2" in said["epsilon, client-level"]
-    assert "whoever sees what is published and the server" in said["epsilon, client-level"]
+    claim, _, masks = said["epsilon, client-level"].partition("only if nobody on the roster was")
+    assert "against the server: about 10.30 after 1 release" in claim  # joined without directory
+    assert "5.32" not in claim
+    assert "it would be about 5.32 after 1 release" in masks
     assert not {"base model", "adapter", "work"} & set(said)
     assert "there is no template 'letters'" in said["your arm"]
     assert said["your outcome"] == "none yet"
