@@ -13,14 +13,14 @@ row is what is left; the rows between say what the noise alone would still hide.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.accounting import Adjacency, Charge, epsilon
 from ..common.asked import Asked, restored
 from .release import colluding
 
-__all__ = ["Release", "completed", "conditions", "known", "points", "table"]
+__all__ = ["Release", "completed", "conditions", "known", "points", "reckoned", "table"]
 
 MOST_ROWS = 9
 
@@ -53,8 +53,22 @@ def completed(charges: tuple[Charge, ...], asked: Asked | None) -> tuple[Charge,
         return charges
     plan, adjacency = asked.plan, person[0].adjacency
     own = colluding(plan, asked.dimension, adjacency, plan.survivors)
-    fields = {**own.__dict__, "against": "unmasked server"}
-    return (*charges, Charge(**fields))
+    return (*charges, replace(own, against="unmasked server"))
+
+
+def reckoned(charges: Sequence[Charge], delta: float) -> tuple[float | None, bool]:
+    """An epsilon, and whether it is a bound.
+
+    One share hides so little that epsilon is beyond what integer noise has a bound for: its tables
+    end at a chance of 2^-60, and exp(epsilon) times that is more than delta from epsilon 25 or so
+    on. Then the figure is that of Gaussian noise of this size, so that somebody can see how little
+    is left; nothing is promised. None: there is no noise at all.
+    """
+    found = epsilon(charges, delta)
+    if math.isfinite(found):
+        return found, True
+    found = epsilon([replace(charge, distance=0.0) for charge in charges], delta)
+    return (found if math.isfinite(found) else None), False
 
 
 def conditions(colluders: int | None, enrolled: int | None) -> list[str]:
@@ -94,8 +108,9 @@ def table(
         agreed: how many devices may collude, a row of its own.
 
     Returns:
-        `colluding` and `epsilon` (None: no bound), from 0 until only the own share is left; empty
-        where nothing was masked, or where some release's plan is not known.
+        `colluding`, `epsilon` and whether it is a `bound` (as `reckoned`), from 0 until only the
+        own share is left; empty where nothing was masked, or where some release's plan is not
+        known.
     """
     mine = {tuple(one for one in every if _person(one, adjacency)) for every in histories}
     every = {one for releases in mine for one in releases}
@@ -105,8 +120,9 @@ def table(
     rows = []
     for devices in points(agreed, max(survivors) - 1):
         costs = {one: _cost(one, adjacency, devices) for one in every}
-        worst = max(epsilon([costs[one] for one in releases], delta) for releases in mine)
-        rows.append({"colluding": devices, "epsilon": worst if math.isfinite(worst) else None})
+        found = [reckoned([costs[one] for one in releases], delta) for releases in mine]
+        value, bound = max(found, key=lambda one: math.inf if one[0] is None else one[0])
+        rows.append({"colluding": devices, "epsilon": value, "bound": bound})
     return rows
 
 

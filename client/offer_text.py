@@ -221,12 +221,13 @@ def _if_they_fail(
 
 def _if_nobody_was_invented(config: Config, own: Config, every: Iterable["Charge"]) -> str:
     """Without a closed directory: what the masks would give, which is no claim."""
-    seen = _person(every, "analyst")
+    seen, alone = _person(every, "analyst"), _person(every, "unmasked server")
     if seen is None:
         return ""
     return (
         "; this device joined without a closed directory, so that of the noise only its own share "
-        "counts (budget.open_directory in policy.toml is the limit); only if nobody on the roster "
+        f"counts, {'nothing' if alone is None else _growing(config, own, alone)} "
+        "(budget.open_directory in policy.toml is the limit); only if nobody on the roster "
         f"was invented and at most {config.colluders} of all enrolled devices collude with the "
         f"server, it would be {_growing(config, own, seen)}"
     )
@@ -238,12 +239,15 @@ def _person(every: Iterable["Charge"], against: str) -> "Charge | None":
 
 def _growing(config: Config, own: Config, charge: "Charge") -> str:
     """A figure after one release, and after all of the run."""
-    from ..common.accounting import epsilon
+    from .collusion import reckoned
 
     count, delta = config.rounds.count, own.privacy.delta
-    once, always = (epsilon([_times(charge, n)], delta) for n in (1, count))
-    after = f", {_about(always)} after {count}" if count > 1 else ""
-    return f"{_about(once)} after 1 release{after}"
+    shown = charge.against == "unmasked server"  # else without a bound there is no figure
+    found = [reckoned([_times(charge, n)], delta) for n in (1, count)]
+    once, always = (_about(math.inf if x is None or not (ok or shown) else x) for x, ok in found)
+    after = f", {always} after {count}" if count > 1 else ""
+    less = " (as Gaussian noise: so little has no bound)" if shown and not found[0][1] else ""
+    return f"{once} after 1 release{after}{less}"
 
 
 def _epsilon(config: Config, own: Config, charge: "Charge", spent: Sequence["Charge"]) -> str:
@@ -254,7 +258,12 @@ def _epsilon(config: Config, own: Config, charge: "Charge", spent: Sequence["Cha
     count, delta = config.rounds.count, own.privacy.delta
     once = epsilon([charge], delta)
     if math.isinf(once):
-        return "no bound at all: some part of it has no noise, so this device declines every round"
+        why = (
+            "too little of the noise is its own"
+            if charge.unit == "client" and _masked(config)
+            else "some part of it has no noise"
+        )
+        return f"no bound at all: {why}, so this device declines every round"
     budget = budget_of(budgets(own.privacy), charge.unit, charge.against) or 0.0
     line = [one for one in spent if _line(one) == _line(charge)]
     return (

@@ -194,11 +194,11 @@ def _figures(line: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if line["conditions"]:
         against += f" (if: {'; '.join(line['conditions'])})"
     limit = "no limit" if line["budget"] is None else f"{line['budget']:g}"
-    yield against, _bound(line["epsilon"]) if line["known"] else "not known", limit
+    yield against, _bound(line) if line["known"] else "not known", limit
     if line["with_masks"] is not None:
         conditions = "; ".join(line["with_masks"]["conditions"])
         against = f"{AGAINST[line['against']]}, only if: {conditions}"
-        yield against, _bound(line["with_masks"]["epsilon"]), "no claim"
+        yield against, _bound(line["with_masks"]), "no claim"
 
 
 def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -229,7 +229,7 @@ def _colluding(line: Mapping[str, Any]) -> None:
     )
     table(
         ("devices", "epsilon", ""),
-        [(row["colluding"], _bound(row["epsilon"]), notes.get(row["colluding"], ""))
+        [(row["colluding"], _bound(row), notes.get(row["colluding"], ""))
          for row in rows],
     )  # fmt: skip
     print(
@@ -238,8 +238,12 @@ def _colluding(line: Mapping[str, Any]) -> None:
     )
 
 
-def _bound(epsilon: float | None) -> str:
-    return "no bound" if epsilon is None else f"{epsilon:.3f}"
+def _bound(figure: Mapping[str, Any]) -> str:
+    """A figure; of a share that hides too little for a bound, what Gaussian noise would hide."""
+    if figure["epsilon"] is None:
+        return "no bound"
+    said = f"{figure['epsilon']:.3f}"
+    return said if figure.get("bound", True) else f"no bound (as Gaussian noise {said})"
 
 
 def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:

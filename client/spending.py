@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..common.accounting import Adjacency, Charge, epsilon
-from .collusion import Release, completed, conditions, known, table
+from .collusion import Release, completed, conditions, known, reckoned, table
 from .home import ME, Home
 from .ledger import Row
 
@@ -26,7 +26,8 @@ INVENTED = "nobody on the roster was invented"
 def spending(home: Home) -> dict[str, Any]:
     """The content of `privet client budget --json`.
 
-    `lines` have `epsilon` (None: no bound, or not known), `budget` (None: not limited), what the
+    `lines` have `epsilon` (None: no bound, or not known; of the own share also where it is no
+    `bound`, as `client/collusion.py` reckons it), `budget` (None: not limited), what the
     figure rests on (`conditions`), how many of its releases counted the own share only (`alone`),
     what the masks would give for these (`with_masks`), and epsilon by colluding devices
     (`colluding`). Delta is the smallest of the policy's and of the agreed runs', as the ledger
@@ -114,7 +115,9 @@ class _Page:
         masked = [one for one in mine if server and one not in alone and self._rests(one, line)]
         unknown = self.without and any(one in self.older for one in masked)
         charges = [c for one in mine for c in one.charges if _line(c) == line]
-        spent = epsilon(charges, self.delta)
+        spent, bound = reckoned(charges, self.delta)
+        if not bound and line[:2] != OWN_SHARE and not alone:
+            spent = None
         with_masks = None
         if server and (alone or unknown):
             seen = [
@@ -135,7 +138,8 @@ class _Page:
             "against": against,
             "adjacency": adjacency,
             "delta": self.delta,
-            "epsilon": None if unknown else _finite(spent),
+            "epsilon": None if unknown else spent,
+            "bound": bound,
             "known": not unknown,
             "releases": len(mine),
             "conditions": conditions(self.colluders, self.enrolled) if masked else [],

@@ -101,10 +101,12 @@ NOT_COUNTED = (
     "What is left for a person if masking is broken is not known of some releases: an older privet "
     "wrote them down, and their plans are not here or cannot be read."
 )
+AS_GAUSSIAN = "reckoned as Gaussian noise, no bound"
 COLLUDING = (
     "They take their own noise out of the sum. The masks are built for at most the agreed number; "
     "with more they may break, and then the last row is what is left, the device's own share of "
-    "the noise."
+    "the noise. Where no bound is said, so little noise is left that none holds for integer noise; "
+    "the figure is that of Gaussian noise of this size."
 )
 NO_AMPLIFICATION = (
     "none is claimed: the server chooses who takes part, so every participation counts in full"
@@ -156,7 +158,7 @@ def _broken(facts: Mapping[str, Any]) -> str:
         return ""
     return (
         f" If masking is broken, the device's own share of the noise is left: epsilon = "
-        f"{found[0]['epsilon']:.2f}."
+        f"{found[0]['epsilon']:.2f}{'' if found[0]['bound'] else f' ({AS_GAUSSIAN})'}."
     )
 
 
@@ -209,7 +211,8 @@ def line_name(line: Mapping[str, Any]) -> str:
     """What a line is about, with its conditions: `client-level, against the analyst`."""
     said = f"{line['unit']}-level, against the {line['against']}"
     if line["against"] == "unmasked server":
-        return f"{said} (if masking is broken)"
+        less = "" if line.get("bound", True) else f"; {AS_GAUSSIAN}"
+        return f"{said} (if masking is broken{less})"
     return f"{said} (if: {condition(line)})" if condition(line) else said
 
 

@@ -14,11 +14,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..client.collusion import Release, completed, known, table
+from ..client.collusion import Release, completed, known, reckoned, table
 from ..client.ledger import Declined, Row, verify
 from ..client.run_ledger import LEDGERS, run_id, run_ledger
 from ..common.accounting import Charge, epsilon
@@ -199,7 +199,13 @@ def _split_lines(
 
 
 def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
-    return epsilon(charges, delta) if charges else 0.0
+    """Of one line. What is left if masking is broken is shown also where it is no bound."""
+    if not charges:
+        return 0.0
+    if (charges[0].unit, charges[0].against) == claims.OWN_SHARE:
+        found, _ = reckoned(charges, delta)
+        return math.inf if found is None else found
+    return epsilon(charges, delta)
 
 
 def _describe(
@@ -214,12 +220,14 @@ def _describe(
     charges = line.of(totals[worst])
     value = _epsilon(charges, delta)
     by_device = at in ("device", "distributed") or all(map(claims.from_training, charges))
-    holds = claims.holds_against(config, by_device)
+    bound = math.isfinite(epsilon(charges, delta))
+    holds = claims.holds_against(config, by_device) if bound else ()
     return {
         "key": line.key,
         "unit": line.unit,
         "against": line.against,
         "epsilon": value,
+        "bound": bound,
         "delta": delta,
         "adjacency": line.adjacency,
         "adjacency_means": claims.ADJACENCY[line.unit][line.adjacency],
@@ -236,7 +244,9 @@ def _describe(
         ),
         "amplified": None,
         "amplified_note": claims.NO_AMPLIFICATION,
-        "cross_check": _checked(value, charges, delta),
+        "cross_check": _checked(
+            value, charges if bound else [replace(c, distance=0.0) for c in charges], delta
+        ),
     }
 
 

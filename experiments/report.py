@@ -294,8 +294,10 @@ def colluding_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (
             str(row["colluding"]),
-            "no bound" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
-            notes.get(row["colluding"], ""),
+            "none" if row["epsilon"] is None else f"{row['epsilon']:.2f}",
+            "; ".join(
+                filter(None, (notes.get(row["colluding"]), "" if row["bound"] else "no bound"))
+            ),
         )
         for row in rows
     ]
