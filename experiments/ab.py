@@ -185,7 +185,7 @@ def spent(settings: AbSettings, ledger: Ledger) -> list[dict[str, Any]]:
     shown = (
         "unit", "against", "adjacency", "adjacency_means", "epsilon", "delta", "noise_at",
         "participations_max", "noise_counted", "holds_against", "assumptions", "cross_check",
-        "conditions", "colluding",
+        "conditions", "colluding", "bound",
     )  # fmt: skip
     return [{name: line[name] for name in shown} for line in lines]
 

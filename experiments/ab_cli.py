@@ -79,7 +79,14 @@ def _spent(lines: list[Mapping[str, Any]]) -> list[str]:
     return [
         f"spent, from the devices' ledgers: epsilon {line['epsilon']:.4f} at delta "
         f"{line['delta']:g}, {line['unit']}-level, {line['adjacency']} "
-        f"({line['adjacency_means']}), noise {line['noise_at']}, against the {line['against']}, "
+        f"({line['adjacency_means']}), noise {line['noise_at']}, against the {line['against']}"
+        f"{_if(line)}, "
         f"in at most {line['participations_max']} release(s) a device"
         for line in lines
     ]
+
+
+def _if(line: Mapping[str, Any]) -> str:
+    """What a figure against the server rests on; of one without a bound, that it has none."""
+    said = line["conditions"] if line["bound"] else ["reckoned as Gaussian noise, no bound"]
+    return f" (if: {'; '.join(said)})" if line["conditions"] else f" ({said[0]})" if said else ""

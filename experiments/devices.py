@@ -365,12 +365,15 @@ def budgets(people: Sequence[Person], console: Console) -> None:
         size = sum(each.bytes for each in sent[name])
         table.add_row(name, str(one["releases"]), *cells, str(len(sent[name])), f"{size:,}")
     console.print(table)
+    rests = {"; ".join(x["conditions"]) for one in spent.values() for x in one["lines"]} - {""}
+    for conditions in sorted(rests):
+        console.print(Text(f"against the server: if {conditions}"))
 
 
 def _columns(spent: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float | None, ...]]:
     """Heading -> each device's epsilon; adversaries against whom all are equal share a column."""
     subjects = {"client": "all records", "example": "any one record"}
-    found: dict[tuple[str, float, tuple[float | None, ...]], list[str]] = {}
+    found: dict[tuple[str, float | None, tuple[float | None, ...]], list[str]] = {}
     kinds = {(x["unit"], x["against"], x["budget"]): None for one in spent for x in one["lines"]}
     for unit, against, budget in kinds:
         values = tuple(
@@ -380,7 +383,8 @@ def _columns(spent: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float | None
         )  # fmt: skip
         found.setdefault((unit, budget, values), []).append(against)
     return {
-        f"ε {subjects[unit]},\nof {budget:g}, against\n{', '.join(names)}": values
+        f"ε {subjects[unit]},\n{'no limit' if budget is None else f'of {budget:g}'}, against\n"
+        f"{', '.join(names)}": values
         for (unit, budget, values), names in found.items()
     }
 

@@ -263,7 +263,9 @@ def _print_holds(privacy: Mapping[str, Any], console: Console) -> None:
     _heading("Against whom it holds", console)
     for line in privacy["lines"]:
         console.print(Text(line_name(line), style=f"bold {_colour(line)}"))
-        console.print(Text("  holds: " + "; ".join(line["holds_against"])))
+        console.print(
+            Text("  holds: " + ("; ".join(line["holds_against"]) or "nobody is kept out"))
+        )
         console.print(Text("  does not: " + "; ".join(line["does_not_hold_against"])))
         console.print(Text(f"  counts {line['noise_counted']}", style="dim"))
     _heading("Not covered", console)

@@ -179,11 +179,18 @@ def ab(
     run = prepare(server, device_settings(settings, enrolled), resume=resume)
     place = _followed(server, run, f"privet server ab {folder} {config} --resume")
     asked = settings.privacy
+    masks = ""
+    if asked.noise_at == "distributed":
+        most = settings.masking.colluders(settings.clients)
+        masks = (
+            f" (if: closed directory; at most {most} of the {enrolled:,} enrolled devices collude "
+            "with the server)"
+        )
     print(
         f"a device that took part in all {settings.looks} looks has spent at most epsilon "
         f"{asked.epsilon:g} at delta {asked.delta:g}, client-level, {asked.adjacency}, noise "
-        f"{asked.noise_at}, against the analyst and the server; its own ledger says what it did "
-        "spend (privet client budget)"
+        f"{asked.noise_at}, against the analyst and the server{masks}; its own ledger says what it "
+        "did spend (privet client budget)"
     )
     print(f"{place / LOG} has every number")
     if callable(context.obj):
