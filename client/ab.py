@@ -13,7 +13,7 @@ from ..common.config import Config, TrialSettings
 from ..common.errors import DataError, PrivacyError, ProtocolError
 from ..common.plan import Plan
 from .ledger import Ledger
-from .release import release
+from .release import refuse_more, release
 
 __all__ = ["answered", "outcome_vector", "take_part"]
 
@@ -96,5 +96,6 @@ def answered(
     kept = ledger.resend(client, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
+    refuse_more(ledger, client, plan, own)
     vector = outcome_vector(settings, arm, outcome)
     return release(vector, layout(settings).digest, plan, client, ledger, own.privacy, source)

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import hashlib
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,7 +39,7 @@ from .ledger import Ledger
 from .measure import arms_block, gains_block, measured
 from .pairs import tokenize_pairs
 from .persona import choose
-from .release import Statistics, budgets, charges, release
+from .release import Statistics, budgets, charges, refuse_more, release
 from .run_ledger import run_id, run_ledger
 from .training import Trainer, train
 
@@ -265,6 +266,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     kept = ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
+    refuse_more(ledger, name, plan, desk.config)
     # a device that may not release does not train either
     cost = charges(plan, released.dimension, privacy)
     ledger.check(name, cost, budgets(privacy), privacy.delta)
@@ -348,10 +350,11 @@ def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] 
 
     None: nothing, or nothing yet. It never leaves.
     """
-    dimension, config = device.desk.trainer.adapter.own.dimension, device.desk.config
+    dimension = device.desk.trainer.adapter.own.dimension
     if not dimension:
         return None
-    before = config.rounds.count + 1 if number is None else number
+    # void rounds have numbers too, so the last may be above rounds.count
+    before = sys.maxsize if number is None else number
     return at_home.before(device.desk.at_home(device.name), before, dimension)
 
 
@@ -433,6 +436,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     privacy = desk.config.privacy
     dimension = _released(desk, plan.round).dimension
     if not _answered(device, plan):
+        refuse_more(desk.ledger, name, plan, desk.config)
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
         desk.ledger.check(name, cost, budgets(privacy), privacy.delta)

@@ -335,6 +335,13 @@ class Ledger:
             asked = "SELECT round, COUNT(*) FROM release WHERE run = ? GROUP BY round"
             return dict(db.execute(asked, (run,)).fetchall())
 
+    def releases_of(self, client: str, run: str) -> int:
+        """How many releases a client has made in one run, after its chain was verified."""
+        with self._transaction("BEGIN") as db:
+            self._trusted_head(db, client)
+            asked = "SELECT COUNT(*) FROM release WHERE client = ? AND run = ?"
+            return int(db.execute(asked, (client, run)).fetchone()[0])
+
     def participations(self, client: str) -> int:
         """How many releases a client has made; 0 for an unknown one."""
         with self._transaction("BEGIN") as db:

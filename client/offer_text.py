@@ -238,14 +238,17 @@ def _person(every: Iterable["Charge"], against: str) -> "Charge | None":
 
 
 def _growing(config: Config, own: Config, charge: "Charge") -> str:
-    """A figure after one release, and after all of the run."""
+    """A figure after one release, after all of the run, and with all that may be repeated."""
     from .collusion import reckoned
 
-    count, delta = config.rounds.count, own.privacy.delta
+    count, most, delta = config.rounds.count, config.most_releases, own.privacy.delta
     shown = charge.against == "unmasked server"  # else without a bound there is no figure
-    found = [reckoned([_times(charge, n)], delta) for n in (1, count)]
-    once, always = (_about(math.inf if x is None or not (ok or shown) else x) for x, ok in found)
+    found = [reckoned([_times(charge, n)], delta) for n in (1, count, most)]
+    once, always, worst = (
+        _about(math.inf if x is None or not (ok or shown) else x) for x, ok in found
+    )
     after = f", {always} after {count}" if count > 1 else ""
+    after += f", {worst} after {most}" if most > count else ""
     less = " (as Gaussian noise: so little has no bound)" if shown and not found[0][1] else ""
     return f"{once} after 1 release{after}{less}"
 
@@ -300,6 +303,8 @@ def _adapter(config: Config, dimension: int | None) -> str:
             f"; {config.groups.count} personas, of which this device trains the one that fits your "
             "records; which one that is leaves in noised sums only"
         )
+    if own.start:
+        said += f"; it starts from what another run released (SHA-256 {shown(own.start[:16])})"
     if own.family == "fedsa":
         said += "; B is fitted to your records and stays on this device"
     return said
@@ -320,7 +325,9 @@ def _rounds(config: Config) -> str:
     own = config.rounds
     said = (
         f"{own.count}, of {own.cohort} devices each{_before(config)}; this device may be asked for "
-        f"one release in each, {own.count} at most, and what it sends cannot be taken back"
+        f"one release in each, {config.most_releases} at most"
+        + ("" if config.most_releases == own.count else ", should rounds come to nothing")
+        + ", and what it sends cannot be taken back"
     )
     if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
         said += (

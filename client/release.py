@@ -24,14 +24,14 @@ from ..common.accounting import Adjacency, Against, Charge
 from ..common.asked import Asked
 from ..common.blocks import Block
 from ..common.clipping import clip
-from ..common.config import PrivacySettings
+from ..common.config import Config, PrivacySettings
 from ..common.encoding import pack, round_randomly, rounded_sensitivity, wrap
 from ..common.errors import GateRefused, PrivacyError
 from ..common.plan import Plan
 from ..common.rotation import flat_bound, rotate
 from .ledger import Ledger
 
-__all__ = ["Statistics", "budgets", "charges", "colluding", "release"]
+__all__ = ["Statistics", "budgets", "charges", "colluding", "refuse_more", "release"]
 
 
 Statistics = Mapping[str, NDArray[np.float64]]
@@ -229,6 +229,20 @@ def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
         distance=near.slack if variance else 0.0,
         ratio=near.ratio if variance else 0.0,
     )
+
+
+def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
+    """The owner agreed to a number of releases, whatever numbers the server gives its rounds.
+
+    Raises:
+        PrivacyError: this client has made them in this run.
+    """
+    if ledger.releases_of(client, plan.run) >= own.most_releases:
+        raise PrivacyError(
+            f"round {plan.round}: this device has made the {own.most_releases} releases in run "
+            f"{plan.run} that it may (rounds.count, and rounds.spare for rounds that came to "
+            "nothing); a server that wants more offers the run again with a larger rounds.count"
+        )
 
 
 def budgets(privacy: PrivacySettings) -> dict[str, float]:

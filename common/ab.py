@@ -67,6 +67,8 @@ class OnDevices(_Settings):
     gather_s: float = Field(30.0, ge=0, description="the first look, for everybody to be there")
     timeout_s: float = Field(86400.0, gt=0, description="any look, for as many as it needs")
     answer_s: float = Field(60.0, gt=0, description="a device's answer")
+    patience: int = Field(10, ge=1, description="void attempts in a row that end the experiment")
+    wait_s: float = Field(120.0, ge=0, description="longest wait after one; 1, 2, 4 s first")
 
 
 class AbSettings(TrialSettings):

@@ -67,6 +67,7 @@ class AdapterSettings(_Settings):
     last_blocks: int = Field(12, ge=1, description="only the last blocks are adapted")
     modules: tuple[str, ...] = Field((), description="linear layers by name; empty: the usual four")
     seed: int = Field(7, ge=0, description="public: the frozen factor of ffa and lora's start")
+    start: str = Field("", max_length=1024, description="a run to start from; empty: anew")
 
 
 class GroupSettings(_Settings):
@@ -255,6 +256,13 @@ class RoundSettings(_Settings):
     count: int = Field(4, ge=1)
     cohort: int = Field(64, ge=1, description="clients asked in a round; the public denominator")
     quorum: float = Field(0.5, gt=0, le=1, description="smaller share of replies: round is void")
+    patience: int = Field(10, ge=1, description="void attempts in a row that end the run")
+    wait_s: float = Field(
+        120.0, ge=0, description="real devices: longest wait after a void attempt; 1, 2, 4 s first"
+    )
+    spare: int = Field(
+        2, ge=0, description="releases a device makes beyond count, where rounds were void"
+    )
     timeout_s: float = Field(3600.0, gt=0, description="what training may last on a device")
     answer_timeout_s: float = Field(60.0, gt=0, description="the other phases of a round")
     gather_s: float = Field(
@@ -570,8 +578,19 @@ class Config(_Settings):
         return self.masking.colluders(self.rounds.cohort)
 
     @property
+    def most_releases(self) -> int:
+        """Of one device in the run: a round that came to nothing may be asked for anew.
+
+        An experiment's epsilon is that of its looks, so there it is their number.
+        """
+        return self.rounds.count + (0 if self.trial else self.rounds.spare)
+
+    @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides results; speed settings and the name left out."""
+        """SHA-256 of everything that decides results; speed settings and the name left out.
+
+        How long a server waits for devices that do not come decides none.
+        """
         # without groups, pairs or arms, the digest of a run begun before there were any stays valid
         unused = {
             "groups": self.groups.count == 1, "preference": not self.pairs, "ab": not self.ab.arms
@@ -583,12 +602,15 @@ class Config(_Settings):
             ("training", TrainingSettings, ("ends", "opening", "packed")),
             ("masking", MaskingSettings, ("degree", "threshold")),
             ("privacy", PrivacySettings, ("clip_chosen", "directory")),
+            ("adapter", AdapterSettings, ("start",)),
         ):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:
                     del settings[section][name]
         if not self.privacy.budget.open_directory:
             del settings["privacy"]["budget"]["open_directory"]
+        for name in ("patience", "wait_s", "spare"):
+            del settings["rounds"][name]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -11,6 +11,7 @@
     │   └── BudgetExceeded      the next release would exceed the device's budget
     ├── StateError              files privet wrote: run folder, checkpoint, ledger
     │   ├── RunExists           the run folder holds a run already
+    │   ├── RunUnfinished       a run ended without its rounds: exit code 1
     │   ├── CheckpointCorrupt   a checkpoint does not verify; it was kept aside
     │   └── LedgerCorrupt       a ledger does not verify; it was kept aside or left untouched
     └── ProtocolError           bytes from a peer: names the sender and the round
@@ -34,12 +35,15 @@ __all__ = [
     "ProtocolError",
     "RoundVoid",
     "RunExists",
+    "RunUnfinished",
     "StateError",
 ]
 
 
 class PrivetError(Exception):
-    """Base class; its message is a full sentence, printed without a traceback, exit code 2."""
+    """Base class; its message is a full sentence, printed without a traceback."""
+
+    exit_code = 2
 
 
 class ConfigError(PrivetError):
@@ -80,6 +84,12 @@ class StateError(PrivetError):
 
 class RunExists(StateError):
     """The run folder holds a run already."""
+
+
+class RunUnfinished(StateError):
+    """A run ended without its rounds; what is done is kept, and it can be gone on with."""
+
+    exit_code = 1
 
 
 class CheckpointCorrupt(StateError):

@@ -239,10 +239,11 @@ class Plan:
         """
         client, example = own.privacy.client, own.privacy.example
         noise = client.noise_multiplier * client.clip if client.enabled else 0.0
-        # a server that was restarted often, and none that has devices fill their disks
+        # a server that was restarted often, and none that has devices fill their disks; how often
+        # one device releases is bounded by its ledger (`Config.most_releases`)
         attempts = 100 + 10 * own.rounds.count
         checks: tuple[tuple[str, bool, float | str], ...] = (
-            ("round", self.round <= own.rounds.count, own.rounds.count),
+            ("round", self.round <= attempts, attempts),
             ("attempt", self.attempt <= attempts, attempts),
             ("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),
             ("clip", self.clip <= client.clip, client.clip),

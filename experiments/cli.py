@@ -29,13 +29,21 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outp
 
 def simulate(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A TOML file, or a name: demo, ratings, tiny.")
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A TOML file, or a name: demo, ratings, tiny; with --resume a run, too.",
+        ),
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
     ] = None,
     engine: Annotated[str, typer.Option(help="local (this process) or ray.")] = "local",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run there is.")] = False,
+    start_from: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Start from its adapter, as adapter.start does."),
+    ] = None,
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make the run folder, for `flwr run`, and stop.")
     ] = False,
@@ -45,8 +53,13 @@ def simulate(
     from . import report
     from . import simulate as stages
 
-    settings = _settings(config, set_ or [])
-    folder = RUNS / settings.name
+    overrides = list(set_ or []) + ([f"adapter.start={start_from}"] if start_from else [])
+    again = _run_to_resume(config) if resume else None
+    if again is not None:
+        settings, folder = _read_run(again, overrides), again
+    else:
+        settings = _settings(config, overrides)
+        folder = RUNS / settings.name
     if prepare_only:
         stages.prepare(settings, folder, resume=resume)
         print(folder.resolve())
@@ -209,6 +222,22 @@ def demo_devices() -> None:
     from . import devices
 
     devices.demo(RUNS / "demo-devices", _console())
+
+
+def _run_to_resume(named: str) -> Path | None:
+    """The run folder at this path; or below `runs`, where no configuration has the name."""
+    if (Path(named) / "config.toml").is_file():
+        return Path(named)
+    is_config = Path(named).is_file() or (Path(__file__).parent / f"configs/{named}.toml").exists()
+    place = RUNS / named
+    return place if not is_config and (place / "config.toml").is_file() else None
+
+
+def _read_run(folder: Path, overrides: list[str]) -> Any:
+    """A run's own settings, some of them changed."""
+    from ..common.config import read
+
+    return read(folder / "config.toml", overrides)
 
 
 def _settings(config: str, overrides: list[str]) -> Any:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from flwr.serverapp import Grid, ServerApp
 from ..client.app import app as client_app
 from ..common.config import Config
 from ..common.errors import ConfigError, StateError
+from ..common.files import read_lines
 from ..server.app import serve
+from ..server.rounds import LOG
 from . import progress
 from .grid import LocalGrid
 
@@ -76,27 +79,33 @@ def _local(folder: Path, config: Config, live: Any) -> None:
         return reply
 
     try:
-        app = functools.partial(mortal, config, timed)
+        app = functools.partial(mortal, config, timed, folder=folder)
         serve(LocalGrid(app, config.data.clients, str(folder)), folder, live.show)
     finally:
         add(folder, training=seconds)
 
 
-def mortal(config: Config, app: Answers, message: Message, context: Context) -> Message:
+def mortal(
+    config: Config, app: Answers, message: Message, context: Context, folder: Path | None = None
+) -> Message:
     """The ClientApp of a device that may die before or after it has handled a message."""
-    loss = _lost(config, message, int(context.node_config["partition-id"]))
+    loss = _lost(config, message, int(context.node_config["partition-id"]), folder)
     reply = None if loss == "before" else app(message, context)
     return Message(Error(code=0, reason=LOST), reply_to=message) if reply is None or loss else reply
 
 
-def _lost(config: Config, message: Message, client: int) -> Loss | None:
-    """Whether this device dies here: at a phase of the round drawn by public seed."""
+def _lost(config: Config, message: Message, client: int, folder: Path | None = None) -> Loss | None:
+    """Whether this device dies here: at a phase of the round drawn by public seed.
+
+    A void round that is asked again under its number has other weather: `folder` says how often.
+    """
     kind = message.metadata.message_type.partition(".")[2]
     if not config.simulation.dropout or kind == "hello":
         return None
     phases = ("round",) if kind == "round" else PHASES
     number = int(message.content["plan"]["round"])
-    rng = np.random.default_rng([config.data.seed, number, client])
+    again = 0 if folder is None else _asked_before(folder / LOG, number)
+    rng = np.random.default_rng([config.data.seed, number, client, *([again] if again else [])])
     if rng.random() >= config.simulation.dropout:
         return None
     fatal, side = int(rng.integers(len(phases))), rng.random()
@@ -104,6 +113,16 @@ def _lost(config: Config, message: Message, client: int) -> Loss | None:
     if here > fatal:
         return "before"
     return ("before" if side < 0.5 else "after") if here == fatal else None
+
+
+def _asked_before(log: Path, number: int) -> int:
+    return _voids(log, log.stat().st_size).get(number, 0) if log.exists() else 0
+
+
+@functools.lru_cache(maxsize=1)
+def _voids(log: Path, _size: int) -> dict[int, int]:
+    """How often each round was void and is asked again; the log is read when it has grown."""
+    return dict(Counter(one["round"] for one in read_lines(log) if one.get("again")))
 
 
 def _ray(folder: Path, config: Config, show: Any) -> None:
@@ -128,7 +147,9 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
     try:
         run_simulation(
             server_app,
-            functools.partial(at, str(folder), functools.partial(mortal, config, told)),
+            functools.partial(
+                at, str(folder), functools.partial(mortal, config, told, folder=folder)
+            ),
             num_supernodes=config.data.clients,
             backend_config={
                 "client_resources": resources,

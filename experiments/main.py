@@ -1,7 +1,7 @@
 """The one command `privet`: sub-commands put together, and every error told in one place.
 
-Exit codes: 0 done; 1 a fault of privet's; 2 a sentence about the call, the settings or the files;
-130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 a fault of privet's, or a run that ended without its rounds; 2 a sentence
+about the call, the settings or the files; 130 stopped by Ctrl-C.
 """
 
 import os
@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except PrivetError as error:
         _trace(verbose)
-        return _say(str(error), 2)
+        return _say(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         code = 130
     except BrokenPipeError:

@@ -54,7 +54,8 @@ def device_facts(run_folder: Path) -> dict[str, Any]:
     rounds, records = _announced(run_folder), read_lines(run_folder / LOG)
     _refuse_gaps(run_folder, rounds, records)
     facts = facts_of(config, histories(config, rounds))
-    void = {record["round"] for record in records if record["void"]}
+    opened = {record["round"] for record in records if not record["void"]}
+    void = {record["round"] for record in records} - opened  # asked again and opened: not void
     summed = histories(config, [one for one in rounds if one.plan.round not in void])
     declined = sum(record["declined"] for record in records)
     return {

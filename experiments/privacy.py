@@ -31,7 +31,7 @@ from ..server.rounds import PLANS
 from . import claims
 from .accountants import cross_check
 
-__all__ = ["History", "facts_of", "history_of", "privacy_facts"]
+__all__ = ["History", "facts_of", "history_of", "privacy_facts", "reasons"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def facts_of(
         "histories": _distinct(totals, spent, lines, delta),
         "rounds": _rounds(histories, lines, delta),
         "mechanisms": _mechanisms(totals, delta, config.statistics.enabled),
-        "declined": _reasons(declined),
+        "declined": reasons(declined),
         "not_covered": claims.not_covered(config),
         "adversaries": list(claims.ADVERSARIES),
         "devices": None,
@@ -381,7 +381,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _reasons(declined: Sequence[Declined]) -> dict[str, int]:
+def reasons(declined: Sequence[Declined]) -> dict[str, int]:
     """Reasons with their counts; names of clients taken out, so that equal reasons are one."""
     texts = (one.reason.replace(repr(one.client), "a device") for one in declined)
     return dict(Counter(" ".join(text.split()) for text in texts).most_common())

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from ..common.config import Config
 from ..common.files import explain_os_errors, read_lines
+from ..server.void import sentence, trained
 
 __all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
 
@@ -67,7 +68,7 @@ def counting(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def rounds(config: Config, folder: Path) -> Iterator[Live]:
     """The bar over all clients of all rounds; a line a round goes above it."""
-    done = len(read_lines(folder / "rounds.jsonl"))
+    done = trained(read_lines(folder / "rounds.jsonl"))
     if done:
         say(f"going on after round {done} of {config.rounds.count}")
     left = (config.rounds.count - done) * config.rounds.cohort
@@ -101,14 +102,15 @@ def tensorboard(folder: Path) -> None:
 
 def line(record: Mapping[str, Any], count: int) -> str:
     """`round 3/8  64 asked  64 answered  0 declined  mean 0.21  moved 0.55  61.2 s`"""
+    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
     text = (
-        f"round {record['round']}/{count}  {record['asked']} asked  {record['answered']} answered  "
+        f"round {record['round']}{of}  {record['asked']} asked  {record['answered']} answered  "
         f"{record['declined']} declined  "
     )
     if record.get("refused"):
         text += f"[yellow]{record['refused']} did not fit[/]  "
     if record["void"]:
-        return f"{text}[yellow]void: too few answers, no sum was decoded[/]"
+        return f"{text}[yellow]{escape(sentence(record))}[/]"
     text += _statistics(record.get("statistics", {}))
     return (
         f"{text}noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}  "

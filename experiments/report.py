@@ -19,6 +19,7 @@ from rich.text import Text
 from ..common.config import DEVICES, read
 from ..common.errors import StateError
 from ..common.files import keep_aside, read_lines, write_atomic, write_json_atomic
+from ..server import starting
 from . import progress
 from .claims import COLLUDING, NO_EVALUATION, headline, line_name, main_line
 from .plans import device_facts, device_measured
@@ -66,11 +67,19 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
         privacy = privacy_facts(run_folder)
         known = _measured(run_folder)
     config = read(run_folder / "config.toml")
+    start = starting.facts(run_folder)
+    if start is not None:
+        said = starting.said(start, config.data.source == DEVICES)
+        privacy = {**privacy, "start": start, "not_covered": [said, *privacy["not_covered"]]}
     evaluation = _json(run_folder / "evaluation.json")
+    records = read_lines(run_folder / "rounds.jsonl")
+    void = {one["round"] for one in records} - {one["round"] for one in records if not one["void"]}
     return {
-        "summary": build_summary(
-            config, privacy, evaluation, known if measured is None else measured
-        ),
+        "summary": {
+            **build_summary(config, privacy, evaluation, known if measured is None else measured),
+            "rounds": sum(row["round"] not in void for row in privacy["rounds"]),
+            **({} if start is None else {"start": start}),
+        },
         "privacy": privacy,
         "statistics": _statistics(run_folder),
         **_looks(run_folder),

@@ -26,19 +26,23 @@ from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.ledger import Ledger, budget_of
 from ..client.release import budgets, charges
-from ..client.run_ledger import LEDGERS, ledger_path
+from ..client.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
 from ..common import config as settings
 from ..common.accounting import Charge, within
 from ..common.adapter import exchanged
 from ..common.config import Config
-from ..common.errors import ConfigError, RunExists, StateError
-from ..common.files import explain_os_errors, write_atomic, write_json_atomic
+from ..common.errors import ConfigError, RunExists, RunUnfinished, StateError
+from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
 from ..common.keys import Directory, Secret, write_directory
 from ..common.plan import Plan
-from ..server.rounds import make_plan
+from ..server import starting
+from ..server.resuming import resumed
+from ..server.rounds import LOG, make_plan
+from ..server.void import trained
 from . import datasets, engine, evaluation, progress
 from .dialects import BASE, ensure_base
 from .preferences import refuse_other_cut
+from .privacy import reasons
 
 __all__ = ["prepare", "simulate"]
 
@@ -62,6 +66,7 @@ def simulate(
     Raises:
         RunExists: the folder holds a run and `resume` is false.
         ConfigError: `resume` with other settings than the run was started with.
+        RunUnfinished: too many attempts in a row were void; it can be gone on with.
     """
     from . import report
 
@@ -69,13 +74,18 @@ def simulate(
     config = prepare(config, folder, resume=resume)
     for warning in config.warnings():
         progress.warn(warning)
-    if not (folder / "adapter" / "adapter_config.json").exists():
+    missing = trained(read_lines(folder / LOG)) < config.rounds.count
+    if missing or not (folder / "adapter" / "adapter_config.json").exists():
         progress.say(
             f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
             f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
         )
-        with _measuring(folder, "rounds"):
-            engine.run(engine_name, folder, config)
+        try:
+            with _measuring(folder, "rounds"):
+                engine.run(engine_name, folder, config)
+        except RunUnfinished:
+            _tell_why_devices_declined(folder)
+            raise
     if not (folder / "evaluation.json").exists():
         progress.say("measuring base, shared and personal models on held-out records")
         with _measuring(folder, "evaluation"):
@@ -83,6 +93,14 @@ def simulate(
     report.write(folder, measured(folder))
     progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def _tell_why_devices_declined(folder: Path) -> None:
+    """What the simulated devices' own ledgers say; no server reads it."""
+    with run_ledger(folder, run_id(folder)) as ledger:
+        found = reasons(ledger.declined())
+    for reason, count in list(found.items())[:3]:
+        progress.warn(f"{count} times a simulated device declined: {reason}")
 
 
 def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
@@ -100,6 +118,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     people = _people(config)
     config = _with_task(config, people)
     sent = exchanged(config)
+    config, start = starting.take(config, sent, [folder.parent])
     plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
     dimension = sent.released(1).dimension
     _warn_of_declining(config, plan, dimension)
@@ -113,6 +132,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         write_atomic(partial / "config.toml", settings.to_toml(config).encode())
         run = f"{config.name}-{secrets.token_hex(8)}"
         write_atomic(partial / "run-id", f"{run}\n".encode())
+        starting.keep(partial, start)
         Ledger.open(partial / LEDGERS, owner=run).close()
         _enrol(partial, people.train_users)
         write_json_atomic(partial / MEASURED, sizes)
@@ -217,14 +237,8 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
         raise RunExists(f"{folder} exists but holds no run of privet; choose another name")
     kept = settings.read(folder / "config.toml")
     index = data.read_index(folder)
-    wanted = _with_task(config, index)
-    if wanted.digest != kept.digest:
-        raise ConfigError(
-            f"{folder} was started with other settings ({_difference(kept, wanted)}); resume with "
-            "the same ones, or choose another name with --set name=..."
-        )
     ledger_path(folder)
-    return kept
+    return resumed(folder, kept, _with_task(config, index))
 
 
 def _people(config: Config) -> datasets.Population:
@@ -252,17 +266,3 @@ def _with_task(config: Config, people: Any) -> Config:
                 f"data.{name} = {asked!r}, but the records of {config.data.source} say {value!r}"
             )
     return config.model_copy(update={"data": config.data.model_copy(update=chosen)})
-
-
-def _difference(kept: Config, wanted: Config) -> str:
-    left, right = kept.model_dump(mode="json"), wanted.model_dump(mode="json")
-    return _first_difference(left, right, "") or "unknown"
-
-
-def _first_difference(left: Any, right: Any, where: str) -> str | None:
-    if isinstance(left, dict) and isinstance(right, dict):
-        for key in left:
-            if found := _first_difference(left[key], right.get(key), f"{where}.{key}".lstrip(".")):
-                return found
-        return None
-    return None if left == right else f"{where} was {left!r}, is now {right!r}"

@@ -84,7 +84,8 @@ def device_settings(settings: AbSettings, enrolled: int) -> Config:
     table["data"] |= {"source": DEVICES, "clients": enrolled}
     table["ab"] = settings.trial.model_dump(mode="json")
     table["rounds"] |= {"gather_s": times.gather_s, "timeout_s": times.timeout_s,
-                        "answer_timeout_s": times.answer_s}  # fmt: skip
+                        "answer_timeout_s": times.answer_s, "patience": times.patience,
+                        "wait_s": times.wait_s}  # fmt: skip
     return parse(table, source=f"the experiment {settings.name}")
 
 

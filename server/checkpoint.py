@@ -25,7 +25,7 @@ from safetensors import numpy as safetensors_numpy
 from ..common.errors import CheckpointCorrupt, StateError
 from ..common.files import explain_os_errors, keep_aside, write_atomic
 
-__all__ = ["CURRENT", "PREVIOUS", "Checkpoint", "load", "save"]
+__all__ = ["CURRENT", "PREVIOUS", "Checkpoint", "load", "restamp", "save"]
 
 CURRENT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -128,6 +128,23 @@ def load(
         ) from None
     note = f"{problem}. Going on from the previous one, {previous}, of round {found.round}."
     return replace(found, note=note)
+
+
+def restamp(folder: str | os.PathLike[str], *, run: str, config_hash: str) -> None:
+    """Says that both checkpoints of `folder` belong to settings of this hash from now on.
+
+    For settings that may change while a run goes on. A damaged file is left to `load`.
+
+    Raises:
+        CheckpointCorrupt: a checkpoint is of another run.
+        StateError: a file cannot be read or written.
+    """
+    for path in (Path(folder) / PREVIOUS, Path(folder) / CURRENT):
+        try:
+            found = _read(path, {"run": run})
+        except _Damaged:
+            continue
+        write_atomic(path, _encode(replace(found, config_hash=config_hash)))
 
 
 class _Damaged(Exception):

@@ -19,13 +19,14 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..common.errors import AssetError, ConfigError, RunExists, StateError
+from ..common.errors import AssetError, ConfigError, RunExists, RunUnfinished, StateError
 from ..common.files import explain_os_errors, owners_own, read_lines, write_atomic
 
 if TYPE_CHECKING:
     from ..common.config import Config
     from .control import Run
     from .setup import Server
+    from .starting import Start
 
 __all__ = ["app", "facts", "follow", "prepare", "supervise"]
 
@@ -240,8 +241,8 @@ def status(folder: _Folder, as_json: _Json = False) -> None:
     for one in found["runs"]:
         void = sum(record["void"] for record in one["rounds"])
         print(
-            f"run {one['name']}: {one['status']}, {len(one['rounds'])} of {one['count']} rounds"
-            + (f", {void} void" if void else "")
+            f"run {one['name']}: {one['status']}, {len(one['rounds']) - void} of {one['count']} "
+            f"rounds" + (f", {void} void attempts" if void else "")
         )
         for record in one["rounds"]:
             print(f"  {_line(record, one['count'])}")
@@ -273,14 +274,17 @@ def facts(server: "Server") -> dict[str, Any]:
             "online": None if ours is None else sum(node.status == "online" for node in ours),
         },
         "runs": [
-            _run_facts(place, latest, known is not None)
+            _run_facts(place, latest, known is not None, _names(server))
             for place in sorted((server.folder / "runs").glob("*/config.toml"))
         ],
     }
 
 
-def _run_facts(config: Path, latest: Mapping[str, str], asked: bool) -> dict[str, Any]:
+def _run_facts(
+    config: Path, latest: Mapping[str, str], asked: bool, names: Mapping[int, str]
+) -> dict[str, Any]:
     from ..common.config import read
+    from .void import sentence
 
     place = config.parent
     counts = ("round", "asked", "answered", "declined", "refused", "void")
@@ -290,6 +294,7 @@ def _run_facts(config: Path, latest: Mapping[str, str], asked: bool) -> dict[str
         "count": read(config).rounds.count,
         "rounds": [
             {name: record[name] for name in counts if name in record}
+            | ({"why": sentence(record, names)} if record["void"] else {})
             for record in read_lines(place / LOG)
         ],
     }
@@ -305,11 +310,13 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
 
     Raises:
         ConfigError: settings that real devices cannot take part in, or others than the run that
-            is resumed was started with.
+            is resumed was started with and may not go on with (`server/resuming.py`).
         RunExists: there is a run of this name, and `resume` is false.
         StateError: nothing to resume, or nobody is enrolled.
     """
     from ..common.config import read, to_toml
+    from .resuming import resumed
+    from .starting import keep
 
     config = _resolved(server, config)
     place = server.folder / "runs" / config.name
@@ -319,20 +326,15 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
                 f"{place} holds a run already; go on with --resume, or choose another name with "
                 "--set name=..."
             )
-        kept = read(place / "config.toml")
-        if kept.digest != config.digest:
-            raise ConfigError(
-                f"{place} was started with other settings, or other devices were enrolled then; "
-                "resume with the same ones, or choose another name with --set name=..."
-            )
-        return kept
-    _try_out(config)
+        return resumed(place, read(place / "config.toml"), config)
+    config, start = _try_out(server, config)
     partial = place.with_name(f".{place.name}.partial")
     try:
         with explain_os_errors(place, "make the run folder"):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, mode=0o700)
         write_atomic(partial / "config.toml", to_toml(config).encode())
+        keep(partial, start)
         write_atomic(partial / "run-id", f"{config.name}-{os.urandom(8).hex()}\n".encode())
         with explain_os_errors(place, "make the run folder"):
             shutil.copyfile(server.folder / "directory", partial / "directory")
@@ -373,16 +375,19 @@ def _resolved(server: "Server", config: "Config") -> "Config":
     return parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
 
 
-def _try_out(config: "Config") -> None:
+def _try_out(server: "Server", config: "Config") -> tuple["Config", "Start | None"]:
+    """Refuse what cannot run; the settings, and the adapter that the run starts from."""
     from ..common.adapter import exchanged
     from .ab import plan_of
     from .rounds import make_plan
+    from .starting import take
 
     if config.trial is not None:
         plan_of(config, config.trial, config.name, 1)
-        return
+        return config, None
     sent = exchanged(config)
     make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
+    return take(config, sent, [server.folder / "runs"])
 
 
 def follow(
@@ -395,9 +400,12 @@ def follow(
     without a round in between.
 
     Raises:
-        StateError: the run was refused or stopped, or was lost too often.
+        RunUnfinished: the run ended without its rounds: it was refused or stopped, was lost too
+            often, or too many attempts in a row were void.
     """
     from . import control, serving
+
+    names = _names(server)
 
     shown = failures = 0
     gone, silent = False, 0.0
@@ -411,7 +419,7 @@ def follow(
             now, gone = None, True
         records = read_lines(place / LOG)  # after the status: the last round is never missed
         for record in records[shown:]:
-            show(_line(record, count))
+            show(_line(record, count, names))
             for line in _arms(record):
                 show(line)
         failures = 0 if len(records) > shown else failures
@@ -429,13 +437,34 @@ def follow(
             flower = _again(server, place, flower, failures, show)
             silent = 0.0
         time.sleep(LOOK_S)
+    _refuse_unfinished(place, count)
     show(f"done: {place / 'adapter' if (place / 'adapter').exists() else place}")
 
 
-def _ended(place: Path, run: "Run", refused: str) -> StateError:
+def _names(server: "Server") -> dict[int, str]:
+    """What the enrolled devices are called, by number."""
+    from . import enrolment
+
+    return {one.number: one.card.name for one in enrolment.devices(server)}
+
+
+def _refuse_unfinished(place: Path, count: int) -> None:
+    """What did not work is not reported as done; an experiment may find its answer early."""
+    from . import void
+
+    records = read_lines(place / LOG)
+    found = any(one["found"] for r in records if "look" in r for one in r["look"]["differences"])
+    if not found and (done := void.trained(records)) < count:
+        raise RunUnfinished(
+            f"the run {place.name} ended with {done} of {count} rounds done; what is done is kept: "
+            "go on with --resume"
+        )
+
+
+def _ended(place: Path, run: "Run", refused: str) -> RunUnfinished:
     how = "was stopped" if run.status == "stopped" else "failed"
     why = refused or run.details or "its server process ended without a word"
-    return StateError(
+    return RunUnfinished(
         f"the run {place.name} {how}: {why}; see logs/superexec.log, and go on with --resume"
     )
 
@@ -594,16 +623,19 @@ def _number(value: int | None) -> str:
     return "?" if value is None else str(value)
 
 
-def _line(record: Mapping[str, Any], count: int) -> str:
-    """`round 3/8  6 asked  5 came  1 declined`"""
+def _line(record: Mapping[str, Any], count: int, names: Mapping[int, str] | None = None) -> str:
+    """`round 3/8  6 asked  5 came  1 declined`; of a void attempt, who is missing and why."""
+    from .void import sentence
+
+    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
     text = (
-        f"round {record['round']}/{count}  {record['asked']} asked  {record['answered']} came  "
+        f"round {record['round']}{of}  {record['asked']} asked  {record['answered']} came  "
         f"{record['declined']} declined"
     )
     if record.get("refused"):
         text += f"  {record['refused']} did not fit"
     if record["void"]:
-        text += "  void: too few, nothing was revealed"
+        text += f"  {record.get('why') or sentence(record, names)}"
     return text + (f"  {record['seconds']:.1f} s" if "seconds" in record else "")
 
 

@@ -7,6 +7,7 @@ who answered. A look that a crash cut short is asked again, of those who had not
 releases a look twice, and a sum that too few are in is not opened.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,9 +18,18 @@ import numpy as np
 from ..common.ab import layout
 from ..common.config import Config, TrialSettings
 from ..common.files import append_line, read_lines
-from . import ab
-from .cohort import draw
-from .rounds import LOG, Ask, Present, Show, Vector, summed
+from . import ab, void
+from .rounds import (
+    LOG,
+    Ask,
+    Present,
+    Show,
+    Vector,
+    ask_again,
+    attempt,
+    begun_before,
+    wait_or_end,
+)
 
 __all__ = ["DUE", "run_looks"]
 
@@ -47,22 +57,33 @@ def run_looks(
 
     Returns:
         What devices are told at the end: zeros, for there is no adapter.
+
+    Raises:
+        RunUnfinished: `rounds.patience` attempts in a row were void.
     """
     start = np.zeros(layout(trial).dimension, np.float32)
-    for look in range(len(read_lines(folder / LOG)) + 1, trial.looks + 1):
+    voids, unsure = 0, begun_before(folder)
+    while (look := void.trained(records := read_lines(folder / LOG)) + 1) <= trial.looks:
         if trial.stop and _found(folder):
             break
         _wait(folder, look, trial.hours, greet)
         there, began = present(), time.perf_counter()
-        drawn = draw(len(there), min(config.rounds.cohort, len(there)), look, config.data.seed)
-        cohort = [there[place] for place in drawn]
-        plan = ab.plan_of(config, trial, run, look)
-        total, record, phases = summed(ask, config, cohort, plan, start, folder, len(start))
-        if total is not None:
-            record["look"] = ab.told(ab.sums_of(total, plan), plan, record["answered"], trial)
+        # a void look is none; where somebody may have released in it, its number is used up
+        number = 1 + max((one["round"] for one in records if not one.get("again")), default=0)
+        plan = ab.plan_of(config, trial, run, number)
+        total, record, phases = attempt(
+            ask, config, there, plan, start, folder, len(start), number == unsure
+        )
+        voids = 0 if total is not None else voids + 1
+        if total is None:
+            record |= ask_again(config, voids)
+        else:
+            shown = dataclasses.replace(plan, round=look)
+            record["look"] = ab.told(ab.sums_of(total, plan), shown, record["answered"], trial)
         record |= {"seconds": time.perf_counter() - began, "phases": phases}
         append_line(folder / LOG, record)
         show(record)
+        wait_or_end(config, record, folder)
     return start
 
 

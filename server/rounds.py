@@ -5,7 +5,8 @@ Read `run_rounds` downwards; it is the whole server. It knows no Flower: `ask` i
 **Guarantee**: what is stored or shown of a round is a function of the noised sum and of who
 answered. The sum is held as integers mod 2**bits, memory O(dimension); with `noise_at = server`
 the noise is added to it before anything is decoded. A round with too few answers is void: no sum
-is decoded, and what the clients spent stays spent.
+is decoded, and what the clients spent stays spent. It does not count, and is asked again
+(`server/void.py`), `rounds.patience` times in a row.
 """
 
 import dataclasses
@@ -30,18 +31,34 @@ from ..common.encoding import (
     unwrap,
     wrap,
 )
-from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid
+from ..common.errors import (
+    CheckpointCorrupt,
+    ConfigError,
+    ProtocolError,
+    RoundVoid,
+    RunUnfinished,
+)
 from ..common.exchange import Exchange
 from ..common.files import append_line, read_lines, write_atomic
 from ..common.masking import Graph, sized_graph
 from ..common.plan import Plan, work
 from ..common.rotation import unrotate
-from . import aggregation, checkpoint, masking, updates
+from . import aggregation, checkpoint, masking, updates, void
 from .cohort import draw
 from .sizing import size, sized_block
 from .statistics import told
 
-__all__ = ["PLANS", "Reply", "make_plan", "masked_sum", "run_rounds", "summed"]
+__all__ = [
+    "PLANS",
+    "Reply",
+    "ask_again",
+    "attempt",
+    "begun_before",
+    "make_plan",
+    "masked_sum",
+    "run_rounds",
+    "wait_or_end",
+]
 
 Vector = NDArray[np.float32]
 
@@ -68,7 +85,7 @@ Present = Callable[[], Sequence[int]]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """After `round` rounds: the global adapter and the optimiser's memory."""
+    """After the round of number `round`: the global adapter and the optimiser's memory."""
 
     round: int
     adapter: Vector
@@ -95,27 +112,34 @@ def run_rounds(
         layout: digest of the state's layout.
         start: state before the first round, shape (d,): the adapter, or those of all personas.
         folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
-        show: called with each round's record.
+        show: called with the record of each attempt, void ones too.
         present: the clients that are there as a round begins, ascending; all of them when None.
         exchange: what of the state a round's contributions hold; None: all of it.
 
     Returns:
         The state after the last round.
+
+    Raises:
+        RunUnfinished: `rounds.patience` attempts in a row were void.
     """
-    state = _resume(config, run, layout, start, folder)
-    for number in range(state.round + 1, config.rounds.count + 1):
+    state, voids = _resume(config, run, layout, start, folder), 0
+    unsure = begun_before(folder)
+    while void.trained(read_lines(folder / LOG)) < config.rounds.count:
+        number = state.round + 1
         there = range(config.data.clients) if present is None else present()
         began = time.perf_counter()
-        asked = min(config.rounds.cohort, len(there))
-        drawn = draw(len(there), asked, number, config.data.seed)
-        cohort = [there[place] for place in drawn]
         plan = make_plan(config, run, number, layout, state.adapter, exchange)
         size = len(state.adapter) if exchange is None else exchange.released(number).dimension
-        total, record, phases = summed(ask, config, cohort, plan, state.adapter, folder, size)
+        total, record, phases = attempt(
+            ask, config, there, plan, state.adapter, folder, size, number == unsure
+        )
+        voids = 0 if total is not None else voids + 1
         if total is None:
-            adapter, memory, said = _unmoved(config, exchange, number, state)
-            record |= said
-            state = State(number, adapter, memory)
+            record |= ask_again(config, voids)
+            if not record["again"]:
+                adapter, memory, said = _unmoved(config, exchange, number, state)
+                record |= said
+                state = State(number, adapter, memory)
         else:
             mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
             if plan.blocks:
@@ -130,9 +154,85 @@ def run_rounds(
             state = State(number, adapter, memory)
         record["seconds"] = time.perf_counter() - began
         record["phases"] = phases
-        _keep(folder, config, run, layout, state, record)
+        if record.get("again"):
+            append_line(folder / LOG, record)
+        else:
+            _keep(folder, config, run, layout, state, record)
         show(record)
+        wait_or_end(config, record, folder)
     return state.adapter
+
+
+def ask_again(config: Config, voids: int) -> dict[str, Any]:
+    """What a void attempt's record says of the next one; no `wait_s`: there is none."""
+    found: dict[str, Any] = {"attempt": voids}
+    return (
+        found if voids >= config.rounds.patience else found | {"wait_s": void.wait_s(config, voids)}
+    )
+
+
+def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None:
+    """After an attempt: nothing where it was opened, else the wait until the next.
+
+    Raises:
+        RunUnfinished: it was the last in a row that `rounds.patience` allows.
+    """
+    if not record["void"]:
+        return
+    if "wait_s" in record:
+        time.sleep(record["wait_s"])
+        return
+    done, what = void.trained(read_lines(folder / LOG)), "looks" if config.trial else "rounds"
+    raise RunUnfinished(
+        f"{done} of {config.rounds.count} {what} of {config.name} are done, and the last "
+        f"{record['attempt']} attempts were void (rounds.patience = {config.rounds.patience}): "
+        f"round {record['round']} {void.sentence(record)}. What is done is kept: go on with "
+        "--resume when more can take part"
+    )
+
+
+def begun_before(folder: Path) -> int:
+    """The number of the round that was asked for last when this process began; 0: none.
+
+    Somebody may have released in it, and the process that would know is gone.
+    """
+    return max((int(line["plan"]["round"]) for line in read_lines(folder / PLANS)), default=0)
+
+
+def attempt(
+    ask: Ask,
+    config: Config,
+    there: Sequence[int],
+    plan: Plan,
+    start: Vector,
+    folder: Path,
+    dimension: int,
+    unsure: bool,
+) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
+    """Draw a cohort from who is there, and ask it for one round, or one look.
+
+    Args:
+        unsure: whether a process that has ended may have asked for this round's vectors.
+
+    Returns:
+        As `summed`; the record of a void attempt says who is missing, whether somebody may have
+        released (`spent`), and whether the same number is asked again (`again`).
+    """
+    number, seed = plan.round, config.data.seed
+    drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
+    before = void.repeats(read_lines(folder / LOG), number)
+    cohort = void.cohort_of(there, [there[place] for place in drawn], before, number, seed)
+    seen = void.Seen()
+    total, record, phases = summed(ask, config, cohort, plan, start, folder, dimension, seen)
+    if total is None:
+        spent = seen.released or unsure
+        record |= {
+            "needed": void.needed(config, len(cohort), plan.survivors),
+            "missing": seen.missing,
+            "spent": spent,
+            "again": not (plan.masked and spent),
+        }
+    return total, record, phases
 
 
 def summed(
@@ -143,8 +243,9 @@ def summed(
     start: Vector,
     folder: Path,
     dimension: int,
+    seen: void.Seen,
 ) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
-    """Ask a cohort for one round, or one look, of `dimension` numbers.
+    """Ask a cohort for one round, or one look, of `dimension` numbers; `seen` is filled in.
 
     Returns:
         The sum mod 2**bits, None for a void round; what the round's record begins with; seconds of
@@ -152,17 +253,17 @@ def summed(
     """
     _announce(folder, cohort, plan, dimension)
     phases: dict[str, float] = {}
-    asking = _timed(ask, phases)
-    total, came, counts = _sum(asking, cohort, plan, start, folder, dimension, config.masking)
-    void = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
+    wire, masks = seen.watch(_timed(ask, phases)), config.masking
+    total, came, counts = _sum(wire, cohort, plan, start, folder, dimension, masks, seen)
+    few = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
     record: dict[str, Any] = {
         "round": plan.round,
         "asked": len(cohort),
         **counts,
         "who": {"asked": list(cohort), "came": came},
-        "void": void,
+        "void": few,
     }
-    return None if void else total, record, phases
+    return None if few else total, record, phases
 
 
 def _step(
@@ -260,15 +361,15 @@ def _sum(
     folder: Path,
     dimension: int,
     masks: MaskingSettings,
+    seen: void.Seen,
 ) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
-        attempt = _next_attempt(folder)
-        tried = dataclasses.replace(plan, attempt=attempt)
+        tried = dataclasses.replace(plan, attempt=_next_attempt(folder))
         sized = functools.partial(sized_graph, masks, plan.colluders)
-        return masked_sum(ask, cohort, tried, adapter, dimension, sized)
-    length = plan.length(dimension)
-    return _collect(ask("round", dict.fromkeys(cohort, b""), plan, adapter), plan, length, cohort)
+        return masked_sum(ask, cohort, tried, adapter, dimension, sized, seen.refused)
+    replies = ask("round", dict.fromkeys(cohort, b""), plan, adapter)
+    return _collect(replies, plan, plan.length(dimension), cohort, seen.refused)
 
 
 def _announce(folder: Path, cohort: Sequence[int], plan: Plan, dimension: int) -> None:
@@ -297,12 +398,14 @@ def masked_sum(
     adapter: Vector,
     dimension: int | None = None,
     sized: Callable[[int], Graph] | None = None,
+    why: dict[int, str] | None = None,
 ) -> Summed:
     """One masked round, phase by phase (`experiments/protocol.py` shows both sides).
 
     A client that is missing, declines or is refused in a phase has dropped out of the rest.
     `dimension`: numbers in a contribution, where these are not as many as in `adapter`. `sized`:
-    the neighbour graph for so many participants, None for the default one.
+    the neighbour graph for so many participants, None for the default one. `why`: filled with a
+    sentence for each client that was refused.
 
     Returns:
         The sum over the survivors, or None when the round is void and nothing was revealed; their
@@ -315,6 +418,8 @@ def masked_sum(
 
     def left_out(refused: Mapping[int, str]) -> None:
         counts["refused"] += len(refused)
+        if why is not None:
+            why.update(refused)
         for sentence in refused.values():
             logger.warning("left out: %s", sentence)
 
@@ -337,8 +442,8 @@ def masked_sum(
         agreed, out, refused = masking.exchange(listed, phase("confirm", out))
         left_out(refused)
         outcome = masking.unmask(agreed, phase("unmask", out))
-    except RoundVoid as void:
-        logger.warning("%s", void)
+    except RoundVoid as too_few:
+        logger.warning("%s", too_few)
         return None, [], counts
     counts["answered"] = len(outcome.survivors)
     return outcome.total, sorted(outcome.survivors), counts
@@ -360,7 +465,13 @@ def _given(
             yield reply.client, reply.payload
 
 
-def _collect(replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence[int]) -> Summed:
+def _collect(
+    replies: Iterable[Reply],
+    plan: Plan,
+    length: int,
+    cohort: Sequence[int],
+    why: dict[int, str] | None = None,
+) -> Summed:
     """Sum mod 2**bits of the vectors as they arrive; whose; and the counts, as `masked_sum`.
 
     A vector that does not fit the plan is left out and the round goes on: one broken client must
@@ -374,6 +485,8 @@ def _collect(replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence
         except ProtocolError as error:
             logger.warning("round %d: client %d is left out: %s", plan.round, client, error)
             counts["refused"] += 1
+            if why is not None:
+                why[client] = str(error)
             continue
         came.append(client)
     counts["answered"] = len(came)
@@ -413,7 +526,8 @@ def _refuse_overflow(number: int, adapter: Vector) -> None:
 
 def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) -> State:
     kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
-    shown = max((int(line["round"]) for line in read_lines(folder / LOG)), default=0)
+    lines = read_lines(folder / LOG)
+    shown = max((int(line["round"]) for line in lines if not line.get("again")), default=0)
     if kept is None and shown:
         raise CheckpointCorrupt(
             f"{folder / LOG} has {shown} rounds, but the checkpoint beside it is missing; restore "

@@ -8,6 +8,7 @@ from ..common.config import Config
 from .looks import run_looks
 from .rounds import Ask, Present, Show, Vector, run_rounds
 from .saving import save
+from .starting import started
 
 __all__ = ["whole"]
 
@@ -24,7 +25,7 @@ def whole(
     """All of it; what devices are told at the end. A trained adapter is then a PEFT folder."""
     if config.trial is not None:
         return run_looks(ask, config, config.trial, run, folder, show, present, greet)
-    adapter, sent = shared(config), exchanged(config)
+    adapter, sent = shared(config), started(folder, config, exchanged(config))
     final = run_rounds(ask, config, run, sent.state.digest, sent.start, folder, show, present, sent)
     save(adapter, sent, final, folder)
     return final

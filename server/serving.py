@@ -16,7 +16,7 @@ from pathlib import Path
 from ..common.errors import PrivetError, StateError
 from ..common.files import explain_os_errors
 
-__all__ = ["LOCK", "alone", "lost", "refusal"]
+__all__ = ["LOCK", "alone", "held", "lost", "refusal"]
 
 LOCK = "serving.lock"
 PATIENCE_S = 20.0  # a process that Flower has given up ends by itself, a moment later
@@ -48,7 +48,7 @@ def alone(folder: Path, run: int, patience_s: float = PATIENCE_S) -> Iterator[No
 
 def lost(folder: Path, run: int) -> bool:
     """Whether the process that served Flower's run `run` has ended; False before it began."""
-    return _kept(folder)[0] == run and not _held(folder)
+    return _kept(folder)[0] == run and not held(folder)
 
 
 def refusal(folder: Path, run: int) -> str:
@@ -71,7 +71,8 @@ def _lock(handle: int, folder: Path, patience_s: float) -> None:
         time.sleep(0.1)
 
 
-def _held(folder: Path) -> bool:
+def held(folder: Path) -> bool:
+    """Whether a process serves the run in `folder`."""
     with suppress(FileNotFoundError):
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -145,7 +145,7 @@ def test_a_device_declines_a_plan_with_less_noise_a_longer_clip_or_more_looks(le
     for change in (
         {"variance": plan.variance / 2},
         {"clip": 2 * plan.clip},
-        {"round": 3},
+        {"round": 10**6},
         {"noise_at": "server"},
         {"layout": "0" * 64},
         {"gains_bound": 1.0, "gains_step": plan.step, "gains_variance": plan.variance},
@@ -153,6 +153,19 @@ def test_a_device_declines_a_plan_with_less_noise_a_longer_clip_or_more_looks(le
         laxer = dataclasses.replace(plan, **change)
         assert device.take_part(settings, laxer, "ann", 0, 1.0, ledger, TestSource(1, "x")) is None
         assert ledger.participations("ann") == 0
+
+
+def test_a_device_makes_no_more_releases_than_looks_whatever_their_numbers(ledger):
+    """A void look uses its number up; the epsilon is that of the looks the owner agreed to."""
+    settings = experiment(looks=2)
+    left = [
+        device.take_part(
+            settings, look_plan(settings, "run", n), "ann", 0, 1.0, ledger, TestSource(n, "x")
+        )
+        for n in (2, 5, 6)
+    ]
+    assert [one is not None for one in left] == [True, True, False]
+    assert "has made the 2 releases" in ledger.declined("ann")[0].reason
 
 
 # --- what the server concludes -----------------------------------------------------------------

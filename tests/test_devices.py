@@ -35,6 +35,7 @@ from privet.common.files import read_lines
 from privet.common.plan import Plan
 from privet.server import aggregation, checkpoint
 from privet.server.rounds import LOG, _noised_mean, make_plan
+from privet.server.void import trained
 
 from .fleet import Fleet, Person, running, until
 
@@ -49,6 +50,10 @@ class Unspent:
         """Nothing was released."""
 
     check = commit = resend
+
+    def releases_of(self, *_: object) -> int:
+        """None at all."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +90,9 @@ def retrace(fleet: Fleet, config: Config, refused: bool = False) -> list[frozens
     adapter = shared(config)
     layout, start = adapter.layout.digest, adapter.start
     memory = aggregation.begin(config.rounds, len(start))
-    records = read_lines(place / LOG)
-    count = len(records) if refused else config.rounds.count
+    records = [one for one in read_lines(place / LOG) if not one.get("again")]
+    assert refused or trained(records) == config.rounds.count
+    count = len(records)
     assert [record["round"] for record in records] == list(range(1, count + 1))
     found = []
     for record in records:

@@ -28,6 +28,7 @@ from privet.client.run_ledger import LEDGERS
 from privet.common.accounting import Charge
 from privet.common.config import Config, parse, read, to_toml
 from privet.common.encoding import rounded_sensitivity, unpack, unwrap
+from privet.common.errors import RunUnfinished
 from privet.common.files import read_lines
 from privet.common.keys import Identity
 from privet.common.masking import MaskingPolicy
@@ -253,19 +254,52 @@ def changed(config: Config, **sections: Any) -> Config:
 def test_below_the_smallest_sum_nothing_is_opened_and_what_was_spent_stays_spent(
     prepared, folder, monkeypatch
 ):
-    bench, config = Bench.open(folder), changed(prepared[1], rounds={"count": 1})
+    bench, config = Bench.open(folder), changed(prepared[1], rounds={"patience": 1})
     devices = Devices(bench, {("vector", "after"): range(5)})
     for name in ("_noised_mean", "decode"):
         monkeypatch.setattr(rounds, name, None)
     monkeypatch.setattr(served, "unmask", None)
     start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
-    found = run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
-    assert found.tobytes() == start.tobytes()
+    with pytest.raises(RunUnfinished, match=r"0 came of 8 needed; 5 no answer \[vector\]"):
+        run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+    assert kept(folder).adapter.tobytes() == start.tobytes()
     (line,) = read_lines(folder / "rounds.jsonl")
     assert (line["void"], line["answered"]) == (True, 0)
+    assert (line["spent"], line["again"]) == (True, False)
     assert releasing(bench, plan_of(bench)) == set(EVERYBODY)
     # nobody can be brought to give a share: no list was shown
     assert all(isinstance(devices.states[n], masking.Masked) for n in EVERYBODY)
+
+
+def test_void_before_anybody_was_asked_for_a_vector_nothing_is_spent_and_the_number_is_kept(
+    prepared, folder
+):
+    bench, config = Bench.open(folder), changed(prepared[1], rounds={"patience": 2})
+    devices = Devices(bench, {("keys", "before"): range(6)})
+    start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
+    with pytest.raises(RunUnfinished, match=r"6 no answer \[keys\]: 0, 1, .*nothing was spent"):
+        run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+    lines = read_lines(folder / "rounds.jsonl")
+    assert [(one["round"], one["spent"], one["again"]) for one in lines] == [(1, False, True)] * 2
+    assert not bench.ledger.clients()
+    devices.lost = {}
+    found = run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+    assert [one["round"] for one in read_lines(folder / "rounds.jsonl")] == [1, 1, 1, 2]
+    assert (folder / "attempts").read_text() == "4\n"
+    assert found.tobytes() == kept(folder).adapter.tobytes() != start.tobytes()
+
+
+def test_a_server_that_goes_on_numbering_gets_no_more_releases_than_the_owner_agreed_to(bench):
+    """Void rounds use numbers up; what a device counts is its own releases."""
+    most = bench.config.most_releases
+    assert most == bench.config.rounds.count + bench.config.rounds.spare == 4
+    answered = [
+        round_of(Devices(bench), plan_of(bench, number, attempt=number)) is not None
+        for number in range(3, 9)
+    ]
+    assert answered == [True] * most + [False] * 2
+    assert {bench.ledger.participations(bench.device(n).name) for n in EVERYBODY} == {most}
+    assert "has made the 4 releases" in bench.ledger.declined(bench.device(0).name)[0].reason
 
 
 def test_the_smallest_sum_is_opened_and_one_less_is_not(bench):
@@ -676,16 +710,21 @@ def test_killed_in_a_masked_round_with_the_seed_a_run_ends_in_the_same_bits(
 
 @pytest.mark.parametrize(("name", "answered", "void"), [("two", 10, False), ("five", 0, True)])
 def test_killed_without_a_seed_nobody_releases_twice_in_a_round(killed, name, answered, void):
-    first, second = resumed(killed[name])
+    first, *others = resumed(killed[name])
     assert (first["answered"], first["void"]) == (answered, void)
-    assert (second["answered"], second["void"]) == (12, False)
+    # a process that ended may have asked for vectors: the number is used up
+    assert first.get("again", False) is False
+    rounds = [2, 3] if void else [2]
+    assert [(one["round"], one["answered"], one["void"]) for one in others] == [
+        (number, 12, False) for number in rounds
+    ]
     owner = (killed[name] / "run-id").read_text().strip()
     with Ledger.open(killed[name] / LEDGERS, owner=owner) as ledger:
         released = [[row.round for row in ledger.rows(one)] for one in ledger.clients()]
         asked_again = [one for one in ledger.declined() if "answered before" in one.reason]
     # of the seven that were left when five had answered, none got as far as its vector
     spent_once = {"two": 0, "five": 7}[name]
-    assert sorted(released) == sorted([[1, 2]] * (12 - spent_once) + [[2]] * spent_once)
+    assert sorted(released) == sorted([[1, *rounds]] * (12 - spent_once) + [rounds] * spent_once)
     assert len(asked_again) == {"two": 2, "five": 5}[name]
 
 

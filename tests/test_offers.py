@@ -115,7 +115,7 @@ def test_a_run_is_told_in_plain_words():
     assert found["run"] == "run-1"
     assert found["received"] == "2023-11-14 22:13 UTC"
     assert found["adapter"] == "tiny, rank 4, in the last 12 blocks"
-    assert "1 at most" in found["rounds"]
+    assert "3 at most, should rounds come to nothing" in found["rounds"]
     assert "opened from 10 devices on, and holds if at most 2" in found["rounds"]
     assert "1 training steps of about 8 records" in found["work"]
     assert "noise of 1 times that; each device adds a share" in found["noise"]
@@ -136,7 +136,7 @@ def test_the_most_releases_the_budget_allows_are_said_from_the_ledger_on():
     )
     label = "epsilon, client-level"
     text = said(offered(config), free)[label]
-    assert "about 4.38 after 1 release, no bound after 9, at delta" in text
+    assert "about 4.38 after 1 release, no bound after 9, no bound after 11, at delta" in text
     assert "budget 10, which ends it after about 4" in text
     spent = [Charge("client", who, "add_remove", 1.0) for who in ("analyst", "server")] * 3
     text = said(offered(config), free, spent=spent)[label]

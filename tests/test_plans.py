@@ -48,7 +48,7 @@ def died(message: Message, context: Context) -> Message:
 
 @pytest.fixture(scope="module")
 def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three masked rounds of six devices, the second void, as the server's run folder has them."""
+    """Three masked rounds of six devices and a void one, as the server's run folder has them."""
     place = tmp_path_factory.mktemp("devices")
     config = tiny_config(
         llama_folder,
@@ -121,7 +121,7 @@ def test_each_line_is_that_of_the_ledger_of_a_device_that_released_in_every_roun
 
 
 def test_rounds_that_were_void_are_counted_for_devices_had_released_by_then(folder, facts):
-    assert [record["void"] for record in read_lines(folder / "rounds.jsonl")] == [0, 1, 0]
+    assert [record["void"] for record in read_lines(folder / "rounds.jsonl")] == [0, 1, 0, 0]
     config = read(folder / "config.toml")
     summed = [one for one in plans._announced(folder) if one.plan.round != 2]
     faulty = privacy.facts_of(config, plans.histories(config, summed))
@@ -136,7 +136,7 @@ def test_a_round_that_was_announced_and_never_ended_is_counted(folder, tmp_path,
     cut = b"".join((folder / "rounds.jsonl").read_bytes().splitlines(keepends=True)[:2])
     found = plans.device_facts(changed(folder, tmp_path, rounds=cut))
     assert found["lines"] == facts["privacy"]["lines"]
-    assert [row["void"] for row in found["rounds"]] == [False, True, None]
+    assert [row["void"] for row in found["rounds"]] == [False, True, None, None]
     assert "not ended" in shown(report.report_facts(tmp_path))
 
 
@@ -155,15 +155,15 @@ def test_a_device_that_was_not_asked_has_spent_nothing(folder, tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     found = plans.device_facts(changed(folder, tmp_path, plans=text))
     asked = {one["client"]: one["participations"] for one in found["clients"]}
-    assert asked == {"client 0": 3, "client 1": 3, "client 2": 3, "client 3": 3, "client 5": 1}
+    assert asked == {"client 0": 4, "client 1": 4, "client 2": 4, "client 3": 4, "client 5": 1}
     assert "1 device asked once" in shown(report.report_facts(tmp_path))
 
 
 def test_rounds_have_who_was_asked_came_and_declined_in_numbers(facts):
     rows = facts["privacy"]["rounds"]
-    assert [row["asked"] for row in rows] == [CLIENTS] * 3
-    assert [row["answered"] for row in rows] == [CLIENTS, 0, CLIENTS]
-    assert [row["declined"] for row in rows] == [0, 0, 0]
+    assert [row["asked"] for row in rows] == [CLIENTS] * 4
+    assert [row["answered"] for row in rows] == [CLIENTS, 0, CLIENTS, CLIENTS]
+    assert [row["declined"] for row in rows] == [0, 0, 0, 0]
     text = shown(facts)
     assert "void" in text
     assert "asked" in text
@@ -174,10 +174,10 @@ def test_the_terminal_says_at_most_and_sends_the_reader_to_each_devices_own_ledg
     assert "What was spent (at most)" in text
     assert "privet client budget" in text
     assert "worst client" not in text
-    assert f"at most: {CLIENTS} devices asked 3 times" in text
+    assert f"at most: {CLIENTS} devices asked 4 times" in text
     assert "No losses were measured: that would take the people's texts" in text
     assert "privet evaluate" not in text
-    assert "(in 3 releases)" in text
+    assert "(in 4 releases)" in text
     assert "Other runs with the same devices" in text
     assert "only if nobody on a roster was invented" in " ".join(
         sentence for line in facts["privacy"]["lines"] for sentence in line["assumptions"]

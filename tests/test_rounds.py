@@ -28,12 +28,12 @@ from privet.common.encoding import (
     unwrap,
     wrap,
 )
-from privet.common.errors import CheckpointCorrupt, ConfigError, ProtocolError
+from privet.common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RunUnfinished
 from privet.common.files import read_lines
 from privet.common.noise import TestSource, skellam, skellam_table
 from privet.common.plan import Plan
 from privet.common.rotation import flat_bound
-from privet.server import checkpoint
+from privet.server import checkpoint, void
 from privet.server.cohort import draw
 from privet.server.rounds import PLANS, Reply, make_plan, run_rounds
 
@@ -224,23 +224,106 @@ def test_a_sum_at_the_edge_of_the_modulus_is_decoded_right(tmp_path, sign):
 # --- who answers -------------------------------------------------------------------------------
 
 
-def test_fewer_answers_than_the_quorum_make_a_void_round_in_which_nothing_is_decoded(tmp_path):
-    def one_of_four(
+def one_of_four(
+    phase: str, cohort: Mapping[int, bytes], plan: Plan, start: Vector
+) -> Iterator[Reply]:
+    for place, reply in enumerate(honest(phase, cohort, plan, start)):
+        yield reply if place == 0 else Reply(reply.client, None)
+
+
+def test_where_nobody_comes_nothing_is_decoded_and_the_run_ends_unfinished(tmp_path):
+    config = configured(count=2, rounds={"patience": 3})
+    with pytest.raises(
+        RunUnfinished, match=r"^0 of 2 rounds .* last 3 attempts were void"
+    ) as ended:
+        run(tmp_path, config, one_of_four)
+    assert ended.value.exit_code == 1
+    lines = without_seconds(tmp_path)
+    assert [(one["round"], one["void"], one["attempt"]) for one in lines] == [
+        (1, True, 1), (1, True, 2), (1, True, 3)
+    ]  # fmt: skip
+    assert not (tmp_path / checkpoint.CURRENT).exists()
+    first, second, last = lines
+    assert first["who"]["came"] == first["who"]["asked"][:1]
+    assert first["missing"]["declined"] == {"round": first["who"]["asked"][1:]}
+    # the one who came sends the same bytes again; the others are those not asked before
+    assert set(first["who"]["came"]) < set(second["who"]["asked"])
+    assert not {*first["who"]["asked"][1:]} & {*second["who"]["asked"]}
+    assert ("wait_s" in first, "wait_s" in last) == (True, False)
+
+
+def test_a_void_round_does_not_count_and_what_it_is_repeated_as_is_the_same_round(tmp_path):
+    """Without masks who answered sends the same bytes again, so one plan is one release."""
+    seen: list[tuple[int, str]] = []
+
+    def late(phase: str, cohort: Mapping[int, bytes], plan: Plan, start: Vector) -> Iterator[Reply]:
+        seen.append((plan.round, plan.digest))
+        asking = one_of_four if len(seen) in (2, 3) else honest
+        return asking(phase, cohort, plan, start)
+
+    found = run(tmp_path / "late", configured(count=3, cohort=8), late)
+    assert [number for number, _ in seen] == [1, 2, 2, 2, 3]
+    assert len({digest for _, digest in seen}) == 3
+    assert found.tobytes() == run(tmp_path / "whole", configured(count=3, cohort=8)).tobytes()
+    assert [one["void"] for one in without_seconds(tmp_path / "late")] == [0, 1, 1, 0, 0]
+
+
+def test_a_run_that_ended_unfinished_goes_on_with_the_same_round_when_devices_come(tmp_path):
+    config = configured(count=2, cohort=8, rounds={"patience": 2})
+
+    def only_first(
         phase: str, cohort: Mapping[int, bytes], plan: Plan, start: Vector
     ) -> Iterator[Reply]:
-        for place, reply in enumerate(honest(phase, cohort, plan, start)):
-            yield reply if place == 0 else Reply(reply.client, None)
+        return (honest if plan.round == 1 else one_of_four)(phase, cohort, plan, start)
 
-    found = run(tmp_path, configured(count=2), one_of_four)
-    assert not found.any()
-    kept = [
-        {"round": n, "asked": 4, "answered": 1, "declined": 3, "refused": 0, "void": True}
-        for n in (1, 2)
-    ]
-    lines = without_seconds(tmp_path)
-    who = [line.pop("who") for line in lines]
-    assert lines == kept
-    assert all(len(one["asked"]) == 4 and one["came"] == one["asked"][:1] for one in who)
+    with pytest.raises(RunUnfinished, match=r"^1 of 2 rounds"):
+        run(tmp_path / "cut", config, only_first)
+    found = run(tmp_path / "cut", config)
+    assert found.tobytes() == run(tmp_path / "whole", config).tobytes()
+    assert [one["round"] for one in without_seconds(tmp_path / "cut")] == [1, 2, 2, 2]
+
+
+def test_patience_is_for_attempts_in_a_row(tmp_path):
+    calls: list[int] = []
+
+    def every_third(
+        phase: str, cohort: Mapping[int, bytes], plan: Plan, start: Vector
+    ) -> Iterator[Reply]:
+        calls.append(plan.round)
+        return (one_of_four if len(calls) % 3 else honest)(phase, cohort, plan, start)
+
+    run(tmp_path, configured(count=4, rounds={"patience": 3}), every_third)
+    assert calls == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+
+
+def test_the_wait_grows_up_to_its_cap_on_devices_and_is_none_in_a_simulation():
+    config = configured(rounds={"wait_s": 5.0})
+    real = config.model_copy(update={"data": config.data.model_copy(update={"source": "devices"})})
+    assert [void.wait_s(real, n) for n in (1, 2, 3, 4, 99)] == [1, 2, 4, 5, 5]
+    assert [void.wait_s(config, n) for n in (1, 9)] == [0, 0]
+
+
+def test_how_long_a_server_waits_is_no_part_of_what_a_run_is():
+    plain = configured()
+    assert configured(rounds={"patience": 1, "wait_s": 1.0, "spare": 9}).digest == plain.digest
+
+
+def test_the_line_of_a_void_round_names_who_is_missing_and_what_it_cost():
+    record = {
+        "asked": 9, "answered": 1, "needed": 5, "attempt": 2, "wait_s": 4.0, "spent": False,
+        "again": True,
+        "missing": {
+            "declined": {"keys": [1, 3]},
+            "silent": {"keys": [4], "shares": [5]},
+            "refused": {"7": "its keys are not signed"},
+        },
+    }  # fmt: skip
+    assert void.sentence(record, {1: "ann", 7: "kim"}) == (
+        "void, 2 in a row: 1 came of 5 needed; 2 declined (why stays on them) [keys]: 1 (ann), 3; "
+        "1 no answer [keys]: 4; 1 no answer [shares]: 5; 1 did not fit: 7 (kim) (its keys are not "
+        "signed); nothing was spent; asked again in 4 s"
+    )
+    assert "stays spent; asked" in void.sentence(record | {"spent": True, "again": False})
 
 
 def test_the_quorum_itself_is_enough(tmp_path):
@@ -400,7 +483,7 @@ def test_a_plan_is_on_disk_before_anybody_is_asked(tmp_path):
         assert read_lines(tmp_path / PLANS)[-1]["dimension"] == len(adapter)
         assert read_lines(tmp_path / PLANS)[-1]["asked"] == sorted(messages)
         seen.append(plan.round)
-        return []
+        return honest(_phase, messages, plan, adapter)
 
     run(tmp_path, config, ask)
     assert seen == [1, 2]

@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from privet.client import at_home, run
+from privet.client import at_home, offers, run
 from privet.client import home as homes
 from privet.client import ledger as ledgers
 from privet.client import unlock as unlock_module
@@ -28,12 +28,20 @@ from privet.common import keys as common_keys
 from privet.common.adapter import exchanged, shared
 from privet.common.config import Config, to_toml
 from privet.common.encoding import unpack
-from privet.common.errors import PrivacyError, ProtocolError, StateError
+from privet.common.errors import (
+    ConfigError,
+    PrivacyError,
+    ProtocolError,
+    RunUnfinished,
+    StateError,
+)
+from privet.common.files import read_lines
 from privet.common.keys import Directory, write_directory
 from privet.common.plan import Plan
 from privet.experiments.grid import FIRST_NODE, LocalGrid
 from privet.server import checkpoint, rounds
 from privet.server.app import serve
+from privet.server.resuming import resumed
 from privet.server.rounds import make_plan
 
 from .tiny import WORDS, tiny_config
@@ -309,13 +317,43 @@ def test_what_the_owner_forbids_in_a_run_counts_from_the_next_round_on(
 def test_a_budget_that_is_spent_ends_a_run(
     tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
 ):
-    config = config_of(llama_folder, privacy={"budget": {"client": 6.0, "example": 1.0}})
+    budget = {"budget": {"client": 6.0, "example": 1.0}}
+    config = config_of(llama_folder, privacy=budget, rounds={"patience": 2, "wait_s": 0.01})
     world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
     for home in homes_of_four:
         agree(home, config)
-    shown = world.serve()
-    assert [(one["answered"], one["void"]) for one in shown] == [(4, False), (0, True)]
+    with pytest.raises(
+        RunUnfinished, match=r"^1 of 2 rounds .* 4 declined .*: 0, 1, 2, 3; nothing"
+    ):
+        world.serve()
+    shown = read_lines(world.folder / "rounds.jsonl")
+    assert [(one["round"], one["answered"], one["void"]) for one in shown] == [
+        (1, 4, False), (2, 0, True), (2, 0, True)
+    ]  # fmt: skip
     assert [home.ledger.participations(ME) for home in homes_of_four] == [1] * 4
+
+
+def test_an_extended_run_is_a_changed_offer_and_goes_on_after_another_yes(
+    world: World, homes_of_four: list[Home]
+):
+    world.serve()
+    rounds = world.config.rounds.model_copy(update={"count": 3})
+    longer = resumed(world.folder, world.config, world.config.model_copy(update={"rounds": rounds}))
+    for home in homes_of_four:
+        assert not home.receive(RUN, to_toml(longer))
+        before, after = home.agreed(RUN), home.run(RUN)[0]
+        assert before is not None
+        assert offers.changes(before[0], after) == ["rounds.count: 2 -> 3"]
+        agree(home, longer)
+    assert [(one["round"], one["answered"]) for one in world.serve()] == [(3, 4)]
+    assert [home.ledger.participations(ME) for home in homes_of_four] == [3] * 4
+    assert (world.folder / "adapter-after-2").is_dir()
+    fewer = longer.model_copy(update={"rounds": rounds.model_copy(update={"count": 2})})
+    with pytest.raises(ConfigError, match=r"rounds.count = 2, but 3 rounds of"):
+        resumed(world.folder, longer, fewer)
+    other = longer.model_copy(update={"rounds": rounds.model_copy(update={"cohort": 3})})
+    with pytest.raises(ConfigError, match=r"\(rounds.cohort was 4, is now 3\)"):
+        resumed(world.folder, longer, other)
 
 
 def test_another_version_is_refused_by_name_and_nothing_is_kept(
@@ -386,7 +424,7 @@ def test_a_phase_of_an_attempt_that_another_one_replaced_is_not_answered(world: 
 
 LAXER: tuple[dict[str, Any], ...] = (
     {"clip": 100.0}, {"variance": 0.0}, {"survivors": 2}, {"local_steps": 10**9},
-    {"learning_rate": 1e30}, {"rate": 1.0}, {"round": 3}, {"attempt": 10**6},
+    {"learning_rate": 1e30}, {"rate": 1.0}, {"round": 10**6}, {"attempt": 10**6},
     {"noise_at": "server", "survivors": 0, "colluders": 0}, {"bits": 8}, {"run": "x" * 10**6},
     {"run": "never offered"}, {"cohort": 2, "survivors": 2}, {"batch_size": 1},
     {"variance": 1e300}, {"layout": "0" * 64, "clip": 3.0}, {"round": 2**62},

@@ -15,8 +15,15 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
-from privet.common.config import parse
-from privet.common.errors import AssetError, ConfigError, PrivetError, RunExists, StateError
+from privet.common.config import parse, read
+from privet.common.errors import (
+    AssetError,
+    ConfigError,
+    PrivetError,
+    RunExists,
+    RunUnfinished,
+    StateError,
+)
 from privet.common.files import append_line
 from privet.common.keys import Directory, read_directory, write_directory
 from privet.server import cli, control, proxy, services, serving, setup
@@ -300,8 +307,25 @@ def test_a_run_is_resumed_with_the_same_settings_only(
     with pytest.raises(RunExists, match="--resume"):
         cli.prepare(enrolled, settings(llama_folder), resume=False)
     assert cli.prepare(enrolled, settings(llama_folder), resume=True) == first
-    with pytest.raises(ConfigError, match="other settings"):
-        cli.prepare(enrolled, settings(llama_folder, rounds={"count": 9}), resume=True)
+    clip = {"client": {"clip": 0.5}}
+    with pytest.raises(ConfigError, match=r"other settings \(privacy.client.clip was 1.0"):
+        cli.prepare(enrolled, settings(llama_folder, privacy=clip), resume=True)
+
+
+def test_a_run_is_extended_but_not_while_a_process_serves_it(
+    enrolled: setup.Server, llama_folder: Path
+) -> None:
+    first = cli.prepare(enrolled, settings(llama_folder), resume=False)
+    place = enrolled.folder / "runs" / "first"
+    longer = settings(llama_folder, rounds={"count": 9})
+    with (
+        serving.alone(place, 7),
+        pytest.raises(StateError, match=r"is going on, with other settings \(rounds.count"),
+    ):
+        cli.prepare(enrolled, longer, resume=True)
+    found = cli.prepare(enrolled, longer, resume=True)
+    assert (first.rounds.count, found.rounds.count) == (3, 9)
+    assert read(place / "config.toml") == found
 
 
 @pytest.mark.parametrize(
@@ -372,6 +396,16 @@ def test_following_shows_each_round_once_and_waits_for_a_superlink_that_restarts
     said = following(monkeypatch, server.folder / "runs" / "a", server, states)
     assert [line.split()[0] for line in said] == ["round", "waiting:", "round", "round", "done:"]
     assert said[0] == "round 1/3  4 asked  3 came  1 declined  1.5 s"
+
+
+def test_a_run_that_ends_without_its_rounds_is_not_said_to_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = made(tmp_path)
+    place = server.folder / "runs" / "a"
+    with pytest.raises(RunUnfinished, match=r"ended with 2 of 3 rounds done; .*--resume") as ended:
+        following(monkeypatch, place, server, ["running", "completed"])
+    assert ended.value.exit_code == 1
 
 
 def serving_file(place: Path, run: int, refused: str) -> None:

@@ -4,6 +4,7 @@ One child process imports everything and does the first run, which fills its cac
 that is a fork of it, so that it can be killed.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file
 
 from privet.client.ledger import Ledger, verify
 from privet.client.run_ledger import LEDGERS
-from privet.common.config import Config, to_toml
+from privet.common.config import Config, read, to_toml
 from privet.common.files import read_lines
 from privet.server.checkpoint import CURRENT, PREVIOUS
 
@@ -255,7 +256,8 @@ def test_another_folder_of_that_name_is_left_alone(nursery, config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("rounds.count=7", "rounds.count was 6, is now 7"),
+        ("rounds.cohort=3", "rounds.cohort was 4, is now 3"),
+        ("rounds.count=5", "rounds.count = 5, but 6 rounds"),
         ("privacy.client.clip=0.5", "privacy.client.clip was 1.0, is now 0.5"),
         ("insecure_test_seed=2", "insecure_test_seed was 1, is now 2"),
     ],
@@ -265,6 +267,66 @@ def test_going_on_with_other_settings_is_refused_by_the_first_that_differs(
 ):
     ended = nursery.run(whole.folder, "simulate", "tiny.toml", "--resume", "--set", change)
     assert named in one_sentence(ended)
+
+
+def test_a_finished_run_is_extended_to_the_bits_of_one_that_was_as_long_from_the_start(
+    nursery, config, whole, tmp_path
+):
+    longer = nursery.run(placed(config, tmp_path), "simulate", "tiny.toml", *SHORT)
+    assert longer.code == 0, longer.err
+    run = tmp_path / "runs" / "tiny"
+    first = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    ended = nursery.run(tmp_path, "simulate", "runs/tiny", "--resume", "--set", "rounds.count=6")
+    assert ended.code == 0, ended.err
+    assert outcome(run) == outcome(whole.run)
+    kept = run / "adapter-after-4" / "adapter_model.safetensors"
+    assert kept.read_bytes() == first
+
+
+SHORT = ("--set", "rounds.count=4")
+
+
+def test_a_run_whose_devices_all_decline_ends_with_1_and_goes_on_when_they_do_not(
+    nursery, config, tmp_path
+):
+    placed(config, tmp_path)
+    change = ("--set", "privacy.budget.client=0.001", "--set", "rounds.patience=2")
+    ended = nursery.run(tmp_path, "simulate", "tiny.toml", *change)
+    assert ended.code == 1
+    *_, why, last = [line for line in ended.err.splitlines() if line]
+    assert "8 times a simulated device declined: Client a device declines" in ended.err, why
+    assert last.startswith("privet: 0 of 6 rounds of tiny are done, and the last 2 attempts")
+    assert "report.html" not in ended.out
+    again = nursery.run(tmp_path, "simulate", "runs/tiny", "--resume", "--set", "rounds.patience=1")
+    assert again.code == 1
+    assert len(read_lines(tmp_path / "runs" / "tiny" / "rounds.jsonl")) == 3
+
+
+def test_a_run_starts_from_another_runs_adapter_and_its_report_says_what_that_covers(
+    nursery, whole
+):
+    small = ("--set", "name=second", "--set", "rounds.count=1", "--start-from", "tiny")
+    ended = nursery.run(whole.folder, "simulate", "tiny.toml", *small)
+    assert ended.code == 0, ended.err
+    second = whole.folder / "runs" / "second"
+    before, after = (json.loads((one / "summary.json").read_text()) for one in (whole.run, second))
+    fingerprint = hashlib.sha256(load_file(whole.run / CURRENT)["adapter"].tobytes()).hexdigest()
+    assert read(second / "config.toml").adapter.start == fingerprint
+    assert read_lines(second / "plans.jsonl")[0]["plan"]["start"] == fingerprint
+    assert (after["start"]["sha256"], after["start"]["rounds"]) == (fingerprint, 6)
+    assert [line["epsilon"] for line in after["start"]["lines"]] == [
+        line["epsilon"] for line in before["privacy"]
+    ]
+    said = json.loads((second / "privacy.json").read_text())["not_covered"][0]
+    assert "no ledger of this simulation adds the two" in said
+    assert nursery.run(whole.folder, "simulate", "tiny.toml", "--resume", *small).code == 0
+    wrong = (*small, "--set", "adapter.rank=1", "--set", "name=third")
+    refused = nursery.run(whole.folder, "simulate", "tiny.toml", *wrong)
+    assert "has adapter.rank = 2, and a run that starts from" in one_sentence(refused)
+    (second / "start.safetensors").write_bytes(b"cut")
+    shutil.rmtree(second / "adapter")
+    refused = nursery.run(whole.folder, "simulate", "second", "--resume")
+    assert "the adapter that this run starts from, cannot be read" in one_sentence(refused)
 
 
 @pytest.fixture
