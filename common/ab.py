@@ -158,7 +158,8 @@ def run_settings(settings: AbSettings, slack: float = 0.0, ratio: float = 0.0) -
     table = {
         "name": settings.name,
         "data": {"source": "ab", "clients": settings.clients, "test_clients": 0},
-        "rounds": {"count": settings.looks, "cohort": settings.clients},
+        # no release beyond the looks, which the epsilon is of
+        "rounds": {"count": settings.looks, "cohort": settings.clients, "spare": 0},
         "masking": settings.masking.model_dump(),
         "privacy": {
             "delta": asked.delta,

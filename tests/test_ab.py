@@ -14,8 +14,9 @@ from privet.client import ab as device
 from privet.client.ledger import Ledger
 from privet.common.ab import AbSettings, Made, read, run_settings
 from privet.common.accounting import epsilon
+from privet.common.config import BudgetSettings
 from privet.common.encoding import unpack
-from privet.common.errors import DataError, RoundVoid, RunExists
+from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.noise import TestSource
 from privet.experiments import ab, ab_check
 from privet.experiments.main import run as command
@@ -158,14 +159,19 @@ def test_a_device_declines_a_plan_with_less_noise_a_longer_clip_or_more_looks(le
 def test_a_device_makes_no_more_releases_than_looks_whatever_their_numbers(ledger):
     """A void look uses its number up; the epsilon is that of the looks the owner agreed to."""
     settings = experiment(looks=2)
-    left = [
-        device.take_part(
-            settings, look_plan(settings, "run", n), "ann", 0, 1.0, ledger, TestSource(n, "x")
-        )
-        for n in (2, 5, 6)
-    ]
-    assert [one is not None for one in left] == [True, True, False]
-    assert "has made the 2 releases" in ledger.declined("ann")[0].reason
+    own = run_settings(settings)
+    rich = own.privacy.model_copy(update={"budget": BudgetSettings(client=1e6)})
+    own = own.model_copy(update={"privacy": rich})
+
+    def look(number: int) -> bytes:
+        plan, source = look_plan(settings, "run", number), TestSource(number, "x")
+        return device.answered(settings, own, plan, "ann", 0, 1.0, ledger, source)
+
+    assert look(2)
+    assert look(5)
+    with pytest.raises(PrivacyError, match="has made the 2 releases"):
+        look(6)
+    assert ledger.participations("ann") == 2
 
 
 # --- what the server concludes -----------------------------------------------------------------

@@ -98,7 +98,14 @@ def config_of(llama_folder: Path, **changes: Any) -> Config:
     """A masked run of four, client-level only, so that the accounting takes no time."""
     table: dict[str, Any] = {
         "data": {"clients": PEOPLE, "test_clients": 0, "task": "generation"},
-        "rounds": {"cohort": PEOPLE, "count": 2, "timeout_s": 60.0, "optimizer": "fedavg"},
+        "rounds": {
+            "cohort": PEOPLE,
+            "count": 2,
+            "timeout_s": 60.0,
+            "optimizer": "fedavg",
+            "patience": 2,
+            "wait_s": 0.01,
+        },
         "privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}},
         "masking": {"smallest_cohort": 3, "colluding": 0.0},
         "insecure_test_seed": None,
@@ -318,7 +325,7 @@ def test_a_budget_that_is_spent_ends_a_run(
     tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
 ):
     budget = {"budget": {"client": 6.0, "example": 1.0}}
-    config = config_of(llama_folder, privacy=budget, rounds={"patience": 2, "wait_s": 0.01})
+    config = config_of(llama_folder, privacy=budget)
     world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
     for home in homes_of_four:
         agree(home, config)
@@ -407,7 +414,10 @@ def test_a_device_answers_one_round_of_one_run_once_whatever_the_server_forgets(
     before = [everything_sent(home) for home in homes_of_four]
     again = World(tmp_path / "again", world.config, world.seats)  # a server without a memory
     (again.folder / "attempts").write_text("50")
-    assert [(one["answered"], one["declined"]) for one in again.serve()] == [(0, 4), (0, 4)]
+    with pytest.raises(RunUnfinished, match=r"^0 of 2 rounds .* 4 declined"):
+        again.serve()
+    shown = read_lines(again.folder / "rounds.jsonl")
+    assert [(one["answered"], one["declined"]) for one in shown] == [(0, 4), (0, 4)]
     assert [everything_sent(home) for home in homes_of_four] == before
     assert [home.ledger.participations(ME) for home in homes_of_four] == [2] * 4
 
