@@ -35,8 +35,10 @@ from ..common.masking import MaskingPolicy
 from ..common.plan import Plan
 from . import ab, at_home, data, masking
 from .arm import arm_of
+from .constant import Work, choice_of, missing, work_of
 from .ledger import Ledger
-from .measure import arms_block, gains_block, measured
+from .measure import Measured, arms_block, gains_block, measured
+from .pace import Pace
 from .pairs import tokenize_pairs
 from .persona import choose
 from .release import Statistics, budgets, charges, refuse_more, release
@@ -57,6 +59,10 @@ __all__ = [
 DEVICE_SECRET = "device-secret"
 AT_HOME = "at-home"
 DIRECTORY = "directory"
+_WORK = (
+    "local_steps", "rate", "record_clip", "losses_bound", "gains_bound", "arms_bound"
+)  # fmt: skip
+"""Fields of a plan that say how much there is to do."""
 
 
 def simulated_identity(secret: Secret, name: str) -> Identity:
@@ -106,6 +112,10 @@ class Desk(Protocol):
 
     def keep_at_home(self, name: str, kept: bytes) -> None:
         """Keep it, durably."""
+
+    @property
+    def pace(self) -> Pace | None:
+        """When this device's answers leave; None where nobody sees that."""
 
 
 def tokenised(
@@ -174,6 +184,10 @@ class Bench:
         path = self._home_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, kept)
+
+    @property
+    def pace(self) -> None:
+        """A simulated device answers when it has done its work."""
 
     def _home_of(self, name: str) -> Path:
         return (
@@ -272,8 +286,18 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     ledger.check(name, cost, budgets(privacy), privacy.delta)
     seed = desk.config.insecure_test_seed
     label = f"{name} round {plan.round}"
-    adapter, records, personas = desk.trainer.adapter, device.records(), exchange.personas(start)
-    place = choose(adapter, personas, exchange.groups.live(plan.round), records)
+    work, personas = work_of(desk.config, plan), exchange.personas(start)
+    if work is not None and desk.pace is not None:
+        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(personas))
+        desk.pace.rehearse(
+            kind, desk.config.rounds.tick_s, lambda: _rehearsal(device, plan, personas, work)
+        )
+    adapter, records, live = (
+        desk.trainer.adapter,
+        device.records(),
+        exchange.groups.live(plan.round),
+    )
+    place = choose(adapter, personas, live, records, None if work is None else work.choice)
     half = kept_half(device, plan.round)
     trained = train(
         desk.trainer,
@@ -283,6 +307,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         batches=_batches(seed, label),
         source=noise.source(seed, f"{label} training"),
         own=half,
+        shape=None if work is None else work.step,
     )
     if len(trained.own):
         desk.keep_at_home(name, at_home.added(desk.at_home(name), plan.round, trained.own))
@@ -302,13 +327,35 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         ledger,
         privacy,
         noise.source(seed, f"{label} release"),
-        _statistics(device, plan, personas[place], half, trained.statistics),
+        _statistics(device, plan, personas[place], half, trained.statistics, work),
     )
+
+
+def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: Work) -> None:
+    """A round's work on dummies alone; nothing of it is kept."""
+    desk, exchange = device.desk, exchange_at(device.desk)
+    adapter, live = desk.trainer.adapter, exchange.groups.live(plan.round)
+    place = choose(adapter, personas, live, (), work.choice)
+    own = np.zeros(adapter.own.dimension, np.float32) if adapter.own.dimension else None
+    train(
+        desk.trainer,
+        personas[place],
+        (),
+        plan,
+        batches=_batches(0, "rehearsal"),
+        source=noise.SystemSource(),
+        own=own,
+        shape=work.step,
+    )
+    if plan.gains_bound or plan.arms_bound:
+        _measured(device, personas[place], own, ([], []), work)
 
 
 def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
     """One look of an A/B experiment: the own outcome in the slots of the own arm."""
     desk, name = device.desk, device.name
+    if desk.pace is not None:
+        desk.pace.rehearse(("look", plan.run), desk.config.rounds.tick_s, _nothing)
     return ab.answered(
         trial,
         desk.config,
@@ -319,6 +366,10 @@ def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
         desk.ledger,
         noise.source(desk.config.insecure_test_seed, f"{name} round {plan.round} release"),
     )
+
+
+def _nothing() -> None:
+    """What there is to rehearse of a look: no model takes part in it."""
 
 
 def _released(desk: Desk, number: int) -> Layout:
@@ -341,7 +392,7 @@ def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     desk, exchange = device.desk, exchange_at(device.desk)
     personas, live = exchange.personas(state), exchange.groups.live(desk.config.rounds.count + 1)
     records = device.records() if live > 1 else ()
-    place = choose(desk.trainer.adapter, personas, live, records)
+    place = choose(desk.trainer.adapter, personas, live, records, choice_of(desk.config))
     return place, personas[place]
 
 
@@ -364,6 +415,7 @@ def _statistics(
     start: NDArray[np.float32],
     kept: NDArray[np.float32] | None,
     losses: NDArray[np.float64],
+    work: Work | None,
 ) -> Statistics:
     """The blocks that the plan asks for; the delta is made before a head is fitted."""
     desk, found = device.desk, dict[str, NDArray[np.float64]]()
@@ -371,9 +423,7 @@ def _statistics(
         found["losses"] = losses
     if not (plan.gains_bound or plan.arms_bound):
         return found
-    own, held_out = device.measured_on()
-    fit = desk.config.head.enabled
-    said = measured(desk.trainer.adapter, start, own, held_out, fit, kept, desk.config.pairs)
+    said = _measured(device, start, kept, device.measured_on(), work)
     if plan.gains_bound:
         found["gains"] = gains_block(said, plan.gains_bound)
     if plan.arms_bound:
@@ -381,6 +431,25 @@ def _statistics(
         place = arm_of(desk.identity(device.name).seed, plan.run, len(arms))
         found["arms"] = arms_block(said, plan.arms_bound, arms, place)
     return found
+
+
+def _measured(
+    device: Device,
+    start: NDArray[np.float32],
+    kept: NDArray[np.float32] | None,
+    person: tuple[list[data.Tokenised], list[data.Tokenised]],
+    work: Work | None,
+) -> Measured | None:
+    """The person's losses, and then, with constant work, those of made-up records in place of
+    those that are not there; the latter are nobody's and go nowhere."""
+    desk, adapter = device.desk, device.desk.trainer.adapter
+    fit, pairs = desk.config.head.enabled, desk.config.pairs
+    if work is None:
+        return measured(adapter, start, *person, fit, kept, pairs)
+    said = measured(adapter, start, *person, fit, kept, pairs, work.tokens)
+    instead = missing(desk.config, *person, len(adapter.base.tokenizer))
+    measured(adapter, start, *instead, fit, kept, pairs, work.tokens)
+    return said
 
 
 def masked_phase(

@@ -6,6 +6,7 @@ that the message arrived, whatever came of it.
 
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ..common.errors import PrivetError
-from .device import Device, kept_half, persona_of
+from .constant import choice_of, missing
+from .device import Device, exchange_at, kept_half, persona_of
 from .home import ME
 from .measure import measure_of
+from .persona import choose
 from .personal_head import head_bytes
 
 if TYPE_CHECKING:
@@ -36,8 +39,14 @@ def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
 
     Also kept: the losses on the person's held-out records under the base model, the shared adapter
     and the head, for the person to see. Somebody without held-out records keeps the adapter alone.
+
+    The server sees how long it takes: so the same is done on dummies first, and says when the
+    answer leaves (`client/pace.py`).
     """
-    me = Device(ME, desk)
+    me, state = Device(ME, desk), adapter
+    desk.pace.rehearse(
+        ("keep", desk.run), desk.config.rounds.tick_s, lambda: _rehearsal(desk, state)
+    )
     place, adapter = persona_of(me, adapter)
     entries = {f"adapters/{desk.run}": safetensors.numpy.save({"adapter": adapter})}
     if desk.config.groups.count > 1:
@@ -57,3 +66,17 @@ def keep(desk: "OwnDesk", adapter: NDArray[np.float32]) -> None:
         facts = {"time": time.time(), "records": len(own), "held_out": len(held_out), **losses}
         entries[f"measured/{desk.run}"] = json.dumps(facts).encode()
     desk.home.keep(desk.run, entries)
+
+
+def _rehearsal(desk: "OwnDesk", state: NDArray[np.float32]) -> None:
+    """The most that `keep` may have to do, on made-up records; nothing of it is kept."""
+    adapter, config, exchange = desk.trainer.adapter, desk.config, exchange_at(desk)
+    personas, live = exchange.personas(state), exchange.groups.live(config.rounds.count + 1)
+    place = choose(adapter, personas, live, (), choice_of(config))
+    measure = measure_of(adapter, personas[place], pairs=config.pairs)
+    own, held_out = missing(config, (), (), len(adapter.base.tokenizer))
+    with suppress(PrivetError):
+        person = measure.person(own, held_out, fit=True)
+        if person is not None:
+            measure.loss(person, None)
+            measure.loss(person, person.head)

@@ -61,6 +61,7 @@ def measured(
     fit: bool,
     kept: Vector | None = None,
     pairs: PreferenceSettings | None = None,
+    tokens: int = 0,
 ) -> Measured | None:
     """One person's losses; run by the client, after its delta is made.
 
@@ -73,14 +74,14 @@ def measured(
         held_out: records the losses are of.
         fit: whether there is a personal head; otherwise personal is shared.
         kept: what the device trains and keeps (fedsa's B); shared is then the adapter with it.
-        pairs: as `measure_of`.
+        pairs, tokens: as `measure_of`.
 
     Returns:
         None where nothing is held out, or a loss is not finite: a contribution must not depend on
         that, so such a device takes part as one that has measured nothing.
     """
     try:
-        measure = measure_of(adapter, shared, kept, pairs)
+        measure = measure_of(adapter, shared, kept, pairs, tokens)
         person = measure.person(own, held_out, fit)
         if person is None:
             return None
@@ -149,6 +150,7 @@ def measure_of(
     shared: Vector,
     kept: Vector | None = None,
     pairs: PreferenceSettings | None = None,
+    tokens: int = 0,
 ) -> Measure:
     """The measure that fits the adapter's task.
 
@@ -157,19 +159,22 @@ def measure_of(
         shared: the shared adapter's weights, shape (d,), float32.
         kept: what one device keeps of the adapter (fedsa's B); the measure is then for its owner.
         pairs: how answers are scored, where records are pairs of them.
+        tokens: that every record passes the model with, whatever it has; 0: with its own.
     """
     if pairs is not None:
         from .pair_measure import PairMeasure
 
-        return PairMeasure(adapter, shared, pairs)
-    return (TextMeasure if adapter.head is None else LabelMeasure)(adapter, shared, kept)
+        return PairMeasure(adapter, shared, pairs, tokens)
+    return (TextMeasure if adapter.head is None else LabelMeasure)(adapter, shared, kept, tokens)
 
 
 class TextMeasure:
     """Generation: nats per token; the frozen prefix is computed once for base and shared."""
 
-    def __init__(self, adapter: Adapter, shared: Vector, kept: Vector | None = None) -> None:
-        self.adapter, self.shared, self.kept = adapter, shared, kept
+    def __init__(
+        self, adapter: Adapter, shared: Vector, kept: Vector | None = None, tokens: int = 0
+    ) -> None:
+        self.adapter, self.shared, self.kept, self.tokens = adapter, shared, kept, tokens
         self.output = adapter.base.output.detach()
 
     def person(
@@ -197,7 +202,7 @@ class TextMeasure:
     def _states(self, records: Sequence[Tokenised], vectors: Sequence[Vector]) -> list[TokenStates]:
         """Final states of the records under each adapter."""
         base, first = self.adapter.base, self.adapter.first_block
-        ids, mask = pad([record.ids for record in records])
+        ids, mask = pad([record.ids for record in records], tokens=self.tokens)
         wanted = mask[:, 1:].bool()
         targets, record = ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0]
         prefix = prefix_states(base, first, ids, mask)
@@ -213,8 +218,10 @@ class TextMeasure:
 class LabelMeasure:
     """Labels: squared error or nats; features of the same text are computed once."""
 
-    def __init__(self, adapter: Adapter, shared: Vector, kept: Vector | None = None) -> None:
-        self.adapter = adapter
+    def __init__(
+        self, adapter: Adapter, shared: Vector, kept: Vector | None = None, tokens: int = 0
+    ) -> None:
+        self.adapter, self.tokens = adapter, tokens
         adapter.write(shared, kept)
         head = adapter.head
         if head is None:
@@ -249,7 +256,7 @@ class LabelMeasure:
         base = self.adapter.base
         new = [r.ids for r in records if r.ids not in self.known]
         if new:
-            ids, mask = pad(new)
+            ids, mask = pad(new, tokens=self.tokens)
             found = pooled(base, final_states(base, ids, mask), mask)
             self.known.update(zip(new, found, strict=True))
         labels = torch.tensor([float(r.label or 0.0) for r in records])

@@ -48,8 +48,11 @@ class PairMeasure:
     the first block. The shared head knows the first alone.
     """
 
-    def __init__(self, adapter: Adapter, shared: Vector, settings: PreferenceSettings) -> None:
+    def __init__(
+        self, adapter: Adapter, shared: Vector, settings: PreferenceSettings, tokens: int = 0
+    ) -> None:
         self.adapter, self.vector, self.settings = adapter, shared, settings
+        self.tokens = tokens
         self.known: dict[tuple[int, ...], Tensor] = {}
         adapter.write(shared)
         head = adapter.head
@@ -111,7 +114,7 @@ class PairMeasure:
         base, new = self.adapter.base, sorted({*rows} - {*self.known}, key=len)
         for start in range(0, len(new), _ROWS):
             part = new[start : start + _ROWS]
-            ids, mask = pad(part)
+            ids, mask = pad(part, tokens=self.tokens)
             last = pooled(base, final_states(base, ids, mask), mask)
             found = torch.cat([last, _mean_state(prefix_states(base, 0, ids, mask), mask)], 1)
             self.known.update(zip(part, found, strict=True))
@@ -127,7 +130,7 @@ class PairMeasure:
         found: list[tuple[Tensor, ...]] = []
         for begin in range(0, len(rows), _ROWS):
             part = rows[begin : begin + _ROWS]
-            ids, mask = pad([row[2] for row in part])
+            ids, mask = pad([row[2] for row in part], tokens=self.tokens)
             place = torch.arange(1, ids.shape[1])[None]
             wanted = mask[:, 1:].bool() & (place >= torch.tensor([row[3] for row in part])[:, None])
             prefix = prefix_states(base, first, ids, mask)

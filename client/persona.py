@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..common.adapter import Adapter
 from ..common.models import pad, prefix_states, resumed_at
 from ..common.objective import collate, record_losses
+from .constant import Shape
 from .data import Tokenised
 
 __all__ = ["choose", "mean_losses"]
@@ -22,7 +23,11 @@ _CHUNK = 32
 
 
 def choose(
-    adapter: Adapter, personas: NDArray[np.float32], live: int, records: Sequence[Tokenised]
+    adapter: Adapter,
+    personas: NDArray[np.float32],
+    live: int,
+    records: Sequence[Tokenised],
+    shape: Shape | None = None,
 ) -> int:
     """The persona with the smallest mean loss on the own training records; the first of equals.
 
@@ -32,29 +37,39 @@ def choose(
         live: how many of them there are already; with one there is nothing to choose.
         records: own training records. With nothing to learn the choice is the first; a device
             without any records contributes to none (`common/exchange.py`).
+        shape: of the work, whatever records there are; None: as little as they need.
     """
-    if live == 1 or not records:
+    if live == 1 or not (records or shape):
         return 0
-    return int(np.argmin(mean_losses(adapter, personas[:live], records)))
+    return int(np.argmin(mean_losses(adapter, personas[:live], records, shape)))
 
 
 @torch.no_grad()
 def mean_losses(
-    adapter: Adapter, personas: NDArray[np.float32], records: Sequence[Tokenised]
+    adapter: Adapter,
+    personas: NDArray[np.float32],
+    records: Sequence[Tokenised],
+    shape: Shape | None = None,
 ) -> NDArray[np.float64]:
-    """Mean loss of the records under each adapter, shape (k,); infinite where it is not finite."""
+    """Mean loss of the records under each adapter, shape (k,); infinite where it is not finite, 0
+    where there are none."""
     base, first = adapter.base, adapter.first_block
     found = np.zeros(len(personas))
     ordered = sorted(records, key=lambda record: len(record.ids))
-    for begin in range(0, len(ordered), _CHUNK):
-        chunk = ordered[begin : begin + _CHUNK]
+    if shape is None:
+        chunks = [ordered[i : i + _CHUNK] for i in range(0, len(ordered), _CHUNK)]
+    else:
+        chunks = shape.dealt(ordered)
+    tokens = 0 if shape is None else shape.tokens
+    for real in chunks:
+        chunk = real if shape is None else shape.filled(real)
         ids = [record.ids for record in chunk]
         labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
-        batch = collate(ids, labels, [record.learnt for record in chunk])
-        prefix = prefix_states(base, first, *pad(ids))
+        batch = collate(ids, labels, [record.learnt for record in chunk], tokens)
+        prefix = prefix_states(base, first, *pad(ids, tokens=tokens))
         for place, vector in enumerate(personas):
             adapter.write(vector)
             with resumed_at(base, first, prefix):
                 losses = record_losses(base, batch, adapter.head).double()
-            found[place] += float(losses.sum())
-    return np.where(np.isfinite(found), found / len(ordered), np.inf)
+            found[place] += float(losses[: len(real)].sum())
+    return np.where(np.isfinite(found), found / max(1, len(ordered)), np.inf)

@@ -139,8 +139,8 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
 
     The app is imported with the first message, so that a worker nobody asks stays small.
 
-    **Guarantee**: a device that has failed answers as one that declines; `say` gets the type of the
-    error and where it was raised.
+    **Guarantee**: a device that has failed answers as one that declines, and, once it has touched
+    what is private, at the same moment; `say` gets the type of the error and where it was raised.
     """
 
     def handle(message: Any, _context: Any) -> Any:
@@ -150,11 +150,14 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
 
             if message.metadata.message_type == "query.hello":
                 return greet(message, seat)
+            seat.pace.begin()
             try:
-                return answer(message, seat)
+                reply = answer(message, seat)
             except PrivetError as error:
                 say(f"a message was declined after an error: {where(error)}")
-                return nothing(message)
+                reply = nothing(message)
+            seat.pace.settle()
+            return reply
 
     return handle
 

@@ -5,7 +5,7 @@ process; everything else is in the vault. **Guarantee**: as `client/home.py`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +15,7 @@ from ..common.keys import Directory, Identity
 from .conditions import threads
 from .home import ME, Home
 from .offers import waiting
+from .pace import Pace
 from .policy import own_config
 
 if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no SciPy, no model
@@ -42,6 +43,7 @@ class OwnDesk:
     config: Config
     trainer: "Trainer"
     place: int
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def ledger(self) -> "Ledger":
@@ -119,6 +121,7 @@ class OwnSeat:
         self._home, self._server = home, server
         self._state: Any = None
         self._desk: OwnDesk | None = None
+        self.pace = Pace()
 
     @property
     def identity(self) -> Identity:
@@ -184,9 +187,9 @@ class OwnSeat:
 
         torch.set_num_threads(threads(self._home.policy.resources))
         if config.trial is not None:  # nothing is trained: no model is loaded
-            return OwnDesk(self._home, run, config, cast("Trainer", None), number)
+            return OwnDesk(self._home, run, config, cast("Trainer", None), number, self.pace)
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
-        return OwnDesk(self._home, run, config, trainer, number)
+        return OwnDesk(self._home, run, config, trainer, number, self.pace)
 
     def recall(self) -> Any:
         """What the phase before left, once."""

@@ -14,6 +14,10 @@ The losses of the step itself are kept as well, where the plan asks for statisti
 gradients they are one function of one batch, and one record adds at most sqrt(2) / batch size to
 them. They leave through the gate only, which bounds and noises them.
 
+With a `Work` (`client/constant.py`) every step has the same chunks of the same shape: dummies fill
+what was not drawn. Each row's gradient is its own, a dummy's is set to zero before it is clipped,
+and the noised sum is the one without dummies, up to the order of its additions.
+
 Edge cases: an empty batch still steps, with noise. So does that of a client without records, which
 contributes nothing of it (`client/device.py`). What is not finite counts as nothing: see `train`.
 
@@ -41,6 +45,7 @@ from ..common.noise import Source
 from ..common.objective import collate, record_losses
 from ..common.plan import Plan
 from ..common.preference import answer_scores, margins, preference_losses
+from .constant import Shape
 from .data import Tokenised, poisson_indices
 
 __all__ = ["Trained", "Trainer", "train"]
@@ -120,6 +125,7 @@ def train(
     batches: np.random.Generator,
     source: Source,
     own: NDArray[np.float32] | None = None,
+    shape: Shape | None = None,
 ) -> Trained:
     """Local steps from the global adapter on one client's own records.
 
@@ -131,6 +137,8 @@ def train(
         batches: which records are drawn; secret, from the operating system outside tests.
         source: the noise.
         own: what stays on the device, from the last time; None: the first time.
+        shape: of every step, whatever is drawn; the prefix cache, whose time tells which records
+            it has met, then rests. None: as little work as the batch needs.
 
     Returns:
         The delta as the sum of the steps, because the difference of two rounded adapters would be
@@ -164,10 +172,10 @@ def train(
     drawn = [poisson_indices(len(records), plan.rate, batches) for _ in range(plan.local_steps)]
     for number, indices in enumerate(drawn):
         if number == 1 and trainer.pairs is not None:
-            records = _with_references(trainer, start, records, drawn[1:])
+            records = _with_references(trainer, start, records, drawn[1:], shape)
         batch = [records[i] for i in indices]
         batch.sort(key=lambda record: len(record.ids))
-        seen = step(trainer, trained, optimizer, batch, plan)
+        seen = step(trainer, trained, optimizer, _chunks(batch, shape), plan, shape)
         losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * _gradient(trained)
     optimizer.zero_grad(set_to_none=True)
@@ -202,17 +210,25 @@ def _with_references(
     start: NDArray[np.float32],
     records: Sequence[Tokenised],
     drawn: Sequence[Sequence[int]],
+    shape: Shape | None,
 ) -> list[Tokenised]:
     """Pairs with the global adapter's margin, for the steps in which the model has left it.
 
-    Each is computed alone, so that no record's gradient hangs on what else was drawn.
+    Each is computed alone, or as a row of one fixed shape, so that no record's gradient hangs on
+    what else was drawn.
     """
     adapter, found = trainer.adapter, list(records)
     now = adapter.read()
     adapter.write(start)
+    if shape is None:
+        chunks = [[i] for i in sorted({i for batch in drawn for i in batch})]
+    else:
+        chunks = [chunk for batch in drawn for chunk in shape.dealt(batch)]
     with torch.no_grad():
-        for i in sorted({i for batch in drawn for i in batch}):
-            found[i] = replace(found[i], reference=float(_margins(trainer, [found[i]])))
+        for chunk in chunks:
+            margin = _margins(trainer, [records[i] for i in chunk], shape)
+            for i, each in zip(chunk, margin.tolist(), strict=False):
+                found[i] = replace(found[i], reference=each)
     adapter.write(now)
     return found
 
@@ -265,17 +281,22 @@ def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> An
 
 
 def _private_step(
-    trainer: Trainer, trained: Named, optimizer: Any, batch: list[Tokenised], _: Plan
+    trainer: Trainer,
+    trained: Named,
+    optimizer: Any,
+    chunks: list[list[Tokenised]],
+    _: Plan,
+    shape: Shape | None,
 ) -> list[float]:
-    chunks, seen = _chunks(batch) or [[]], list[float]()
+    chunks, seen = chunks or [[]], list[float]()
     for number, chunk in enumerate(chunks):
         optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
-        if chunk:
-            losses = _losses(trainer, chunk)
-            losses.sum().backward()
-            seen += losses.tolist()
-            _one_row_a_record(trainer, trained, len(chunk))
-            _silence(trained)
+        if chunk or shape is not None:
+            losses = _losses(trainer, chunk, shape)
+            _sum(losses, len(chunk)).backward()
+            seen += losses.tolist()[: len(chunk)]
+            _one_row_a_record(trainer, trained, len(losses))
+            _silence(trained, len(chunk))
         else:
             for _name, parameter in trained:
                 parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
@@ -308,27 +329,44 @@ def _refuse_mixed(trained: Named, records: int) -> None:
             )
 
 
-def _silence(trained: Named) -> None:
-    """A record whose gradient is not finite gives none, and takes no other's with it."""
+def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
+    """Of the records alone; the dummies behind them get a gradient of zero."""
+    if len(losses) == records:
+        return losses.sum()
+    real = torch.arange(len(losses)) < records
+    return torch.where(real, losses, torch.zeros((), dtype=losses.dtype)).sum()
+
+
+def _silence(trained: Named, records: int) -> None:
+    """A record whose gradient is not finite gives none, and takes no other's with it.
+
+    Nor does a dummy, the rows behind the records, whatever its gradient is.
+    """
     found: list[torch.Tensor] = [
         parameter.grad_sample  # type: ignore[attr-defined]
         for _, parameter in trained
     ]
     whole = torch.stack([rows.flatten(1).isfinite().all(1) for rows in found]).all(0)
-    if not whole.all():
+    whole &= torch.arange(len(whole)) < records
+    if not whole.all():  # never where there are dummies, and there always are with a fixed shape
         for rows in found:
-            rows[~whole] = 0.0
+            rows.masked_fill_(~whole.view(-1, *[1] * (rows.ndim - 1)), 0.0)
 
 
 def _plain_step(
-    trainer: Trainer, _: Named, optimizer: Any, batch: list[Tokenised], plan: Plan
+    trainer: Trainer,
+    _: Named,
+    optimizer: Any,
+    chunks: list[list[Tokenised]],
+    plan: Plan,
+    shape: Shape | None,
 ) -> list[float]:
     seen = list[float]()
     optimizer.zero_grad(set_to_none=True)
-    for chunk in _chunks(batch):
-        losses = _losses(trainer, chunk)
-        (losses.sum() / plan.batch_size).backward()
-        seen += losses.tolist()
+    for chunk in chunks:
+        losses = _losses(trainer, chunk, shape)
+        (_sum(losses, len(chunk)) / plan.batch_size).backward()
+        seen += losses.tolist()[: len(chunk)]
     optimizer.step()
     return seen
 
@@ -339,24 +377,30 @@ def _gradient(trained: Named) -> NDArray[np.float64]:
     return torch.cat(pieces).double().numpy()
 
 
-def _losses(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
-    """Loss of each record, shape (n,); of a pair against its reference."""
+def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = None) -> torch.Tensor:
+    """Loss of each record, shape (n,), or (rows,) with dummies behind the records; of a pair
+    against its reference."""
     adapter = trainer.adapter
+    if shape is not None:
+        records = shape.filled(records)
     if trainer.pairs is not None:
-        margin = _margins(trainer, records)
+        margin = _margins(trainer, records, shape)
         known = torch.tensor([np.nan if r.reference is None else r.reference for r in records])
         reference = torch.where(known.isnan(), margin.detach(), known.to(margin.dtype))
         return preference_losses(margin, reference, trainer.pairs.beta)
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
     ids = [record.ids for record in records]
-    batch = collate(ids, labels, [record.learnt for record in records])
-    if trainer.prefix is None:
+    tokens = 0 if shape is None else shape.tokens
+    batch = collate(ids, labels, [record.learnt for record in records], tokens)
+    if trainer.prefix is None or shape is not None:
         return record_losses(adapter.base, batch, adapter.head)
     with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
         return record_losses(adapter.base, batch, adapter.head)
 
 
-def _margins(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
+def _margins(
+    trainer: Trainer, records: list[Tokenised], shape: Shape | None = None
+) -> torch.Tensor:
     """By how much the model prefers each pair's chosen answer, shape (n,).
 
     One pass of 2n rows, the chosen answers first; `_one_row_a_record` counts on that.
@@ -364,14 +408,19 @@ def _margins(trainer: Trainer, records: list[Tokenised]) -> torch.Tensor:
     adapter, pairs = trainer.adapter, trainer.pairs
     if pairs is None:
         raise ValueError("margins of records that are no pairs")
+    if shape is not None:
+        records = shape.filled(records)
     ids = [record.ids for record in records] + [record.rejected for record in records]
     prompts = [r.prompts[0] for r in records] + [r.prompts[1] for r in records]
-    asked = adapter.base, ids, prompts, adapter.head, pairs.length_normalised
-    if trainer.prefix is None:
+    tokens = 0 if shape is None else shape.tokens
+    asked = adapter.base, ids, prompts, adapter.head, pairs.length_normalised, tokens
+    if trainer.prefix is None or shape is not None:
         return margins(answer_scores(*asked))
     with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
         return margins(answer_scores(*asked))
 
 
-def _chunks(batch: list[Tokenised]) -> list[list[Tokenised]]:
+def _chunks(batch: list[Tokenised], shape: Shape | None = None) -> list[list[Tokenised]]:
+    if shape is not None:
+        return shape.dealt(batch)
     return [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]

@@ -108,6 +108,9 @@ class TrainingSettings(_Settings):
     packed: int = Field(
         0, ge=0, description="texts: whole records in rows of so many tokens, which count as one"
     )
+    constant: bool = Field(
+        False, description="the same work whatever the records are; real devices always"
+    )
 
 
 class PreferenceSettings(_Settings):
@@ -267,6 +270,9 @@ class RoundSettings(_Settings):
     answer_timeout_s: float = Field(60.0, gt=0, description="the other phases of a round")
     gather_s: float = Field(
         30.0, ge=0, description="how long the first round waits for a whole cohort of real devices"
+    )
+    tick_s: float = Field(
+        0.5, ge=0.1, le=600, description="real devices answer at multiples of it after a request"
     )
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
     learning_rate: float = Field(0.02, gt=0)
@@ -599,10 +605,11 @@ class Config(_Settings):
         settings = self.model_dump(mode="json", exclude=left_out)
         # nor do a run's settings change by what it left as it was
         for section, kind, names in (
-            ("training", TrainingSettings, ("ends", "opening", "packed")),
+            ("training", TrainingSettings, ("ends", "opening", "packed", "constant")),
             ("masking", MaskingSettings, ("degree", "threshold")),
             ("privacy", PrivacySettings, ("clip_chosen", "directory")),
             ("adapter", AdapterSettings, ("start",)),
+            ("rounds", RoundSettings, ("tick_s",)),
         ):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:
@@ -617,6 +624,12 @@ class Config(_Settings):
     def sampling_rate(self) -> float:
         """Poisson rate of local batches: public constants only, never a client's data size."""
         return self.training.batch_size / self.data.records_per_client
+
+    @property
+    def constant(self) -> bool:
+        """Whether a device's work is a function of public numbers (`client/constant.py`): always
+        where somebody sees when it answers."""
+        return self.training.constant or self.data.source == DEVICES
 
     @property
     def pairs(self) -> PreferenceSettings | None:

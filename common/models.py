@@ -104,9 +104,12 @@ def load(base: str) -> BaseModel:
     return found
 
 
-def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right: (ids, mask), both int64 of shape (records, longest)."""
-    longest = max(len(sequence) for sequence in sequences)
+def pad(
+    sequences: Sequence[Sequence[int]], fill: int = 0, tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Token ids padded on the right: (ids, mask), both int64 of shape (records, longest), or
+    (records, tokens) where none is longer."""
+    longest = max([tokens, *(len(sequence) for sequence in sequences)])
     ids = torch.full((len(sequences), longest), fill, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, sequence in enumerate(sequences):

@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from .models import BaseModel, final_states, pad
 
-__all__ = ["Batch", "Task", "collate", "pooled", "record_losses", "token_losses"]
+__all__ = [
+    "Batch",
+    "Task",
+    "collate",
+    "losses_everywhere",
+    "pooled",
+    "record_losses",
+    "token_losses",
+]
 
 Task = Literal["generation", "regression", "classification"]
 
@@ -29,32 +37,38 @@ class Batch:
         ids, mask: (n, t) int64.
         labels: (n,), or None.
         learnt: (n, t) bool: which tokens have a loss; never the first.
+        everywhere: whether every place meets the vocabulary, with a loss or without, so that the
+            work does not tell how many have one.
     """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor | None
     learnt: Tensor
+    everywhere: bool = False
 
 
 def collate(
     ids: Sequence[Sequence[int]],
     labels: Sequence[float] | None,
     learnt: Sequence[Sequence[int] | None] | None = None,
+    tokens: int = 0,
 ) -> Batch:
     """One batch; records of similar length belong together, the caller sees to that.
 
     Args:
         learnt: for each record the places that have a loss; None: all but the first.
+        tokens: of each row, whatever its record has, and then `everywhere`; 0: of the longest.
     """
-    padded, mask = pad(ids)
+    padded, mask = pad(ids, tokens=tokens)
     wanted = mask.bool()
     for row, places in enumerate(learnt or ()):
         if places is not None:
             wanted[row] = False
             wanted[row, list(places)] = True
     wanted[:, 0] = False
-    return Batch(padded, mask, None if labels is None else torch.tensor(labels), wanted)
+    found = None if labels is None else torch.tensor(labels)
+    return Batch(padded, mask, found, wanted, everywhere=tokens > 0)
 
 
 def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
@@ -79,6 +93,21 @@ def token_losses(base: BaseModel, states: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(states @ base.output.T, targets, reduction="none")
 
 
+def losses_everywhere(base: BaseModel, states: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+    """As `token_losses`, of all places, and exactly 0 with gradient 0 where none is wanted.
+
+    Args:
+        states: (n, t, w).
+        targets, wanted: (n, t).
+
+    An unwanted place takes part with a state of zeros, so that whatever its own is, infinite or
+    none at all, reaches no other.
+    """
+    alive = torch.where(wanted[..., None], states, torch.zeros((), dtype=states.dtype))
+    losses = token_losses(base, alive.flatten(0, 1), targets.flatten()).view(wanted.shape)
+    return torch.where(wanted, losses, torch.zeros((), dtype=losses.dtype))
+
+
 def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
     """One vector of norm 1 per record, shape (n, w): mean of an encoder, last of a decoder."""
     if base.kind == "encoder":
@@ -90,8 +119,11 @@ def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
 
 
 def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
-    # logits only where there is a loss: padding never meets the vocabulary
     wanted = batch.learnt[:, 1:]
+    if batch.everywhere:
+        every = losses_everywhere(base, states[:, :-1], batch.ids[:, 1:], wanted)
+        return every.sum(1) / wanted.sum(1).clamp_min(1)
+    # logits only where there is a loss: padding never meets the vocabulary
     losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
     sums = torch.zeros(len(batch.ids), dtype=losses.dtype).index_add(0, rows, losses)

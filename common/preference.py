@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .models import BaseModel, final_states, pad
-from .objective import pooled
+from .objective import losses_everywhere, pooled
 
 __all__ = ["answer_scores", "margins", "preference_losses"]
 
@@ -34,6 +34,7 @@ def answer_scores(
     prompts: Sequence[int],
     head: nn.Linear | None,
     length_normalised: bool = False,
+    tokens: int = 0,
 ) -> Tensor:
     """Score of each answer, shape (n,).
 
@@ -43,16 +44,21 @@ def answer_scores(
         prompts: how many ids of each row are the prompt's; they bear no likelihood.
         head: (1, w), whose output is the score; None: the score is the likelihood.
         length_normalised: nats a token of the answer instead of nats.
+        tokens: of each row, and every place meets the vocabulary, as `objective.collate`.
 
     Edge cases: an answer without tokens after its prompt has likelihood 1, score 0.
     """
-    padded, mask = pad(ids)
+    padded, mask = pad(ids, tokens=tokens)
     states = final_states(base, padded, mask)
     if head is not None:
         scores: Tensor = head(pooled(base, states, mask))[:, 0]
         return scores
     place = torch.arange(1, padded.shape[1])[None]
     wanted = mask[:, 1:].bool() & (place >= torch.tensor(list(prompts))[:, None])
+    if tokens:
+        every = losses_everywhere(base, states[:, :-1], padded[:, 1:], wanted)
+        each = -every.double().sum(1)
+        return each / wanted.sum(1).clamp_min(1) if length_normalised else each
     logits = states[:, :-1][wanted] @ base.output.T
     losses = functional.cross_entropy(logits, padded[:, 1:][wanted], reduction="none")
     rows = torch.nonzero(wanted)[:, 0]

@@ -1,0 +1,71 @@
+"""When a device's answers leave: at a public moment, whatever the records are.
+
+Before it touches a record a device rehearses the work on dummies. How long that takes says how
+long the answer waits, from the moment the real work begins: the same for every answer, also for a
+decline and a failure. The work itself is the same each time (`client/constant.py`).
+
+Loads nothing but the standard library: an idle worker is small.
+"""
+
+import math
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+__all__ = ["MARGIN", "Pace"]
+
+MARGIN = 1.5
+"""The wait over the rehearsal; and one tick more, for what is not rehearsed."""
+
+
+@dataclass
+class Pace:
+    """When the answers of one device leave.
+
+    Attributes:
+        clock, pause: seconds that only go forward, and a wait of so many; others in tests.
+
+    **Guarantee**: the times waited for follow from rehearsals, which see no record, and from how
+    often an answer was late. Being late doubles the time of every later answer of the same work,
+    so that all of them together tell the logarithm of one time, not a time each.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    pause: Callable[[float], None] = time.sleep
+    _spans: dict[Hashable, float] = field(default_factory=dict, init=False)
+    _began: float = field(default=0.0, init=False)
+    _work: Hashable = field(default=None, init=False)
+
+    def begin(self) -> None:
+        """A message has come. As long as no work is rehearsed, nothing private is touched, and
+        the answer leaves at once."""
+        self._began, self._work = self.clock(), None
+
+    def rehearse(self, work: Hashable, tick_s: float, once: Callable[[], object]) -> None:
+        """Private work comes next: its answer waits for the public moment.
+
+        Args:
+            work: what kind of work; it is rehearsed the first time only.
+            tick_s: moments are multiples of it.
+            once: does the work once, on dummies.
+
+        The first answer's time counts from the end of the rehearsal.
+        """
+        if work not in self._spans:
+            began = self.clock()
+            once()
+            self._began = self.clock()
+            self._spans[work] = tick_s * math.ceil(
+                MARGIN * (self._began - began) / tick_s + 1 - 1e-9
+            )
+        self._work = work
+
+    def settle(self) -> None:
+        """Wait until the answer may leave: also a decline's and a failure's."""
+        if self._work is None:
+            return
+        work, self._work = self._work, None
+        passed = self.clock() - self._began
+        while passed > self._spans[work]:
+            self._spans[work] *= 2
+        self.pause(self._spans[work] - passed)
