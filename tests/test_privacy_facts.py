@@ -270,3 +270,15 @@ def test_thousands_of_clients_take_seconds_because_equal_histories_are_one():
     facts = facts_of(config, many)
     assert time.process_time() - began < 30
     assert facts["histories"][0]["clients"] == 6635
+
+
+def test_the_report_of_a_simulation_and_of_devices_says_what_is_known_of_times():
+    from privet.common.config import parse
+    from privet.experiments.claims import not_covered
+
+    simulated = parse({})
+    real = parse({"data": {"source": "devices", "task": "generation"}})
+    (said,) = [one for one in not_covered(simulated) if "side channels" in one.lower()]
+    assert "no times are observed" in said
+    (said,) = [one for one in not_covered(real) if "side channels" in one.lower()]
+    assert "same work whatever its records are" in said
