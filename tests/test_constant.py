@@ -163,7 +163,7 @@ def test_a_record_and_a_dummy_that_are_not_finite_leave_the_others_as_they_are(
     def spoilt(base: Any, batch: Any, head: Any) -> Any:
         losses = real(base, batch, head)
         odd = (batch.mask.sum(1) == 1) | (batch.ids[:, 1] == own[0].ids[1])
-        return torch.where(odd, losses * float("nan"), losses)
+        return losses * torch.where(odd, float("nan"), 1.0)  # row by row, also backwards
 
     monkeypatch.setattr("privet.client.training.record_losses", spoilt)
     found = trained(texts, own, SHAPE)
@@ -296,9 +296,9 @@ def test_the_rehearsal_of_a_round_comes_once_before_any_record_is_read_and_is_no
 ):
     config, order = config_of(llama_folder), list[str]()
 
-    def watched(trainer: Any, start: Any, own: Any, *rest: Any, **named: Any) -> Any:
-        order.append(f"{len(own)} records")
-        return train(trainer, start, own, *rest, **named)
+    def watched(trainer: Any, start: Any, some: Any, *rest: Any, **named: Any) -> Any:
+        order.append(f"{len(some)} records")
+        return train(trainer, start, some, *rest, **named)
 
     monkeypatch.setattr("privet.client.device.train", watched)
     pace = Pace(pause=lambda _: None)
