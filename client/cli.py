@@ -283,8 +283,23 @@ def join(
     ] = None,
     directory: Annotated[
         Path | None,
-        typer.Option("--directory", metavar="FILE", help="The devices there are; no others."),
+        typer.Option(
+            "--directory",
+            metavar="FILE",
+            help="The devices there are; no others. Default: `directory` beside the certificate.",
+        ),
     ] = None,
+    directory_key: Annotated[
+        str | None,
+        typer.Option(
+            "--directory-key",
+            metavar="KEY",
+            help="Whose signature it needs; 64 hex digits or FILE.",
+        ),
+    ] = None,
+    open_: Annotated[
+        bool, typer.Option("--open", help="Without one: any device the server shows may exist.")
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure-test", help="Without TLS, on this machine only: a test.")
     ] = False,
@@ -296,9 +311,46 @@ def join(
     from . import join as joining
 
     with opened(home, passphrase) as found:
-        said = joining.join(found, joining.Asked(server, ca, directory, insecure))
-    facts = {"server": server, "insecure": insecure, "closed": directory is not None, "said": said}
+        asked = joining.Asked(server, ca, directory, insecure, directory_key, open_)
+        said = joining.join(found, asked)
+        closed = found.joined is not None and found.joined.closed
+    facts = {"server": server, "insecure": insecure, "closed": closed, "said": said}
     show.say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
+
+
+@app.command("directory")
+def directory(
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write what is held there.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="FILE", help="Another device's export.")
+    ] = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """The signed list of devices that this one holds, and what became of it since it joined."""
+    from ..common import directory as directories
+    from . import fleet
+
+    with opened(home, passphrase) as found:
+        chain, facts = found.chain, fleet.facts(found)
+        if chain is None or facts is None or not chain.signature:
+            raise StateError(
+                "this device holds no signed directory: join with one (`privet client join "
+                "--directory FILE`)"
+            )
+        lines = fleet.history(found)
+        if export is not None:
+            directories.write(export, chain)
+        same = None if compare is None else fleet.compared(found, compare)
+    if as_json:
+        show.dump({**facts, "history": lines, "compared": same})
+        return
+    show.directory(facts, lines)
+    if same is not None:
+        print(same)
 
 
 @app.command("leave")
@@ -342,6 +394,8 @@ def runs(
     with opened(home, passphrase) as found:
         if run is None:
             show.runs(status.runs(found), as_json)
+            if not as_json and found.directory_refused:
+                print(found.directory_refused)
         else:
             _decide(found, _offer(found, run), agree, decline, as_json)
 

@@ -24,7 +24,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from ..common import directory as directories
 from ..common.config import DEVICES
+from ..common.directory import Chain, refuse_colluders
 from ..common.errors import PrivacyError, ProtocolError, StateError
 from ..common.keys import Directory, Identity
 from . import chain, conditions, offers
@@ -63,12 +65,17 @@ class Joined:
         ca: the certificate it must be signed by, PEM; empty with `insecure`.
         closed: whether only devices in the operator's directory exist.
         insecure: without TLS, for tests on this machine.
+        key: whose signature a newer directory needs, hexadecimal, pinned by the owner; empty: the
+            list is as it was joined with, or open.
+        fleet: whose directory it is; empty: that of the first one that comes under the key.
     """
 
     server: str
     ca: str
     closed: bool
     insecure: bool = False
+    key: str = ""
+    fleet: str = ""
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,7 @@ class Home:
         kept = self.vault.get("joined")
         return None if kept is None else Joined(**json.loads(kept))
 
-    def join(self, joined: Joined, directory: Directory) -> None:
+    def join(self, joined: Joined, directory: Directory | Chain) -> None:
         """Belong to a server; one at a time."""
         present = self.joined
         if present is not None and present.server != joined.server:
@@ -205,29 +212,73 @@ class Home:
         self.vault.put_all(
             {
                 "joined": _json(asdict(joined)),
-                "directory": _written(directory),
+                "directory": None if isinstance(directory, Chain) else _written(directory),
+                "directory-chain": _kept(directory) if isinstance(directory, Chain) else None,
+                "directory-refused": None,
             }
         )
 
     def leave(self) -> None:
         """Belong to no server; what was spent stays in the ledger, and so do the heads."""
         runs = [name for kind in RUN_ENTRIES for name in self.vault.names(kind)]
-        self.vault.put_all(dict.fromkeys(["joined", "directory", *runs]))
+        held = ["directory", "directory-chain", "directory-log", "directory-refused"]
+        self.vault.put_all(dict.fromkeys(["joined", *held, *runs]))
+
+    @property
+    def chain(self) -> Chain | None:
+        """The signed directory this device holds; None: an open one, or a list without a chain."""
+        joined, kept = self.joined, self.vault.get("directory-chain")
+        if joined is None or not joined.key:
+            return None
+        if not kept:  # joined with a key alone: the first one that it has signed
+            return Chain(joined.fleet, bytes.fromhex(joined.key))
+        return directories.parse(kept.decode())
+
+    def keep_chain(self, chain: Chain, log: bytes) -> None:
+        """A newer signed directory, which continues the one that was held."""
+        self.vault.put_all(
+            {"directory-chain": _kept(chain), "directory-log": log, "directory-refused": None}
+        )
+
+    def refuse_directory(self, sentence: str, log: bytes) -> None:
+        """Why the server's directory is not taken over; what was held stays."""
+        self.vault.put_all({"directory-refused": sentence.encode(), "directory-log": log})
+
+    @property
+    def directory_refused(self) -> str:
+        """Why the last one was refused; empty: it was not."""
+        return (self.vault.get("directory-refused") or b"").decode()
+
+    @property
+    def enrolled(self) -> int | None:
+        """N, how many devices are enrolled; None with an open directory, which cannot know."""
+        return self.directory.enrolled
 
     @property
     def directory(self) -> Directory:
-        """The identities this device knows: its operator's list, or those it has pinned."""
+        """The identities this device knows: the signed directory's, or those it has pinned."""
         joined = self.joined
         if joined is None:
             raise PrivacyError("this device has joined no server")
+        chain = self.chain
+        if chain is not None:
+            return Directory(chain.directory.known, closed=True, news=self.directory_refused)
+        news = ""
+        if joined.closed:
+            news = (
+                "it is a list that nobody signed, which stays as it was joined with: ask the "
+                "operator for the signed directory, and join again"
+            )
         known = {}
         for line in (self.vault.get("directory") or b"").decode().splitlines():
             number, identity = line.split()
             known[int(number)] = bytes.fromhex(identity)
-        return Directory(known, joined.closed)
+        return Directory(known, joined.closed, news)
 
     def pin(self, directory: Directory) -> None:
-        """Keep the identities seen first."""
+        """Keep the identities seen first; a signed directory changes by its chain only."""
+        if self.chain is not None:
+            return
         written = _written(directory)
         if self.vault.get("directory") != written:
             self.vault.put("directory", written)
@@ -265,6 +316,8 @@ class Home:
         Raises:
             PrivacyError: the policy forbids it; all reasons.
         """
+        if self.joined is not None:
+            refuse_colluders(offer.config, self.enrolled)
         consent = offers.agree(offer, self.policy, how, time.time())
         stored = offers.store(offer, consent)
         self.vault.put_all(
@@ -343,6 +396,7 @@ class Home:
         offer, consent = self.run(run)
         offers.refuse_without_consent(offer, consent)
         policies.refuse_run(self.policy, offer.config, offer.server)
+        refuse_colluders(offer.config, self.enrolled)
         if begins:
             reading = conditions.read_conditions(paused=self.paused)
             reason = conditions.not_now(self.policy, datetime.now(), reading)
@@ -461,6 +515,10 @@ class Home:
 def _written(directory: Directory) -> bytes:
     lines = (f"{number} {key.hex()}\n" for number, key in sorted(directory.known.items()))
     return "".join(lines).encode()
+
+
+def _kept(chain: Chain) -> bytes:
+    return directories.text(chain).encode() if chain.signature else b""
 
 
 def _json(value: object) -> bytes:

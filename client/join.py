@@ -12,9 +12,11 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from ..common.errors import ConfigError
+from ..common import directory as directories
+from ..common.directory import Chain
+from ..common.errors import ConfigError, ProtocolError
 from ..common.files import explain_os_errors
-from ..common.keys import Directory, read_directory
+from ..common.keys import Directory
 from .home import Home, Joined
 from .policy import matches
 
@@ -30,14 +32,18 @@ class Asked:
     Attributes:
         server: HOST:PORT.
         ca: the PEM file of the authority the server must be signed by.
-        directory: the operator's list of devices.
+        directory: the list of devices; None: the file `directory` beside `ca`, if there is one.
         insecure: without TLS.
+        key: of whoever signs the directory, hexadecimal; None: the one the directory names.
+        open: without a directory, although there may be one.
     """
 
     server: str
     ca: Path | None
     directory: Path | None
     insecure: bool
+    key: str | None = None
+    open: bool = False
 
 
 def join(home: Home, asked: Asked, now: datetime | None = None) -> list[str]:
@@ -60,9 +66,15 @@ def join(home: Home, asked: Asked, now: datetime | None = None) -> list[str]:
             "(allowed.servers in policy.toml)"
         )
     ca = "" if asked.ca is None else _certificates(asked.ca, now or datetime.now(UTC))
-    directory = _directory(home, asked)
-    home.join(Joined(asked.server, ca, directory.closed, asked.insecure), directory)
-    return [f"{home.folder} belongs to {asked.server} now.", *_left_open(home, asked, directory)]
+    found = _directory(home, asked)
+    if isinstance(found, Chain):
+        joined = Joined(
+            asked.server, ca, True, asked.insecure, key=found.key.hex(), fleet=found.fleet
+        )
+    else:
+        joined = Joined(asked.server, ca, found.closed, asked.insecure)
+    home.join(joined, found)
+    return [f"{home.folder} belongs to {asked.server} now.", *_left_open(home, asked, found)]
 
 
 def _host(server: str) -> str:
@@ -124,24 +136,88 @@ def _certificates(path: Path, now: datetime) -> str:
     return b"".join(one.public_bytes(Encoding.PEM) for one in found).decode("ascii")
 
 
-def _directory(home: Home, asked: Asked) -> Directory:
-    if asked.directory is not None:
-        return read_directory(asked.directory, closed=True)
+def _directory(home: Home, asked: Asked) -> Directory | Chain:
+    """What this device holds from now on: signed, a list as it is, or open."""
     joined = home.joined
-    if joined is not None and joined.server == asked.server:
-        return Directory(home.directory.known, closed=False)  # what was pinned stays pinned
-    return Directory({}, closed=False)
+    again = joined is not None and joined.server == asked.server
+    if asked.open:
+        if asked.directory is not None or asked.key is not None:
+            raise ConfigError("--open was given with a directory or its key: leave --open out")
+        return Directory(home.directory.known if again else {}, closed=False)
+    key, path = _key(asked.key), asked.directory or _beside(asked.ca)
+    held = home.chain if again else None
+    if path is None and (key is not None or held is not None):
+        if held is not None and key in (None, held.key):
+            return held  # what is held already stays
+        return Chain("", key or b"")
+    if path is None:
+        # what was pinned stays pinned
+        return Directory(home.directory.known if again else {}, closed=False)
+    found = directories.load(path)
+    if not isinstance(found, Chain):
+        if key is not None:
+            raise ConfigError(
+                f"{path} is a list that nobody signed, and --directory-key was given: ask the "
+                "operator for the signed directory"
+            )
+        return found
+    if key not in (None, found.key):
+        raise ConfigError(
+            f"{path} is signed with the key {found.key.hex()}, and --directory-key is "
+            f"{asked.key}: it is not the directory that you trust"
+        )
+    return found if held is None else _continued(held, found, path)
 
 
-def _left_open(home: Home, asked: Asked, directory: Directory) -> list[str]:
+def _continued(held: Chain, found: Chain, path: Path) -> Chain:
+    """The newer of what this device holds and a file, one of which must continue the other."""
+    if held.fleet and held.version > found.version:
+        held, found = found, held
+    try:
+        directories.brought_up(held, found.head, 0, found.entries)
+    except ProtocolError as error:
+        raise ConfigError(
+            f"{path} and the directory that this device holds differ: {error}. The file was not "
+            "taken"
+        ) from None
+    return found
+
+
+def _key(given: str | None) -> bytes | None:
+    """The key itself, or that of a file."""
+    if given is None:
+        return None
+    path, words = Path(given), given
+    if path.is_file():
+        with explain_os_errors(path, "read the key"):
+            words = path.read_text("utf-8", errors="replace")[:200].strip()
+    if not re.fullmatch("[0-9a-f]{64}", words):
+        raise ConfigError(
+            f"--directory-key {given!r:.90}: expected 64 hexadecimal digits, or a file with them: "
+            "the public key of whoever signs the directory"
+        )
+    return bytes.fromhex(words)
+
+
+def _beside(ca: Path | None) -> Path | None:
+    """The operator's directory, where it came together with the certificate."""
+    path = None if ca is None else ca.parent / "directory"
+    return path if path is not None and path.is_file() else None
+
+
+def _left_open(home: Home, asked: Asked, directory: Directory | Chain) -> list[str]:
     said = []
     if asked.insecure:
         said.append("WITHOUT TLS: for tests on this machine; nothing that is sent is protected.")
+    if isinstance(directory, Chain):
+        return said + _signed(home, asked, directory)
     if not directory.closed:
         said.append(
-            "No directory was given: other devices are remembered when they are first seen. A "
-            "server that invents devices to surround yours is not held back by that; a directory "
-            "that reaches you by another way than through the server is what does it (--directory)."
+            "WITHOUT A DIRECTORY: other devices are remembered when they are first seen. A "
+            "server that invents devices to surround yours is not held back by that, and of the "
+            "noise against the server only your own device's share is certain. A signed directory "
+            "is what holds it back: ask the operator for the file `directory`, and join again with "
+            "--directory FILE, and with --directory-key KEY where somebody else signs it."
         )
     elif home.identity.public not in directory.known.values():
         said.append(
@@ -149,5 +225,35 @@ def _left_open(home: Home, asked: Asked, directory: Directory) -> list[str]:
             "card`), and join again with the new directory."
         )
     else:
-        said.append(f"The directory is closed: it has {len(directory.known)} devices.")
+        said.append(
+            f"The directory is closed: it has {len(directory.known)} devices. Nobody signed it, so "
+            "it stays as it is: rounds with devices that are enrolled later are declined until you "
+            "join again with the new one."
+        )
+    return said
+
+
+def _signed(home: Home, asked: Asked, chain: Chain) -> list[str]:
+    known = chain.directory.known
+    who = "the key you named" if asked.key else "the key that came with it"
+    if not chain.fleet:
+        return [
+            f"The directory is closed and has not come yet: the first one under {who} "
+            f"({chain.key.hex()}) is taken."
+        ]
+    said = [
+        f"The directory is closed: {chain.fleet} has {len(known)} devices, version "
+        f"{chain.version}, signed by {who} ({chain.key.hex()}).",
+        f"Its head, to compare with other owners: {chain.hash.hex()}",
+        "Newer ones are fetched and checked by this device itself.",
+    ]
+    if home.identity.public not in known.values():
+        said.append(
+            "This device is not in it yet: send the operator its card (`privet client card`)."
+        )
+    if not asked.key:
+        said.append(
+            "Whoever holds that key says which devices exist; where it is the operator, a lying "
+            "one can enrol devices of its own. A key of somebody else: --directory-key."
+        )
     return said

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..common.config import Config
 from ..common.errors import PrivacyError, PrivetError
 from ..common.keys import Directory, Identity
+from . import fleet
 from .conditions import threads
 from .home import ME, Home
 from .offers import waiting
@@ -135,7 +136,7 @@ class OwnSeat:
         server's patience, the next greeting finds it ready.
         """
         home, mine = self._home, version("privet")
-        accepted = False
+        accepted, lacks = False, -1
         try:
             if offer["version"] != mine:
                 raise PrivacyError(
@@ -143,6 +144,9 @@ class OwnSeat:
                     "same version on both; this device runs its own code only"
                 )
             self._refuse_other_server()
+            lacks = fleet.heard(home, offer)
+            if lacks >= 0:  # at once: the server greets again, with what is lacking
+                return {"accepted": False, "lacks": lacks}
             accepted = home.receive(str(offer["run"]), str(offer["config"]))
             if accepted:
                 self._desk_of(str(offer["run"]), NOBODY, begins=True)
@@ -151,7 +155,7 @@ class OwnSeat:
         except PrivetError as refusal:
             accepted = False
             home.note(str(refusal))
-        return {"accepted": accepted}
+        return {"accepted": accepted, "lacks": lacks}
 
     def device(self, plan: "Plan", number: int, begins: bool) -> "Device":
         """The device at its desk; the model is loaded once."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "budget",
+    "directory",
     "dump",
     "line",
     "outbox",
@@ -128,6 +129,9 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "home", facts["home"]
     insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
     yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
+    if facts["server"]:
+        for text in _fleet(facts["directory"]):
+            yield "fleet", text
     running = facts["worker"]
     yield (
         "worker",
@@ -146,6 +150,40 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
     if facts["note"] is not None:
         yield "note", f"{_when(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
+
+
+def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    """Who the other devices are, by whose word, and what came last."""
+    if facts is None:
+        yield (
+            "open: any device that the server shows may exist; against a server that invents some "
+            "only this device's own share of the noise holds"
+        )
+        return
+    if not facts["signed"]:
+        yield f"{facts['enrolled']} devices, a list that nobody signed and that stays as it is"
+        return
+    if not facts["fleet"]:
+        yield f"no directory has come yet; the first one under the key {facts['key']} is taken"
+        return
+    yield (
+        f"{facts['fleet']}: {facts['enrolled']} devices, version {facts['version']}, signed by "
+        f"{facts['key']}"
+    )
+    yield f"head {facts['head']}, to compare with other owners"
+    if not facts["listed"]:
+        yield "this device is not in it: send the operator its card (`privet client card`)"
+    if facts["last"] is not None:
+        yield f"{_when(facts['last'][0])}: {_plain(facts['last'][3])}"
+
+
+def directory(facts: Mapping[str, Any], history: Sequence[tuple[float, int, str, str]]) -> None:
+    """The signed directory, and what became of it."""
+    for text in _fleet({**facts, "last": None}):
+        print(text)
+    if history:
+        rows = [(_when(t), version, _plain(said)) for t, version, _, said in history]
+        table(("when", "version held", "what"), rows)
 
 
 def budget(facts: Mapping[str, Any], as_json: bool) -> None:

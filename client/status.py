@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import PrivetError, StateError
-from . import conditions, sources
+from . import conditions, fleet, sources
 from .erase import LOCK
 from .home import ME, Home, Sent
 
@@ -31,6 +31,7 @@ def facts(home: Home) -> dict[str, Any]:
         "server": None if joined is None else joined.server,
         "insecure": joined is not None and joined.insecure,
         "closed": joined is not None and joined.closed,
+        "directory": fleet.facts(home),
         "paused": home.paused,
         "worker": worker(home.folder),
         "records": held.records,

@@ -65,6 +65,8 @@ class Purpose(Enum):
     ARM = "arm of a comparison that a device is in"
     SIMULATED_IDENTITY = "identity of a simulated device"
     TEMPLATE = "signature of a prompt template"
+    DIRECTORY = "entry of a directory"
+    DIRECTORY_HEAD = "signature of a directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +236,18 @@ class Directory:
         closed: True: only listed clients exist (a file an operator provides). False: an unknown
             client is pinned when it is seen first. **A server that invents clients is held back
             by a closed directory only.**
+        news: a sentence on what came of a newer directory, said with every refusal: that it was
+            itself refused, or that none can come.
     """
 
     known: Mapping[int, bytes]
     closed: bool
+    news: str = field(default="", compare=False)
+
+    @property
+    def enrolled(self) -> int | None:
+        """N, the devices there are; None with an open directory, which cannot know."""
+        return len(self.known) if self.closed else None
 
     def admit(self, claimed: Mapping[int, bytes]) -> "Directory":
         """The directory after a roster was seen.
@@ -247,15 +257,18 @@ class Directory:
                 identity belongs to another client.
         """
         owners = {identity: client for client, identity in self.known.items()}
+        news = f" ({self.news})" if self.news else ""
         for client, identity in claimed.items():
             listed = self.known.get(client)
             if listed is None and self.closed:
-                raise ProtocolError(f"client {client} is not in this device's directory")
+                raise ProtocolError(f"client {client} is not in this device's directory{news}")
             if listed is not None and listed != identity:
-                raise ProtocolError(f"client {client} shows another identity than the known one")
+                raise ProtocolError(
+                    f"client {client} shows another identity than the known one{news}"
+                )
             if owners.setdefault(identity, client) != client:
                 raise ProtocolError(
-                    f"clients {owners[identity]} and {client} have the same identity"
+                    f"clients {owners[identity]} and {client} have the same identity{news}"
                 )
         if claimed.keys() <= self.known.keys():
             return self
@@ -263,7 +276,7 @@ class Directory:
             raise ProtocolError(
                 f"more than {MOST_KNOWN} clients were shown to this device, which keeps no more"
             )
-        return Directory({**self.known, **claimed}, self.closed)
+        return Directory({**self.known, **claimed}, self.closed, self.news)
 
 
 def read_directory(path: Path, closed: bool = True) -> Directory:
