@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from ..common import config as settings
 from ..common.config import DEVICES
 from ..common.errors import ConfigError
-from ..common.keys import read_directory
 from ..common.plan import Plan
 from .crowd import Crowd
+from .listing import Listing
 from .replies import addressed, enough_s, replies
 from .rounds import Reply, Show
 from .runs import whole
@@ -51,16 +51,21 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     unheard: set[str] = set()
 
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        content, nodes = {"offer": ConfigRecord({**offer, "nonce": nonce})}, list(nodes)
+        nodes = list(nodes)
         limit = config.rounds.timeout_s
         if config.data.source == DEVICES:
             limit = enough_s(len(nodes), HELLO_S)
-        outgoing = [addressed(content, node, "query.hello", limit) for node in nodes]
+        said = {n: ConfigRecord({**offer, **listing.offer(n), "nonce": nonce}) for n in nodes}
+        outgoing = [addressed({"offer": said[n]}, n, "query.hello", limit) for n in nodes]
         for message in replies(grid, outgoing, limit, unheard):
-            yield message.metadata.src_node_id, dict(message.content.get("hello") or {})
+            node, reply = message.metadata.src_node_id, dict(message.content.get("hello") or {})
+            listing.heard(node, reply)
+            yield node, reply
 
-    directory = read_directory(folder / "directory")
-    crowd = Crowd(grid.get_node_ids, hello, directory, config, run)
+    listing = Listing(folder)
+    crowd = Crowd(
+        grid.get_node_ids, hello, listing.directory(), config, run, newest=listing.directory
+    )
 
     def ask(
         phase: str, messages: Mapping[int, bytes], plan: Plan, start: NDArray[np.float32]

@@ -21,6 +21,7 @@ import typer
 
 from ..common.errors import AssetError, ConfigError, RunExists, RunUnfinished, StateError
 from ..common.files import explain_os_errors, owners_own, read_lines, write_atomic
+from . import directory_cli
 
 if TYPE_CHECKING:
     from ..common.config import Config
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "facts", "follow", "prepare", "supervise"]
 
 app = typer.Typer(help="The server: set it up, let devices join, run.", no_args_is_help=True)
+app.add_typer(directory_cli.app, name="directory")
 
 LOG = "rounds.jsonl"
 LOOK_S = 0.5
@@ -57,23 +59,43 @@ def init(
     ca_key: Annotated[
         Path | None, typer.Option(metavar="PATH", help="With --renew: where the CA's key is.")
     ] = None,
+    directory_key: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="Of somebody else who signs the list of devices."),
+    ] = None,
 ) -> None:
     """Make the server's folder: certificates, proxy, commands, units; README.md has the steps."""
     from . import setup
 
     if renew:
+        if directory_key is not None:
+            raise ConfigError(
+                "--directory-key is for a new folder; devices have pinned the old key"
+            )
         setup.renew(folder, host or (), days=days, ca_key=ca_key)
         print(f"{folder} has new certificates for {days} days; devices keep their ca.crt.")
         print("Start SuperLink, SuperExec and proxy again to use them.")
         return
     if ca_key is not None:
         raise ConfigError("--ca-key goes with --renew; a new folder gets a CA of its own")
-    setup.init(folder, host or (), port=port, inner_port=inner_port, days=days)
+    signer = None if directory_key is None else _public_key(directory_key)
+    setup.init(
+        folder, host or (), port=port, inner_port=inner_port, days=days, directory_key=signer
+    )
     print(f"{folder} is made; {folder}/README.md has the steps.")
     print(
         f"Move {folder}/ca away from this machine now: who has ca/ca.key can pretend to be this "
         "server. It is needed again for --renew only."
     )
+
+
+def _public_key(text: str) -> bytes:
+    if len(text) != 64 or text.strip("0123456789abcdef"):
+        raise ConfigError(
+            f"--directory-key {text!r:.80}: expected the 64 hexadecimal digits that `privet server "
+            "directory key` printed"
+        )
+    return bytes.fromhex(text)
 
 
 @app.command("enrol")
@@ -171,12 +193,11 @@ def ab(
 ) -> None:
     """Compare templates, or heads, on the enrolled devices: noised sums, keyed arms, paid looks."""
     from ..common.ab import read
-    from ..common.keys import read_directory
     from . import setup
     from .ab import device_settings
 
     server, settings = setup.load(folder), read(config)
-    enrolled = len(read_directory(server.folder / "directory").known)
+    enrolled = _enrolled(server, settings.name, resume)
     run = prepare(server, device_settings(settings, enrolled), resume=resume)
     place = _followed(server, run, f"privet server ab {folder} {config} --resume")
     asked = settings.privacy
@@ -303,7 +324,9 @@ def _run_facts(
 def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
     """The run folder `runs/NAME`, whole or not at all: settings, run id, directory.
 
-    Model, adapter and plan are tried first, so that settings they refuse leave nothing behind.
+    Model, adapter and plan are tried first, so that settings they refuse leave nothing behind. The
+    directory is that of the beginning: a run that goes on does so with the newest, which must
+    continue it, and with the number of devices it was begun with in its settings.
 
     Returns:
         The resolved settings.
@@ -315,10 +338,11 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
         StateError: nothing to resume, or nobody is enrolled.
     """
     from ..common.config import read, to_toml
+    from .listing import newest
     from .resuming import resumed
     from .starting import keep
 
-    config = _resolved(server, config)
+    config = _resolved(server, config, resume)
     place = server.folder / "runs" / config.name
     if (place / "config.toml").is_file():
         if not resume:
@@ -326,6 +350,7 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
                 f"{place} holds a run already; go on with --resume, or choose another name with "
                 "--set name=..."
             )
+        newest(place)  # refuses a directory that does not continue the run's
         return resumed(place, read(place / "config.toml"), config)
     config, start = _try_out(server, config)
     partial = place.with_name(f".{place.name}.partial")
@@ -344,12 +369,36 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
     return config
 
 
-def _resolved(server: "Server", config: "Config") -> "Config":
+def _enrolled(server: "Server", name: str, resume: bool) -> int:
+    """Devices in the directory now; of a run that goes on, as many as when it was begun."""
+    from ..common.config import read
+    from .enrolment import current
+
+    begun = server.folder / "runs" / name / "config.toml"
+    if resume and begun.is_file():
+        return read(begun).data.clients
+    chain = current(server)
+    return 0 if chain is None else len(chain.directory.known)
+
+
+def _refuse_colluders(server: "Server", config: "Config") -> None:
+    from ..common.directory import refuse_colluders
+    from ..common.errors import PrivacyError
+    from .enrolment import current
+
+    chain = current(server)
+    enrolled = 0 if chain is None else len(chain.directory.known)
+    try:
+        refuse_colluders(config, enrolled)
+    except PrivacyError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _resolved(server: "Server", config: "Config", resume: bool) -> "Config":
     """With the number of devices and the task filled in."""
     from ..common.config import DEVICES
-    from ..common.keys import read_directory
 
-    enrolled = len(read_directory(server.folder / "directory").known)
+    enrolled = _enrolled(server, config.name, resume)
     data, simulation = config.data, config.simulation
     if data.source != DEVICES:
         raise ConfigError(
@@ -357,7 +406,10 @@ def _resolved(server: "Server", config: "Config") -> "Config":
             f'"{DEVICES}"; `privet simulate` runs the others'
         )
     if not enrolled:
-        raise StateError("nobody is enrolled; take cards first: privet server enrol FOLDER CARD...")
+        raise StateError(
+            "nobody is enrolled in a signed directory; take cards first: privet server enrol "
+            "FOLDER CARD..."
+        )
     if "clients" in data.model_fields_set and data.clients != enrolled:
         raise ConfigError(
             f"data.clients = {data.clients}, but {enrolled} devices are enrolled; leave it out"
@@ -372,7 +424,9 @@ def _resolved(server: "Server", config: "Config") -> "Config":
     # validated again: a cohort may be too large for those who are enrolled
     from ..common.config import parse
 
-    return parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
+    found = parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
+    _refuse_colluders(server, found)
+    return found
 
 
 def _try_out(server: "Server", config: "Config") -> tuple["Config", "Start | None"]:

@@ -15,6 +15,7 @@ __all__ = ["Crowd"]
 
 POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
+PASSES = 3  # of a greeting: a newer directory's head, its new entries, and where they differ all
 SILENT_S = 10.0  # one that has not answered: a model may be loading, and late answers count
 
 Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
@@ -31,6 +32,7 @@ class Crowd:
         directory: the identities the operator enrolled.
         config: of the run.
         run: its id.
+        newest: the directory now; None: it does not change.
 
     **Guarantee**: a number is given to a node that has signed for its identity in this run only.
     """
@@ -40,7 +42,9 @@ class Crowd:
     directory: Directory
     config: Config
     run: str
+    newest: Callable[[], Directory] | None = None
     accepted: dict[int, int] = field(default_factory=dict)
+    _stale: set[int] = field(default_factory=set)
     _due: dict[int, float] = field(default_factory=dict)
     _nonces: dict[int, list[bytes]] = field(default_factory=dict)
     _begun: bool = False
@@ -78,9 +82,31 @@ class Crowd:
             time.sleep(POLL_S)
 
     def greet(self) -> list[int]:
-        """Says hello to who has not accepted yet; who is online and has, ascending."""
+        """Says hello to who has not accepted yet; who is online and has, ascending.
+
+        Where the directory has changed, to everybody: a device takes no part beside one that it
+        does not know.
+        """
+        self._look_up()
         online = set(self.online())
-        known = set(self.accepted.values())
+        for _ in range(PASSES):
+            if not self._pass(online):
+                break
+        return sorted(number for number, node in self.accepted.items() if node in online)
+
+    def _look_up(self) -> None:
+        found = self.directory if self.newest is None else self.newest()
+        if found != self.directory:
+            self.directory = found
+            self.accepted = {n: node for n, node in self.accepted.items() if n in found.known}
+            self._stale = set(self.accepted.values())
+            for node in self._stale:
+                self._due.pop(node, None)
+
+    def _pass(self, online: set[int]) -> bool:
+        """One greeting of all who are due; whether some of them lack entries of the directory."""
+        lacking = False
+        known = set(self.accepted.values()) - self._stale
         owners = {identity: number for number, identity in self.directory.known.items()}
         mine = version("privet")
         now, nonce = time.monotonic(), secrets.token_bytes(32)
@@ -89,7 +115,12 @@ class Crowd:
             self._due[node] = now + SILENT_S
             self._nonces.setdefault(node, []).append(nonce)
         for node, reply in self.hello(new, nonce):
-            self._due[node] = time.monotonic() + AGAIN_S
+            lacks = reply.get("lacks")
+            behind = isinstance(lacks, int) and lacks >= 0
+            lacking |= behind
+            self._due[node] = time.monotonic() + (0 if behind else AGAIN_S)
+            if not behind:
+                self._stale.discard(node)
             if reply.get("version") != mine:
                 if self.config.data.source != DEVICES:
                     raise ProtocolError(
@@ -104,7 +135,7 @@ class Crowd:
             )
             if signed and identity in owners and reply.get("accepted") is True:
                 self.accepted[owners[identity]] = node
-        return sorted(number for number, node in self.accepted.items() if node in online)
+        return lacking
 
 
 def _bytes(value: object) -> bytes:

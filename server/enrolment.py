@@ -8,6 +8,7 @@ Enrolling says who may join; what a device releases is decided on the device alo
 import fcntl
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,16 +19,29 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ..common.errors import DataError, StateError
+from ..common import directory as directories
+from ..common.directory import Chain, Entry
+from ..common.errors import DataError, ProtocolError, StateError
 from ..common.files import explain_os_errors, owners_own, write_json_atomic
-from ..common.keys import KEY_BYTES, Directory, write_directory
+from ..common.keys import KEY_BYTES, Directory, Identity
+from .certificates import put
 from .control import control, nodes_of, register, unregister
-from .setup import Server
+from .setup import DIRECTORY, DIRECTORY_KEY, UNSIGNED, Server, new_fleet
 
-__all__ = ["Card", "Device", "devices", "enrol", "read_card", "remove"]
+__all__ = [
+    "Card",
+    "Device",
+    "current",
+    "devices",
+    "enrol",
+    "pending",
+    "read_card",
+    "read_key",
+    "remove",
+    "take",
+]
 
 DEVICES = "devices.json"
-DIRECTORY = "directory"
 CARD_BYTES = 16384
 CARD_KEYS = {"privet", "identity", "node", "name"}
 _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]{0,64}")
@@ -206,9 +220,11 @@ def enrol(server: Server, paths: Sequence[Path], show: Show) -> Sequence[Device]
             if device not in fresh:
                 again = "" if known else "; the SuperLink had lost its node key"
                 show(f"{device} is enrolled already{again}")
-        _keep(server, everybody)
+        listed = _keep(server, everybody)
     for device in fresh:
         show(f"{device} is enrolled")
+    if fresh:
+        _tell(server, listed, show)
     return chosen
 
 
@@ -230,11 +246,12 @@ def remove(server: Server, named: Sequence[str], show: Show) -> None:
                 raise DataError(f"{name}: {device} was removed already")
             # the list first: one that the SuperLink alone forgot would be registered again
             everybody[device.number] = replace(device, removed=True)
-        _keep(server, everybody)
+        listed = _keep(server, everybody)
         for device in dict.fromkeys(leaving):
             if device.card.node in ids:
                 unregister(client, ids[device.card.node])
             show(f"{device} is removed")
+    _tell(server, listed, show)
 
 
 def devices(server: Server) -> Sequence[Device]:
@@ -291,11 +308,137 @@ def _named(everybody: Sequence[Device], name: str) -> Device:
     return device
 
 
-def _keep(server: Server, everybody: Sequence[Device]) -> None:
+def current(server: Server) -> Chain | None:
+    """The signed directory, newest; of a folder made by an earlier privet the list, signed now.
+
+    Returns:
+        None: whoever signs it has signed none yet.
+
+    Raises:
+        StateError: it is damaged, or rewritten.
+    """
+    path = server.folder / DIRECTORY
+    if path.exists():
+        found = directories.load(path)
+        if isinstance(found, Chain):
+            return found
+        with _locked(server):
+            return _signed_now(server, found)
+    return None
+
+
+def pending(server: Server) -> Chain | None:
+    """What waits for the signature of whoever keeps the directory's key; None: nothing.
+
+    Raises:
+        StateError: it is damaged.
+    """
+    path = server.folder / UNSIGNED
+    found = directories.load(path, signed=False) if path.exists() else None
+    return found if isinstance(found, Chain) else None
+
+
+def take(server: Server, path: Path) -> Chain:
+    """Put the directory in force that was signed elsewhere.
+
+    Raises:
+        DataError: it is not what waits for a signature.
+        StateError: it is damaged or not signed by its key.
+    """
+    found = directories.load(path)
+    with _locked(server):
+        wanted = pending(server)
+        if wanted is None:
+            raise DataError(f"{server.folder}: no directory waits for a signature")
+        if not isinstance(found, Chain) or found.head.message != wanted.head.message:
+            raise DataError(
+                f"{path} is not the directory that waits for a signature, "
+                f"{server.folder / UNSIGNED}; sign that one"
+            )
+        directories.write(server.folder / DIRECTORY, found)
+        with explain_os_errors(server.folder / UNSIGNED, "remove"):
+            (server.folder / UNSIGNED).unlink()
+    return found
+
+
+def read_key(path: Path) -> Identity:
+    """The secret key of a directory, from the file `privet server directory key` wrote.
+
+    Raises:
+        DataError: unreadable, or no key.
+    """
+    try:
+        with open(path, "rb") as file:
+            words = file.read(256).decode("ascii", errors="replace").split()
+    except OSError as error:
+        raise DataError(f"cannot read the key {path}: {error.strerror}") from None
+    if len(words) != 1 or not re.fullmatch(r"[0-9a-f]{64}", words[0]):
+        raise DataError(f"{path}: expected the secret key of a directory, 64 hexadecimal digits")
+    return Identity.of(bytes.fromhex(words[0]))
+
+
+def _signed_now(server: Server, before: Directory) -> Chain:
+    """A folder of an earlier privet: a key is made, and the present list is signed with it."""
+    everybody = devices(server)
+    if not (server.folder / DIRECTORY_KEY).exists():
+        seed = secrets.token_hex(KEY_BYTES)
+        put(server.folder / DIRECTORY_KEY, f"{seed}\n".encode())
+    signer = read_key(server.folder / DIRECTORY_KEY)
+    empty = Chain(new_fleet(server.hosts), signer.public)
+    entries = _missing(empty, everybody)
+    if not everybody:
+        entries = [Entry(number, key) for number, key in sorted(before.known.items())]
+    chain = empty.with_entries(entries).sign(signer)
+    directories.write(server.folder / DIRECTORY, chain)
+    return chain
+
+
+def _missing(chain: Chain, everybody: Sequence[Device]) -> list[Entry]:
+    """The entries that are in `devices.json` and not in the directory yet."""
+    entries = {(one.client, one.removed) for one in chain.entries}
+    return [
+        Entry(device.number, bytes.fromhex(device.card.identity), removed)
+        for device in everybody
+        for removed in (False, True)
+        if (device.removed or not removed) and (device.number, removed) not in entries
+    ]
+
+
+def _keep(server: Server, everybody: Sequence[Device]) -> Chain:
     """The list first: the directory follows from it, and is written again by every call."""
     write_json_atomic(server.folder / DEVICES, [asdict(device) for device in everybody])
-    known = {d.number: bytes.fromhex(d.card.identity) for d in everybody if not d.removed}
-    write_directory(server.folder / DIRECTORY, Directory(known, closed=True))
+    path, key = server.folder / DIRECTORY, server.folder / DIRECTORY_KEY
+    before = directories.load(path) if path.exists() else pending(server)
+    if isinstance(before, Directory):
+        return _signed_now(server, before)
+    if before is None:
+        raise StateError(f"{path} is gone; restore it from a copy")
+    try:
+        chain = before.with_entries(_missing(before, everybody))
+    except ProtocolError as error:
+        raise StateError(
+            f"{path} and {DEVICES} differ ({error}); restore both from a copy"
+        ) from None
+    if chain.signature:
+        return chain
+    if not key.exists():
+        directories.write(server.folder / UNSIGNED, chain)
+        return chain
+    chain = chain.sign(read_key(key))
+    directories.write(path, chain)
+    return chain
+
+
+def _tell(server: Server, chain: Chain, show: Show) -> None:
+    enrolled = len(chain.directory.known)
+    if chain.signature:
+        show(f"the directory has version {chain.version} and {enrolled} devices; it is signed")
+        return
+    show(
+        f"version {chain.version} of the directory waits for its signature: have "
+        f"{server.folder / UNSIGNED} signed (`privet server directory sign`), and hand it in with "
+        "`privet server directory take`; until then these devices take part in nothing"
+    )
 
 
 @contextmanager

@@ -12,7 +12,8 @@
       nginx.conf nginx/     the proxy, without root
       flwr/config.toml      FLWR_HOME: the `flwr` command finds the SuperLink
       systemd/              three units
-      directory             client number and identity of every enrolled device
+      directory             every enrolled device, signed; what devices hold and are sent
+      directory.key         signs it; not here with --directory-key, then also directory.unsigned
       devices.json runs/ logs/ state.sqlite
 
 The proxy is the one way in (`server/proxy.py`). A person with a login on the server machine is
@@ -30,8 +31,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.directory import Chain, text
 from ..common.errors import ConfigError, RunExists, StateError
 from ..common.files import explain_os_errors, sync_folder
+from ..common.keys import Identity
 from .certificates import authority_of, new_authority, pem, put, valid_until, write_certificates
 from .proxy import nginx_conf
 from .services import readme, units
@@ -41,6 +44,7 @@ __all__ = ["Server", "certified_until", "init", "load", "renew"]
 FORMAT = 1
 FACTS = "server.json"
 CERTIFICATES = "certificates"
+DIRECTORY, DIRECTORY_KEY, UNSIGNED = "directory", "directory.key", "directory.unsigned"
 CA_DAYS = 3650
 _DNS = re.compile(
     r"(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*"
@@ -81,6 +85,7 @@ def init(
     port: int = 9092,
     inner_port: int = 9093,
     days: int = 365,
+    directory_key: bytes | None = None,
     now: datetime.datetime | None = None,
 ) -> Server:
     """Make a server's folder, whole or not at all.
@@ -91,6 +96,7 @@ def init(
         port: the proxy's.
         inner_port: the SuperLink's, on loopback.
         days: how long the server's certificates hold; the CA's holds 3,650.
+        directory_key: public key of whoever signs the directory elsewhere; None: one is made here.
         now: tests only; certificates hold from an hour earlier, since clocks differ.
 
     Raises:
@@ -111,7 +117,7 @@ def init(
     try:
         with explain_os_errors(folder, "make the server's folder"):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _fill(partial, server, days, now)
+            _fill(partial, server, days, now, directory_key)
             os.replace(partial, folder)
             sync_folder(folder.parent)
     finally:
@@ -200,7 +206,9 @@ def certified_until(server: Server) -> datetime.datetime:
     return min(valid_until(server.certificate(name)) for name in ("server.crt", "internal.crt"))
 
 
-def _fill(partial: Path, server: Server, days: int, now: datetime.datetime) -> None:
+def _fill(
+    partial: Path, server: Server, days: int, now: datetime.datetime, directory_key: bytes | None
+) -> None:
     """All files of a new folder, laid down beside its final place."""
     for name in ("", "ca", "nginx", "flwr", "systemd", "runs", "logs"):
         (partial / name).mkdir(mode=0o700)
@@ -211,12 +219,28 @@ def _fill(partial: Path, server: Server, days: int, now: datetime.datetime) -> N
     (partial / CERTIFICATES).symlink_to(f"{CERTIFICATES}.1")
     put(partial / "superexec.secret", secrets.token_hex(32).encode())
     put(partial / FACTS, _facts(server))
-    put(partial / "directory", b"")
+    _put_directory(partial, server, directory_key)
     put(partial / "nginx.conf", nginx_conf(server.port, server.inner).encode())
     put(partial / "flwr" / "config.toml", _connection(server).encode())
-    for name, text in units(server).items():
-        put(partial / "systemd" / name, text.encode())
+    for name, unit in units(server).items():
+        put(partial / "systemd" / name, unit.encode())
     put(partial / "README.md", readme(server).encode())
+
+
+def _put_directory(partial: Path, server: Server, key: bytes | None) -> None:
+    """A directory of nobody, signed; with somebody else's key it waits for that signature."""
+    fleet = new_fleet(server.hosts)
+    if key is not None:
+        put(partial / UNSIGNED, text(Chain(fleet, key)).encode())
+        return
+    signer = Identity.create(secrets.token_bytes)
+    put(partial / DIRECTORY_KEY, signer.seed.value.hex().encode() + b"\n")
+    put(partial / DIRECTORY, text(Chain(fleet, signer.public).sign(signer)).encode())
+
+
+def new_fleet(hosts: Sequence[str]) -> str:
+    """A name that no other fleet has: one signer may keep several directories."""
+    return f"{hosts[0]}-{secrets.token_hex(8)}"
 
 
 def _facts(server: Server) -> bytes:

@@ -403,7 +403,8 @@ def make(folder: Path, base: Path, people: int = 4) -> Fleet:
             (words / f"{place:02}.txt").write_text(text)
         with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
             (home / POLICY).write_text(own_policy(base))
-            asked = join.Asked(f"127.0.0.1:{wire.port}", authority, None, insecure=False)
+            listed = server.folder / "directory"  # of nobody yet: the rest comes by itself
+            asked = join.Asked(f"127.0.0.1:{wire.port}", authority, listed, insecure=False)
             join.join(made, asked)
             sources.rescan(made, roots=[str(words)])
             assert len(made.records()) == len(texts)

@@ -16,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.common.errors import DataError, StateError
-from privet.common.keys import Identity, read_directory
-from privet.server import enrolment, setup
+from privet.common import directory
+from privet.common.errors import ConfigError, DataError, StateError
+from privet.common.keys import Identity, write_directory
+from privet.server import directory_cli, enrolment, setup
 from privet.server.enrolment import enrol, read_card, remove
 
 PEM = serialization.Encoding.PEM
@@ -95,7 +96,7 @@ def quiet(_: str) -> None:
 
 
 def listed(server: setup.Server) -> dict[int, str]:
-    known = read_directory(server.folder / "directory").known
+    known = directory.listed(server.folder / "directory").known
     return {number: identity.hex() for number, identity in known.items()}
 
 
@@ -243,9 +244,9 @@ def test_a_crash_after_registering_is_gone_on_from_with_the_same_number(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for step in ("write_json_atomic", "write_directory"):
+    for place, step in ((enrolment, "write_json_atomic"), (directory, "write")):
         with monkeypatch.context() as broken:
-            broken.setattr(enrolment, step, killed)
+            broken.setattr(place, step, killed)
             with pytest.raises(KeyboardInterrupt):
                 enrol(server, [path], quiet)
         assert len(superlink.nodes) == 1
@@ -321,6 +322,65 @@ def test_without_a_superlink_nothing_changes_and_the_sentence_says_how_to_start_
         enrol(server, [card("a")], quiet)
     assert not listed(server)
     assert not (server.folder / "devices.json").exists()
+
+
+@pytest.mark.usefixtures("superlink")
+def test_a_folder_of_an_earlier_privet_gets_a_key_and_a_signature(
+    card: Any, server: setup.Server
+) -> None:
+    enrol(server, [card("a"), card("b")], quiet)
+    remove(server, ["0"], quiet)
+    known = directory.listed(server.folder / "directory")
+    (server.folder / "directory.key").unlink()
+    write_directory(server.folder / "directory", known)  # as it was kept before
+    found = enrolment.current(server)
+    assert found is not None
+    assert [str(one) for one in found.entries] == [
+        "client 0 added", "client 0 removed", "client 1 added",
+    ]  # fmt: skip
+    assert found.head.signed
+    assert (server.folder / "directory.key").stat().st_mode & 0o777 == 0o600
+    assert enrolment.current(server) == found
+    enrol(server, [card("c")], quiet)
+    after = enrolment.current(server)
+    assert after is not None
+    assert after.entries[:3] == found.entries
+    assert listed(server).keys() == {1, 2}
+
+
+@pytest.mark.usefixtures("superlink")
+def test_somebody_else_signs_on_a_machine_of_their_own(card: Any, tmp_path: Path) -> None:
+    signer = Identity.of(b"s" * 32)
+    key = tmp_path / "my.key"
+    key.write_text(signer.seed.value.hex() + "\n")
+    server = setup.init(
+        tmp_path / "other", ["a.org"], port=2, inner_port=1, directory_key=signer.public
+    )
+    assert not (server.folder / "directory.key").exists()
+    said = list[str]()
+    enrol(server, [card("a")], said.append)
+    assert "version 1 of the directory waits for its signature" in said[-1]
+    assert enrolment.current(server) is None
+    unsigned, sent = server.folder / "directory.unsigned", tmp_path / "sent"
+    sent.write_bytes(unsigned.read_bytes())
+    with pytest.raises(StateError, match="not signed by the key"):
+        enrolment.take(server, sent)
+    directory_cli.sign(sent, key)
+    taken = enrolment.take(server, sent)
+    assert (taken.version, enrolment.current(server), enrolment.pending(server)) == (1, taken, None)
+    with pytest.raises(DataError, match="no directory waits"):
+        enrolment.take(server, sent)
+    enrol(server, [card("b")], quiet)
+    assert enrolment.current(server) == taken  # until it is signed
+    with pytest.raises(DataError, match="is not the directory that waits"):
+        enrolment.take(server, sent)
+    rewritten = directory.Chain(taken.fleet, taken.key, (directory.Entry(0, bytes(32)),))
+    directory.write(sent, rewritten)
+    with pytest.raises(DataError, match=r"does not continue .* entry 0 .* was rewritten"):
+        directory_cli.sign(sent, key)
+    key.write_text("00" * 32)
+    with pytest.raises(ConfigError, match="was to be signed with"):
+        directory_cli.sign(unsigned, key)
 
 
 def test_a_damaged_list_of_devices_is_named(server: setup.Server) -> None:

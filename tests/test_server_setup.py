@@ -15,6 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from privet.common import directory
 from privet.common.config import parse, read
 from privet.common.errors import (
     AssetError,
@@ -25,8 +26,8 @@ from privet.common.errors import (
     StateError,
 )
 from privet.common.files import append_line
-from privet.common.keys import Directory, read_directory, write_directory
-from privet.server import cli, control, proxy, services, serving, setup
+from privet.common.keys import Directory, write_directory
+from privet.server import cli, control, enrolment, listing, proxy, services, serving, setup
 from privet.server.control import Run
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
@@ -59,7 +60,9 @@ def test_everything_in_the_folder_is_for_its_owner_alone(tmp_path: Path) -> None
 def test_a_folder_read_back_is_the_one_that_was_made(tmp_path: Path) -> None:
     server = made(tmp_path, port=4000, inner_port=4001)
     assert setup.load(server.folder) == server
-    assert (server.folder / "directory").read_bytes() == b""
+    empty = directory.load(server.folder / "directory")
+    assert isinstance(empty, directory.Chain)
+    assert (empty.version, empty.fleet.startswith("privet.example.org-")) == (0, True)
 
 
 def test_a_folder_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
@@ -296,7 +299,7 @@ def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
     assert config.data.clients == 4
     assert config.data.task == "generation"
     assert sorted(p.name for p in place.iterdir()) == ["config.toml", "directory", "run-id"]
-    assert read_directory(place / "directory").known.keys() == {0, 1, 2, 3}
+    assert directory.listed(place / "directory").known.keys() == {0, 1, 2, 3}
     assert (place / "run-id").read_text().startswith("first-")
 
 
@@ -328,9 +331,30 @@ def test_a_run_is_extended_but_not_while_a_process_serves_it(
     assert read(place / "config.toml") == found
 
 
+def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritten_entry(
+    enrolled: setup.Server, llama_folder: Path
+) -> None:
+    first = cli.prepare(enrolled, settings(llama_folder), resume=False)
+    path = enrolled.folder / "directory"
+    begun, signer = directory.load(path), enrolment.read_key(enrolled.folder / "directory.key")
+    assert isinstance(begun, directory.Chain)
+    more = begun.with_entries([directory.Entry(4, bytes([9]) * 32)]).sign(signer)
+    directory.write(path, more)
+    assert cli.prepare(enrolled, settings(llama_folder), resume=True) == first
+    assert listing.newest(enrolled.folder / "runs" / "first") == more
+    changed = (*begun.entries[:3], directory.Entry(3, bytes([9]) * 32))
+    directory.write(path, directory.Chain(begun.fleet, begun.key, changed).sign(signer))
+    with pytest.raises(StateError, match=r"does not continue .*entry 3 .* was rewritten"):
+        cli.prepare(enrolled, settings(llama_folder), resume=True)
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
+        (
+            {"masking": {"smallest_cohort": 3, "survivors": 1.0, "colluding": 3}},
+            r"at most 2 may collude|colluding",
+        ),
         ({"data": {"source": "shakespeare"}}, "data.source"),
         ({"data": {"clients": 5}}, "4 devices are enrolled"),
         ({"rounds": {"cohort": 5}}, "rounds.cohort = 5"),
