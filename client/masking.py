@@ -39,7 +39,7 @@ from ..common.keys import (
     verify,
 )
 from ..common.keystream import add_masks
-from ..common.masking import Graph, MaskingPolicy, Terms, gap, neighbours, quorum
+from ..common.masking import Graph, MaskingPolicy, Terms, gap, neighbours, pair_seed, quorum
 from ..common.messages import (
     SERVER,
     Deal,
@@ -349,7 +349,7 @@ def _pair_seeds(state: Announced, cohort: Cohort) -> dict[int, Secret]:
     for other in cohort.neighbours:
         entry = cohort.entries[other]
         shared = _blaming(state.party, entry.client, agree, entry.mask_key)
-        seeds[other] = derive(shared, Purpose.PAIR_MASK, cohort.digest)
+        seeds[other] = pair_seed(shared, cohort.digest, cohort.position, other)
     return seeds
 
 

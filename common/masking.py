@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .config import Config, MaskingSettings, quorum
 from .errors import ConfigError, ProtocolError
-from .keys import Purpose, Secret, digest
+from .keys import Purpose, Secret, derive, digest
 from .keystream import keystream
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "default_threshold",
     "gap",
     "neighbours",
+    "pair_seed",
     "quorum",
     "secrecy_bits",
     "sized_graph",
@@ -279,6 +280,24 @@ def neighbours(roster_digest: bytes, participants: int, degree: int, position: i
     here, half = int(place[position]), degree // 2
     steps = [step for step in range(-half, half + 1) if step]
     return sorted(int(order[(here + step) % participants]) for step in steps)
+
+
+def pair_seed(shared: Secret, roster_digest: bytes, one: int, other: int) -> Secret:
+    """The seed of the mask that two neighbours share.
+
+    **Guarantee**: no two pairs of a roster have the same one, even where they agree on the same
+    secret. They can: a point of low order added to a key (as little as 1/u for u) changes its bytes
+    and not what it agrees on, so a colluder could announce an honest device's key in other bytes,
+    and the masks that a third device shares with the two would cancel.
+
+    Args:
+        shared: what the two mask keys agree on.
+        roster_digest: 32 bytes.
+        one, other: positions of the two, in either order.
+    """
+    low, high = sorted((one, other))
+    names = low.to_bytes(4, "big") + high.to_bytes(4, "big")
+    return derive(shared, Purpose.PAIR_MASK, roster_digest, names)
 
 
 @functools.lru_cache(maxsize=4)

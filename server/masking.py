@@ -25,7 +25,7 @@ from ..common.encoding import unpack
 from ..common.errors import ProtocolError, RoundVoid
 from ..common.keys import KEY_BYTES, Directory, Purpose, RoundKey, Secret, derive, digest, verify
 from ..common.keystream import add_masks
-from ..common.masking import Graph, Terms, default_graph, gap, neighbours, quorum
+from ..common.masking import Graph, Terms, default_graph, gap, neighbours, pair_seed, quorum
 from ..common.messages import (
     Announcement,
     Confirmations,
@@ -535,6 +535,6 @@ def _remove_pairwise(
         if other not in survivors.alive:
             continue
         shared = agree(cohort.roster.entries[other].mask_key)
-        seed = derive(shared, Purpose.PAIR_MASK, cohort.digest)
+        seed = pair_seed(shared, cohort.digest, owner, other)
         (removed if other < owner else added).append(seed)
     add_masks(total, added, removed)

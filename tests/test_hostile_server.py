@@ -17,7 +17,7 @@ from privet.common.encoding import unpack
 from privet.common.errors import ProtocolError
 from privet.common.keys import Directory, Identity, Purpose, RoundKey, Secret, derive
 from privet.common.keystream import add_masks
-from privet.common.masking import Graph, MaskingPolicy, _ring
+from privet.common.masking import Graph, MaskingPolicy, _ring, pair_seed
 from privet.common.messages import Confirmations, Opened, Survivors
 from privet.common.shamir import combine
 from privet.server import masking as server
@@ -54,8 +54,8 @@ def pair_seeds(party: Party, key: Secret, mine: int, theirs: Iterable[int]) -> d
     cohort = party.served["keys"]
     agree = RoundKey.of(key.value).agreement()
     return {
-        other: derive(
-            agree(cohort.roster.entries[other].mask_key), Purpose.PAIR_MASK, cohort.digest
+        other: pair_seed(
+            agree(cohort.roster.entries[other].mask_key), cohort.digest, mine, other
         )
         for other in theirs
         if other != mine
