@@ -9,7 +9,6 @@ own (`client/home.py`, called by `client/worker.py`).
 """
 
 import os
-import pickle
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from ..common.errors import PrivacyError, ProtocolError, StateError
 from ..common.keys import Identity, greeting
 from ..common.plan import Plan
+from . import masking_state
 
 if TYPE_CHECKING:
     from .device import Device
@@ -189,11 +189,13 @@ class Simulated:
     def recall(self) -> Any:
         """From Flower's node state."""
         kept = self._context.state.pop("masking", None)
-        return None if kept is None else pickle.loads(kept["state"])
+        return None if kept is None else masking_state.decode(kept["state"])
 
     def keep(self, state: Any) -> None:
-        """Into Flower's node state."""
-        self._context.state["masking"] = ConfigRecord({"state": pickle.dumps(state)})
+        """Into Flower's node state; a device that declined has none."""
+        if state is not None:
+            kept = ConfigRecord({"state": masking_state.encode(state)})
+            self._context.state["masking"] = kept
 
     def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
         """The ledger has it."""
