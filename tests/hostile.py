@@ -10,11 +10,10 @@ is left in which no mask is left over, modulo 2 and modulo a large prime.
 import contextlib
 import hashlib
 import itertools
-import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -594,7 +593,7 @@ class Server:
                 continue
             fitting = [
                 k for k, one in enumerate(lists)
-                if at in one.alive or "own absence" in self.lacking 
+                if at in one.alive or "own absence" in self.lacking
             ]  # fmt: skip
             if not fitting:
                 continue

@@ -6,9 +6,11 @@ import pytest
 from privet.client import masking as client
 from privet.common import messages
 from privet.common.encoding import unpack
-from privet.common.errors import GateRefused
+from privet.common.errors import GateRefused, ProtocolError
 from privet.common.keys import Purpose, derive
 from privet.common.keystream import keystream
+from privet.common.masking import Graph, MaskingPolicy
+from privet.server import masking as server
 
 from .masking_party import Party, identity, terms, vector
 
@@ -73,3 +75,13 @@ def test_a_participant_that_dealt_nothing_gets_no_mask_and_no_share():
     outcome = party.outcome()
     assert outcome.dropped == ()
     assert outcome.survivors == (10, 11, 12, 13)
+
+
+def test_a_device_signs_no_survivor_list_by_which_the_sum_could_be_taken_apart(monkeypatch):
+    """Of two successive places in the ring one lives, and it could be the colluder."""
+    for name in ("_refuse_degree", "_refuse_threshold", "_refuse_sparse"):
+        monkeypatch.setattr(MaskingPolicy, name, lambda *_: None)
+    monkeypatch.setattr(server, "_refuse_gap", lambda *_: None)
+    party = Party(numbers=tuple(range(10, 22)), graph=Graph(4, 3), silent=(14,)).until("confirm")
+    with pytest.raises(ProtocolError, match="only 1 of 2 successive places in the neighbour ring"):
+        client.confirm(party.states["mask"][10], party.got["confirm"][10])

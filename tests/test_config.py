@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from privet.common.config import AdapterSettings, Config, parse, read, to_toml
+from privet.common.config import AdapterSettings, Config, MaskingSettings, parse, read, to_toml
 from privet.common.errors import ConfigError
 
 
@@ -286,6 +286,13 @@ def test_the_task_decides_the_size_of_the_shared_head():
         1,
         3,
     ]
+
+
+def test_colluders_and_the_smallest_sum_are_rounded_up():
+    """Rounded down, noise and threshold would be sized for one device fewer than collude."""
+    masking = MaskingSettings(colluding=0.1, survivors=0.6)
+    assert [masking.colluders(cohort) for cohort in (10, 11, 64, 70)] == [1, 2, 7, 7]
+    assert [masking.smallest_sum(cohort) for cohort in (10, 11, 64, 70)] == [6, 7, 39, 42]
 
 
 def test_one_class_is_no_classification():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.common.config import MaskingSettings
+from privet.common.config import MaskingSettings, parse
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.masking import (
     COMPLETE,
@@ -201,6 +201,21 @@ def test_terms_below_the_policy_are_refused_with_the_field_named(name, least, gi
     policy.refuse_terms(terms(**good))
     with pytest.raises(ProtocolError, match=f"{name} = {given_}, .* at least {least}"):
         policy.refuse_terms(terms(**{**good, name: given_}))
+
+
+def test_a_device_insists_on_the_cohort_its_owner_set():
+    own = parse(
+        {
+            "data": {"clients": 64},
+            "rounds": {"cohort": 64},
+            "masking": {"smallest_cohort": 40},
+            "privacy": {"client": {"noise_at": "distributed"}},
+        }
+    )
+    policy = MaskingPolicy.agreed(own)
+    policy.refuse_cohort(40, 7, Graph(39, quorum(40, 7)))
+    with pytest.raises(ProtocolError, match="39 participants, this device asks for at least 40"):
+        policy.refuse_cohort(39, 7, Graph(38, quorum(39, 7)))
 
 
 def test_terms_that_leave_fewer_than_two_honest_devices_are_refused():

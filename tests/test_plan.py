@@ -65,6 +65,7 @@ def test_a_device_accepts_the_plan_of_its_own_settings_and_a_stricter_one():
 @pytest.mark.parametrize(
     ("field", "change", "named"),
     [
+        ("cohort", lambda plan: plan.cohort - 1, "cohort"),
         ("clip", lambda plan: plan.clip * 1.01, "clip"),
         ("variance", lambda plan: plan.variance * 0.99, "noise"),
         ("variance", lambda _: 0.0, "noise"),

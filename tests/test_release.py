@@ -25,6 +25,7 @@ from privet.common.encoding import decode, rounded_sensitivity, unpack, unwrap
 from privet.common.errors import BudgetExceeded, GateRefused
 from privet.common.noise import TestSource
 from privet.common.plan import Plan
+from privet.common.rotation import flat_bound, unrotate
 from privet.server.rounds import make_plan
 
 LAYOUT = "0" * 64
@@ -125,6 +126,19 @@ def test_without_noise_the_payload_is_the_clipped_vector_rounded_to_a_neighbour(
     wanted = clip(delta, 0.7).vector
     assert np.abs(decode(found, plan.step) - wanted).max() < plan.step
     assert np.linalg.norm(found) <= rounded_sensitivity(0.7, plan.step, 300)[0]
+
+
+def test_a_coordinate_that_a_rotation_left_above_its_bound_is_cut(ledger):
+    """Else the sum of such contributions could wrap."""
+    config, size = settings(noise_at="server"), 1 << 12
+    plan = dataclasses.replace(planned(config, size), rotated=True)
+    spike = np.zeros(size)
+    spike[3] = plan.clip
+    most = flat_bound(plan.clip, size)
+    assert most < 0.5 * plan.clip
+    payload = released(unrotate(spike, plan.start).astype(np.float32), plan, config, ledger)
+    found = integers(payload, plan, size)
+    assert 0.9 * most < np.abs(found).max() * plan.step <= most + plan.step
 
 
 def fits(values: NDArray[np.float64], variance: float) -> bool:
@@ -234,26 +248,21 @@ def test_a_release_costs_exactly_these_lines(noise_at, example, steps):
     assert said == {key: pytest.approx(value) for key, value in wanted.items()}
 
 
-def test_a_record_reaches_from_one_side_of_the_clip_to_the_other_and_is_charged_for_both():
-    """Where lr C / B is past it: the contribution with the record may point the other way."""
+@pytest.mark.parametrize(("clips", "counted"), [(1.5, 1.5), (2.0, 2.0), (10.0, 2.0)])
+def test_one_record_reaches_from_one_side_of_the_clip_to_the_other(clips, counted):
+    """Both deltas are clipped, and nothing but the clip keeps them on one side of it."""
+    example = {"enabled": True, "noise_multiplier": 0.1, "clip": clips * 8 / 0.4}
     config = settings(
         noise_at="device",
         noise_multiplier=2.0,
-        example=EXAMPLE,
-        training={"learning_rate": 100.0},  # 100 * 0.5 / 8 = 6.25 clips
+        example=example,
+        training={"steps": 1, "learning_rate": 0.4},
     )
     plan = planned(config, DIMENSION)
-    here, there = (clip(sign * vector(DIMENSION, 6.25).astype(np.float64), plan.clip).vector
-                   for sign in (1, -1))  # fmt: skip
-    reach = float(np.linalg.norm(here - there))
-    assert reach == pytest.approx(2 * plan.clip)
-    noise = plan.counted_variance**0.5
-    wanted = noise / rounded_sensitivity(reach, plan.step, DIMENSION)[0]
-    found = [c for c in charges(plan, DIMENSION, config.privacy) if c.unit == "example"]
-    assert {c.against for c in found} == {"analyst", "server"}
-    for charge in found:
-        assert charge.noise_multiplier == pytest.approx(wanted)
-        assert charge.noise_multiplier == pytest.approx(1.0, rel=0.01)  # the client's is 2
+    lines = {(c.unit, c.against): c for c in charges(plan, DIMENSION, config.privacy)}
+    moved = rounded_sensitivity(counted * plan.clip, plan.step, DIMENSION)[0]
+    wanted = plan.variance**0.5 / moved
+    assert lines["example", "analyst"].noise_multiplier == pytest.approx(wanted)
 
 
 def test_integer_noise_is_charged_for_what_it_lacks_to_gaussian_noise():
