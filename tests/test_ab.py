@@ -20,7 +20,7 @@ from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.noise import TestSource
 from privet.experiments import ab, ab_check
 from privet.experiments.main import run as command
-from privet.server.ab import look_plan, spent_alpha, sums_of, told
+from privet.server.ab import _mean, look_plan, spent_alpha, sums_of, told
 
 CONFIG = Path(ab.__file__).parent / "ab.toml"
 
@@ -216,6 +216,13 @@ def test_standard_errors_are_those_of_sampling_and_noise_together(kind):
     assert len(values) > 290
     assert np.median(errors) == pytest.approx(values.std(), rel=0.12)
     assert values.mean() == pytest.approx(0.3, abs=4 * values.std() / math.sqrt(len(values)))
+
+
+def test_an_arm_whose_devices_all_agree_is_not_called_certain():
+    """Two more devices, one of each outcome, are counted (Agresti and Caffo 2000)."""
+    mean, error = _mean(np.array([10.0, 10.0]), 0.0)
+    assert mean == 1.0
+    assert error == pytest.approx(((1 - (10 / 12) ** 2) / 9) ** 0.5)
 
 
 @pytest.mark.parametrize("spending", ["equal", "late"])

@@ -256,9 +256,11 @@ def test_one_more_record_moves_the_sum_by_at_most_the_clip(
 
 
 def test_a_record_that_is_clipped_moves_the_sum_by_nearly_the_clip(trainer):
+    """Not by all of it: the rest is what keeps rounding from carrying a record past the clip."""
     own = labelled(trainer, records(5))
     public = plan(record_clip=1e-3)
-    assert 0.99 < neighbours_differ(trainer, own, labelled(trainer, records(1, 9))[0], public) <= 1
+    moved = neighbours_differ(trainer, own, labelled(trainer, records(1, 9))[0], public)
+    assert 0.99 < moved <= 1 - 2.0**-11
 
 
 def test_a_tiny_learning_rate_does_not_let_rounding_pass_the_bound(texts):
