@@ -25,8 +25,21 @@ from privet.common.keys import Directory, Identity, Purpose, RoundKey, Secret, d
 from privet.common.masking import Graph, MaskingPolicy, Terms, quorum
 from privet.common.messages import Confirmations, Entry, Inbox, Opened, Package, Roster, Survivors
 from privet.common.shamir import combine
+from privet.server import masking as server
 
-__all__ = ["CHECKS", "Fleet", "Row", "Seen", "found", "schedule", "twin", "without"]
+__all__ = [
+    "CHECKS",
+    "Fleet",
+    "Row",
+    "Seen",
+    "found",
+    "ideal_twin",
+    "masked",
+    "schedule",
+    "twin",
+    "unpromised",
+    "without",
+]
 
 _PRIME = 2**31 - 1
 LIES = (
@@ -35,6 +48,22 @@ LIES = (
     "named alive", "asked again", "overlap", "attempts",
 )  # fmt: skip
 """What a server may do; a schedule takes some of them."""
+
+_TEMPTS = {
+    "names of a pair": frozenset({"twin keys"}),
+    "repeated keys": frozenset({"copied keys", "two numbers"}),
+    "directory": frozenset({"invented"}),
+    "threshold": frozenset({"threshold"}),
+    "phases": frozenset({"asked again", "survivor lists"}),
+    "quorum": frozenset({"survivor lists"}),
+    "signatures of who dealt": frozenset({"two worlds"}),
+    "own inbox": frozenset({"withheld"}),
+    "once a round": frozenset({"attempts"}),
+    "alive and dropped": frozenset({"overlap"}),
+    "degree": frozenset({"degree"}),
+    "signatures of keys": frozenset({"never announced", "shrunk"}),
+}
+"""Lies that a server does not leave out where a check is missing."""
 
 _INVENTED = 100
 """Client numbers from here on belong to nobody."""
@@ -94,6 +123,19 @@ class Seen:
         }
 
 
+def masked(state: Any, device: int) -> tuple[Any, bytes, Row]:
+    """A device's `mask`, and the seeds of the masks that it added and took away."""
+    seeds: list[tuple[bytes, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            client,
+            "add_masks",
+            lambda _, *given: seeds.extend(tuple(one.value for one in some) for some in given),
+        )
+        after, sent = client.mask(state, np.zeros(state.party.terms.dimension, np.uint32))
+    return after, sent, Row(device, seeds[0], seeds[1])
+
+
 def found(rows: Sequence[Row], known: Collection[bytes]) -> list[dict[int, int]]:
     """The sums of devices' numbers in which no unknown mask is left: factors by device.
 
@@ -117,9 +159,7 @@ def _sums(rows: Sequence[Row], known: set[bytes], modulus: int) -> list[dict[int
         table[at, len(seeds) + devices.index(row.device)] = 1
     table = _reduced(table % modulus, modulus)
     left = [row[len(seeds) :] for row in table if not row[: len(seeds)].any()]
-    return [
-        {devices[at]: int(row[at]) for at in np.flatnonzero(row)} for row in left if row.any()
-    ]
+    return [{devices[at]: int(row[at]) for at in np.flatnonzero(row)} for row in left if row.any()]
 
 
 def _reduced(table: np.ndarray, modulus: int) -> np.ndarray:
@@ -169,6 +209,7 @@ CHECKS: Mapping[str, tuple[Any, str, Any]] = {
     "signatures of keys": (client, "_refuse_unsigned", _nothing),
     "degree": (MaskingPolicy, "_refuse_degree", _nothing),
     "threshold": (MaskingPolicy, "_refuse_threshold", _nothing),
+    "bits of secrecy": (MaskingPolicy, "_refuse_sparse", _nothing),
     "small roster": (MaskingPolicy, "_refuse_small", _nothing),
     "large roster": (MaskingPolicy, "_refuse_large", _nothing),
     "own inbox": (client, "_refuse_other_packages", _nothing),
@@ -202,7 +243,7 @@ def without(*checks: str, sparse: bool = False, ideal: bool = True) -> Iterator[
             patch.setattr(masking, "SECRECY", 1.0)
             patch.setattr(masking, "MOST_PARTICIPANTS", 1 << 14)
         if ideal:
-            _idealise(patch)
+            idealise(patch)
         masking.window_colluders.cache_clear()
         masking.default_graph.cache_clear()
         yield
@@ -222,12 +263,12 @@ def _plain(public: bytes) -> bytes:
     return bytes([public[0] & 0xFE]) + public[1:]
 
 
-def _ideal_twin(public: bytes) -> bytes:
+def ideal_twin(public: bytes) -> bytes:
     """`twin` among the ideal keys: the last bit says nothing."""
     return bytes([public[0] ^ 1]) + public[1:]
 
 
-def _idealise(patch: pytest.MonkeyPatch) -> None:
+def idealise(patch: pytest.MonkeyPatch) -> None:
     signed: set[tuple[bytes, bytes, bytes]] = set()
 
     def sign(self: Identity, message: bytes) -> bytes:
@@ -243,7 +284,8 @@ def _idealise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Identity, "sign", sign)
     patch.setattr(RoundKey, "of", lambda key: RoundKey(Secret(key), _plain(_hash(b"key", key))))
     patch.setattr(RoundKey, "agreement", agreement)
-    patch.setattr(client, "verify", lambda *what: what in signed)
+    for half in (client, server):
+        patch.setattr(half, "verify", lambda *what: what in signed)
 
 
 # The server
@@ -390,12 +432,12 @@ class Server:
     def view(self, terms: Terms, entries: Mapping[int, tuple[Entry, bytes]]) -> View | None:
         """A roster: some honest devices, colluders with keys of any kind, and worse."""
         draw = self.draw
-        room = self.fleet.policy.largest_cohort - len(self.fleet.bad)
+        many = draw.randint(1, 8) if self.lies("invented", 0.9) else 0
+        room = max(1, self.fleet.policy.largest_cohort - len(self.fleet.bad) - many)
         chosen = draw.sample(sorted(entries), min(room, len(entries)))
         chosen = self.some(chosen, 0.8) if self.lies("shrunk") else sorted(chosen)
         listed = {n: entries[n][0] for n in chosen}
         its: dict[int, Any] = {}
-        many = draw.randint(1, 8) if self.lies("invented", 0.9) else 0
         mine = [*self.fleet.bad, *range(_INVENTED, _INVENTED + many)]
         for b in mine:
             identity = self.fleet.identities.get(b) or Identity.create(draw.randbytes)
@@ -404,7 +446,7 @@ class Server:
             honest = [n for n in listed if n in entries]
             if (twins or copies) and honest:
                 theirs = listed[draw.choice(honest)].mask_key
-                own = RoundKey(own.private, _ideal_twin(theirs) if twins else theirs)
+                own = RoundKey(own.private, ideal_twin(theirs) if twins else theirs)
             else:
                 self.seen.keys[own.public] = own.private
             its[b] = client.Announced(
@@ -452,7 +494,7 @@ class Server:
         if self.lies("degree"):
             degree = min(self.draw.choice((2, 4, 6)), size - 1)
             threshold = min(threshold, degree + 1)
-        return Graph(degree, threshold)
+        return Graph(degree, min(threshold, degree + 1))
 
     def shares(
         self,
@@ -543,19 +585,10 @@ class Server:
             if n in self.answered and "once a round" not in self.lacking:
                 self.states[n] = None
                 continue
-            masks: list[tuple[bytes, ...]] = []
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(
-                    client,
-                    "add_masks",
-                    lambda _, *seeds, into=masks: into.extend(
-                        tuple(seed.value for seed in some) for some in seeds
-                    ),
-                )
-                sent = self.call(n, client.mask, np.zeros(terms.dimension, np.uint32))
+            state, sent, row = masked(self.states[n], n)
+            self.states[n] = state
             self.answered.add(n)
-            if True:
-                self.seen.rows.append(Row(n, masks[0], masks[1]))
+            self.seen.rows.append(row)
             view.dealt[at] = told
             view.signed[at] = messages.decode_vector(sent, terms, n).signature
 
@@ -606,8 +639,7 @@ class Server:
         if "phases" in self.lacking:
             return
         for n in sorted(after):
-            if True:
-                self.open(terms, view, n, after[n][0], lists[after[n][0]], signed)
+            self.open(terms, view, n, after[n][0], lists[after[n][0]], signed)
 
     def window(self, view: View, every: Collection[int]) -> list[int]:
         order, _ = masking._ring(view.digest, len(view.roster.entries))
@@ -653,11 +685,11 @@ class Server:
     ) -> None:
         what = one.signed(terms, view.digest, len(view.roster.entries))
         given = dict(signed[k]) | {
-            at: state.party.identity.sign(what)
-            for at, state in view.its.items()
-            if at in one.alive
+            at: state.party.identity.sign(what) for at, state in view.its.items() if at in one.alive
         }
-        sent = self.call(n, client.unmask, messages.encode_confirmations(terms, Confirmations(given)))
+        sent = self.call(
+            n, client.unmask, messages.encode_confirmations(terms, Confirmations(given))
+        )
         if not sent:
             return
         opened = messages.decode_opening(sent, terms, n)
@@ -696,21 +728,23 @@ class Played:
 
 
 def schedule(seed: int, *lacking: str, sparse: bool = False) -> Played:
-    """One schedule of lies, from a seed, against a client without the checks that it is `lacking`."""
+    """One schedule of lies, from a seed, against a client that is `lacking` these checks."""
     draw = random.Random(seed)
     with without(*lacking, sparse=sparse):
         fleet = Fleet.drawn(draw, sparse)
         kinds = frozenset(draw.sample(LIES, draw.choice((1, 2, 2, 3, 4, 6))))
-        server = Server(draw, fleet, frozenset(lacking), sparse, kinds=kinds)
+        for check in lacking:
+            kinds |= _TEMPTS.get(check, frozenset())
+        lying = Server(draw, fleet, frozenset(lacking), sparse, kinds=kinds)
         least = fleet.policy.smallest_survivors
-        for attempt in range(1, 2 + server.lies("attempts", 0.9)):
+        for attempt in range(1, 2 + lying.lies("attempts", 0.9)):
             again = "once an attempt" in lacking
             terms = Terms(
                 "run", 1 if again else attempt, b"p" * 32, 1, 20, least, fleet.policy.colluders
             )
-            server.attempt(terms)
-        if sparse and server.unlucky():
-            return Played(None, 0, 0, server.steps)
-        sums = found(server.seen.rows, server.seen.seeds())
+            lying.attempt(terms)
+        if sparse and lying.unlucky():
+            return Played(None, 0, 0, lying.steps)
+        sums = found(lying.seen.rows, lying.seen.seeds())
         wrong = unpromised(sums, least - fleet.policy.colluders)
-        return Played(wrong, len(server.seen.rows), len(sums), server.steps)
+        return Played(wrong, len(lying.seen.rows), len(sums), lying.steps)
