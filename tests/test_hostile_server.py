@@ -54,9 +54,7 @@ def pair_seeds(party: Party, key: Secret, mine: int, theirs: Iterable[int]) -> d
     cohort = party.served["keys"]
     agree = RoundKey.of(key.value).agreement()
     return {
-        other: pair_seed(
-            agree(cohort.roster.entries[other].mask_key), cohort.digest, mine, other
-        )
+        other: pair_seed(agree(cohort.roster.entries[other].mask_key), cohort.digest, mine, other)
         for other in theirs
         if other != mine
     }
