@@ -207,7 +207,7 @@ def two_lists(party: Party, bad: set[int], u: int, one: set[int], two: set[int])
     return smallest(seen), refused
 
 
-@pytest.mark.parametrize("n", [64, 104])
+@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
 def test_two_survivor_lists_read_one_device_under_the_old_rule(n, monkeypatch):
     idealise(monkeypatch)
     m, graph = tenth(n), OLD_GRAPHS[n]
@@ -283,7 +283,7 @@ def two_windows(
     return None
 
 
-@pytest.mark.parametrize("n", [64, 104])
+@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
 def test_one_list_that_cuts_the_ring_takes_the_sum_apart_under_the_old_rule(n, monkeypatch):
     idealise(monkeypatch)
     m, graph, survivors = tenth(n), OLD_GRAPHS[n], math.ceil(0.75 * n)
@@ -306,7 +306,7 @@ def one_list(party: Party, bad: set[int], dropped: frozenset[int]) -> Any:
     return smallest(seen), refused
 
 
-@pytest.mark.parametrize("n", [64, 104])
+@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
 def test_where_everybody_is_a_neighbour_the_same_list_gives_one_sum(n, monkeypatch):
     idealise(monkeypatch)
     m, graph, survivors = tenth(n), OLD_GRAPHS[n], math.ceil(0.75 * n)
