@@ -8,7 +8,7 @@ the answer leaves is said by `client/pace.py`.
 of what is measured, and the number of passes over the model, follow from the run's settings and the
 plan; but for a batch larger than `Shape.capacity`, which comes in one step of 2^40. Reading and
 tokenising the records, fitting a head on them, and single numbers that a processor takes longer
-with are left to the data; they are far shorter than the wait that follows.
+with are left to the data; the wait that follows hides them unless they outlast it.
 
 Not covered: another program on the device, which sees the work and the wait; power and heat.
 """

@@ -46,18 +46,19 @@ class Pace:
 
         Args:
             work: what kind of work; it is rehearsed the first time only.
-            tick_s: moments are multiples of it.
+            tick_s: moments are this times a power of two: so coarse that it says little of a
+                machine how long it took, and next to nothing of how that varied.
             once: does the work once, on dummies.
 
         The first answer's time counts from the end of the rehearsal.
         """
         if work not in self._spans:
+            once()  # what is loaded and made ready the first time is not part of the work
             began = self.clock()
             once()
             self._began = self.clock()
-            self._spans[work] = tick_s * math.ceil(
-                MARGIN * (self._began - began) / tick_s + 1 - 1e-9
-            )
+            needed = MARGIN * (self._began - began) / tick_s + 1
+            self._spans[work] = tick_s * 2 ** math.ceil(math.log2(needed) - 1e-9)
         self._work = work
 
     def settle(self) -> None:

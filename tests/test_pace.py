@@ -1,5 +1,6 @@
 """client/pace.py: answers leave at moments that the rehearsal alone decides."""
 
+import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -50,25 +51,26 @@ def test_after_the_first_every_answer_takes_the_same_time_whatever_its_work_took
     answered: Callable[..., float],
 ):
     first = answered(0.3)
-    wait = MARGIN * 2.0 + 0.5  # 3.5 s, a multiple of the tick
-    assert first == pytest.approx(2.0 + wait)
-    assert {round(answered(work_s), 9) for work_s in (0.0, 0.009, 1.59, 2.47, 3.4)} == {wait}
+    wait = 4.0  # MARGIN * 2 s and a tick are 3.5 s, and eight ticks the next power of two
+    assert first == pytest.approx(2 * 2.0 + wait)
+    assert {round(answered(work_s), 9) for work_s in (0.0, 0.009, 1.59, 2.47, 3.9)} == {wait}
 
 
-def test_the_moment_is_a_multiple_of_the_tick(answered: Callable[..., float]):
+def test_the_moment_is_the_tick_times_a_power_of_two(answered: Callable[..., float]):
     for number in range(20):
         answered(0.0, 0.1 * number, kind=str(number))
         wait = answered(0.0, kind=str(number))
-        assert (wait / 0.5) % 1 == pytest.approx(0)
-        assert wait >= MARGIN * 0.1 * number + 0.5 - 1e-6
+        assert math.log2(wait / 0.5) % 1 == pytest.approx(0)
+        needed = MARGIN * 0.1 * number + 0.5
+        assert needed - 1e-6 <= wait < 2 * needed
 
 
 def test_a_late_answer_doubles_the_time_of_all_later_ones(answered: Callable[..., float]):
     answered(0.0)
-    late = answered(3.6)
-    assert late == pytest.approx(7.0)
-    assert [answered(work_s) for work_s in (0.0, 3.4)] == pytest.approx([7.0, 7.0])
-    assert answered(20.0) == pytest.approx(28.0)
+    late = answered(4.1)
+    assert late == pytest.approx(8.0)
+    assert [answered(work_s) for work_s in (0.0, 7.9)] == pytest.approx([8.0, 8.0])
+    assert answered(20.0) == pytest.approx(32.0)
 
 
 def test_one_kind_of_work_tells_nothing_of_the_time_of_another(answered: Callable[..., float]):
@@ -111,4 +113,4 @@ def test_a_failure_behind_private_work_leaves_at_the_moment_of_an_answer(
         began = clock.now
         assert handle(message, None) == ("nothing" if fails else "answer")
         left.append(clock.now - began)
-    assert left == pytest.approx([5.5, 3.5, 3.5])
+    assert left == pytest.approx([8.0, 4.0, 4.0])
