@@ -379,6 +379,9 @@ def runs(
         typer.Argument(metavar="RUN", help="One of them, in full; its beginning will do."),
     ] = None,
     agree: Annotated[bool, typer.Option("--agree", help="Take part in it.")] = False,
+    partly: Annotated[
+        bool, typer.Option("--partly", help="With --agree: in as many rounds as are paid for.")
+    ] = False,
     decline: Annotated[bool, typer.Option("--decline", help="Take no part in it.")] = False,
     home: HomeFolder = None,
     passphrase: PassphraseFile = None,
@@ -389,6 +392,8 @@ def runs(
 
     if agree and decline:
         raise ConfigError("--agree and --decline were given: choose one of them")
+    if partly and not agree:
+        raise ConfigError("--partly goes with --agree: privet client runs RUN --agree --partly")
     if run is None and (agree or decline):
         raise ConfigError("name the run: privet client runs RUN --agree")
     with opened(home, passphrase) as found:
@@ -397,7 +402,7 @@ def runs(
             if not as_json and found.directory_refused:
                 print(found.directory_refused)
         else:
-            _decide(found, _offer(found, run), agree, decline, as_json)
+            _decide(found, _offer(found, run), agree, partly, decline, as_json)
 
 
 def _offer(home: "Home", run: str) -> "Offer":
@@ -412,16 +417,24 @@ def _offer(home: "Home", run: str) -> "Offer":
     return found[0]
 
 
-def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: bool) -> None:
+def _decide(
+    home: "Home", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
+) -> None:
     """Show one run in full, then record what the owner said."""
     from . import offers
     from .home import ME
     from .status import runs
 
-    joined, spent = home.joined, home.ledger.charges(ME)
+    joined, released = home.joined, home.ledger.rows(ME)
     closed = joined is not None and joined.closed
-    enrolled = len(home.directory.known) if closed else None
-    rows = offers.describe(offer, home.policy, spent=spent, closed=closed, enrolled=enrolled)
+    rows = offers.describe(
+        offer,
+        home.policy,
+        spent=[charge for row in released for charge in row.charges],
+        in_run=[row.charges for row in released if row.run == offer.run],
+        closed=closed,
+        enrolled=len(home.directory.known) if closed else None,
+    )
     rows += _own_part(home, offer)
     before = home.agreed(offer.run)
     changed = [] if before is None else offers.changes(before[0], offer)
@@ -433,7 +446,7 @@ def _decide(home: "Home", offer: "Offer", agree: bool, decline: bool, as_json: b
         if left_out:
             show.table(("round", "not taken part in, because"), left_out)
     if agree:
-        home.agree(offer, "owner")
+        home.agree(offer, "owner", partly)
     if decline:
         home.withdraw(offer)
     state = next(one for one in runs(home) if one["run"] == offer.run)

@@ -41,7 +41,7 @@ from .measure import Measured, arms_block, gains_block, measured
 from .pace import Pace
 from .pairs import tokenize_pairs
 from .persona import choose
-from .release import Statistics, budgets, charges, refuse_more, release
+from .release import Statistics, budgets, caps, charges, refuse_more, release
 from .run_ledger import run_id, run_ledger
 from .training import Trainer, train
 
@@ -283,7 +283,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     refuse_more(ledger, name, plan, desk.config)
     # a device that may not release does not train either
     cost = charges(plan, released.dimension, privacy)
-    ledger.check(name, cost, budgets(privacy), privacy.delta)
+    ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
     seed = desk.config.insecure_test_seed
     label = f"{name} round {plan.round}"
     work, personas = work_of(desk.config, plan), exchange.personas(start)
@@ -508,7 +508,7 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
         refuse_more(desk.ledger, name, plan, desk.config)
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
-        desk.ledger.check(name, cost, budgets(privacy), privacy.delta)
+        desk.ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
     policy = MaskingPolicy.agreed(desk.config, plan.cohort)
     last = desk.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)

@@ -310,15 +310,27 @@ class Home:
             raise PrivacyError(f"no run {run!r} was offered to this device")
         return offers.restore(kept)
 
-    def agree(self, offer: Offer, how: offers.How) -> None:
+    def agree(self, offer: Offer, how: offers.How, partly: bool = False) -> None:
         """Record a yes to exactly this offer.
 
+        Args:
+            offer: the run.
+            how: who says it.
+            partly: also where the budget, or the run's own cap, pays for some of its rounds only.
+
         Raises:
-            PrivacyError: the policy forbids it; all reasons.
+            PrivacyError: the policy forbids it; all reasons. Or not all rounds are paid for.
         """
-        if self.joined is not None:
+        joined, policy = self.joined, self.policy
+        if joined is not None:
             refuse_colluders(offer.config, self.enrolled)
-        consent = offers.agree(offer, self.policy, how, time.time())
+        consent = offers.agree(offer, policy, how, time.time())
+        rows = self.ledger.rows(ME)
+        spent = [charge for row in rows for charge in row.charges]
+        in_run = [row.charges for row in rows if row.run == offer.run]
+        closed = joined is not None and joined.closed
+        short = offers.shortage(offer, policy, spent, in_run, closed)
+        offers.refuse_short(offer.run, short, partly)
         stored = offers.store(offer, consent)
         self.vault.put_all(
             {

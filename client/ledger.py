@@ -33,7 +33,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from ..common.accounting import Charge, epsilon, within
 from ..common.errors import BudgetExceeded, LedgerCorrupt, PrivacyError, PrivetError, StateError
@@ -43,7 +44,9 @@ from .chain import Head, RawRow, verify
 if TYPE_CHECKING:  # a simulation's ledger needs no vault, and loads no cryptography
     from .vault import Vault
 
-__all__ = ["Declined", "Ledger", "Row", "budget_of", "verify"]
+__all__ = ["Declined", "Ledger", "Limit", "Row", "budget_of", "verify", "without_directory"]
+
+_Most = TypeVar("_Most", bound=float)
 
 MOST_DECLINED = 1000
 LONGEST_REASON = 1000
@@ -73,6 +76,30 @@ class Declined:
     run: str
     round: int
     reason: str
+
+
+class Limit(float):
+    """A largest epsilon that knows whose it is.
+
+    Attributes:
+        whose: a part of a sentence: who set it, and where.
+        mend: what can be done by whom, where a release would pass it.
+        of_run: whether it is a run's own cap, of what is spent in that run.
+        setting: its name in the file it is set in.
+    """
+
+    whose: str
+    mend: str
+    of_run: bool
+    setting: str
+
+    def __new__(
+        cls, most: float, whose: str = "", mend: str = "", of_run: bool = False, setting: str = ""
+    ) -> Self:
+        """Without words it is a plain budget."""
+        made = super().__new__(cls, most)
+        made.whose, made.mend, made.of_run, made.setting = whose, mend, of_run, setting
+        return made
 
 
 class Ledger:
@@ -152,7 +179,13 @@ class Ledger:
         return f"Ledger({os.fspath(self._path)!r}, owner={self._owner!r})"
 
     def check(
-        self, client: str, charges: Sequence[Charge], budgets: Mapping[str, float], delta: float
+        self,
+        client: str,
+        charges: Sequence[Charge],
+        budgets: Mapping[str, float],
+        delta: float,
+        run: str = "",
+        caps: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Allows a release of `charges` within `budgets`, or refuses.
 
@@ -160,8 +193,9 @@ class Ledger:
 
         **Guarantee**: for every line (unit, against, adjacency) of everything this client released
         and of `charges`, the composed epsilon at `delta` is at most its budget. A line without a
-        budget has none to spend; an epsilon that is not a number is over every budget.
-        Nothing is written.
+        budget has none to spend; an epsilon that is not a number is over every budget. Of what was
+        released in `run` it is at most its own cap (`caps`, by the same names), too, where there
+        is one. Nothing is written.
 
         Raises:
             BudgetExceeded: the release would pass a budget; nothing was spent.
@@ -175,6 +209,9 @@ class Ledger:
         with self._transaction("BEGIN") as db:
             head = self._trusted_head(db, client)
             past = _charges(self._path, db, client)
+            mine = _charges(self._path, db, client, run) if caps else ()
+        before, new = ([c for c in some if c.unit in caps] for some in (mine, charges))
+        _refuse_over_budget(client, before, new, caps, delta, " of this run")
         _refuse_over_budget(client, past, charges, budgets, delta)
         self._allowed[client] = (head, _canonical(charges))
 
@@ -510,8 +547,10 @@ def _close_if_alive(ledger: "weakref.ref[Ledger]") -> None:
             found.close()
 
 
-def _charges(path: Path, db: sqlite3.Connection, client: str) -> tuple[Charge, ...]:
-    rows = chain.raw_rows(db, client)
+def _charges(
+    path: Path, db: sqlite3.Connection, client: str, run: str | None = None
+) -> tuple[Charge, ...]:
+    rows = [row for row in chain.raw_rows(db, client) if run in (None, row.run)]
     return tuple(charge for r in rows for charge in _parsed(path, client, r.seq, r.charges))
 
 
@@ -532,6 +571,7 @@ def _refuse_over_budget(
     new: Sequence[Charge],
     budgets: Mapping[str, float],
     delta: float,
+    of: str = "",
 ) -> None:
     for line in dict.fromkeys(_line(charge) for charge in (*past, *new)):
         unit, against, adjacency = line
@@ -542,17 +582,17 @@ def _refuse_over_budget(
         total = epsilon(after, delta)
         before = [c for c in past if _line(c) == line]
         spent = epsilon(before, delta) if before else 0.0
-        limit = "no budget" if budget is None else f"the budget of {budget:.6g}"
+        plain = "no budget" if budget is None else f"the budget of {budget:.6g}"
+        whose = getattr(budget, "whose", "") or f"there is {plain} for this unit"
+        mend = getattr(budget, "mend", "") or "Stop here, or grant a larger budget"
         raise BudgetExceeded(
-            f"Client {client!r} declines: its next release would bring the {unit}-level epsilon "
-            f"against the {against} ({adjacency}) from {spent:.6g} to {total:.6g} at delta "
-            f"{delta:.6g}, and there is {limit} for this unit; nothing was spent. "
-            + (_WITHOUT_DIRECTORY if _alone(new) and line[:2] == _PERSON else "")
-            + "Stop here, or have the owner of the device grant a larger budget."
+            f"Client {client!r} declines: its next release would bring the {unit}-level epsilon"
+            f"{of} against the {against} ({adjacency}) from {spent:.6g} to {total:.6g} at delta "
+            f"{delta:.6g}, and {whose}; nothing was spent. "
+            f"{without_directory(new, unit, against)}{mend}."
         )
 
 
-_PERSON = ("client", "server")
 _WITHOUT_DIRECTORY = (
     "This device has no closed directory, so that a server may have invented the others, and of "
     "the noise only its own share counts: join again with the operator's list of devices (`privet "
@@ -560,9 +600,15 @@ _WITHOUT_DIRECTORY = (
 )
 
 
-def budget_of(budgets: Mapping[str, float], unit: str, against: str) -> float | None:
+def budget_of(budgets: Mapping[str, _Most], unit: str, against: str) -> _Most | None:
     """What a line may spend: its own budget, or else its unit's; None: nothing."""
     return budgets.get(f"{unit}/{against}", budgets.get(unit))
+
+
+def without_directory(charges: Sequence[Charge], unit: str, against: str) -> str:
+    """What helps a device whose share alone counts against the server, on that line; or nothing."""
+    on_line = (unit, against) == ("client", "server")
+    return _WITHOUT_DIRECTORY if on_line and _alone(charges) else ""
 
 
 def _alone(charges: Sequence[Charge]) -> bool:

@@ -9,7 +9,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..common.config import Adjacency, MaskingSettings, NoiseAt, quorum
+from ..common.config import (
+    NEW_DEVICE,
+    Adjacency,
+    BudgetSettings,
+    MaskingSettings,
+    NoiseAt,
+    quorum,
+)
 
 __all__ = [
     "Allowed",
@@ -18,6 +25,7 @@ __all__ = [
     "Intake",
     "Limits",
     "Outbox",
+    "OwnBudget",
     "Policy",
     "Prompts",
     "Resources",
@@ -45,8 +53,12 @@ class Budget(_Section):
     It has no date and is never given back. A release that would pass it is declined. Each epsilon
     is counted against each adversary, at the stricter of this delta and the run's."""
 
-    client: float = Field(10.0, gt=0, description="for all of your records together (epsilon)")
-    example: float = Field(15.0, gt=0, description="for any single record (epsilon)")
+    client: float = Field(
+        NEW_DEVICE["client"], gt=0, description="for all of your records together (epsilon)"
+    )
+    example: float = Field(
+        NEW_DEVICE["example"], gt=0, description="for any single record (epsilon)"
+    )
     delta: float = Field(
         1e-5,
         gt=0,
@@ -72,6 +84,16 @@ class Budget(_Section):
         "share, which one round of 64 devices may spend 47 of; 0: not more than client above, "
         "which such rounds pass at once, so that this device declines them",
     )
+
+
+class OwnBudget(BudgetSettings):
+    """A run's own cap as a device keeps it: beside what its owner allows over all runs.
+
+    `open_directory`, which is inherited, is the owner's here, not the run's.
+    """
+
+    owner_client: float
+    owner_example: float
 
 
 class Limits(_Section):

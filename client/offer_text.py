@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..common.config import Config, TrialSettings
+from ..common.errors import PrivacyError
 from .limits import Policy
 from .policy import own_config, reasons
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from ..common.accounting import Charge
     from ..common.plan import Plan
     from .offers import Offer
+    from .paying import Paid
 
-__all__ = ["describe", "expected", "shown"]
+__all__ = ["describe", "expected", "refuse_short", "shortage", "shown"]
 
 TYPICAL_DIMENSION = 4096
 """Numbers in an adapter whose model has not been loaded yet; epsilon hardly depends on it."""
@@ -55,6 +57,7 @@ def describe(
     *,
     dimension: int | None = None,
     spent: Sequence["Charge"] = (),
+    in_run: Sequence[Sequence["Charge"]] = (),
     closed: bool = True,
     enrolled: int | None = None,
 ) -> list[tuple[str, str]]:
@@ -65,6 +68,7 @@ def describe(
         policy: the owner's.
         dimension: numbers in its adapter, if known.
         spent: what this device's ledger holds already.
+        in_run: what of it belongs to this run, release by release.
         closed: whether this device has a closed directory; without one only its own share of
             masked noise counts against the server.
         enrolled: how many devices the directory has, if known.
@@ -96,6 +100,7 @@ def describe(
             own_config(policy, config, closed),
             dimension or TYPICAL_DIMENSION,
             spent,
+            in_run,
             enrolled,
         ),
         ("budget of", BUDGET_OF),
@@ -113,6 +118,34 @@ def expected(config: Config, dimension: int = TYPICAL_DIMENSION) -> tuple["Charg
     from .release import charges
 
     return charges(_plan(config, dimension), dimension, config.privacy)
+
+
+def shortage(
+    offer: "Offer",
+    policy: Policy,
+    spent: Sequence["Charge"] = (),
+    in_run: Sequence[Sequence["Charge"]] = (),
+    closed: bool = True,
+) -> "Paid | None":
+    """The limit that ends this device's part in the run early; None: it takes part in all rounds.
+
+    Args: as for `describe`. Rounds are those that are left, were this device asked in each.
+    """
+    from .paying import fewest
+
+    config, trial = offer.config, offer.config.trial
+    dimension = TYPICAL_DIMENSION if trial is None else trial.entries * len(trial.arms)
+    left = config.rounds.count - len(in_run)
+    mine = [charge for release in in_run for charge in release]
+    own = own_config(policy, config, closed)
+    cost = _counted(config, own, dimension)
+    return fewest(cost, own.privacy, left, spent, mine) if left > 0 else None
+
+
+def _counted(config: Config, own: Config, dimension: int) -> tuple["Charge", ...]:
+    """What one release costs as this device counts it: with its own share, if it must."""
+    privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
+    return expected(config.model_copy(update={"privacy": privacy}), dimension)
 
 
 def shown(value: object) -> str:
@@ -168,26 +201,32 @@ def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple
 
 
 def _epsilons(
-    config: Config, own: Config, dimension: int, spent: Sequence["Charge"], enrolled: int | None
+    config: Config,
+    own: Config,
+    dimension: int,
+    spent: Sequence["Charge"],
+    in_run: Sequence[Sequence["Charge"]],
+    enrolled: int | None,
 ) -> list[tuple[str, str]]:
     """A row for each epsilon; adversaries who share one share the row.
 
     What is left of all records together should the masks fail stands in the sentence of what the
     masks give, and has no budget of its own.
     """
-    privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
-    found = dict.fromkeys(expected(config.model_copy(update={"privacy": privacy}), dimension))
+    cost = _counted(config, own, dimension)
     said: dict[tuple[str, str], list[str]] = {}
-    for charge in found:
-        if (charge.unit, charge.against) == ("client", "unmasked server"):
+    for line in dict.fromkeys(map(_line, cost)):
+        if line[:2] == ("client", "unmasked server"):
             continue
-        text = _epsilon(config, own, charge, spent)
-        if _by_masks(charge, config, own):
-            text += _if_they_fail(config, own, charge, found, enrolled)
-        elif charge.against == "server" and _masked(config) and charge.unit == "client":
-            text += _if_nobody_was_invented(config, own, found)
-        against = said.setdefault((charge.unit, text), [])
-        against.append(AGAINST[charge.against])
+        once = [charge for charge in cost if _line(charge) == line]
+        text = _epsilon(config, own, once, spent, in_run)
+        if _by_masks(once, config, own):
+            left = _person(cost, "unmasked server")
+            text += _if_they_fail(config, own, line[0], left, enrolled)
+        elif line[:2] == ("client", "server") and _masked(config):
+            text += _if_nobody_was_invented(config, own, cost)
+        against = said.setdefault((line[0], text), [])
+        against.append(AGAINST[line[1]])
     return [
         (f"epsilon, {unit}-level", f"{UNITS[unit]}, against {' and '.join(against)}: {text}")
         for (unit, text), against in said.items()
@@ -198,14 +237,19 @@ def _masked(config: Config) -> bool:
     return config.privacy.client.enabled and config.privacy.client.noise_at == "distributed"
 
 
-def _by_masks(charge: "Charge", config: Config, own: Config) -> bool:
+def _by_masks(once: Sequence["Charge"], config: Config, own: Config) -> bool:
     """Whether a figure against the server counts what masks keep in the sum."""
-    masks = _masked(config) and own.privacy.directory == "closed" and charge.distance > 0
-    return masks and charge.against == "server"
+    if not _masked(config) or own.privacy.directory != "closed":
+        return False
+    return any(charge.distance > 0 and charge.against == "server" for charge in once)
 
 
 def _if_they_fail(
-    config: Config, own: Config, charge: "Charge", every: Iterable["Charge"], enrolled: int | None
+    config: Config,
+    own: Config,
+    unit: str,
+    left: Sequence["Charge"],
+    enrolled: int | None,
 ) -> str:
     """The conditions of a figure against the server; of all records, what is left without masks."""
     of = "all" if enrolled is None else f"the {enrolled:,}"
@@ -213,85 +257,118 @@ def _if_they_fail(
         f"; that is if the masks hold: closed directory, at most {config.colluders} of {of} "
         "enrolled devices collude with the server"
     )
-    left = _person(every, "unmasked server")
-    if charge.unit != "client" or left is None:
+    if unit != "client" or not left:
         return said
     return f"{said}; should they fail, {_growing(config, own, left)}, from this device's own share"
 
 
-def _if_nobody_was_invented(config: Config, own: Config, every: Iterable["Charge"]) -> str:
+def _if_nobody_was_invented(config: Config, own: Config, cost: Sequence["Charge"]) -> str:
     """Without a closed directory: what the masks would give, which is no claim."""
-    seen, alone = _person(every, "analyst"), _person(every, "unmasked server")
-    if seen is None:
+    seen, alone = _person(cost, "analyst"), _person(cost, "unmasked server")
+    if not seen:
         return ""
     return (
         "; this device joined without a closed directory, so that of the noise only its own share "
-        f"counts, {'nothing' if alone is None else _growing(config, own, alone)} "
+        f"counts, {_growing(config, own, alone) if alone else 'nothing'} "
         "(budget.open_directory in policy.toml is the limit); only if nobody on the roster "
         f"was invented and at most {config.colluders} of all enrolled devices collude with the "
         f"server, it would be {_growing(config, own, seen)}"
     )
 
 
-def _person(every: Iterable["Charge"], against: str) -> "Charge | None":
-    return next((c for c in every if (c.unit, c.against) == ("client", against)), None)
+def _person(every: Iterable["Charge"], against: str) -> list["Charge"]:
+    return [c for c in every if (c.unit, c.against) == ("client", against)]
 
 
-def _growing(config: Config, own: Config, charge: "Charge") -> str:
+def _growing(config: Config, own: Config, once: Sequence["Charge"]) -> str:
     """A figure after one release, after all of the run, and with all that may be repeated."""
     from .collusion import reckoned
 
     count, most, delta = config.rounds.count, config.most_releases, own.privacy.delta
-    shown = charge.against == "unmasked server"  # else without a bound there is no figure
-    found = [reckoned([_times(charge, n)], delta) for n in (1, count, most)]
-    once, always, worst = (
+    shown = once[0].against == "unmasked server"  # else without a bound there is no figure
+    found = [reckoned([*once] * n, delta) for n in (1, count, most)]
+    first, always, worst = (
         _about(math.inf if x is None or not (ok or shown) else x) for x, ok in found
     )
     after = f", {always} after {count}" if count > 1 else ""
     after += f", {worst} after {most}" if most > count else ""
     less = " (as Gaussian noise: so little has no bound)" if shown and not found[0][1] else ""
-    return f"{once} after 1 release{after}{less}"
+    return f"{first} after 1 release{after}{less}"
 
 
-def _epsilon(config: Config, own: Config, charge: "Charge", spent: Sequence["Charge"]) -> str:
+def _epsilon(
+    config: Config,
+    own: Config,
+    once: Sequence["Charge"],
+    spent: Sequence["Charge"],
+    in_run: Sequence[Sequence["Charge"]],
+) -> str:
+    """What releases cost on one line, the owner's budget for it, and the run's own cap."""
     from ..common.accounting import epsilon
     from .ledger import budget_of
-    from .release import budgets
+    from .paying import fewest
+    from .release import budgets, caps
 
-    count, delta = config.rounds.count, own.privacy.delta
-    once = epsilon([charge], delta)
-    if math.isinf(once):
+    privacy, count, charge = own.privacy, config.rounds.count, once[0]
+    delta, name = privacy.delta, (charge.unit, charge.against)
+    if math.isinf(epsilon(once, delta)):
         why = (
             "too little of the noise is its own"
             if charge.unit == "client" and _masked(config)
             else "some part of it has no noise"
         )
         return f"no bound at all: {why}, so this device declines every round"
-    budget = budget_of(budgets(own.privacy), charge.unit, charge.against) or 0.0
+    budget = budget_of(budgets(privacy), *name) or 0.0
     line = [one for one in spent if _line(one) == _line(charge)]
+    mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
+    cap = budget_of(caps(privacy), *name)
+    cap = None if cap is None or math.isinf(cap) else cap
+    line = [one for one in spent if _line(one) == _line(charge)]
+    mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
+    cap = caps(own).get(unit)
     return (
-        f"{_growing(config, own, charge)}"
-        + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
-        f"{NEIGHBOURS[charge.adjacency]}); budget {budget:g}"
+        f"{_growing(config, own, once)}" + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
+        f"{NEIGHBOURS[charge.adjacency]}); your budget over all runs {budget:g}"
         + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")
-        + _ends(charge, line, delta, budget, count)
+        + (f"; the run's own cap {cap:g}" if cap is not None else "")
+        + (f", of which {_about(epsilon(mine, delta))} is spent" if cap and mine else "")
+        + _ends(fewest(once, privacy, max(count - len(in_run), 1), line, mine))
     )
 
 
-def _ends(
-    charge: "Charge", line: Sequence["Charge"], delta: float, budget: float, count: int
-) -> str:
-    """How many releases the budget allows, where that is fewer than the run asks for."""
-    from ..common.accounting import within
-
-    low, high = 0, count + 1
-    while high - low > 1:
-        middle = count if high > count else (low + high) // 2
-        fits = within([*line, _times(charge, middle)], delta, budget)
-        low, high = (middle, high) if fits else (low, middle)
-    if low == count:
+def _ends(found: "Paid | None") -> str:
+    """How many of the rounds that are left are paid for, where that is fewer than all."""
+    if found is None:
         return ""
-    return f", which ends it after about {low}" if low else ", which does not allow a single one"
+    whose = "the run's own cap" if found.limit.of_run else "your budget"
+    if not found.rounds:
+        return f"; {whose} does not allow a single one"
+    return f"; {whose} ends it after about {found.rounds}"
+
+
+def refuse_short(run: str, found: "Paid | None", partly: bool) -> None:
+    """Nobody agrees by accident to a run that the budget, or the run's own cap, ends early.
+
+    Raises:
+        PrivacyError: how many of the rounds are allowed, by whose limit, and what to do. With
+            `partly`: not a single one is.
+    """
+    if found is None or (partly and found.rounds):
+        return
+    line = f"the {found.unit}-level epsilon against {AGAINST[found.against]}"
+    spent = f", of which {found.spent:.4g} is spent," if found.spent else ""
+    after = f"{found.whole:.4g}" if math.isfinite(found.whole) else "without a bound"
+    mend = f"raise {found.limit.setting} in policy.toml, which is for life"
+    whose = f"your {found.limit.setting} = {found.limit:g} in policy.toml"
+    if found.limit.of_run:
+        mend = "nothing that you could set changes it: the operator sets the run's cap"
+        whose = f"the run's own cap {found.limit.setting} = {found.limit:g}"
+    because = f". {found.without.rstrip('. ')}" if found.without else ""
+    take = "take part in those and decline the rest with --agree --partly, or "
+    raise PrivacyError(
+        f"{shown(run)}: {whose}{spent} allows {found.rounds} of {found.of} rounds ({line} would be "
+        f"{after}); {take if found.rounds else ''}{mend}{because}"
+    )
 
 
 def _adapter(config: Config, dimension: int | None) -> str:
@@ -406,10 +483,6 @@ def _about(epsilon: float) -> str:
     if math.isinf(epsilon):
         return "no bound"
     return f"about {math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
-
-
-def _times(charge: "Charge", count: int) -> "Charge":
-    return replace(charge, steps=charge.steps * count)
 
 
 def _line(charge: "Charge") -> tuple[str, str, str]:

@@ -20,7 +20,7 @@ from ..common import config as settings
 from ..common.config import Config
 from ..common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from .limits import Policy
-from .offer_text import describe, expected, shown
+from .offer_text import describe, expected, refuse_short, shortage, shown
 from .policy import refuse_run
 
 __all__ = [
@@ -32,8 +32,10 @@ __all__ = [
     "describe",
     "expected",
     "receive",
+    "refuse_short",
     "refuse_without_consent",
     "restore",
+    "shortage",
     "store",
     "waiting",
 ]

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from ..common.config import Config, NoiseAt, faults, shortened
 from ..common.errors import ConfigError, PrivacyError, StateError
 from ..common.files import explain_os_errors, write_atomic
-from .limits import Policy
+from .limits import OwnBudget, Policy
 
 __all__ = [
     "DEFAULT",
@@ -122,8 +122,8 @@ def refuse_run(policy: Policy, config: Config, server: str) -> None:
     Raises:
         PrivacyError: all reasons, one a line.
 
-    The run's own `privacy.budget` is no reason: the ledger stops at the smaller of both. Neither
-    is `masking.smallest_cohort`, of which the larger holds.
+    The run's own `privacy.budget` is no reason: the ledger stops at either. Neither is
+    `masking.smallest_cohort`, of which the larger holds.
     """
     found = reasons(policy, config, server)
     if found:
@@ -149,20 +149,23 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
     Two things stay the run's on purpose: its public batch size and its cap on records. A smaller
     cap would raise the sampling rate that is allowed, a smaller batch the influence of a record.
 
+    The budget is the owner's, over all runs; the run's own cap, of what is spent in this run, is
+    kept beside it.
+
     An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
-    of its outcome, and what it may cost is in its noise and its number of looks. So the budget is
-    the owner's alone: the ledger counts everything, an experiment's epsilon one experiment.
+    of its outcome, and what it may cost is in its noise and its number of looks. So it has no cap.
     """
     limits, budget, trains = policy.limits, policy.budget, config.trial is None
     client, example, masking = config.privacy.client, config.privacy.example, config.masking
     has_examples = trains and (example.enabled or limits.smallest_example_noise > 0)
-    asked = config.privacy.budget if trains else budget
+    cap = config.privacy.budget
     privacy = {
         "delta": min(config.privacy.delta, budget.delta),
-        "budget": _with(
-            config.privacy.budget,
-            client=min(asked.client, budget.client),
-            example=min(asked.example, budget.example),
+        "budget": OwnBudget(
+            client=cap.client if trains else None,
+            example=cap.example if trains else None,
+            owner_client=budget.client,
+            owner_example=budget.example,
             open_directory=budget.open_directory,
         ),
         "directory": config.privacy.directory if closed else "open",

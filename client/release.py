@@ -29,10 +29,13 @@ from ..common.encoding import pack, round_randomly, rounded_sensitivity, wrap
 from ..common.errors import GateRefused, PrivacyError
 from ..common.plan import Plan
 from ..common.rotation import flat_bound, rotate
-from .ledger import Ledger
+from .ledger import Ledger, Limit
+from .limits import OwnBudget
 
-__all__ = ["Statistics", "budgets", "charges", "colluding", "refuse_more", "release"]
+__all__ = ["Statistics", "budgets", "caps", "charges", "colluding", "refuse_more", "release"]
 
+
+UNITS = ("client", "example")
 
 Statistics = Mapping[str, NDArray[np.float64]]
 """The numbers of each block, by its name; sensitive."""
@@ -65,14 +68,14 @@ def release(
 
     Raises:
         GateRefused: the input must not be released; nothing was spent.
-        BudgetExceeded: it would cost more than the device allows; nothing was spent.
+        BudgetExceeded: it would cost more than the owner or the run allows; nothing was spent.
     """
     _refuse(delta, layout, plan)
     behind = _refuse_statistics(statistics or {}, plan)
     clipped = clip(_flattened(delta, plan), plan.clip)
     bounded = [clip(values, block.bound) for block, values in zip(plan.blocks, behind, strict=True)]
     cost = charges(plan, len(delta), privacy)
-    ledger.check(client, cost, budgets(privacy), privacy.delta)
+    ledger.check(client, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
     integers = _noised(_clamped(clipped.vector, plan), plan.step, plan.variance, plan, source)
     for block, values in zip(plan.blocks, bounded, strict=True):
         drawn = _noised(values.vector, block.step, block.variance, plan, source)
@@ -245,21 +248,79 @@ def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
         )
 
 
-def budgets(privacy: PrivacySettings) -> dict[str, float]:
-    """The device's largest epsilon per unit; without limit only where no claim is made at all.
+def budgets(privacy: PrivacySettings) -> dict[str, Limit]:
+    """The device's largest epsilons over all runs: its owner's, or a simulated client's.
 
-    What a person has spent should masking break is written down and shown, and limited by nothing:
-    a share of the noise is never enough for a person, and a budget that counted it would refuse
-    every masked round. A record is: Opacus's noise is there for that. What was released without a
-    closed directory counts with one share *against the server*, up to `open_directory`.
+    By unit, or for one adversary by `unit/against`. Without limit only where no claim is made at
+    all. What a person has spent should masking break is written down and shown, and limited by
+    nothing: a share of the noise is never enough for a person, and a budget that counted it would
+    refuse every masked round. A record is: Opacus's noise is there for that. What was released
+    without a closed directory counts with one share *against the server*, up to `open_directory`.
     """
     if not privacy.client.enabled and not privacy.example.enabled:
-        return {"client": np.inf, "example": np.inf}
+        return {unit: Limit(np.inf) for unit in UNITS}
     own = privacy.budget
-    found = {"client": own.client, "example": own.example, "client/unmasked server": np.inf}
-    if own.open_directory > own.client:
-        found["client/server"] = own.open_directory
+    if isinstance(own, OwnBudget):
+        most = {"client": own.owner_client, "example": own.owner_example}
+        found = {unit: _of_owner(most[unit], unit) for unit in UNITS}
+    else:
+        found = {
+            unit: _of_run(most, unit) if getattr(own, unit) else _of_simulated(most, unit)
+            for unit, most in own.simulated.items()
+        }
+    found["client/unmasked server"] = Limit(np.inf)
+    if own.open_directory > found["client"]:
+        of = _of_owner if isinstance(own, OwnBudget) else _of_run
+        found["client/server"] = of(own.open_directory, "open_directory")
     return found
+
+
+def caps(privacy: PrivacySettings) -> dict[str, Limit]:
+    """The run's own caps, of what is spent in this run, as `budgets`; empty where it has none.
+
+    A simulated client's ledger has one run, so that the cap is its budget already. No cap counts a
+    person's share of the noise by itself: neither should masking break, nor against the server
+    where this device has no closed directory and its owner allows that (`open_directory`).
+    """
+    own = privacy.budget
+    if not isinstance(own, OwnBudget):
+        return {}
+    most = {"client": own.client, "example": own.example}
+    found = {unit: _of_run(cap, unit) for unit, cap in most.items() if cap is not None}
+    if "client" in found:
+        found["client/unmasked server"] = Limit(np.inf)
+        if privacy.directory == "open" and own.open_directory > own.owner_client:
+            found["client/server"] = Limit(np.inf)
+    return found
+
+
+def _of_owner(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"this device's owner allows {most:.6g} over all runs (budget.{name} in policy.toml)",
+        f"Stop here, or the owner raises budget.{name} in policy.toml, which is for life",
+        setting=f"budget.{name}",
+    )
+
+
+def _of_run(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"the run's own cap is {most:.6g} (privacy.budget.{name} in its configuration)",
+        f"No owner can change it: the operator starts a run with a larger privacy.budget.{name}, "
+        "or with none",
+        of_run=True,
+        setting=f"privacy.budget.{name}",
+    )
+
+
+def _of_simulated(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"a simulated client has what a new device allows, {most:.6g}",
+        f"Set privacy.budget.{name} in the run's configuration",
+        setting=f"privacy.budget.{name}",
+    )
 
 
 def _flattened(delta: NDArray[np.float32], plan: Plan) -> NDArray[np.float64]:

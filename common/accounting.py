@@ -17,7 +17,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -39,6 +39,7 @@ __all__ = [
     "delta",
     "epsilon",
     "mixture_epsilon",
+    "payable",
     "skellam_rdp_epsilon",
     "within",
 ]
@@ -170,6 +171,31 @@ def within(charges: Iterable[Charge], delta: float, budget: float) -> bool:
     if total is None:
         return True
     return _renyi_epsilon(total, delta) <= budget or _epsilon(total, delta) <= budget
+
+
+def payable(
+    release: Sequence[Charge],
+    past: Sequence[Charge],
+    delta: float,
+    budget: float,
+    most: int,
+) -> int:
+    """How many releases that cost `release` each a budget pays, after `past`; `most` or fewer.
+
+    Args:
+        release: what one costs, all of one unit, adversary and adjacency.
+        past: what was spent on that line already.
+        delta, budget: as for `within`.
+        most: how many are asked for, at least 1.
+
+    **Guarantee**: what the ledger allows one after the other is at least this.
+    """
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = most if high > most else (low + high) // 2
+        fits = within([*past, *[*release] * middle], delta, budget)
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def delta(charges: Iterable[Charge], epsilon: float) -> float:

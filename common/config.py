@@ -26,6 +26,10 @@ Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 Family = Literal["tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora"]
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
+NEW_DEVICE = {"client": 10.0, "example": 15.0}
+"""Epsilon for each unit that a new device's policy.toml allows over all runs, and that a simulated
+client, which has no owner, spends in a run without a cap of its own."""
+
 DEVICES = "devices"
 """`data.source` of a run on people's own devices: their records are nobody else's to name."""
 
@@ -224,16 +228,23 @@ class StatisticsSettings(_Settings):
 
 
 class BudgetSettings(_Settings):
-    """The device's own policy: largest epsilon per unit, at the delta of the run."""
+    """The run's own cap: the largest epsilon per unit that a device spends in this run, at its
+    delta. Left out: none. What a device spends over all runs is its owner's (policy.toml); a
+    simulated client, which has no owner, then has what a new device has (`NEW_DEVICE`)."""
 
-    client: float = Field(10.0, gt=0)
-    example: float = Field(15.0, gt=0)
+    client: float | None = Field(None, gt=0)
+    example: float | None = Field(None, gt=0)
     open_directory: float = Field(
         0.0,
         ge=0,
         description="client-level against the server, where releases without a closed directory "
         "count with one share of the noise each; 0, or less than client: as client",
     )
+
+    @property
+    def simulated(self) -> dict[str, float]:
+        """What a simulated client may spend."""
+        return {unit: getattr(self, unit) or most for unit, most in NEW_DEVICE.items()}
 
 
 class PrivacySettings(_Settings):
@@ -614,6 +625,8 @@ class Config(_Settings):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:
                     del settings[section][name]
+        # a run begun when every run had a cap had this one where it named none
+        settings["privacy"]["budget"].update(self.privacy.budget.simulated)
         if not self.privacy.budget.open_directory:
             del settings["privacy"]["budget"]["open_directory"]
         for name in ("patience", "wait_s", "spare"):

@@ -193,12 +193,20 @@ def alone(config: Config, line: Line, at: str | None) -> bool:
 
 
 def budget_of(config: Config, line: Line) -> float | None:
-    """What the run allows on a line; None: nothing is limited."""
-    limits = {
-        "client": config.privacy.budget.client if config.privacy.client.enabled else None,
-        "example": config.privacy.budget.example if config.privacy.example.enabled else None,
-    }
-    return None if (line.unit, line.against) == OWN_SHARE else limits[line.unit]
+    """What the run allows on a line; None: nothing is limited, or by each owner alone."""
+    return None if (line.unit, line.against) == OWN_SHARE else _allowed(config).get(line.unit)
+
+
+def _allowed(config: Config) -> dict[str, float]:
+    """Largest epsilon by unit: on devices the run's own cap, if any, for the budget is the owner's;
+    in a simulation what its clients have."""
+    privacy = config.privacy
+    own = privacy.budget.simulated
+    if config.data.source == DEVICES:
+        named = {"client": privacy.budget.client, "example": privacy.budget.example}
+        own = {unit: most for unit, most in named.items() if most is not None}
+    enabled = {"client": privacy.client.enabled, "example": privacy.example.enabled}
+    return {unit: most for unit, most in own.items() if enabled[unit]}
 
 
 def main_line(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -438,11 +446,7 @@ def looked(config: Config) -> str:
 
 def promised(config: Config) -> dict[str, Any]:
     privacy = config.privacy
-    budgets = {}
-    if privacy.client.enabled:
-        budgets["client"] = privacy.budget.client
-    if privacy.example.enabled:
-        budgets["example"] = privacy.budget.example
+    budgets = _allowed(config)
     return {"budgets": budgets, "delta": privacy.delta, "sentences": _promises(config, budgets)}
 
 
@@ -486,13 +490,19 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"{privacy.budget.client:g} (client-level) in all at delta {privacy.delta:g}, and "
             "declines a look that would bring its total, over all runs, above its owner's limits."
         )
-    elif budgets:
-        own = ", or above its owner's limits" if config.data.source == DEVICES else ""
+    elif budgets or config.data.source == DEVICES:
         limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
+        above = f"its total above epsilon {limits}, at delta {config.privacy.delta:g}"
+        if config.data.source == DEVICES:
+            above = "its total over all runs above its owner's budget"
+            if budgets:
+                above += (
+                    f", or what it spent in this run above the run's own cap, epsilon {limits} at "
+                    f"delta {config.privacy.delta:g}"
+                )
         said.append(
-            f"Of each device: it writes down what it spends before it answers, and declines a "
-            f"round that would bring its total above epsilon {limits}, at delta "
-            f"{config.privacy.delta:g}{own}."
+            "Of each device: it writes down what it spends before it answers, and declines a "
+            f"round that would bring {above}."
         )
     if budgets:
         said.append(

@@ -11,12 +11,16 @@ import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
 
 from ..common.errors import PrivetError
+
+if TYPE_CHECKING:
+    from ..common.config import Config
+    from ..common.plan import Plan
 
 __all__ = ["main", "run"]
 
@@ -47,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = [argument for argument in arguments if argument not in _VERBOSE]
     try:
         code = _command(arguments)(
-            arguments, prog_name="privet", standalone_mode=False, obj=_reported
+            arguments, prog_name="privet", standalone_mode=False, obj=_Reports()
         )
         sys.stdout.flush()
     except click.ClickException as error:
@@ -103,11 +107,22 @@ def _group(name: str) -> typer.Typer:
     return app
 
 
-def _reported(run_folder: Path) -> None:
-    """What `privet server run` ends with; its package may not import the reports."""
-    from . import cli
+class _Reports:
+    """What `privet server run` begins and ends with; its package may import neither."""
 
-    cli.reported(run_folder)
+    def __call__(self, run_folder: Path) -> None:
+        """At the end: the report."""
+        from . import cli
+
+        cli.reported(run_folder)
+
+    def refuse_unpaid(self, config: "Config", plan: "Plan", dimension: int) -> None:
+        """At the beginning: a run that its own cap does not pay for is refused."""
+        from ..client.paying import refuse_unpaid
+
+        refuse_unpaid(
+            config, plan, dimension, lambda said: print(f"warning: {said}", file=sys.stderr)
+        )
 
 
 def _print_version(asked: bool) -> None:

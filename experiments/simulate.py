@@ -24,17 +24,15 @@ from typing import Any
 
 from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
-from ..client.ledger import Ledger, budget_of
-from ..client.release import budgets, charges
+from ..client.ledger import Ledger
+from ..client.paying import refuse_unpaid
 from ..client.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
 from ..common import config as settings
-from ..common.accounting import Charge, within
 from ..common.adapter import exchanged
 from ..common.config import Config
 from ..common.errors import ConfigError, RunExists, RunUnfinished, StateError
 from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
 from ..common.keys import Directory, Secret, write_directory
-from ..common.plan import Plan
 from ..server import starting
 from ..server.resuming import resumed
 from ..server.rounds import LOG, make_plan
@@ -121,7 +119,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     config, start = starting.take(config, sent, [folder.parent])
     plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
     dimension = sent.released(1).dimension
-    _warn_of_declining(config, plan, dimension)
+    refuse_unpaid(config, plan, dimension, progress.warn)
     sizes = {"dimension": dimension, "upload_bytes": -(-plan.length(dimension) * plan.bits // 8)}
     partial = folder.with_name(f".{folder.name}.partial")
     try:
@@ -143,23 +141,6 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
-
-
-def _warn_of_declining(config: Config, plan: Plan, dimension: int) -> None:
-    """Gains and arms may cost a record more than the budget, and then every device declines."""
-    if not (config.statistics.gains or config.statistics.arms):
-        return
-    lines: dict[tuple[str, str], list[Charge]] = {}
-    for charge in charges(plan, dimension, config.privacy):
-        lines.setdefault((charge.unit, charge.against), []).append(charge)
-    limits = budgets(config.privacy)
-    for (unit, against), cost in lines.items():
-        if not within(cost, config.privacy.delta, (budget_of(limits, unit, against) or 0.0)):
-            progress.warn(
-                f"one release costs more than privacy.budget.{unit} allows, {unit}-level against "
-                f"the {against}: every device would decline. More noise on gains and arms, a "
-                "larger budget, or no claim for single records (privacy.example.enabled = false)"
-            )
 
 
 def _enrol(folder: Path, users: Sequence[str]) -> None:

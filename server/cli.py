@@ -25,6 +25,7 @@ from . import directory_cli
 
 if TYPE_CHECKING:
     from ..common.config import Config
+    from ..common.plan import Plan
     from .control import Run
     from .setup import Server
     from .starting import Start
@@ -40,6 +41,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S, STEADY_S = 1.0, 60.0, 30.0
 PATIENCE_S = 10.0
 SILENCE_S = 2.0  # a process that ends by itself tells Flower so, a moment after its lock is free
 TRIES = 5
+
+Refuse = Callable[["Config", "Plan", int], None]
 
 _Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The server's folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -176,7 +179,9 @@ def run(
             f"{config} has arms: `privet server ab` runs an experiment, from a file with its arms, "
             "looks and epsilon"
         )
-    settings = prepare(server, settings, resume=resume)
+    settings = prepare(
+        server, settings, resume=resume, refuse=getattr(context.obj, "refuse_unpaid", None)
+    )
     for warning in settings.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     place = _followed(server, settings, f"privet server run {folder} {config} --resume")
@@ -321,12 +326,20 @@ def _run_facts(
     }
 
 
-def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
+def prepare(
+    server: "Server", config: "Config", *, resume: bool, refuse: Refuse | None = None
+) -> "Config":
     """The run folder `runs/NAME`, whole or not at all: settings, run id, directory.
 
     Model, adapter and plan are tried first, so that settings they refuse leave nothing behind. The
     directory is that of the beginning: a run that goes on does so with the newest, which must
     continue it, and with the number of devices it was begun with in its settings.
+
+    Args:
+        server, config: where, and the settings as they were given.
+        resume: go on with the run there is.
+        refuse: raises where nobody could pay for the rounds (`client/paying.py`, which this
+            package may not import); gets settings, first plan, and numbers in a contribution.
 
     Returns:
         The resolved settings.
@@ -352,7 +365,7 @@ def prepare(server: "Server", config: "Config", *, resume: bool) -> "Config":
             )
         newest(place)  # refuses a directory that does not continue the run's
         return resumed(place, read(place / "config.toml"), config)
-    config, start = _try_out(server, config)
+    config, start = _try_out(server, config, refuse)
     partial = place.with_name(f".{place.name}.partial")
     try:
         with explain_os_errors(place, "make the run folder"):
@@ -429,7 +442,9 @@ def _resolved(server: "Server", config: "Config", resume: bool) -> "Config":
     return found
 
 
-def _try_out(server: "Server", config: "Config") -> tuple["Config", "Start | None"]:
+def _try_out(
+    server: "Server", config: "Config", refuse: Refuse | None
+) -> tuple["Config", "Start | None"]:
     """Refuse what cannot run; the settings, and the adapter that the run starts from."""
     from ..common.adapter import exchanged
     from .ab import plan_of
@@ -440,7 +455,9 @@ def _try_out(server: "Server", config: "Config") -> tuple["Config", "Start | Non
         plan_of(config, config.trial, config.name, 1)
         return config, None
     sent = exchanged(config)
-    make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
+    plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
+    if refuse is not None:
+        refuse(config, plan, sent.released(1).dimension)
     return take(config, sent, [server.folder / "runs"])
 
 

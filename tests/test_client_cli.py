@@ -28,7 +28,7 @@ from privet.client.erase import exclusive
 from privet.client.home import ME, Home, Joined
 from privet.client.unlock import Passphrase
 from privet.common.accounting import Charge
-from privet.common.errors import StateError
+from privet.common.errors import PrivacyError, StateError
 from privet.common.keys import Directory, write_directory
 from privet.experiments import main
 from privet.experiments.benchmarks.worker import wait_for
@@ -458,8 +458,29 @@ def test_what_changed_since_the_owner_agreed_is_shown(offered: Path, say: Any, a
     assert any(
         line.startswith("rounds.count:") and line.endswith("77") for line in found["changed"]
     )
-    assert "changed since you agreed" in say("runs", "run-1", "--agree")
+    assert "changed since you agreed" in say("runs", "run-1", "--agree", "--partly")
     assert ask("runs", "run-1")["changed"] == []
+
+
+def test_a_run_that_is_paid_for_in_part_needs_the_owners_explicit_word(
+    offered: Path, say: Any, capsys: Any
+):
+    with Device(offered) as home:
+        home.receive("run-2", text(rounds={"cohort": 16, "count": 9}))
+        home.receive("run-3", text(name="x", rounds={"cohort": 16, "count": 4}))
+    capsys.readouterr()
+    assert main.run(["client", "runs", "run-2", "--agree"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "your budget.client = 10 in policy.toml allows 4 of 9 rounds" in said
+    assert "--agree --partly, or raise budget.client" in said
+    with Device(offered) as home:
+        assert home.run("run-2")[1] is None
+    assert "Agreed" in say("runs", "run-2", "--agree", "--partly")
+    assert "Agreed" in say("runs", "run-3", "--agree")
+    policy = offered / "policy.toml"
+    policy.write_text(policy.read_text().replace("ask = true", "ask = false"))
+    with Device(offered) as home, pytest.raises(PrivacyError, match="allows 4 of 12 rounds"):
+        home.receive("run-4", text(rounds={"cohort": 16, "count": 12}))  # nobody said a word
 
 
 def test_a_run_past_the_policy_is_refused_with_every_reason(offered: Path, capsys: Any):

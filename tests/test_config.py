@@ -239,6 +239,13 @@ def test_settings_cannot_be_changed_afterwards():
     assert hash(AdapterSettings()) == hash(AdapterSettings())
 
 
+def test_a_run_begun_when_every_run_had_a_cap_keeps_its_digest():
+    before = parse({"privacy": {"budget": {"client": 10.0, "example": 15.0}}})
+    assert before.digest == Config().digest
+    assert Config().privacy.budget.client is None
+    assert "client" not in to_toml(Config()).split("[privacy.budget]")[1].splitlines()[1:2]
+
+
 def test_speed_and_name_are_not_in_the_digest_and_everything_else_is():
     plain = Config().digest
     assert parse({"speed": {"threads": 7}, "name": "other"}).digest == plain

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.client.chain import RawRow, row_hash
-from privet.client.ledger import Declined, Ledger, verify
+from privet.client.ledger import Declined, Ledger, Limit, verify
 from privet.common.accounting import Charge, epsilon
 from privet.common.errors import BudgetExceeded, LedgerCorrupt, PrivacyError, StateError
 
@@ -178,6 +178,24 @@ def test_the_budget_holds_for_each_unit_and_each_adversary_apart(ledger: Ledger)
     with pytest.raises(BudgetExceeded, match="example-level"):
         release(ledger, "ann", 2, [CHARGE], {"client": 100.0, "example": example_budget / 2})
     assert ledger.participations("ann") == 1
+
+
+def test_a_runs_own_cap_counts_what_was_released_in_that_run_and_is_named(ledger: Ledger) -> None:
+    cap = {"client": Limit(budget_for(2), "the run's own cap is 2", "Ask the operator")}
+
+    def spend(run: str, round: int, budget: float = 1e6) -> None:
+        ledger.check("ann", [CHARGE, EXAMPLE], {**UNLIMITED, "client": budget}, DELTA, run, cap)
+        ledger.commit("ann", run, round, "ab", [CHARGE, EXAMPLE], b"bytes")
+
+    for run in ("run-1", "run-2"):
+        spend(run, 1)
+        spend(run, 2)
+        with pytest.raises(BudgetExceeded, match=r"of this run .* the run's own cap is 2; nothing"):
+            spend(run, 3)
+    owner = Limit(budget_for(4), "its owner allows so much", "Raise it")
+    with pytest.raises(BudgetExceeded, match=r"its owner allows so much; .* Raise it\."):
+        spend("run-3", 1, owner)
+    assert ledger.participations("ann") == 4
 
 
 def test_the_clients_of_one_file_have_their_own_budgets(ledger: Ledger) -> None:

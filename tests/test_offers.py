@@ -19,8 +19,10 @@ from privet.client.offers import (
     describe,
     expected,
     receive,
+    refuse_short,
     refuse_without_consent,
     restore,
+    shortage,
     store,
 )
 from privet.client.release import charges
@@ -122,7 +124,7 @@ def test_a_run_is_told_in_plain_words():
     client, example = found["epsilon, client-level"], found["epsilon, example-level"]
     assert "all your records together, against the server: about 4.38 after 1 release" in client
     assert "at delta = 1e-05 (add_remove: hidden is whether it was there at all)" in client
-    assert "budget 10; that is if the masks hold: closed directory, at most 2 of all" in client
+    assert "your budget over all runs 10; that is if the masks hold: closed directory, at" in client
     assert "should they fail, about 15.46 after 1 release" in client
     assert "should the masks fail: about 7.96 after 1 release" in example
     assert found["statistics"] == "none"
@@ -137,14 +139,44 @@ def test_the_most_releases_the_budget_allows_are_said_from_the_ledger_on():
     label = "epsilon, client-level"
     text = said(offered(config), free)[label]
     assert "about 4.38 after 1 release, no bound after 9, no bound after 11, at delta" in text
-    assert "budget 10, which ends it after about 4" in text
+    assert "budget over all runs 10; your budget ends it after about 4" in text
     spent = [Charge("client", who, "add_remove", 1.0) for who in ("analyst", "server")] * 3
     text = said(offered(config), free, spent=spent)[label]
-    assert "of which about 8.39 is spent, which ends it after about 1" in text
+    assert "of which about 8.39 is spent; your budget ends it after about 1" in text
     text = said(offered(config), free, spent=spent * 2)[label]
-    assert "which does not allow a single one" in text
+    assert "your budget does not allow a single one" in text
     poor = free.model_copy(update={"budget": free.budget.model_copy(update={"client": 1.0})})
-    assert "budget 1, which does not allow a single one" in said(offered(config), poor)[label]
+    assert (
+        "budget over all runs 1; your budget does not allow" in said(offered(config), poor)[label]
+    )
+
+
+def test_a_runs_own_cap_is_named_as_the_runs_and_counts_this_run_alone():
+    generous = Policy.model_validate(
+        {"limits": {"smallest_example_noise": 0.0}, "budget": {"client": 60.0}}
+    )
+    config = run(
+        rounds={"cohort": 16, "count": 4},
+        privacy={
+            "client": {"noise_at": "distributed"},
+            "example": {"enabled": False},
+            "budget": {"client": 9.0},
+        },
+    )
+    offer, label = offered(config), "epsilon, client-level"
+    other = [Charge("client", who, "add_remove", 1.0) for who in ("analyst", "server")]
+    text = said(offer, generous, spent=other)[label]
+    assert "over all runs 60, of which about 4.38 is spent; the run's own cap 9; " in text
+    assert "the run's own cap ends it after about 3" in text
+    text = said(offer, generous, spent=other * 4, in_run=[other, other])[label]
+    assert "the run's own cap 9, of which about 6.58 is spent; the run's own cap ends it" in text
+    found = shortage(offer, generous, other)
+    assert found is not None
+    assert (found.rounds, found.of, found.limit.of_run) == (3, 4, True)
+    with pytest.raises(PrivacyError, match=r"cap privacy.budget.client = 9 allows 3 of 4 rounds"):
+        refuse_short(offer.run, found, partly=False)
+    refuse_short(offer.run, found, partly=True)
+    assert shortage(offered(client_level()), generous, other * 4) is None
 
 
 def test_a_refused_run_says_every_reason():

@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from privet.client import policy as policies
 from privet.client.limits import Allowed, Budget, Limits, Policy
 from privet.client.policy import DEFAULT, own_config, read, reasons, refuse_run, text, write_default
-from privet.client.release import budgets, charges
+from privet.client.release import budgets, caps, charges
 from privet.common.config import Config, parse, to_toml
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from privet.common.plan import PLACES
@@ -253,7 +253,7 @@ def test_a_run_that_claims_nothing_is_refused_by_every_policy():
         refuse_run(generous, nothing, SERVER)
     # the gate knows no budget where nothing is claimed; the device's own settings always claim
     assert budgets(nothing.privacy)["client"] == np.inf
-    assert budgets(own_config(generous, nothing).privacy)["client"] == 10
+    assert budgets(own_config(generous, nothing).privacy)["client"] == 10.0
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,27 @@ def test_a_smaller_budget_of_the_owner_is_no_reason_to_refuse_and_holds():
     refuse_run(frugal, run(), SERVER)
     found = budgets(own_config(frugal, run()).privacy)
     assert found == {"client": 1.0, "example": 2.0, "client/unmasked server": np.inf}
+
+
+def test_each_limit_says_whose_it_is():
+    rich = Policy.model_validate({"budget": {"client": 60.0}})
+    free, capped = (
+        run(),
+        run(privacy={"client": {"noise_at": "distributed"}, "budget": {"client": 10.0}}),
+    )
+    assert caps(own_config(rich, free).privacy) == {}
+    own = own_config(rich, capped).privacy
+    assert (budgets(own)["client"], caps(own)) == (60.0, {"client": 10.0})
+    assert "owner allows 60 over all runs (budget.client in policy" in budgets(own)["client"].whose
+    assert "own cap is 10 (privacy.budget.client in its conf" in caps(own)["client"].whose
+    assert "the operator starts a run with a larger" in caps(own)["client"].mend
+    # a simulated client has no owner: the run's cap, or what a new device has
+    assert budgets(capped.privacy) == {"client": 10.0, "example": 15.0}
+    assert (
+        "simulated client has what a new device allows, 15"
+        in budgets(capped.privacy)["example"].whose
+    )
+    assert caps(capped.privacy) == {}
 
 
 def test_two_runs_cannot_open_two_budgets_by_counting_in_two_adjacencies():
@@ -383,8 +404,10 @@ def laxer(own: Config, config: Config, policy: Policy) -> list[str]:
     place = PLACES.index
     checks = {
         "delta": mine.delta <= min(given.delta, budget.delta),
-        "budget.client": mine.budget.client <= min(given.budget.client, budget.client),
-        "budget.example": mine.budget.example <= min(given.budget.example, budget.example),
+        "budget.client": budgets(mine)["client"] <= budget.client,
+        "budget.example": budgets(mine)["example"] <= budget.example,
+        "cap.client": caps(mine).get("client", np.inf) <= (given.budget.client or np.inf),
+        "cap.example": caps(mine).get("example", np.inf) <= (given.budget.example or np.inf),
         "client": mine.client.enabled >= max(given.client.enabled, limits.smallest_noise > 0),
         "noise_at": place(mine.client.noise_at)
         <= min(place(given.client.noise_at), place(limits.noise_at)),
@@ -466,7 +489,7 @@ def test_own_settings_of_an_accepted_run_are_valid_and_accept_its_own_plan(confi
     assume(config.privacy.client.enabled or config.privacy.example.enabled)
     assert reasons(policy, config, SERVER) == ()
     own = own_config(policy, config)
-    assert parse(tomllib.loads(to_toml(own))) == own
+    assert parse(tomllib.loads(to_toml(own))).model_dump() == own.model_dump()
     if not config.privacy.client.bits:
         make_plan(config, "r", 1, "", np.zeros(20, np.float32)).refuse_if_laxer(own)
 

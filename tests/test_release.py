@@ -110,7 +110,10 @@ def test_another_layout_is_refused_and_costs_nothing(ledger):
 def test_over_budget_nothing_leaves_and_nothing_is_added(ledger):
     config = settings(budget=6.0)
     released(vector(9), planned(config, 9, 1), config, ledger)
-    with pytest.raises(BudgetExceeded, match="the budget of 6 for this unit; nothing was spent"):
+    with pytest.raises(
+        BudgetExceeded,
+        match=r"the run's own cap is 6 \(privacy.budget.client in its .* nothing was spent",
+    ):
         released(vector(9), planned(config, 9, 2), config, ledger)
     assert ledger.participations("ann") == 1
 

@@ -27,6 +27,7 @@ from privet.common.errors import (
 )
 from privet.common.files import append_line
 from privet.common.keys import Directory, write_directory
+from privet.experiments import main
 from privet.server import cli, control, enrolment, listing, proxy, services, serving, setup
 from privet.server.control import Run
 
@@ -368,6 +369,36 @@ def test_settings_no_device_can_take_part_in_leave_nothing_behind(
     with pytest.raises(PrivetError, match=told):
         cli.prepare(enrolled, settings(llama_folder, **more), resume=False)
     assert list((enrolled.folder / "runs").iterdir()) == []
+
+
+def test_a_run_that_its_own_cap_does_not_pay_for_is_refused_at_the_start(
+    enrolled: setup.Server, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(count: int, budget: Mapping[str, float], cohort: int = 4) -> Any:
+        private = {"example": {"enabled": False}, "budget": budget}
+        config = settings(
+            llama_folder,
+            privacy={**private, "client": {"noise_at": "distributed"}},
+            rounds={"count": count, "cohort": cohort},
+            masking={"smallest_cohort": 3, "colluding": 0},
+            name=f"run-{count}-{cohort}-{len(budget)}",
+        )
+        refuse = main._Reports().refuse_unpaid
+        return cli.prepare(enrolled, config, resume=False, refuse=refuse)
+
+    with pytest.raises(ConfigError) as refused:
+        prepared(8, {"client": 9.0})
+    said = str(refused.value)
+    assert "the run's own cap is 9 (privacy.budget.client in its configuration)" in said
+    assert "pays for 3 of rounds.count = 8 rounds of each participant at worst" in said
+    assert "set privacy.budget.client = 15.63" in said
+    assert "or rounds.count = 3" in said
+    assert list((enrolled.folder / "runs").iterdir()) == []
+    prepared(3, {"client": 9.0})
+    prepared(8, {})  # an owner's budget is the owner's
+    assert capsys.readouterr().err == ""
+    prepared(4, {"client": 9.0}, cohort=3)  # four devices share the rounds
+    assert "warning: the run's own cap is 9" in capsys.readouterr().err
 
 
 def test_a_run_without_devices_is_refused(tmp_path: Path, llama_folder: Path) -> None:
