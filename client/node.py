@@ -24,18 +24,25 @@ A SuperNode that is killed cannot say so, the SuperLink takes it for online for 
 refuses the next one with the same key. So a node writes down its id, in memory that the supervisor
 holds, and the next one, which the supervisor starts only when it is dead, ends its place.
 
+Every request to the SuperLink is seen, and what became of it is kept for `privet client status`
+(`client/connection.py`); the log has privet's sentence instead of Flower's exit code.
+
 Nothing else is changed: Flower's code, protocol, keys and arguments. Should a later 1.41 hold its
 sleeps elsewhere, they stay as long as Flower made them; `tests/test_node.py` notices.
 """
 
 import functools
+import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from .connection import FILE, Watch, expiries
 
 __all__ = ["PROGRAM", "Waits", "main", "taking_over"]
 
@@ -121,10 +128,12 @@ def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activ
     return activated
 
 
-def main(place: int | None = None) -> None:
+def main(place: int | None = None, home: str | None = None) -> None:
     """`flower-supernode`, with these waits; ends the process when the SuperNode has ended.
 
-    `place`: an open descriptor that the supervisor keeps, of an empty file at first.
+    Args:
+        place: an open descriptor that the supervisor keeps, of an empty file at first.
+        home: the folder where the connection's state is kept; None: nowhere.
     """
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
@@ -138,6 +147,8 @@ def main(place: int | None = None) -> None:
         node.pull_objects = functools.partial(node.pull_objects, **PARTS)
     if place is not None:
         _take_over(place)
+    if home is not None:
+        _watch(Path(home))
     sys.argv[0] = PROGRAM
     try:
         flower_supernode()
@@ -159,6 +170,31 @@ def _take_over(place: int) -> None:
 
     activate: Any = taking_over(Fleet.ActivateNode, deactivate, place)
     setattr(Fleet, "ActivateNode", activate)  # noqa: B010  (mypy knows it as a method)
+
+
+def _watch(home: Path) -> None:
+    """Sees every request of this process to the SuperLink that its arguments name."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
+
+    server, roots = _argument("--superlink"), _argument("--root-certificates")
+
+    def dates() -> tuple[float, ...]:
+        return expiries(server, Path(roots).read_bytes() if roots else None)
+
+    def say(sentence: str) -> None:
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr, flush=True)
+
+    watch = Watch(home / FILE, server, say, dates)
+    setattr(Fleet, "_unary_unary", watch.watched(Fleet._unary_unary))  # noqa: B010
+
+    def told(record: logging.LogRecord) -> bool:
+        return not (watch.said and record.getMessage().startswith("Exit Code"))
+
+    logging.getLogger("flwr").addFilter(told)
+
+
+def _argument(option: str) -> str:
+    return sys.argv[sys.argv.index(option) + 1] if option in sys.argv[:-1] else ""
 
 
 if __name__ == "__main__":

@@ -323,9 +323,6 @@ def _epsilon(
     mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
     cap = budget_of(caps(privacy), *name)
     cap = None if cap is None or math.isinf(cap) else cap
-    line = [one for one in spent if _line(one) == _line(charge)]
-    mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
-    cap = caps(own).get(unit)
     return (
         f"{_growing(config, own, once)}" + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
         f"{NEIGHBOURS[charge.adjacency]}); your budget over all runs {budget:g}"

@@ -78,6 +78,7 @@ def specs(home: Home, unlock: Unlock, port: int) -> list[Spec]:
         certificates=certificates,
         secret=secret,
         insecure=joined.insecure,
+        home=home.folder,
     )
     shared = as_file_descriptor(secret)
     # -P: what lies in the folder this was started from is not imported

@@ -138,7 +138,10 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "not running (`privet client start`)" if running is None else f"process {running}",
     )
     if facts["server"]:
-        yield "now", facts["not_now"] or "takes part when it is asked"
+        link = facts["connection"]
+        yield "link", link["sentence"]
+        able = "takes part when it is asked" if link["ok"] else "cannot be asked: see above"
+        yield "now", facts["not_now"] or able
     if not facts["sources"]:
         yield "records", "none (`privet client add PATH...`)"
     else:

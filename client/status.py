@@ -5,6 +5,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import PrivetError, StateError
-from . import conditions, fleet, sources
+from . import conditions, connection, fleet, sources
 from .erase import LOCK
 from .home import ME, Home, Sent
 
@@ -26,6 +27,7 @@ __all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
 def facts(home: Home) -> dict[str, Any]:
     """How this device is: everything but epsilon, whose accountant takes a second to load."""
     joined, held, note = home.joined, sources.read(home), home.last_note
+    running = worker(home.folder)
     found: dict[str, Any] = {
         "home": str(home.folder),
         "server": None if joined is None else joined.server,
@@ -33,7 +35,8 @@ def facts(home: Home) -> dict[str, Any]:
         "closed": joined is not None and joined.closed,
         "directory": fleet.facts(home),
         "paused": home.paused,
-        "worker": worker(home.folder),
+        "worker": running,
+        "connection": None if joined is None else _connection(home, joined.server, running),
         "records": held.records,
         "sources": list(held.roots),
         "runs": runs(home),
@@ -48,6 +51,14 @@ def facts(home: Home) -> dict[str, Any]:
     except PrivetError as error:  # the rest is worth showing, and rounds are declined meanwhile
         found["not_now"], found["budget"] = str(error), None
     return found
+
+
+def _connection(home: Home, server: str, running: int | None) -> dict[str, Any]:
+    """Whether the server is reached, since when not, what failed, and a sentence of it."""
+    found = connection.read(home.folder, server)
+    reached, said = connection.sentence(found, running is not None, time.time())
+    kind = None if reached else found.kind or "not heard"
+    return {"ok": reached, "reached": found.reached or None, "failed": kind, "sentence": said}
 
 
 def runs(home: Home) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..common.errors import ConfigError, StateError
+from . import connection
 
 __all__ = [
     "Spec",
@@ -42,7 +43,7 @@ LIVED_S = 60.0  # a child that lived so long starts afresh with the shortest pau
 GRACE_S = 20.0
 TICK_S = 0.1
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
-NODE = "from privet.client.node import main; main({})  # flower-supernode"
+NODE = "from privet.client.node import main; main({}, {!r})  # flower-supernode"
 """With the name that a list of processes is searched for."""
 
 Say = Callable[[str], None]
@@ -66,6 +67,7 @@ class Spec:
             SuperNode whose worker died in the middle of a reply waits for the rest without an end.
         longest_s: the longest pause before a restart, seconds.
         linger_s: at the end, seconds between the end of the children after it and its own.
+        why: asked when it has ended: what its owner is told of it; "" where its status says more.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Spec:
     takes_down: tuple[str, ...] = ()
     longest_s: float = 60.0
     linger_s: float = 0.0
+    why: Callable[[], str] = field(default=lambda: "", repr=False, compare=False)
 
 
 @dataclass
@@ -187,10 +190,9 @@ def _tend(
     pause = backoff(child.failures, child.spec.longest_s)
     child.due = now + pause
     how = f"signal {-status}" if status < 0 else f"status {status}"
-    say(
-        f"{child.spec.name} ended with {how} after {lived:.0f} s; "
-        f"restart {child.failures} in {pause:.1f} s"
-    )
+    why = child.spec.why() if status > 0 else ""
+    ended = f"ended: {why}" if why else f"ended with {how} after {lived:.0f} s"
+    say(f"{child.spec.name} {ended}; restart {child.failures} in {pause:.1f} s")
     for name in child.spec.takes_down if status else ():
         if children[name].process is not None:
             say(f"{name} is restarted with {child.spec.name}")
@@ -307,6 +309,7 @@ def node_spec(
     secret: bytes,
     insecure: bool = False,
     extra: tuple[str, ...] = (),
+    home: Path | None = None,
 ) -> Spec:
     """The installed SuperNode (`client/node.py`), which runs nothing itself: `--isolation process`.
 
@@ -318,6 +321,7 @@ def node_spec(
         secret: random bytes that the worker is given too; see `worker.work`.
         insecure: no TLS; for tests on one machine.
         extra: more arguments of `flower-supernode`.
+        home: where the connection's state is kept (`client/connection.py`); None: nowhere.
 
     Its longest pause is 10 s: for 60 s after a crash of this process too, the SuperLink takes the
     node for alive, and every start ends with Flower's exit code 305 (status 1) until that is over.
@@ -332,7 +336,7 @@ def node_spec(
         raise StateError(f"flwr was not found beside {sys.executable}: install privet again.")
     # -P: what lies in the folder this was started from is not imported
     descriptors = [_unlinked_file(b"")]  # the node writes its id there, for the one after it
-    command = [sys.executable, "-P", "-c", NODE.format(descriptors[0])]
+    command = [sys.executable, "-P", "-c", NODE.format(descriptors[0], home and str(home))]
     command += ["--superlink", server, "--isolation", "process"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     given = {"--superexec-auth-secret-file": secret, "--auth-supernode-private-key": key}
@@ -350,7 +354,13 @@ def node_spec(
         pass_fds=tuple(descriptors),
         longest_s=10.0,
         linger_s=1.5,  # it looks for replies to send every 0.5 s
+        why=lambda: _not_reached(home, server),
     )
+
+
+def _not_reached(home: Path | None, server: str) -> str:
+    said = "" if home is None else connection.read(home, server).said
+    return said and f"the server {server} is not reached: {said}"
 
 
 def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -> str:

@@ -15,6 +15,7 @@ from ..common import config as settings
 from ..common.config import DEVICES
 from ..common.errors import ConfigError
 from ..common.plan import Plan
+from .attendance import of_run
 from .crowd import Crowd
 from .listing import Listing
 from .replies import addressed, enough_s, replies
@@ -64,7 +65,13 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
 
     listing = Listing(folder)
     crowd = Crowd(
-        grid.get_node_ids, hello, listing.directory(), config, run, newest=listing.directory
+        grid.get_node_ids,
+        hello,
+        listing.directory(),
+        config,
+        run,
+        attendance=of_run(folder),
+        newest=listing.directory,
     )
 
     def ask(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -259,11 +260,15 @@ def status(folder: _Folder, as_json: _Json = False) -> None:
     for name in ("superlink", "proxy"):
         print(f"{name}: {'up' if found[name] else 'DOWN'}")
     print(f"certificates: until {found['certified_until'][:10]}")
+    for warning in found["warnings"]:
+        print(f"WARNING: {warning}")
     people = found["devices"]
     print(
         f"devices: {people['enrolled']} enrolled, {_number(people['registered'])} registered, "
         f"{_number(people['online'])} online"
     )
+    for device in people["each"]:
+        print(f"  {_device(device)}")
     for one in found["runs"]:
         void = sum(record["void"] for record in one["rounds"])
         print(
@@ -279,7 +284,7 @@ def facts(server: "Server") -> dict[str, Any]:
 
     Of a round: who was asked, came, declined, in numbers only; reasons stay on the device.
     """
-    from . import control, enrolment, setup
+    from . import attendance, control, enrolment, setup
 
     enrolled = [device for device in enrolment.devices(server) if not device.removed]
     known: Sequence[control.Node] | None = None
@@ -290,14 +295,21 @@ def facts(server: "Server") -> dict[str, Any]:
     keys = {device.card.node for device in enrolled}
     ours = None if known is None else [node for node in known if node.key in keys]
     latest = {one.folder: one.status for one in reversed(started)}
+    going = next((Path(one.folder).name for one in started if not one.over), None)
+    heard = attendance.read(server.folder / attendance.FILE)
     return {
         "superlink": known is not None,
         "proxy": _answers(server.port),
         "certified_until": setup.certified_until(server).isoformat(),
+        "certificates": {
+            name: until.isoformat() for name, until in setup.certificates(server).items()
+        },
+        "warnings": setup.expiring(server, datetime.now(UTC)),
         "devices": {
             "enrolled": len(enrolled),
             "registered": None if ours is None else len(ours),
             "online": None if ours is None else sum(node.status == "online" for node in ours),
+            "each": attendance.table(enrolled, heard, known, going),
         },
         "runs": [
             _run_facts(place, latest, known is not None, _names(server))
@@ -708,6 +720,24 @@ def _line(record: Mapping[str, Any], count: int, names: Mapping[int, str] | None
     if record["void"]:
         text += f"  {record.get('why') or sentence(record, names)}"
     return text + (f"  {record['seconds']:.1f} s" if "seconds" in record else "")
+
+
+def _device(one: Mapping[str, Any]) -> str:
+    """`0 desk  privet 0.1.0  seen 2026-11-30 07:10  accepted`"""
+    name = f" {one['name']}" if one["name"] else ""
+    seen = one["last_seen"]
+    parts = [
+        f"{one['number']}{name}",
+        f"privet {one['version']}" if one["version"] else "version unknown",
+        "online"
+        if one["online"]
+        else f"seen {seen[:16].replace('T', ' ')}"
+        if seen
+        else "never seen",
+        "accepted" if one["accepted"] else "" if one["accepted"] is None else "not accepted",
+        f"missing: {one['missing']}" if one["missing"] else "",
+    ]
+    return "  ".join(filter(None, parts))
 
 
 def _arms(record: Mapping[str, Any]) -> list[str]:

@@ -5,9 +5,11 @@ version fails loudly.
 """
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Node:
-    """A SuperNode that the SuperLink knows: its id, PEM key, and `registered`, `online`, …"""
+    """A SuperNode that the SuperLink knows: its id, PEM key, and `registered`, `online`, …
+
+    `seen`: until when it is, or was, taken for online, at most now; seconds since 1970, 0: never.
+    """
 
     node_id: int
     key: str
     status: str
+    seen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,19 @@ def nodes_of(client: Any) -> Sequence[Node]:
 
     answer = client.ListNodes(ListNodesRequest())
     return [
-        Node(node.node_id, node.public_key.decode(), node.status)
+        Node(node.node_id, node.public_key.decode(), node.status, _seen(node))
         for node in answer.nodes_info
         if node.status != "unregistered"
     ]
+
+
+def _seen(node: Any) -> float:
+    """A node that leaves says so; one that is killed is missed when its time is over."""
+    times = [time.time()] if node.status == "online" else []
+    with suppress(ValueError):
+        for text in () if times else (node.last_deactivated_at, node.online_until):
+            times += [datetime.fromisoformat(text).timestamp()] if text else []
+    return min(max(times, default=0.0), time.time())
 
 
 def register(client: Any, key: str, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..common.config import DEVICES, Config
 from ..common.errors import ProtocolError, StateError
 from ..common.keys import Directory, greeting, verify
+from .attendance import Attendance
 
 __all__ = ["Crowd"]
 
@@ -32,6 +33,7 @@ class Crowd:
         directory: the identities the operator enrolled.
         config: of the run.
         run: its id.
+        attendance: keeps what devices said, for `privet server status`; None: nowhere.
         newest: the directory now; None: it does not change.
 
     **Guarantee**: a number is given to a node that has signed for its identity in this run only.
@@ -42,6 +44,7 @@ class Crowd:
     directory: Directory
     config: Config
     run: str
+    attendance: Attendance | None = None
     newest: Callable[[], Directory] | None = None
     accepted: dict[int, int] = field(default_factory=dict)
     _stale: set[int] = field(default_factory=set)
@@ -92,7 +95,10 @@ class Crowd:
         for _ in range(PASSES):
             if not self._pass(online):
                 break
-        return sorted(number for number, node in self.accepted.items() if node in online)
+        found = sorted(number for number, node in self.accepted.items() if node in online)
+        if self.attendance is not None:
+            self.attendance.present(found)
+        return found
 
     def _look_up(self) -> None:
         found = self.directory if self.newest is None else self.newest()
@@ -121,6 +127,14 @@ class Crowd:
             self._due[node] = time.monotonic() + (0 if behind else AGAIN_S)
             if not behind:
                 self._stale.discard(node)
+            identity, signature = (_bytes(reply.get(name)) for name in ("identity", "signature"))
+            signed = any(
+                verify(identity, greeting(self.run, one, node), signature)
+                for one in self._nonces.pop(node, ())
+            )
+            if self.attendance is not None and signed and identity in owners:
+                took = reply.get("accepted") is True and reply.get("version") == mine
+                self.attendance.heard(owners[identity], str(reply.get("version")), took)
             if reply.get("version") != mine:
                 if self.config.data.source != DEVICES:
                     raise ProtocolError(
@@ -128,11 +142,6 @@ class Crowd:
                         "install the same on both"
                     )
                 continue
-            identity, signature = (_bytes(reply.get(name)) for name in ("identity", "signature"))
-            signed = any(
-                verify(identity, greeting(self.run, one, node), signature)
-                for one in self._nonces.pop(node, ())
-            )
             if signed and identity in owners and reply.get("accepted") is True:
                 self.accepted[owners[identity]] = node
         return lacking

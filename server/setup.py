@@ -39,13 +39,14 @@ from .certificates import authority_of, new_authority, pem, put, valid_until, wr
 from .proxy import nginx_conf
 from .services import readme, units
 
-__all__ = ["Server", "certified_until", "init", "load", "renew"]
+__all__ = ["Server", "certificates", "certified_until", "expiring", "init", "load", "renew"]
 
 FORMAT = 1
 FACTS = "server.json"
 CERTIFICATES = "certificates"
 DIRECTORY, DIRECTORY_KEY, UNSIGNED = "directory", "directory.key", "directory.unsigned"
 CA_DAYS = 3650
+WARN_DAYS = 30
 _DNS = re.compile(
     r"(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*"
     r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -195,6 +196,41 @@ def load(folder: Path) -> Server:
             "wrote it"
         )
     return Server(path.parent, hosts, *ports)
+
+
+def certificates(server: Server) -> dict[str, datetime.datetime]:
+    """When each certificate runs out, by its file's name.
+
+    Raises:
+        StateError: one is missing or damaged.
+    """
+    inside = ("server.crt", "internal.crt", "internal-ca.crt")
+    found = {"ca.crt": valid_until(server.folder / "ca.crt")}
+    return found | {name: valid_until(server.certificate(name)) for name in inside}
+
+
+def expiring(server: Server, now: datetime.datetime) -> list[str]:
+    """A sentence for each certificate that has expired, or will within `WARN_DAYS`."""
+    said = []
+    for name, until in certificates(server).items():
+        left = (until - now).days
+        if until - now > datetime.timedelta(days=WARN_DAYS):
+            continue
+        when = (
+            f"expired on {until:%Y-%m-%d}"
+            if until <= now
+            else (f"expires on {until:%Y-%m-%d}, in {left} days")
+        )
+        mend = f"privet server init {server.folder} --renew, then start everything again"
+        if name == "ca.crt":
+            mend = "a new server's folder, whose ca.crt every device joins with"
+        effect = "no device can connect" if until <= now else "no device can connect from then on"
+        said.append(
+            f"{name} {when}: {effect}; make {mend}"
+            if name == "ca.crt"
+            else (f"{name} {when}: {effect}; {mend}")
+        )
+    return said
 
 
 def certified_until(server: Server) -> datetime.datetime:

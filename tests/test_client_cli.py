@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from privet.client import access, cli, run, sources, supervisor
+from privet.client import access, cli, connection, run, sources, supervisor
 from privet.client import unlock as unlock_module
 from privet.client.erase import exclusive
 from privet.client.home import ME, Home, Joined
@@ -542,6 +542,25 @@ def test_status_says_how_the_device_is(ask: Any, say: Any):
     assert "not running" in said
     assert ask("pause", "--off") == {"paused": False}
     assert ask("status")["paused"] is False
+
+
+def test_status_says_whether_the_device_has_its_server(joined: Path, ask: Any, say: Any):
+    assert "start` is not running)" in say("status")
+    assert "takes part when it is asked" not in say("status")
+    watch = connection.Watch(joined / connection.FILE, SERVER, lambda _: None)
+    watch.reached()
+    with exclusive(joined):
+        assert ask("status")["connection"]["ok"] is True
+        said = say("status")
+        assert "link     reached " in said
+        if ask("status")["not_now"] is None:  # this machine may be too busy to take part
+            assert "takes part when it is asked" in said
+        watch.failed(ConnectionRefusedError())
+        found = ask("status")["connection"]
+        assert (found["ok"], found["failed"]) == (False, "refused")
+        said = " ".join(say("status").split())
+        assert "(nothing answers at its address: it may be switched off)" in said
+        assert "takes part when it is asked" not in said
 
 
 def test_status_says_why_not_now(joined: Path, ask: Any):

@@ -35,6 +35,9 @@ NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
 DAY = datetime.timedelta(days=1)
 
 
+SHORT = ("server.crt", "internal.crt", "internal-ca.crt")
+
+
 def made(tmp_path: Path, **chosen: Any) -> setup.Server:
     return setup.init(tmp_path / "server", ["privet.example.org", "192.0.2.7"], **chosen)
 
@@ -536,12 +539,49 @@ def test_status_without_a_superlink_says_what_the_files_say(
     append_line(enrolled.folder / "runs" / "first" / "rounds.jsonl", record(1, mean_norm=0.5))
     found = cli.facts(quiet)
     assert found["superlink"] is False
-    assert found["devices"] == {"enrolled": 0, "registered": None, "online": None}
+    assert found["devices"] == {"enrolled": 0, "registered": None, "online": None, "each": []}
+    assert found["warnings"] == []
     (run,) = found["runs"]
     assert (run["name"], run["status"], run["count"]) == ("first", "unknown", 3)
     assert run["rounds"] == [
         {"round": 1, "asked": 4, "answered": 3, "declined": 1, "refused": 0, "void": False}
     ]
+
+
+@pytest.mark.parametrize(
+    ("days", "after", "told"),
+    [
+        (60, 29, []),
+        (60, 31, [f"{name} expires on 2026-03-02, in 2" for name in SHORT]),
+        (60, 61, [f"{name} expired on 2026-03-02: no device can connect; " for name in SHORT]),
+        (365, 3650, ["ca.crt expired", *(f"{name} expired" for name in SHORT)]),
+    ],
+)
+def test_certificates_that_expire_within_a_month_or_have_are_warned_of(
+    tmp_path: Path, days: int, after: int, told: list[str]
+) -> None:
+    made_on = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    server = made(tmp_path, days=days, now=made_on)
+    said = setup.expiring(server, made_on + datetime.timedelta(days=after))
+    assert len(said) == len(told)
+    for one, words in zip(said, told, strict=True):
+        assert one.startswith(words), said
+        assert "--renew" in one or "new server's folder" in one
+
+
+def test_status_prints_each_device_and_the_warnings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = made(tmp_path, days=5)
+    card = {"identity": "ab" * 32, "node": "key", "name": "desk"}
+    entry = {"number": 0, "card": card, "removed": False}
+    (server.folder / "devices.json").write_text(json.dumps([entry]))
+    heard = {"version": "0.0.9", "run": "first", "accepted": False, "time": 1_700_000_000.0}
+    (server.folder / "seen.json").write_text(json.dumps({"0": heard}))
+    assert main.run(["server", "status", str(server.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "0 desk  privet 0.0.9  seen 2023-11-14 22:13  not accepted  missing: runs" in said
+    assert "WARNING: server.crt expires on " in said
 
 
 def test_the_readme_names_the_port_and_where_the_authority_goes(tmp_path: Path) -> None:

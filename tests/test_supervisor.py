@@ -117,6 +117,13 @@ def test_a_child_that_ends_is_started_again_and_every_end_is_told():
     assert lines[-1] == "all children ended"
 
 
+def test_the_end_of_a_child_is_told_in_words_where_there_are_some():
+    with supervised(python("child", "raise SystemExit(1)", why=lambda: "no server")) as lines:
+        wait_for(lambda: len(pids(lines, "child")) >= 2, 60, "two starts")
+    ends = [line for line in lines if "; restart" in line]
+    assert ends[0].startswith("child ended: no server; restart 1 in ")
+
+
 def test_a_child_that_lived_long_starts_with_the_shortest_pause_again(monkeypatch):
     monkeypatch.setattr(supervisor, "LIVED_S", 0.3)
     with supervised(python("child", "import time; time.sleep(0.4)")) as lines:
