@@ -1,5 +1,6 @@
 """client/policy.py: a server can be stricter than the owner, never laxer."""
 
+import math
 import os
 import stat
 import tomllib
@@ -290,12 +291,15 @@ def test_each_limit_says_whose_it_is():
     )
     assert caps(own_config(rich, free).privacy) == {}
     own = own_config(rich, capped).privacy
-    assert (budgets(own)["client"], caps(own)) == (60.0, {"client": 10.0})
+    free_of_limit = {
+        "client/unmasked server": math.inf
+    }  # one share by itself is shown, and never limited
+    assert (budgets(own)["client"], caps(own)) == (60.0, {"client": 10.0, **free_of_limit})
     assert "owner allows 60 over all runs (budget.client in policy" in budgets(own)["client"].whose
     assert "own cap is 10 (privacy.budget.client in its conf" in caps(own)["client"].whose
     assert "the operator starts a run with a larger" in caps(own)["client"].mend
     # a simulated client has no owner: the run's cap, or what a new device has
-    assert budgets(capped.privacy) == {"client": 10.0, "example": 15.0}
+    assert budgets(capped.privacy) == {"client": 10.0, "example": 15.0, **free_of_limit}
     assert (
         "simulated client has what a new device allows, 15"
         in budgets(capped.privacy)["example"].whose
