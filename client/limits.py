@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DAY = 24 * 60
-LEAST_COLLUDERS = 3
+LEAST_COLLUDERS = 2
 """Of a share: in a cohort of ten, two devices of a server's own would read everybody else's."""
 
 MODELS = ("smollm2-135m-instruct", "minilm")
@@ -129,7 +129,7 @@ class Limits(_Section):
         0.1,
         ge=0,
         description="devices of the whole fleet that a run must reckon with as working for the "
-        "server: their number, or between 0 and 1 that share of the run's cohort, and then 3 at "
+        "server: their number, or between 0 and 1 that share of the run's cohort, and then 2 at "
         "least, which whoever runs a server soon has",
     )
     smallest_bits: int = Field(

@@ -117,7 +117,9 @@ class Seen:
     def _pairs(self, digest: bytes, owner: int, private: Secret) -> set[bytes]:
         agree = RoundKey.of(private.value).agreement()
         return {
-            client.pair_seed(agree(entry.mask_key), digest, owner, other).value
+            client.pair_seed(  # type: ignore[attr-defined]  # where `without` replaces it
+                agree(entry.mask_key), digest, owner, other
+            ).value
             for other, entry in enumerate(self.rosters[digest].entries)
             if other != owner
         }
@@ -415,8 +417,8 @@ class Server:
             entries[n] = (one.entry(n), one.signature)
         if not entries:
             return
-        views = [self.view(terms, entries) for _ in range(1 + self.lies("rosters", 0.9))]
-        views = [view for view in views if view is not None]
+        drawn = [self.view(terms, entries) for _ in range(1 + self.lies("rosters", 0.9))]
+        views = [view for view in drawn if view is not None]
         for n in entries:
             mine = [view for view in views if n in view.places]
             if mine:

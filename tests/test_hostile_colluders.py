@@ -16,7 +16,7 @@ import pytest
 from privet.client import masking as client
 from privet.common import messages
 from privet.common.errors import ProtocolError
-from privet.common.keys import RoundKey
+from privet.common.keys import RoundKey, verify
 from privet.common.masking import Graph, MaskingPolicy, _ring, default_graph, gap, quorum
 from privet.common.messages import Confirmations, Opened, Survivors
 from privet.server import masking as server
@@ -70,7 +70,7 @@ def old_rule() -> Iterator[None]:
         signed = survivors.signed(party.terms, cohort.digest, cohort.participants)
         confirmed = {at for at in signatures if at in holders} | {cohort.position}
         for at in confirmed - {cohort.position}:
-            assert client.verify(cohort.identities[at], signed, signatures[at])
+            assert verify(cohort.identities[at], signed, signatures[at])
         if len(confirmed) < cohort.graph.threshold:
             raise party.refuse("too few of its holders confirmed the survivor list")
 
