@@ -148,9 +148,8 @@ class Limits(_Section):
         honest = min(smallest, cohort) - feared
         if honest < 2:
             raise ValueError(
-                f"smallest_survivors = {self.smallest_survivors:g} and colluding = "
-                f"{self.colluding:g} leave {max(honest, 0)} honest survivors of smallest_cohort = "
-                f"{cohort}, but a sum needs at least 2; raise smallest_survivors or the cohort"
+                f"colluding = {self.colluding:g} leaves {max(honest, 0)} honest survivors of "
+                f"smallest_cohort = {cohort}, but a sum needs at least 2; raise smallest_cohort"
             )
         return self
 

@@ -153,8 +153,8 @@ def test_an_editors_byte_order_mark_is_no_fault(tmp_path):
         ('when.hours = "08:60-09:00"', "'08:60-09:00' has no such time of day"),
         ('when.hours = "22:00-22:00"', "'22:00-22:00' never comes"),
         ('when.hours = " , "', "has no hours"),
-        ("limits.smallest_survivors = 0.1", "leave 0 honest survivors of smallest_cohort = 10"),
-        ("limits.colluding = 0.6", "smallest_survivors = 0.6 and colluding = 0.6 leave 0 honest"),
+        ("limits.colluding = 9", "colluding = 9 leaves 1 honest survivors of smallest_cohort = 10"),
+        ("limits.colluding = 0.99", "colluding = 0.99 leaves 0 honest"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path, content, sentence):
@@ -165,7 +165,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path, content, sentence
 
 def test_all_faults_are_said_at_once(tmp_path):
     content = """
-    limits.smallest_survivors = 0.1
+    limits.colluding = 10
     budget.client = 0
     allowed.colour = "red"
     when.hours = "1:00-1:00"
@@ -209,7 +209,7 @@ def test_a_usual_run_is_accepted_by_the_default_policy():
          "budget.example_adjacency"),
         ({"privacy": {"example": {"noise_multiplier": 0.1}}}, "noise_multiplier = 0.1:",
          "limits.smallest_example_noise"),
-        ({"rounds": {"cohort": 9}, "masking": {"smallest_cohort": 5}}, "rounds.cohort = 9:",
+        ({"rounds": {"cohort": 9}, "masking": {"smallest_cohort": 5, "colluding": 2}}, "rounds.cohort = 9:",
          "limits.smallest_cohort"),
         ({"masking": {"survivors": 0.5}}, "masking.survivors = 0.5:", "limits.smallest_survivors"),
         ({"masking": {"colluding": 0.0}}, "masking.colluding = 0.0:", "limits.colluding"),
