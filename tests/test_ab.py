@@ -283,8 +283,9 @@ def test_a_small_cohort_from_outcomes_to_the_report(tmp_path, masks):
     assert sum(arm["devices"] for arm in last["arms"]) == pytest.approx(60, abs=10)
     assert 0.3 < last["differences"][0]["difference"] < 1.2
     lines = {line["against"]: line for line in facts["privacy"]}
-    assert set(lines) == {"analyst", "server"}
-    for line in lines.values():
+    assert set(lines) == {"analyst", "server", "unmasked server"}
+    assert lines["unmasked server"]["epsilon"] is None or lines["unmasked server"]["epsilon"] > 20
+    for line in (lines["analyst"], lines["server"]):
         assert (line["unit"], line["adjacency"], line["delta"]) == ("client", "add_remove", 1e-5)
         assert line["noise_at"] == "distributed"
         assert line["participations_max"] == 2

@@ -75,7 +75,8 @@ class Device:
 def joined(made: Path) -> Path:
     ask_for_no_example_noise(made)
     with Device(made) as home:
-        home.join(Joined(SERVER, "PEM", closed=False), Directory({}, closed=False))
+        enrolled = Directory({n: bytes([n]) * 32 for n in range(1, 17)}, closed=True)
+        home.join(Joined(SERVER, "PEM", closed=True), enrolled)
     return made
 
 
@@ -603,12 +604,12 @@ def test_the_budget_is_composed_from_the_ledger_a_line_for_each_adversary(ask: A
     charge = Charge("client", "server", "add_remove", 2.0, distance=1e-9)
     assert [line["against"] for line in found["lines"]] == ["analyst", "server"]
     analyst, server = found["lines"]
-    for line in (analyst, server["with_masks"]):
+    for line in (analyst, server):
         assert line["epsilon"] == epsilon([charge] * 2, found["delta"])
     for line in found["lines"]:
         assert (line["budget"], line["releases"], line["adjacency"]) == (10.0, 2, "add_remove")
-    # rows of an older privet, and no closed directory: the own share is all there is to claim
-    assert (server["epsilon"], server["known"], found["older"]) == (None, False, 2)
+    # rows of an older privet, without their plans
+    assert (server["with_masks"], server["known"], found["older"]) == (None, True, 2)
     said = " ".join(say("budget").split())
     assert "all your records" in said
     assert "not known" in said

@@ -66,7 +66,13 @@ class Superlink:
         if request.public_key in self.nodes:
             raise StateError("the SuperLink refused: this key is in use")
         number, key = len(self.nodes) + 1, request.public_key
-        self.nodes[key] = SimpleNamespace(node_id=number, public_key=key, status="registered")
+        self.nodes[key] = SimpleNamespace(
+            node_id=number,
+            public_key=key,
+            status="registered",
+            last_deactivated_at="",
+            online_until="",
+        )
 
     def UnregisterNode(self, request: Any) -> None:
         (node,) = (n for n in self.nodes.values() if n.node_id == request.node_id)

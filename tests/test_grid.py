@@ -65,7 +65,9 @@ def test_a_message_is_handled_when_its_reply_is_pulled_so_one_is_held_at_a_time(
 
 def mortal(dead: Collection[int], side: engine.Loss, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`echo` on devices of which some die."""
-    monkeypatch.setattr(engine, "_lost", lambda _, __, client: side if client in dead else None)
+    monkeypatch.setattr(
+        engine, "_lost", lambda _, __, client, *_rest: side if client in dead else None
+    )
     config: Any = None
     return functools.partial(engine.mortal, config, echo)
 

@@ -25,7 +25,7 @@ from privet.common.errors import PrivacyError, StateError
 from privet.common.keys import Directory
 
 SERVER = "fl.example.org:9092"
-OTHERS = Directory({1: b"\1" * 32}, closed=False)
+OTHERS = Directory({n: bytes([n]) * 32 for n in range(1, 17)}, closed=True)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 def home(tmp_path: Path) -> Iterator[Home]:
     with Home.create(tmp_path / "home", Passphrase("own")) as made:
         ask_for_no_example_noise(made.folder)
-        made.join(Joined(SERVER, "PEM", closed=False), OTHERS)
+        made.join(Joined(SERVER, "PEM", closed=True), OTHERS)
         yield made
 
 
@@ -77,7 +77,7 @@ def test_what_a_home_is_survives_a_restart(tmp_path: Path, home: Home):
     with Home.open(tmp_path / "home", Passphrase("own")) as again:
         assert (again.identity.public, again.card) == (identity, card)
         assert json.loads(card)["identity"] == identity.hex()
-        assert again.joined == Joined(SERVER, "PEM", closed=False)
+        assert again.joined == Joined(SERVER, "PEM", closed=True)
         assert again.directory == OTHERS
 
 
@@ -191,9 +191,9 @@ def test_leaving_ends_every_run_and_keeps_what_was_spent(home: Home):
 
 def test_another_server_is_joined_after_leaving_the_first_only(home: Home):
     with pytest.raises(StateError, match="privet client leave"):
-        home.join(Joined("other:1", "PEM", closed=False), OTHERS)
+        home.join(Joined("other:1", "PEM", closed=True), OTHERS)
     home.leave()
-    home.join(Joined("other:1", "PEM", closed=False), OTHERS)
+    home.join(Joined("other:1", "PEM", closed=True), OTHERS)
 
 
 # --- the outbox ----------------------------------------------------------------------------------

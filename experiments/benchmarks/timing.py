@@ -49,6 +49,10 @@ class _Free:
 
     check = commit = decline = resend
 
+    def releases_of(self, *_: object) -> int:
+        """None so far."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class Desk:
