@@ -120,7 +120,7 @@ def _ruff_order(name: str) -> tuple[int, str]:
 
 
 @needs_cli
-def test_help_costs_less_than_half_a_second_and_never_loads_torch() -> None:
+def test_help_costs_little_more_than_the_libraries_it_is_made_of_and_never_loads_torch() -> None:
     heavy = "{'torch', 'flwr', 'opacus', 'transformers', 'peft', 'matplotlib', 'scipy'}"
     code = f"""
 import os, sys
@@ -131,8 +131,11 @@ print("SECONDS", sum(os.times()[:2]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "LOADED [] 0" in done.stdout, done.stdout + done.stderr
-    seconds = float(done.stdout.split()[-1])
-    assert seconds < 0.5, f"privet --help took {seconds:.2f} s of processor time"
+    # beside it, in the same run: what a command line of these libraries costs at the least
+    code = "import os, typer.main, rich.console, pydantic; print(sum(os.times()[:2]))"
+    least = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ratio = float(done.stdout.split()[-1]) / float(least.stdout)
+    assert ratio < 6, f"privet --help took {ratio:.1f} times what its libraries take"
     for command in ("simulate", "evaluate", "report", "generate", "assets"):
         assert command in done.stdout
 
