@@ -73,7 +73,8 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
         privacy = {**privacy, "start": start, "not_covered": [said, *privacy["not_covered"]]}
     evaluation = _json(run_folder / "evaluation.json")
     records = read_lines(run_folder / "rounds.jsonl")
-    void = {one["round"] for one in records} - {one["round"] for one in records if not one["void"]}
+    opened = {one["round"] for one in records if not one.get("void")}
+    void = {one["round"] for one in records} - opened
     return {
         "summary": {
             **build_summary(config, privacy, evaluation, known if measured is None else measured),

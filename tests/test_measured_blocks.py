@@ -5,6 +5,7 @@ Masks, phases and dropouts run at the end; before it the gate alone, and what it
 
 import dataclasses
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -684,7 +685,7 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
     llama_folder, tmp_path, monkeypatch, dropout
 ):
     """Over those whose vector came, whoever died at whichever phase."""
-    for module in ("device", "release"):  # no budget allows so little noise
+    for module in ("device", "paying", "release"):  # no budget allows so little noise
         monkeypatch.setattr(f"privet.client.{module}.budgets", lambda _: {"client": math.inf})
     noise = {f"{name}noise_multiplier": 1e-4 for name in ("", "gain_", "arm_")}
     arms = ["base", "shared", "personal", "personal"]
@@ -725,10 +726,19 @@ def test_a_budget_that_one_release_would_exceed_is_said_before_the_run(
     llama_folder, tmp_path, capsys
 ):
     """A record's gains under one device's share of noise, should masking fail."""
-    for name, budget, warned in (("small", 10.0, True), ("large", 1000.0, False)):
+
+    def begun(name: str, budget: float) -> None:
         budgets = {"client": 1000.0, "example": budget}
         privacy = {"client": {"noise_at": "distributed"}, "budget": budgets}
         a_run(llama_folder, tmp_path / name, "distributed", privacy=privacy)
-        said = " ".join(capsys.readouterr().err.split())
-        found = "example-level against the unmasked server: every device would decline" in said
-        assert found == warned
+
+    with pytest.raises(
+        ConfigError, match=r"pays for 0 .*\(example-level, against the unmasked server.* decline"
+    ) as refused:
+        begun("small", 10.0)
+    assert not (tmp_path / "small" / "run").exists()
+    enough = re.search(r"set privacy\.budget\.example = ([\d.]+) or more", str(refused.value))
+    assert enough
+    capsys.readouterr()
+    begun("enough", float(enough[1]))
+    assert "decline" not in capsys.readouterr().err

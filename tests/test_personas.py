@@ -228,9 +228,9 @@ def test_in_a_masked_round_only_the_masked_vector_depends_on_the_pick(
     prepare(config, tmp_path / "run", resume=False)
     right, picks = persona.choose, []
 
-    def picking(adapter: Any, all_personas: Any, _: int, own: Any) -> int:
+    def picking(adapter: Any, all_personas: Any, _: int, own: Any, shape: Any) -> int:
         differing = all_personas + np.arange(2, dtype=np.float32)[:, None] * 0.3
-        picks.append(right(adapter, differing, 2, own))
+        picks.append(right(adapter, differing, 2, own, shape))
         return picks[-1]
 
     monkeypatch.setattr("privet.client.device.choose", picking)

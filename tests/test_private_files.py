@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from privet.client import unlock
+from privet.client.data import RECORDS_FILE
 from privet.client.device import AT_HOME, DEVICE_SECRET, DIRECTORY
 from privet.client.home import Home
 from privet.client.run_ledger import LEDGERS
@@ -55,7 +56,7 @@ def test_the_files_of_a_simulated_run_are_its_owners_alone(llama_folder, tmp_pat
     assert readable_by_others(run) == []
     engine.run("local", run, config)
     names = {path.name for path in run.rglob("*")}
-    assert {DEVICE_SECRET, DIRECTORY, LEDGERS, "records.jsonl", AT_HOME, "rounds.jsonl"} <= names
+    assert {DEVICE_SECRET, DIRECTORY, LEDGERS, RECORDS_FILE, AT_HOME, "rounds.jsonl"} <= names
     assert len(list((run / AT_HOME).iterdir())) == 3
     assert readable_by_others(run, "adapter") == []
 
@@ -69,7 +70,7 @@ def test_the_walk_finds_a_file_that_others_could_read(tmp_path):
 
 def test_the_files_of_a_server_are_its_owners_alone(llama_folder, tmp_path):
     server = setup.init(tmp_path / "server", ["privet.example.org"])
-    known = {number: bytes([number]) * 32 for number in range(10)}
+    known = {number: bytes([number]) * 32 for number in range(6)}
     write_directory(server.folder / "directory", Directory(known, closed=True))
     write_json_atomic(server.folder / "devices.json", [])
     cli.prepare(server, tiny_config(llama_folder, "devices", name="first"), resume=False)

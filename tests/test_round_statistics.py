@@ -34,7 +34,7 @@ from privet.common.encoding import (
     unwrap,
     wrap,
 )
-from privet.common.errors import ConfigError, GateRefused, ProtocolError
+from privet.common.errors import ConfigError, GateRefused, ProtocolError, RunUnfinished
 from privet.common.files import read_lines
 from privet.common.noise import TestSource, skellam, skellam_table
 from privet.common.plan import Plan
@@ -130,7 +130,11 @@ def test_without_noise_the_statistics_are_the_true_ones_to_the_rounding(tmp_path
 
 def test_a_void_round_has_no_statistics(tmp_path):
     config = configured("none", example=False)
-    kept = the_round(tmp_path, config, dict.fromkeys(range(20), (0.5, 1.0)), answering=0.2)
+    once = config.rounds.model_copy(update={"patience": 1})
+    config = config.model_copy(update={"rounds": once})
+    with pytest.raises(RunUnfinished, match=r"^0 of 1 rounds"):
+        the_round(tmp_path, config, dict.fromkeys(range(20), (0.5, 1.0)), answering=0.2)
+    (kept,) = read_lines(tmp_path / "rounds.jsonl")
     assert kept["void"]
     assert "statistics" not in kept
 
@@ -234,9 +238,9 @@ def test_the_losses_are_the_steps_own_under_the_start_adapter(trainer, private, 
     wanted = sum(float(training._losses(trainer, [one])[0].detach()) for one in own)
     plain = training._losses
 
-    def counted(trainer: Trainer, chunk: Any) -> Any:
+    def counted(trainer: Trainer, chunk: Any, *shape: Any) -> Any:
         calls.append(len(chunk))
-        return plain(trainer, chunk)
+        return plain(trainer, chunk, *shape)
 
     monkeypatch.setattr(training, "_losses", counted)
     plan = planned(configured(loss_bound=100.0))

@@ -455,7 +455,8 @@ def test_two_devices_whose_numbers_are_swapped_take_no_part(
 ):
     known = {n: homes_of_four[(1, 0, 2, 3)[n]].identity.public for n in range(PEOPLE)}
     write_directory(world.folder / "directory", Directory(known, closed=True))
-    assert [one["answered"] for one in world.serve()] == [0, 0]
+    with pytest.raises(RunUnfinished, match="0 of 2 rounds of tiny are done"):
+        world.serve()
     for home in homes_of_four:
         assert {one.phase for one in home.outbox()} == {"keys"}
         assert home.ledger.participations(ME) == 0
