@@ -17,6 +17,8 @@ from .release import budgets, caps, charges
 
 __all__ = ["Paid", "fewest", "needed", "paid", "refuse_unpaid"]
 
+RECKONED = 0.01
+
 
 @dataclass(frozen=True)
 class Paid:
@@ -48,14 +50,18 @@ def paid(
     delta: float,
     count: int,
     past: Sequence[Charge] = (),
+    slack: float = 0.0,
 ) -> Iterator[Paid]:
-    """Each limit on each line that pays for fewer than `count` releases of `cost`, after `past`."""
+    """Each limit on each line that pays for fewer than `count` releases of `cost`, after `past`.
+
+    `slack`: by how much of a limit `cost` may be reckoned too dear, where it is no plan's own.
+    """
     for line in dict.fromkeys(map(_line, cost)):
         limit = budget_of(limits, *line[:2])
         if limit is None or math.isinf(limit):
             continue
         once, before = ([one for one in some if _line(one) == line] for some in (cost, past))
-        rounds = payable(once, before, delta, limit, count)
+        rounds = payable(once, before, delta, limit * (1 + slack), count)
         if rounds < count:
             spent = epsilon(before, delta) if before else 0.0
             whole = epsilon([*before, *[*once] * count], delta)
@@ -72,6 +78,9 @@ def fewest(
 ) -> Paid | None:
     """The limit of a device that pays for the fewest of `count` releases; None: all are paid for.
 
+    A cost reckoned from an offer is up to 1 % above that of the rounds' own plans; a limit that is
+    passed by less pays, and the ledger has the last word.
+
     Args:
         cost: of one release.
         privacy: the device's own settings (`own_config`), or a simulated client's.
@@ -80,8 +89,8 @@ def fewest(
         in_run: what of it in this run.
     """
     found = [
-        *paid(cost, caps(privacy), privacy.delta, count, in_run),
-        *paid(cost, budgets(privacy), privacy.delta, count, past),
+        *paid(cost, caps(privacy), privacy.delta, count, in_run, RECKONED),
+        *paid(cost, budgets(privacy), privacy.delta, count, past, RECKONED),
     ]
     return min(found, key=lambda one: one.rounds, default=None)
 

@@ -218,7 +218,10 @@ def home(tmp_path: Path, llama_folder: Path) -> Iterator[Home]:
     """A device on which one run has ended."""
     (tmp_path / "pass").write_text("own\n")
     with Home.create(tmp_path / "home", Passphrase("own")) as made:
-        made.join(Joined(SERVER, "PEM", closed=False), Directory({}, closed=False))
+        made.join(
+            Joined(SERVER, "PEM", closed=True),
+            Directory({n: bytes([n]) * 32 for n in range(1, 65)}, closed=True),
+        )
         config = config_of(llama_folder)
         made.receive(RUN, to_toml(config))
         adapter = shared(config)

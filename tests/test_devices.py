@@ -144,7 +144,7 @@ class Kept:
 def kept(person: Person) -> Kept:
     """Of a home that opens, whose ledger verifies, and that holds nothing half-written."""
     names = {path.name for path in person.home.iterdir()}
-    assert names - HOME_FILES <= {"worker.lock"}, names
+    assert names - HOME_FILES <= {"worker.lock", "connection.json"}, names
     with person.open() as home:
         rows = home.ledger.rows(ME)  # verifies the chain
         sent = home.outbox()

@@ -521,8 +521,8 @@ def test_an_interrupted_step_leaves_nothing_to_the_next_client(texts, monkeypatc
     own, right = records(4), training._losses
     wanted = run(texts, own, plan())
 
-    def interrupted(trainer, chunk):
-        right(trainer, chunk).sum().backward()
+    def interrupted(trainer, chunk, shape):
+        right(trainer, chunk, shape).sum().backward()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "_losses", interrupted)

@@ -150,7 +150,7 @@ def test_the_owner_sees_what_an_experiment_asks_and_costs_and_the_own_arm_before
     assert "nothing is trained" in said["experiment"]
     assert "12 hours or more before each" in said["looks"]
     assert "only this device's share" in said["noise"]
-    assert "budget 10" in said["epsilon, client-level"]
+    assert "your budget over all runs 10" in said["epsilon, client-level"]
     assert "after 2" in said["epsilon, client-level"]
     claim, _, masks = said["epsilon, client-level"].partition("only if nobody on the roster was")
     assert "against the server: about 10.30 after 1 release" in claim  # joined without directory
