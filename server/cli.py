@@ -387,7 +387,7 @@ def prepare(
         keep(partial, start)
         write_atomic(partial / "run-id", f"{config.name}-{os.urandom(8).hex()}\n".encode())
         with explain_os_errors(place, "make the run folder"):
-            shutil.copyfile(server.folder / "directory", partial / "directory")
+            write_atomic(partial / "directory", (server.folder / "directory").read_bytes())
             os.replace(partial, place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
