@@ -16,7 +16,7 @@ import pytest
 from privet.client import masking as client
 from privet.common import messages
 from privet.common.errors import ProtocolError
-from privet.common.keys import RoundKey, verify
+from privet.common.keys import RoundKey
 from privet.common.masking import Graph, MaskingPolicy, _ring, default_graph, gap, quorum
 from privet.common.messages import Confirmations, Opened, Survivors
 from privet.server import masking as server
@@ -70,7 +70,9 @@ def old_rule() -> Iterator[None]:
         signed = survivors.signed(party.terms, cohort.digest, cohort.participants)
         confirmed = {at for at in signatures if at in holders} | {cohort.position}
         for at in confirmed - {cohort.position}:
-            assert verify(cohort.identities[at], signed, signatures[at])
+            # the client's own name for it, which stand-ins for curves replace
+            fits = client.verify  # type: ignore[attr-defined]
+            assert fits(cohort.identities[at], signed, signatures[at])
         if len(confirmed) < cohort.graph.threshold:
             raise party.refuse("too few of its holders confirmed the survivor list")
 
