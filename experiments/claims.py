@@ -82,8 +82,9 @@ _NO_TIMES = (
 _TIMES = (
     "Side channels but for the time of an answer: in a round a device does the same work whatever "
     "its records are, and answers at a moment that it found on dummies (docs/privacy.md). What "
-    "another program on the device sees of its work, and power and heat, are not covered; nor is "
-    "a device that is late once because reading its records took longer than the work itself."
+    "another program on the device sees of its work, and power and heat, are not covered; nor are "
+    "answers that are late because reading records or fitting a head outlasted the wait. That the "
+    "wait hides all differences of answers' times is not shown yet by measurement."
 )
 _EVALUATION = (
     "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
