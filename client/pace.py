@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 __all__ = ["MARGIN", "Pace"]
 
-MARGIN = 1.5
-"""The wait over the rehearsal; and one tick more, for what is not rehearsed."""
+MARGIN = 3.0
+"""The wait over the rehearsal; and one tick more, for what is not rehearsed. With 1.5 a busy machine
+made one answer in some hundreds late."""
 
 
 @dataclass

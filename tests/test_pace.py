@@ -51,9 +51,9 @@ def test_after_the_first_every_answer_takes_the_same_time_whatever_its_work_took
     answered: Callable[..., float],
 ):
     first = answered(0.3)
-    wait = 4.0  # MARGIN * 2 s and a tick are 3.5 s, and eight ticks the next power of two
+    wait = 8.0  # MARGIN * 2 s and a tick are 6.5 s, and sixteen ticks the next power of two
     assert first == pytest.approx(2 * 2.0 + wait)
-    assert {round(answered(work_s), 9) for work_s in (0.0, 0.009, 1.59, 2.47, 3.9)} == {wait}
+    assert {round(answered(work_s), 9) for work_s in (0.0, 0.009, 1.59, 2.47, 7.9)} == {wait}
 
 
 def test_the_moment_is_the_tick_times_a_power_of_two(answered: Callable[..., float]):
@@ -67,10 +67,10 @@ def test_the_moment_is_the_tick_times_a_power_of_two(answered: Callable[..., flo
 
 def test_a_late_answer_doubles_the_time_of_all_later_ones(answered: Callable[..., float]):
     answered(0.0)
-    late = answered(4.1)
-    assert late == pytest.approx(8.0)
-    assert [answered(work_s) for work_s in (0.0, 7.9)] == pytest.approx([8.0, 8.0])
-    assert answered(20.0) == pytest.approx(32.0)
+    late = answered(8.1)
+    assert late == pytest.approx(16.0)
+    assert [answered(work_s) for work_s in (0.0, 15.9)] == pytest.approx([16.0, 16.0])
+    assert answered(40.0) == pytest.approx(64.0)
 
 
 def test_one_kind_of_work_tells_nothing_of_the_time_of_another(answered: Callable[..., float]):
@@ -113,4 +113,4 @@ def test_a_failure_behind_private_work_leaves_at_the_moment_of_an_answer(
         began = clock.now
         assert handle(message, None) == ("nothing" if fails else "answer")
         left.append(clock.now - began)
-    assert left == pytest.approx([8.0, 4.0, 4.0])
+    assert left == pytest.approx([12.0, 8.0, 8.0])

@@ -1,12 +1,13 @@
 """Do the times of answers tell who has records? Measured as a server would: from ask to answer.
 
-    python -m privet.experiments.benchmarks.timing [--rounds 200] [--threads 1] [--real]
+    python -m privet.experiments.benchmarks.timing [--rounds 200] [--starts 3] [--threads 1] [--real]
 
 Two devices are asked in turn, in one process: one without records, one of whose records every
 batch takes all. Each round is `client/device.py`'s `take_part`, from the check of the plan to the
 bytes that leave, three times over: `off` as the records ask for, `work` with the same work for
 everybody, `answer` with that and with the public moment, as real devices have it. `auc` is the
 chance that an answer of the device with records took longer than one of the other; 0.5 is a coin.
+`answer` is measured anew after each of some starts, since every start finds its moment anew.
 
 `--real` takes SmolLM2; without it a random model of 4 blocks. The last line is one JSON object.
 """
@@ -98,34 +99,35 @@ def main() -> None:
     """Print the three, and as the last line one JSON object."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--rounds", type=int, default=200, help="of each device, in each mode")
+    options.add_argument("--starts", type=int, default=3, help="of the devices' workers")
     options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--tick-s", type=float, default=0.1)
+    options.add_argument("--tick-s", type=float, default=0.5, help="as `rounds.tick_s`")
     options.add_argument("--real", action="store_true", help="SmolLM2 for the random model")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
         base = "smollm2-135m-instruct" if given.real else str(tiny_model(Path(folder)))
-        found = measure(base, given.rounds, given.tick_s)
+        found = measure(base, given.rounds, given.starts, given.tick_s)
     facts = {"base": "SmolLM2" if given.real else "random, tiny", "rounds": given.rounds,
              "threads": given.threads, "tick_s": given.tick_s}  # fmt: skip
     print(json.dumps({**facts, **found}))
 
 
-def measure(base: str, rounds: int, tick_s: float) -> dict[str, Any]:
-    """AUC and median seconds of each device in each mode."""
+def measure(base: str, rounds: int, starts: int, tick_s: float) -> dict[str, Any]:
+    """AUC and median seconds of each device in each mode; of `answer` after each start."""
     trainer: Trainer | None = None
-    found = {}
-    for mode in ("off", "work", "answer"):
+    measured = {}
+    for mode in ("off", "work", *(f"answer {start}" for start in range(1, starts + 1))):
         config = _config(base, mode != "off", tick_s)
         trainer = trainer or Trainer.of(attach(load(base), config.adapter))
-        seconds = _mode(config, trainer, rounds, mode == "answer")
+        seconds = _mode(config, trainer, rounds, paced=mode.startswith("answer"))
         none, full = (seconds[role] for role in ROLES)
-        found[mode] = {
+        measured[mode] = {
             "auc": auc(none, full),
             "median_s": {role: statistics.median(seconds[role]) for role in ROLES},
         }
-        print(f"{mode}: {found[mode]}", flush=True)
-    return found
+        print(f"{mode}: {measured[mode]}", flush=True)
+    return measured
 
 
 def auc(low: Sequence[float], high: Sequence[float]) -> float:
