@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 __all__ = ["MARGIN", "Pace"]
 
 MARGIN = 3.0
-"""The wait over the rehearsal; and one tick more, for what is not rehearsed. With 1.5 a busy machine
-made one answer in some hundreds late."""
+"""The wait over the rehearsal; and one tick more, for what is not rehearsed. At 1.5 one answer in
+some hundreds was late on a busy machine."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Do the times of answers tell who has records? Measured as a server would: from ask to answer.
 
-    python -m privet.experiments.benchmarks.timing [--rounds 200] [--starts 3] [--threads 1] [--real]
+    python -m privet.experiments.benchmarks.timing [--rounds 200] [--starts 3] [--real]
 
 Two devices are asked in turn, in one process: one without records, one of whose records every
 batch takes all. Each round is `client/device.py`'s `take_part`, from the check of the plan to the
