@@ -12,11 +12,15 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-__all__ = ["MARGIN", "Pace"]
+__all__ = ["COARSE", "MARGIN", "Pace"]
 
-MARGIN = 3.0
-"""The wait over the rehearsal; and one tick more, for what is not rehearsed. At 1.5 one answer in
-some hundreds was late on a busy machine."""
+MARGIN = 2.0
+"""The wait over the rehearsal; and one tick more, for what is not rehearsed."""
+
+COARSE = 4
+"""Moments are the tick times a power of this. Two devices of one kind whose rehearsals differ a
+little should find the same moment: with powers of two they often did not on a busy machine, and an
+answer that was late doubled the next ones of one of them only."""
 
 
 @dataclass
@@ -27,8 +31,8 @@ class Pace:
         clock, pause: seconds that only go forward, and a wait of so many; others in tests.
 
     **Guarantee**: the times waited for follow from rehearsals, which see no record, and from how
-    often an answer was late. Being late doubles the time of every later answer of the same work,
-    so that all of them together tell the logarithm of one time, not a time each.
+    often an answer was late. Being late takes every later answer of the same work to the next
+    moment, so that all of them together tell the logarithm of one time, not a time each.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -47,7 +51,7 @@ class Pace:
 
         Args:
             work: what kind of work; it is rehearsed the first time only.
-            tick_s: moments are this times a power of two: so coarse that it says little of a
+            tick_s: moments are this times a power of four: so coarse that it says little of a
                 machine how long it took, and next to nothing of how that varied.
             once: does the work once, on dummies.
 
@@ -59,7 +63,7 @@ class Pace:
             once()
             self._began = self.clock()
             needed = MARGIN * (self._began - began) / tick_s + 1
-            self._spans[work] = tick_s * 2 ** math.ceil(math.log2(needed) - 1e-9)
+            self._spans[work] = tick_s * COARSE ** math.ceil(math.log(needed, COARSE) - 1e-9)
         self._work = work
 
     def settle(self) -> None:
@@ -69,5 +73,5 @@ class Pace:
         work, self._work = self._work, None
         passed = self.clock() - self._began
         while passed > self._spans[work]:
-            self._spans[work] *= 2
+            self._spans[work] *= COARSE
         self.pause(self._spans[work] - passed)

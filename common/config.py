@@ -283,7 +283,7 @@ class RoundSettings(_Settings):
         30.0, ge=0, description="how long the first round waits for a whole cohort of real devices"
     )
     tick_s: float = Field(
-        0.5, ge=0.1, le=600, description="real devices answer it times a power of two after"
+        0.5, ge=0.1, le=600, description="real devices answer it times a power of four after"
     )
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
     learning_rate: float = Field(0.02, gt=0)

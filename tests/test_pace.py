@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from privet.client.pace import MARGIN, Pace
+from privet.client.pace import COARSE, MARGIN, Pace
 from privet.client.run import handler
 from privet.common.errors import StateError
 
@@ -51,26 +51,26 @@ def test_after_the_first_every_answer_takes_the_same_time_whatever_its_work_took
     answered: Callable[..., float],
 ):
     first = answered(0.3)
-    wait = 8.0  # MARGIN * 2 s and a tick are 6.5 s, and sixteen ticks the next power of two
+    wait = 8.0  # MARGIN * 2 s and a tick are 4.5 s, and sixteen ticks the next power of four
     assert first == pytest.approx(2 * 2.0 + wait)
     assert {round(answered(work_s), 9) for work_s in (0.0, 0.009, 1.59, 2.47, 7.9)} == {wait}
 
 
-def test_the_moment_is_the_tick_times_a_power_of_two(answered: Callable[..., float]):
+def test_the_moment_is_the_tick_times_a_power_of_four(answered: Callable[..., float]):
     for number in range(20):
         answered(0.0, 0.1 * number, kind=str(number))
         wait = answered(0.0, kind=str(number))
-        assert math.log2(wait / 0.5) % 1 == pytest.approx(0)
+        assert math.log2(wait / 0.5) % 2 == pytest.approx(0)
         needed = MARGIN * 0.1 * number + 0.5
-        assert needed - 1e-6 <= wait < 2 * needed
+        assert needed - 1e-6 <= wait < COARSE * needed
 
 
-def test_a_late_answer_doubles_the_time_of_all_later_ones(answered: Callable[..., float]):
+def test_a_late_answer_takes_all_later_ones_to_the_next_moment(answered: Callable[..., float]):
     answered(0.0)
     late = answered(8.1)
-    assert late == pytest.approx(16.0)
-    assert [answered(work_s) for work_s in (0.0, 15.9)] == pytest.approx([16.0, 16.0])
-    assert answered(40.0) == pytest.approx(64.0)
+    assert late == pytest.approx(32.0)
+    assert [answered(work_s) for work_s in (0.0, 31.9)] == pytest.approx([32.0, 32.0])
+    assert answered(140.0) == pytest.approx(512.0)
 
 
 def test_one_kind_of_work_tells_nothing_of_the_time_of_another(answered: Callable[..., float]):
