@@ -90,7 +90,7 @@ def answered(
     Raises:
         PrivacyError, ProtocolError: why this device declines; nothing was spent.
     """
-    plan.refuse_if_laxer(own)
+    plan.refuse_if_laxer(own, layout(settings).dimension)
     if plan.blocks or plan.record_clip:
         raise ProtocolError(f"look {plan.round}: an A/B experiment trains and measures nothing")
     kept = ledger.resend(client, plan.run, plan.round, plan.digest)

@@ -275,7 +275,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         return _look(device, plan, desk.config.trial)
     exchange = exchange_at(desk)
     released = exchange.released(plan.round)
-    plan.refuse_if_laxer(desk.config)
+    plan.refuse_if_laxer(desk.config, released.dimension)
     _refuse_other_start(plan, start)
     kept = ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
@@ -501,9 +501,9 @@ def masked_phase(
 def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     """Keys for one attempt, after everything that can be refused beforehand."""
     desk, name = device.desk, device.name
-    plan.refuse_if_laxer(desk.config)
-    privacy = desk.config.privacy
     dimension = _released(desk, plan.round).dimension
+    plan.refuse_if_laxer(desk.config, dimension)
+    privacy = desk.config.privacy
     if not _answered(device, plan):
         refuse_more(desk.ledger, name, plan, desk.config)
         # a device that may not release takes no part

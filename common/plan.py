@@ -14,6 +14,7 @@ from typing import Any
 
 from .blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
 from .config import Config
+from .encoding import rounded_sensitivity
 from .errors import ProtocolError
 from .masking import MOST_PARTICIPANTS, Terms
 from .noise import MAX_VARIANCE
@@ -231,14 +232,20 @@ class Plan:
             )
         return plan
 
-    def refuse_if_laxer(self, own: Config) -> None:
+    def refuse_if_laxer(self, own: Config, dimension: int = 0) -> None:
         """The device's own settings are the floor.
+
+        Args:
+            own: the device's settings.
+            dimension: numbers in a contribution, without blocks. Rounding moves each of them by up
+                to a step, so on a coarser grid the same noise hides less.
 
         Raises:
             ProtocolError: the plan is weaker than the device allows; names the field.
         """
         client, example = own.privacy.client, own.privacy.example
-        noise = client.noise_multiplier * client.clip if client.enabled else 0.0
+        multiplier = client.noise_multiplier if client.enabled else 0.0
+        noise = multiplier * client.clip
         # a server that was restarted often, and none that has devices fill their disks; how often
         # one device releases is bounded by its ledger (`Config.most_releases`)
         attempts = 100 + 10 * own.rounds.count
@@ -260,7 +267,12 @@ class Plan:
         )
         if client.enabled:
             placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
-            checks += (("noise_at", placed, client.noise_at),)
+            longest = rounded_sensitivity(self.clip, self.step, dimension)[0]
+            hidden = self.counted_variance**0.5 >= multiplier * longest * (1 - 1e-9)
+            checks += (
+                ("noise_at", placed, client.noise_at),
+                ("noise over a rounded contribution", hidden or not multiplier, multiplier),
+            )
         if self.masked:
             least = own.smallest_sum
             feared = own.colluders
@@ -271,11 +283,12 @@ class Plan:
                 ("survivors less colluders", honest >= max(2, least - feared), least - feared),
             )
         for block in self.blocks:
-            floor = own.statistics.multiplier(block.name) * block.bound if client.enabled else 0.0
-            found = (block.variance * self.adders) ** 0.5 * block.step
+            wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
+            floor = wanted * rounded_sensitivity(block.bound, block.step, block.size)[0]
+            found = (block.variance * self.adders) ** 0.5
             checks += (
                 (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
-                (f"{block.name}_noise", found >= floor * (1 - 1e-9), floor),
+                (f"{block.name}_noise", found >= floor * (1 - 1e-9) or not wanted, wanted),
             )
         if example.enabled:
             checks += (

@@ -108,6 +108,24 @@ def test_a_masked_plan_laxer_than_the_devices_own_settings_is_refused_by_name(ch
         laxer.refuse_if_laxer(config)
 
 
+def test_the_same_noise_on_a_coarser_grid_hides_less_and_is_refused_by_name():
+    """A contribution is longer after rounding; what the ledger would charge grows with it."""
+    config, dimension = masked(), 400
+    exact = planned(config)
+    plan = make_plan(config, "run-1", 1, "0" * 64, np.zeros(dimension, np.float32))
+    plan.refuse_if_laxer(config, dimension)
+    coarser = {"step": 100 * plan.step, "variance": plan.variance / 100**2}
+    laxer = dataclasses.replace(plan, **coarser)
+    named = r"noise over a rounded contribution \(own limit 1.0\)"
+    assert laxer.counted_variance**0.5 * laxer.step >= plan.clip
+    for one in (laxer, dataclasses.replace(plan, variance=0.9999 * plan.variance)):
+        with pytest.raises(ProtocolError, match=named):
+            one.refuse_if_laxer(config, dimension)
+    grown = dataclasses.replace(laxer, variance=10 * plan.variance)
+    grown.refuse_if_laxer(config, dimension)
+    exact.refuse_if_laxer(config, 20)
+
+
 def test_a_masked_plan_may_be_stricter_than_the_devices_own_settings():
     config = masked()
     plan = planned(config)
