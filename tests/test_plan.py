@@ -114,8 +114,7 @@ def test_the_same_noise_on_a_coarser_grid_hides_less_and_is_refused_by_name():
     exact = planned(config)
     plan = make_plan(config, "run-1", 1, "0" * 64, np.zeros(dimension, np.float32))
     plan.refuse_if_laxer(config, dimension)
-    coarser = {"step": 100 * plan.step, "variance": plan.variance / 100**2}
-    laxer = dataclasses.replace(plan, **coarser)
+    laxer = dataclasses.replace(plan, step=100 * plan.step, variance=plan.variance / 100**2)
     named = r"noise over a rounded contribution \(own limit 1.0\)"
     assert laxer.counted_variance**0.5 * laxer.step >= plan.clip
     for one in (laxer, dataclasses.replace(plan, variance=0.9999 * plan.variance)):
