@@ -96,13 +96,19 @@ def _found(folder: Path) -> bool:
 
 
 def _wait(folder: Path, look: int, hours: float, greet: Callable[[], object]) -> None:
-    """Until it is time for a look; a server that was started again waits for what is left."""
+    """Until it is time for a look; a server that was started again waits for what is left.
+
+    What is left is read off the wall clock once: one that jumps meanwhile moves no look.
+    """
     if not hours:
         return
+    left = whole = 3600 * hours
     due = next((one["time"] for one in read_lines(folder / DUE) if one["look"] == look), None)
     if due is None:
-        due = time.time() + 3600 * hours
-        append_line(folder / DUE, {"look": look, "time": due})
-    while (left := due - time.time()) > 0:
+        append_line(folder / DUE, {"look": look, "time": time.time() + whole})
+    else:
+        left = min(due - time.time(), whole)
+    until = time.monotonic() + left
+    while (left := until - time.monotonic()) > 0:
         greet()
         time.sleep(min(left, GREET_S))
