@@ -150,6 +150,10 @@ class ClientPrivacySettings(_Settings):
     bits: int = Field(0, ge=0, le=32, description="the sum is taken modulo 2**bits; 0: chosen")
 
 
+MOST_PARTICIPANTS = 1 << 14
+"""Largest roster; it bounds every masked message but the vector."""
+
+
 def quorum(participants: int, colluders: int) -> int:
     """How many of a roster must sign one survivor list before anybody opens a share.
 
@@ -530,14 +534,14 @@ class Config(_Settings):
         if cohort < masking.smallest_cohort:
             raise ValueError(
                 f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
-                f"{masking.smallest_cohort}, so every device would decline; ask more clients, or "
+                f"{masking.smallest_cohort}, so every device would decline; {self._enough()}, or "
                 'set privacy.client.noise_at = "device"'
             )
         if smallest - colluders < 2:
             raise ValueError(
                 f"masking.colluding = {masking.colluding:g} lets {colluders} devices collude and "
                 f"leaves {max(smallest - colluders, 0)} honest survivors of a cohort of {cohort}, "
-                f"but a sum needs at least 2: it would need rounds.cohort = {self._enough()}"
+                f"but a sum needs at least 2: {self._enough()}"
             )
         holders = (masking.degree or cohort - 1) + 1
         if masking.threshold and not colluders < masking.threshold <= holders:
@@ -568,11 +572,16 @@ class Config(_Settings):
         if "personal" in arms and not self.head.enabled:
             raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
-    def _enough(self) -> int:
-        """The smallest cohort in which as many colluding devices leave two honest survivors."""
+    def _enough(self) -> str:
+        """What would help: the smallest cohort in which as many leave two honest survivors."""
         feared = self.masking.colluders
-        sizes = range(self.rounds.cohort + 1, 10**6)
-        return next(n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2)
+        sizes = range(
+            max(self.rounds.cohort + 1, self.masking.smallest_cohort), MOST_PARTICIPANTS + 1
+        )
+        found = next((n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2), None)
+        if found is None:
+            return f"no cohort of up to {MOST_PARTICIPANTS:,} would do; lower masking.colluding"
+        return f"it would need rounds.cohort = {found}"
 
     @property
     def smallest_sum(self) -> int:

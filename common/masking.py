@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Config, MaskingSettings, quorum
+from .config import MOST_PARTICIPANTS, Config, MaskingSettings, quorum
 from .errors import ConfigError, ProtocolError
 from .keys import Purpose, Secret, derive, digest
 from .keystream import keystream
@@ -40,9 +40,6 @@ __all__ = [
     "sized_graph",
     "window_colluders",
 ]
-
-MOST_PARTICIPANTS = 1 << 14
-"""Largest roster; it bounds every message but the vector."""
 
 MOST_DIMENSION = 1 << 28
 
