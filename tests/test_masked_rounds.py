@@ -3,6 +3,7 @@
 The devices run in this process, each with the state it kept, as `client/app.py` keeps it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,10 +31,13 @@ from privet.common.config import Config, parse, read, to_toml
 from privet.common.encoding import rounded_sensitivity, unpack, unwrap
 from privet.common.errors import RunUnfinished
 from privet.common.files import read_lines
-from privet.common.keys import Identity
-from privet.common.masking import MaskingPolicy
+from privet.common.keys import Identity, Purpose, RoundKey, derive
+from privet.common.keystream import add_masks
+from privet.common.masking import Graph, MaskingPolicy, pair_seed
+from privet.common.messages import decode_vector
 from privet.common.noise import TestSource
 from privet.common.plan import Plan
+from privet.common.shamir import combine
 from privet.experiments import engine, protocol
 from privet.experiments.engine import Loss
 from privet.experiments.simulate import prepare
@@ -506,6 +510,160 @@ def test_a_roster_larger_than_the_plans_cohort_is_refused(bench):
     for number in EVERYBODY:
         assert "12 participants, the plan's cohort is 11" in reason(bench, number)
     assert bench.ledger.clients() == []
+
+
+# --- a cohort smaller than the agreed one --------------------------------------------------------
+
+BAD = (0, 1, 2, 3)
+"""As many as the owners of `wary` reckon with: three tenths of twelve, rounded up."""
+
+
+def wary(bench: Bench, **sections: Any) -> Bench:
+    """The devices of owners who agreed to a cohort of twelve with four colluders; no test seed."""
+    agreed: dict[str, Any] = {
+        "rounds": {"cohort": 12},
+        "masking": {"colluding": 0.3, "smallest_cohort": 3},
+    }
+    for name, values in sections.items():
+        agreed[name] = {**agreed.get(name, {}), **values}
+    return without_seed(dataclasses.replace(bench, config=changed(bench.config, **agreed)))
+
+
+def offered(bench: Bench, cohort: int, attempt: int = 1) -> Plan:
+    """A plan that is right for a smaller cohort, of which one device colludes: its noise is whole.
+
+    Of the agreed settings nothing but the cohort, and what follows from it, is different.
+    """
+    return plan_of(
+        wary(bench, rounds={"cohort": cohort}, masking={"colluding": 1}), attempt=attempt
+    )
+
+
+@pytest.mark.parametrize("cohort", [11, 10, 6, 4])
+def test_a_device_announces_no_keys_for_a_cohort_smaller_than_the_agreed_one(bench, cohort):
+    devices = Devices(wary(bench))
+    for number in EVERYBODY:
+        assert devices.phase(number, "keys", offered(bench, cohort)) is None
+        assert "laxer than this device allows: cohort (own limit 12)" in reason(bench, number)
+    assert bench.ledger.clients() == []
+
+
+def test_of_the_agreed_cohort_no_sum_is_smaller_and_no_fewer_colluders_are_reckoned_with(bench):
+    """The cohort as agreed, its noise whole, and one number below it."""
+    devices, plan = Devices(wary(bench)), plan_of(wary(bench))
+    assert (plan.survivors, plan.colluders) == (9, 4)
+    total = plan.counted_variance
+    for number, (survivors, colluders, named) in enumerate(
+        (
+            (8, 4, r"survivors (own limit 9)"),
+            (5, 3, r"survivors (own limit 9)"),
+            (9, 3, r"colluders (own limit 4)"),
+            (9, 0, r"colluders (own limit 4)"),
+            (12, 0, r"colluders (own limit 4)"),
+            (9, 5, r"survivors less colluders (own limit 5)"),
+            (12, 11, r"survivors less colluders (own limit 5)"),
+        )
+    ):
+        weaker = dataclasses.replace(
+            plan,
+            survivors=survivors,
+            colluders=colluders,
+            variance=total / (survivors - colluders),
+        )
+        assert devices.phase(number, "keys", weaker) is None
+        assert named in reason(bench, number)
+    assert bench.ledger.clients() == []
+    assert devices.phase(11, "keys", plan) is not None
+
+
+@contextlib.contextmanager
+def servers_word() -> Iterator[None]:
+    """The old rule: what a device insists on follows from the cohort that the plan names."""
+
+    def of_the_plan(config: Config, largest_cohort: int) -> MaskingPolicy:
+        of = changed(config, rounds={"cohort": largest_cohort}, masking={"colluding": 1})
+        return agreed(of, largest_cohort)
+
+    agreed = MaskingPolicy.agreed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "refuse_if_laxer", lambda *_: None)
+        patch.setattr(MaskingPolicy, "agreed", of_the_plan)
+        yield
+
+
+def read_alone(devices: Devices, plan: Plan, roster: tuple[int, ...]) -> dict[int, bool]:
+    """Who is read by the server and the colluders on the roster, once the vectors have come.
+
+    Whether what is read is what the gate let out, by honest client.
+    """
+    terms = plan.terms(devices.bench.trainer.adapter.layout.dimension)
+    start = devices.bench.trainer.adapter.start
+
+    def all_of(phase: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
+        replies = devices.ask(phase, messages, plan, start)
+        return {one.client: one.payload for one in replies if one.payload is not None}
+
+    its, out, _ = served.gather(terms, all_of("keys", dict.fromkeys(roster, b"")))
+    _, inboxes, _ = served.relay(its, all_of("shares", out))
+    held = {}
+    for n in BAD:  # what a colluder is dealt
+        state = devices.states[n]
+        assert state is not None
+        held[n] = masking.receive(state, inboxes[n]).held
+    vectors = all_of("vector", inboxes)
+    found, threshold = {}, its.roster.graph.threshold
+    assert threshold <= len(BAD)
+    for number in sorted({*roster} - {*BAD}):
+        at = its.places[number]
+        seed, key = (
+            combine({its.places[n] + 1: held[n][at][which] for n in BAD}, threshold)
+            for which in (0, 1)
+        )
+        left = unpack(
+            decode_vector(vectors[number], terms, number).packed, terms.dimension, terms.bits
+        )
+        agree = RoundKey.of(key.value).agreement()
+        add_masks(left, [], [derive(seed, Purpose.SELF_MASK, its.digest)])
+        for other in its.beside[at]:
+            shared = agree(its.roster.entries[other].mask_key)
+            pair = [pair_seed(shared, its.digest, at, other)]
+            add_masks(left, *(([], pair) if at < other else (pair, [])))
+        found[number] = same(left & np.uint32((1 << terms.bits) - 1),
+                             sum_of(devices.bench, [number], plan))  # fmt: skip
+    return found
+
+
+def test_by_the_old_rule_the_allowed_colluders_read_each_honest_device_of_a_small_cohort(bench):
+    """Four of a roster of six are a threshold of its shares."""
+    devices, roster = Devices(wary(bench)), (*BAD, 7, 9)
+    with servers_word():
+        assert read_alone(devices, offered(bench, 6), roster) == {7: True, 9: True}
+    assert bench.ledger.participations(bench.device(7).name) == 1
+    again = offered(bench, 6, attempt=2)
+    for number in roster:
+        assert devices.phase(number, "keys", again) is None
+        assert "cohort (own limit 12)" in reason(bench, number)
+
+
+def test_the_policy_alone_refuses_the_small_cohort_too(bench, monkeypatch):
+    """Were a plan not held to the offer at all: the masks themselves ask for the agreed numbers."""
+    monkeypatch.setattr(Plan, "refuse_if_laxer", lambda *_: None)
+    devices = Devices(wary(bench))
+    assert devices.phase(7, "keys", offered(bench, 6)) is None
+    assert "the terms have survivors = 4, this device asks for at least 9" in reason(bench, 7)
+    assert bench.ledger.clients() == []
+
+
+def test_under_the_agreed_plan_a_roster_of_six_is_not_dealt_shares(bench, monkeypatch):
+    """The server keeps its word until the keys have come, and then names six of the twelve."""
+    devices, plan = Devices(wary(bench)), plan_of(wary(bench))
+    monkeypatch.setattr(served, "_refuse_few", lambda *_: None)
+    terms = plan.terms(bench.trainer.adapter.layout.dimension)
+    sent = {n: devices.phase(n, "keys", plan) or b"" for n in (*BAD, 7, 9)}
+    _, rosters, refused = served.gather(terms, sent, sized=lambda _: Graph(5, 4))
+    assert not refused
+    assert devices.phase(9, "shares", plan, rosters[9]) is None
+    assert "threshold 4 for 6 holders out of 6, this device asks for 6 to 6" in reason(bench, 9)
 
 
 # --- a server that asks again ------------------------------------------------------------------
