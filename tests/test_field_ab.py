@@ -31,6 +31,7 @@ from privet.common.errors import (
 )
 from privet.common.files import read_lines
 from privet.common.keys import Directory
+from privet.common.masking import MaskingPolicy, default_graph
 from privet.common.plan import Plan
 from privet.experiments import report
 from privet.server import ab, looks
@@ -359,6 +360,87 @@ def answered_alone(world: World, number: int, plan: Plan) -> list[str]:
         except (PrivacyError, ProtocolError):
             pass
     return left
+
+
+AGREED = 2000
+"""Devices at each look of an experiment whose promise, epsilon 1, rests on there being so many."""
+
+
+def asking(clients: int) -> Config:
+    masking = {"smallest_cohort": 10, "colluding": 0.1}
+    made = experiment(clients=clients, privacy={"epsilon": 1.0}, masking=masking)
+    return ab.device_settings(made, AGREED)
+
+
+@pytest.fixture
+def among_many(tmp_path: Path, homes_of_four: list[Home]) -> World:
+    """Four of two thousand devices, of which 200 may work with the server, by their owners' yes."""
+    made = World(tmp_path / "run", asking(AGREED), [OwnSeat(home) for home in homes_of_four])
+    known = {n: home.identity.public for n, home in enumerate(homes_of_four)}
+    known |= {n: n.to_bytes(32, "big") for n in range(PEOPLE, AGREED)}
+    for home in homes_of_four:
+        home.join(Joined(SERVER, "PEM", closed=True), Directory(known, closed=True))
+        agree(home, made.config)
+    return made
+
+
+def fewer(among_many: World, **changes: Any) -> Plan:
+    """The agreed look with some numbers changed, and the noise of the sum as large as before."""
+    right = plan_of(among_many.config)
+    plan = dataclasses.replace(right, **changes)
+    return dataclasses.replace(plan, variance=right.counted_variance / plan.adders)
+
+
+@pytest.mark.parametrize("clients", [10, 200, AGREED - 1])
+def test_a_look_agreed_to_for_many_devices_is_refused_by_name_among_fewer(
+    among_many: World, homes_of_four: list[Home], clients: int
+):
+    plan = plan_of(asking(clients))
+    assert answered_alone(among_many, 0, plan) == []
+    (left_out,) = homes_of_four[0].ledger.declined(ME)
+    assert "laxer than this device allows: cohort (own limit 2000)" in left_out.reason
+    assert homes_of_four[0].outbox() == []
+    assert homes_of_four[0].ledger.participations(ME) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"survivors": 1199}, "survivors (own limit 1200)"),
+        ({"survivors": 202, "colluders": 200}, "survivors (own limit 1200)"),
+        ({"colluders": 199}, "colluders (own limit 200)"),
+        ({"colluders": 0}, "colluders (own limit 200)"),
+        ({"colluders": 201}, "survivors less colluders (own limit 1000)"),
+    ],
+)
+def test_a_look_with_a_smaller_sum_or_fewer_colluders_than_agreed_is_refused_by_name(
+    among_many: World, homes_of_four: list[Home], changes: dict[str, Any], named: str
+):
+    assert answered_alone(among_many, 0, fewer(among_many, **changes)) == []
+    (left_out,) = homes_of_four[0].ledger.declined(ME)
+    assert f"laxer than this device allows: {named}" in left_out.reason
+    assert homes_of_four[0].outbox() == []
+    assert answered_alone(among_many, 0, plan_of(among_many.config, attempt=2)) == [
+        "keys",
+        "vector",
+    ]
+
+
+def test_by_the_old_rule_a_look_for_two_thousand_was_answered_among_ten(
+    among_many: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+):
+    """Of ten, six open a device's shares, and two hundred may work with the server."""
+    policy, few = MaskingPolicy.agreed, asking(10)
+    monkeypatch.setattr(Plan, "refuse_if_laxer", lambda *_: None)
+    monkeypatch.setattr(MaskingPolicy, "agreed", lambda _, cohort: policy(few, cohort))
+    plan = plan_of(few)
+    assert answered_alone(among_many, 0, plan) == ["keys", "vector"]
+    assert default_graph(plan.cohort, plan.colluders).threshold == 6
+    (row,) = homes_of_four[0].ledger.rows(ME)
+    left = {against: [one for one in row.charges if one.against == against]
+            for against in ("server", "unmasked server")}  # fmt: skip
+    assert epsilon(left["server"], 1e-5) <= 1.0
+    assert epsilon(left["unmasked server"], 1e-5) > 2.0
 
 
 def test_the_layout_of_another_experiment_is_refused_by_the_gate(
