@@ -15,11 +15,14 @@ import pytest
 
 from privet.client import masking as client
 from privet.common import messages
+from privet.common.config import Config, parse
 from privet.common.errors import ProtocolError
 from privet.common.keys import RoundKey
 from privet.common.masking import Graph, MaskingPolicy, _ring, default_graph, gap, quorum
 from privet.common.messages import Confirmations, Opened, Survivors
+from privet.common.plan import Plan
 from privet.server import masking as server
+from privet.server.rounds import make_plan
 
 from .hostile import (
     Seen,
@@ -209,20 +212,30 @@ def two_lists(party: Party, bad: set[int], u: int, one: set[int], two: set[int])
     return smallest(seen), refused
 
 
-@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
+HEAVY = tuple(pytest.param(n, marks=pytest.mark.heavy) for n in (104, 256, 1000))
+"""Ten devices had no ring: 2 x threshold - holders was 4 and one colluded, whatever the order."""
+
+
+@pytest.mark.parametrize("n", [64, *HEAVY])
 def test_two_survivor_lists_read_one_device_under_the_old_rule(n, monkeypatch):
     idealise(monkeypatch)
     m, graph = tenth(n), OLD_GRAPHS[n]
+
+    def suits(order: Sequence[int], bad: set[int]) -> Any:
+        return two_sides(order, graph.degree, graph.threshold, bad)
+
     with old_rule():
         party = cohort(n, m, math.ceil(0.75 * n), graph).until("confirm")
         order = [int(at) for at in _ring(party.served["keys"].digest, n)[0]]
-        bad, (u, one, two) = unlucky(
-            n, m, order, lambda order, bad: two_sides(order, graph.degree, graph.threshold, bad)
-        )
+        if n <= 104:
+            bad, (u, one, two) = unlucky(n, m, order, suits)
+        else:  # too rare to be found by trying: they stand around one device
+            bad = {order[at] for at in (*range(1, m - m // 2 + 1), *range(-(m // 2), 0))}
+            u, one, two = suits(order, bad)
         assert two_lists(party, bad, u, one, two)[0] == 1
 
 
-@pytest.mark.parametrize("n", [10, 64, 104])
+@pytest.mark.parametrize("n", [10, 64, 104, *HEAVY[1:]])
 def test_of_two_survivor_lists_one_is_opened_at_most(n, monkeypatch):
     idealise(monkeypatch)
     m, survivors = tenth(n), math.ceil(0.75 * n)
@@ -257,6 +270,55 @@ def test_no_two_lists_are_signed_by_a_quorum_each(n, monkeypatch):
             client._refuse_unconfirmed(party, cohort_, everybody, signatures)
 
 
+# --- S2: a cohort of ten ------------------------------------------------------------------------
+
+SIZES = [10, 64, 104, 256, 1000]
+
+
+def agreed(n: int, **masking: Any) -> Config:
+    """Settings of a run with a cohort of n and, unless it says otherwise, a tenth colluding."""
+    return parse(
+        {
+            "data": {"clients": max(n, 10)},
+            "rounds": {"cohort": n},
+            "masking": {"smallest_cohort": min(n, 10), **masking},
+            "privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}},
+        }
+    )
+
+
+def planned(config: Config) -> Plan:
+    return make_plan(config, "run", 1, "0" * 64, np.zeros(8, np.float32))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_a_whole_plan_for_fewer_than_agreed_is_refused_by_name_at_every_size(n):
+    planned(agreed(n)).refuse_if_laxer(agreed(n))
+    for fewer in {n - 1, max(n // 2, 4), 10, 4} - {n}:
+        if fewer > n:
+            continue
+        named = rf"cohort \(own limit {n}\)"
+        with pytest.raises(ProtocolError, match=named):
+            planned(agreed(fewer, colluding=1)).refuse_if_laxer(agreed(n))
+        terms_ = planned(agreed(fewer, colluding=1)).terms(8)
+        if n > 10:
+            with pytest.raises(ProtocolError, match=r"survivors|colluders"):
+                MaskingPolicy.agreed(agreed(n), fewer).refuse_terms(terms_)
+
+
+@pytest.mark.parametrize("n", SIZES[1:])  # of ten devices one colludes, who opens nothing alone
+def test_ten_of_a_larger_fleet_were_read_by_its_colluders_under_the_old_rule(n, monkeypatch):
+    """The colluders of the agreed cohort, as many as still leave three honest devices of ten."""
+    idealise(monkeypatch)
+    bad = set(range(min(tenth(n), 7)))
+    old, few = MaskingPolicy.agreed(agreed(10), 10), planned(agreed(10))
+    party = Party(few.terms(8), tuple(range(1, 11)), old, last_round=0)
+    assert smallest(begun(party.until("confirm"), bad)) == 1
+    new = MaskingPolicy.agreed(agreed(n), 10)
+    with pytest.raises(ProtocolError, match="the terms have survivors = 6"):
+        Party(few.terms(8), tuple(range(1, 11)), new, last_round=0).until("shares")
+
+
 # --- S3: a ring that is cut ---------------------------------------------------------------------
 
 
@@ -285,16 +347,31 @@ def two_windows(
     return None
 
 
-@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
+def cut(n: int, order: Sequence[int]) -> tuple[set[int], frozenset[int]]:
+    """Colluders and the dropped honest devices that cut the old ring in this order.
+
+    From 256 on too rare to be found by trying: the colluders stand in two windows.
+    """
+    m, graph = tenth(n), OLD_GRAPHS[n]
+    if n <= 104:
+        return unlucky(
+            n, m, order, lambda order, bad: two_windows(order, graph.degree, graph.threshold, bad)
+        )
+    least = graph.threshold - (graph.degree // 2 + 1)
+    bad = {*order[:least], *order[n // 2 : n // 2 + least], *order[-(m - 2 * least) :]}
+    dropped = two_windows(order, graph.degree, graph.threshold, bad)
+    assert dropped is not None
+    return bad, dropped
+
+
+@pytest.mark.parametrize("n", [64, *HEAVY])
 def test_one_list_that_cuts_the_ring_takes_the_sum_apart_under_the_old_rule(n, monkeypatch):
     idealise(monkeypatch)
     m, graph, survivors = tenth(n), OLD_GRAPHS[n], math.ceil(0.75 * n)
     with old_rule():
         party = cohort(n, m, survivors, graph).until("confirm")
         order = [int(at) for at in _ring(party.served["keys"].digest, n)[0]]
-        bad, dropped = unlucky(
-            n, m, order, lambda order, bad: two_windows(order, graph.degree, graph.threshold, bad)
-        )
+        bad, dropped = cut(n, order)
         learned, refused = one_list(party, bad, dropped)
     assert not refused
     assert learned is not None
@@ -308,15 +385,13 @@ def one_list(party: Party, bad: set[int], dropped: frozenset[int]) -> Any:
     return smallest(seen), refused
 
 
-@pytest.mark.parametrize("n", [64, pytest.param(104, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("n", [64, *HEAVY[:2]])
 def test_where_everybody_is_a_neighbour_the_same_list_gives_one_sum(n, monkeypatch):
     idealise(monkeypatch)
-    m, graph, survivors = tenth(n), OLD_GRAPHS[n], math.ceil(0.75 * n)
+    m, survivors = tenth(n), math.ceil(0.75 * n)
     party = cohort(n, m, survivors).until("confirm")
     order = [int(at) for at in _ring(party.served["keys"].digest, n)[0]]
-    bad, dropped = unlucky(
-        n, m, order, lambda order, bad: two_windows(order, graph.degree, graph.threshold, bad)
-    )
+    bad, dropped = cut(n, order)
     learned, refused = one_list(party, bad, dropped)
     assert not refused
     assert learned == n - m - len(dropped) >= survivors - m
