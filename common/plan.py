@@ -25,6 +25,13 @@ VERSION = 4
 
 LONGEST_TEXT = 256
 
+FINEST = 32
+"""Bits of the largest modulus: who agreed to it agreed to a fine grid."""
+
+FINE_VARIANCE = 2.0**18
+"""Of the noise in a sum, squared steps, on a fine grid: what it costs beyond Gaussian noise of the
+same size is some hundredths of an epsilon. With few steps it is a multiple."""
+
 PLACES = ("device", "distributed", "server")
 """Where noise may be added, the safest first."""
 
@@ -272,6 +279,13 @@ class Plan:
             checks += (
                 ("noise_at", placed, client.noise_at),
                 ("noise over a rounded contribution", hidden or not multiplier, multiplier),
+                (
+                    "squared steps of noise",
+                    client.bits < FINEST
+                    or not multiplier
+                    or self.counted_variance >= FINE_VARIANCE,
+                    FINE_VARIANCE,
+                ),
             )
         if self.masked:
             least = own.smallest_sum

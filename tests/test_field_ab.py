@@ -21,7 +21,7 @@ from privet.client.unlock import Passphrase
 from privet.common.ab import AbSettings, layout
 from privet.common.accounting import epsilon
 from privet.common.config import Config, to_toml
-from privet.common.encoding import decode, unpack, unwrap
+from privet.common.encoding import decode, rounded_sensitivity, unpack, unwrap
 from privet.common.errors import (
     ConfigError,
     PrivacyError,
@@ -424,6 +424,36 @@ def test_a_look_with_a_smaller_sum_or_fewer_colluders_than_agreed_is_refused_by_
         "keys",
         "vector",
     ]
+
+
+@pytest.mark.parametrize(("part", "epsilon_of"), [(0.01, 1.2), (0.03, 3.1), (0.05, 7.0)])
+def test_a_look_on_a_coarser_grid_costs_more_than_agreed_and_is_refused_by_name(
+    among_many: World,
+    homes_of_four: list[Home],
+    part: float,
+    epsilon_of: float,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Everybody asked, the noise as agreed in real units: it was the rounding that cost more."""
+    own, home = among_many.config.privacy.client, homes_of_four[0]
+    step = part * own.clip
+    plan = plan_of(among_many.config, step=step)
+    longer = rounded_sensitivity(own.clip, step, layout(experiment()).dimension)[0]
+    in_real_units, rounded = (own.noise_multiplier * one for one in (own.clip / step, longer))
+    for steps, named in (
+        (in_real_units, "noise over a rounded contribution"),
+        (rounded, "squared steps of noise"),
+    ):
+        coarse = dataclasses.replace(plan, variance=steps**2 / plan.adders * (1 + 1e-6))
+        assert answered_alone(among_many, 0, coarse) == []
+        (left_out,) = home.ledger.declined(ME)
+        assert f"laxer than this device allows: {named}" in left_out.reason
+    assert home.outbox() == []
+    monkeypatch.setattr(Plan, "refuse_if_laxer", lambda *_: None)
+    coarse = dataclasses.replace(plan, variance=in_real_units**2 / plan.adders * (1 + 1e-6))
+    assert answered_alone(among_many, 0, coarse) == ["keys", "vector"]
+    (row,) = home.ledger.rows(ME)
+    assert epsilon([one for one in row.charges if one.against == "server"], 1e-5) > epsilon_of
 
 
 def test_by_the_old_rule_a_look_for_two_thousand_was_answered_among_ten(
