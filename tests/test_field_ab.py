@@ -238,7 +238,8 @@ def test_a_look_waits_for_its_time_also_when_the_server_was_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     now, greeted = [1000.0], [0]
-    monkeypatch.setattr("privet.server.looks.time.time", lambda: now[0])
+    for clock in ("time", "monotonic"):
+        monkeypatch.setattr(f"privet.server.looks.time.{clock}", lambda: now[0])
 
     def sleep(seconds: float) -> None:
         now[0] += seconds
