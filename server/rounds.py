@@ -220,8 +220,8 @@ def attempt(
     """
     number, seed = plan.round, config.data.seed
     drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
-    before = void.repeats(read_lines(folder / LOG), number)
-    cohort = void.cohort_of(there, [there[place] for place in drawn], before, number, seed)
+    records = read_lines(folder / LOG)
+    cohort = void.cohort_of(there, [there[place] for place in drawn], records, number, seed)
     seen = void.Seen()
     total, record, phases = summed(ask, config, cohort, plan, start, folder, dimension, seen)
     if total is None:

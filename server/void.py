@@ -10,8 +10,10 @@ next number afresh, and pay again, as often as their owner allows (`Config.most_
 declined, who was silent, whose bytes it could not use. Why a device declines stays on it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -89,18 +91,20 @@ def repeats(records: Sequence[Record], number: int) -> list[Record]:
 
 
 def cohort_of(
-    there: Sequence[int], drawn: Sequence[int], before: Sequence[Record], number: int, seed: int
+    there: Sequence[int], drawn: Sequence[int], records: Sequence[Record], number: int, seed: int
 ) -> list[int]:
     """Who is asked, ascending: as drawn; again, first those who had come along.
 
     Args:
         there: who is present.
         drawn: by the public draw; used where the round is asked for the first time.
-        before: its void attempts.
+        records: of the run so far.
         number, seed: of the public draw.
 
-    Those who declined, were silent or did not fit are asked last: somebody else may take part.
+    Those who declined, were silent or did not fit are asked last: somebody else may take part,
+    and first who was asked in the fewest rounds, so that nobody pays twice before everybody once.
     """
+    before = repeats(records, number)
     if not before:
         return list(drawn)
     asked = {client for one in before for client in one["who"]["asked"]}
@@ -111,9 +115,11 @@ def cohort_of(
             n for kind in ("declined", "silent") for by in missing[kind].values() for n in by
         }
         absent |= {int(client) for client in missing["refused"]}
+    others = [one["who"]["asked"] for one in records if one["round"] != number and "who" in one]
+    rounds = Counter(chain.from_iterable(others))
     order = np.random.default_rng([seed, number, len(before)]).permutation(len(there))
     mixed = [there[int(place)] for place in order]
-    ranked = sorted(mixed, key=lambda n: 2 if n in absent else int(n not in asked))
+    ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), rounds[n]))
     return sorted(ranked[: len(drawn)])
 
 

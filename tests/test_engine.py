@@ -94,6 +94,19 @@ def test_devices_die_at_the_same_phases_in_both_engines(llama_folder, tmp_path):
     assert spent(tmp_path / "local") == spent(ray)
 
 
+def test_a_simulated_device_is_never_too_late_however_busy_the_machine(
+    llama_folder, tmp_path, monkeypatch
+):
+    """Each message takes longer than the limits of real devices, and more of them than at once."""
+    monkeypatch.setattr("privet.server.replies.AT_ONCE", 2)
+    limits = {"timeout_s": 1e-6, "answer_timeout_s": 1e-6, "count": 1}
+    people = population(tmp_path / "people", 10, 8)
+    config = tiny_config(llama_folder, people, rounds=limits)
+    engine.run("local", tmp_path / "run", prepare(config, tmp_path / "run", resume=False))
+    (only,) = read_lines(tmp_path / "run" / "rounds.jsonl")
+    assert (only["void"], only["answered"]) == (False, only["asked"])
+
+
 def damage(ledger: Path) -> None:
     ledger.write_bytes(ledger.read_bytes()[: 4096 + 100])
 

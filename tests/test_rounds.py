@@ -252,6 +252,19 @@ def test_where_nobody_comes_nothing_is_decoded_and_the_run_ends_unfinished(tmp_p
     assert ("wait_s" in first, "wait_s" in last) == (True, False)
 
 
+def test_who_is_asked_instead_was_asked_in_the_fewest_rounds_before():
+    there = range(12)
+    before = [
+        {"round": 1, "who": {"asked": [0, 1, 2, 3]}},
+        {"round": 2, "who": {"asked": [3, 4, 5, 6]}},
+        {"round": 3, "again": True, "who": {"asked": [7, 8, 9]},
+         "missing": {"declined": {"keys": [8]}, "silent": {"keys": [9]}, "refused": {}}},
+    ]  # fmt: skip
+    asked = void.cohort_of(there, [7, 8, 9], before, 3, seed=0)
+    assert asked == [7, 10, 11]  # 7 came along, and 10 and 11 were never asked
+    assert 3 not in void.cohort_of(there, [*range(5, 12)], before, 3, seed=0)
+
+
 def test_a_void_round_does_not_count_and_what_it_is_repeated_as_is_the_same_round(tmp_path):
     """Without masks who answered sends the same bytes again, so one plan is one release."""
     seen: list[tuple[int, str]] = []
