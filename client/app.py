@@ -5,7 +5,7 @@ that declines says so and nothing else; the reason stays in its ledger. A device
 one fixed sentence: Flower would send the text of its error, which may quote private records.
 
 The same two functions, `greet` and `answer`, serve a simulated device (`Simulated`) and a person's
-own (`client/home.py`, called by `client/worker.py`).
+own (`client/store/device_store.py`, called by `client/runtime/worker.py`).
 """
 
 import os
@@ -20,9 +20,9 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from ..common.errors import PrivacyError, ProtocolError, StateError
-from ..common.keys import Identity, greeting
-from ..common.plan import Plan
-from . import masking_state
+from ..common.privacy.round_plan import Plan
+from ..common.secure_aggregation.keys import Identity, greeting
+from .privacy import upload_state
 
 if TYPE_CHECKING:
     from .device import Device
@@ -189,12 +189,12 @@ class Simulated:
     def recall(self) -> Any:
         """From Flower's node state."""
         kept = self._context.state.pop("masking", None)
-        return None if kept is None else masking_state.decode(kept["state"])
+        return None if kept is None else upload_state.decode(kept["state"])
 
     def keep(self, state: Any) -> None:
         """Into Flower's node state; a device that declined has none."""
         if state is not None:
-            kept = ConfigRecord({"state": masking_state.encode(state)})
+            kept = ConfigRecord({"state": upload_state.encode(state)})
             self._context.state["masking"] = kept
 
     def sent(self, plan: Plan, phase: str, payload: bytes) -> None:

@@ -1,7 +1,8 @@
 """One device: what it owns, and what it does in a round.
 
 `take_part` is a client's whole round, read downwards. What a device works with is its `Desk`: a
-person's own (`client/home.py`), or a `Bench`, which all devices simulated by one process share.
+person's own (`client/store/device_store.py`), or a `Bench`, which all devices simulated by one
+process share.
 """
 
 import dataclasses
@@ -19,31 +20,41 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common import config as settings
-from ..common import noise
-from ..common.ab import layout
-from ..common.adapter import shared
-from ..common.blocks import arm_names
-from ..common.config import Config, TrialSettings
-from ..common.encoding import unpack
+from ..common.ab_test import layout
 from ..common.errors import GateRefused, PrivacyError, ProtocolError
-from ..common.exchange import Exchange
 from ..common.files import explain_os_errors, write_atomic
-from ..common.keys import Directory, Identity, Purpose, Secret, derive, read_directory
-from ..common.layout import Layout
-from ..common.masking import MaskingPolicy
-from ..common.plan import Plan
-from . import ab, at_home, data, masking
-from .arm import arm_of
-from .constant import Work, choice_of, missing, work_of
-from .ledger import Ledger
-from .measure import Measured, arms_block, gains_block, measured
-from .pace import Pace
-from .pairs import tokenize_pairs
-from .persona import choose
-from .release import Statistics, budgets, caps, charges, refuse_more, release
-from .run_ledger import run_id, run_ledger
-from .training import Trainer, train
+from ..common.model.adapter import shared
+from ..common.model.exchange_layout import Exchange
+from ..common.model.vector_layout import Layout
+from ..common.privacy import noise
+from ..common.privacy.encoding import unpack
+from ..common.privacy.round_plan import Plan
+from ..common.privacy.statistics_blocks import arm_names
+from ..common.secure_aggregation.keys import (
+    Directory,
+    Identity,
+    Purpose,
+    Secret,
+    derive,
+    read_directory,
+)
+from ..common.secure_aggregation.terms import MaskingPolicy
+from ..common.settings import config as settings
+from ..common.settings.config import Config, TrialSettings
+from . import ab_outcome
+from .ab_arm import arm_of
+from .personal.evaluator import Measured, arms_block, gains_block, measured
+from .privacy import masked_upload
+from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
+from .privacy.ledger import Ledger
+from .privacy.run_ledger import run_id, run_ledger
+from .runtime.answer_pace import Pace
+from .training import local_factor as at_home
+from .training import records as data
+from .training.cluster_choice import choose
+from .training.constant_work import Work, choice_of, missing, work_of
+from .training.local_training import Trainer, train
+from .training.preference_pairs import tokenize_pairs
 
 __all__ = [
     "Bench",
@@ -108,7 +119,8 @@ class Desk(Protocol):
         """The person's own in the A/B experiment that the run is; None: none yet."""
 
     def at_home(self, name: str) -> bytes | None:
-        """What a family trains that never leaves (`client/at_home.py`); None: nothing yet."""
+        """What a family trains that never leaves (`client/training/local_factor.py`); None: nothing
+        yet."""
 
     def keep_at_home(self, name: str, kept: bytes) -> None:
         """Keep it, durably."""
@@ -356,7 +368,7 @@ def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
     desk, name = device.desk, device.name
     if desk.pace is not None:
         desk.pace.rehearse(("look", plan.run), desk.config.rounds.tick_s, _nothing)
-    return ab.answered(
+    return ab_outcome.answered(
         trial,
         desk.config,
         plan,
@@ -458,15 +470,15 @@ def masked_phase(
     plan: Plan,
     message: bytes,
     start: NDArray[np.float32] | None,
-    state: masking.State | None,
-) -> tuple[masking.State | None, bytes | None]:
+    state: masked_upload.State | None,
+) -> tuple[masked_upload.State | None, bytes | None]:
     """One phase of a masked round: keys, shares, vector, confirm, unmask.
 
     Args:
         device: whose round.
         phase: which one.
         plan: the same in every phase, or the device refuses.
-        message: the server's, from `server/masking.py`.
+        message: the server's, from `server/unmasking.py`.
         start: the global adapter; with `vector` only.
         state: what the phase before returned.
 
@@ -484,21 +496,21 @@ def masked_phase(
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
-            shared, sealed = masking.share(state, message, desk.directory, os.urandom)
+            shared, sealed = masked_upload.share(state, message, desk.directory, os.urandom)
             desk.pin(shared.directory)
             return shared, sealed
         if phase == "vector" and start is not None:
-            received = masking.receive(state, message)
-            return masking.mask(received, _contribution(device, plan, start))
+            received = masked_upload.receive(state, message)
+            return masked_upload.mask(received, _contribution(device, plan, start))
         if phase == "confirm":
-            return masking.confirm(state, message)
-        return masking.unmask(state, message)
+            return masked_upload.confirm(state, message)
+        return masked_upload.unmask(state, message)
     except (PrivacyError, ProtocolError) as refusal:
         desk.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
 
 
-def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
+def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
     """Keys for one attempt, after everything that can be refused beforehand."""
     desk, name = device.desk, device.name
     dimension = _released(desk, plan.round).dimension
@@ -512,7 +524,9 @@ def _announce(device: Device, plan: Plan) -> tuple[masking.State, bytes]:
     policy = MaskingPolicy.agreed(desk.config, plan.cohort)
     last = desk.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
-    return masking.announce(desk.number(name), desk.identity(name), terms, policy, last, os.urandom)
+    return masked_upload.announce(
+        desk.number(name), desk.identity(name), terms, policy, last, os.urandom
+    )
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -20,9 +20,9 @@ from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
-from ..common.config import Config
 from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines
+from ..common.settings.config import Config
 from ..server.app import serve
 from ..server.rounds import LOG
 from . import progress

@@ -23,9 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..common.config import Config
 from ..common.files import explain_os_errors, read_lines
-from ..server.void import sentence, trained
+from ..common.settings.config import Config
+from ..server.void_rounds import sentence, trained
 
 __all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..client import masking as client
+from ..client.privacy import masked_upload as client
 from ..common.errors import ConfigError
-from ..common.keys import Directory, Identity, Random
-from ..common.masking import Graph, MaskingPolicy, Terms
-from ..server import masking as server
+from ..common.secure_aggregation.keys import Directory, Identity, Random
+from ..common.secure_aggregation.terms import Graph, MaskingPolicy, Terms
+from ..server import unmasking as server
 
 __all__ = ["DROPOUT_PHASES", "Device", "run"]
 

@@ -22,25 +22,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..client import data
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
-from ..client.ledger import Ledger
-from ..client.paying import refuse_unpaid
-from ..client.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
-from ..common import config as settings
-from ..common.adapter import exchanged
-from ..common.config import Config
+from ..client.privacy.affordable_rounds import refuse_unpaid
+from ..client.privacy.ledger import Ledger
+from ..client.privacy.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
+from ..client.training import records
 from ..common.errors import ConfigError, RunExists, RunUnfinished, StateError
 from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
-from ..common.keys import Directory, Secret, write_directory
-from ..server import starting
-from ..server.resuming import resumed
+from ..common.model.adapter import exchanged
+from ..common.secure_aggregation.keys import Directory, Secret, write_directory
+from ..common.settings import config as settings
+from ..common.settings.config import Config
 from ..server.rounds import LOG, make_plan
-from ..server.void import trained
-from . import datasets, engine, evaluation, progress
-from .dialects import BASE, ensure_base
-from .preferences import refuse_other_cut
-from .privacy import reasons
+from ..server.run_folder import starting
+from ..server.run_folder.resuming import resumed
+from ..server.void_rounds import trained
+from . import engine, progress
+from .data import population
+from .data.dialects import BASE, ensure_base
+from .data.preference_people import refuse_other_cut
+from .evaluation import run_evaluation
+from .reports.privacy_facts import reasons
 
 __all__ = ["prepare", "simulate"]
 
@@ -66,7 +68,7 @@ def simulate(
         ConfigError: `resume` with other settings than the run was started with.
         RunUnfinished: too many attempts in a row were void; it can be gone on with.
     """
-    from . import report
+    from .reports import report
 
     engine.check(engine_name)
     config = prepare(config, folder, resume=resume)
@@ -87,7 +89,7 @@ def simulate(
     if not (folder / "evaluation.json").exists():
         progress.say("measuring base, shared and personal models on held-out records")
         with _measuring(folder, "evaluation"):
-            write_json_atomic(folder / "evaluation.json", evaluation.evaluate(folder, config))
+            write_json_atomic(folder / "evaluation.json", run_evaluation.evaluate(folder, config))
     report.write(folder, measured(folder))
     progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
@@ -126,7 +128,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         with explain_os_errors(folder, "make the run folder"):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, mode=0o700)
-        datasets.write(people, partial)
+        population.write(people, partial)
         write_atomic(partial / "config.toml", settings.to_toml(config).encode())
         run = f"{config.name}-{secrets.token_hex(8)}"
         write_atomic(partial / "run-id", f"{run}\n".encode())
@@ -156,7 +158,7 @@ def measured(folder: Path) -> dict[str, Any]:
     kept = _read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
     evaluated = kept.get("evaluation", 0.0)
-    dimension = len(evaluation.global_adapter(folder))
+    dimension = len(run_evaluation.global_adapter(folder))
     return {
         "seconds": {
             "total": rounds + evaluated,
@@ -217,16 +219,16 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
     if not (folder / "config.toml").is_file():
         raise RunExists(f"{folder} exists but holds no run of privet; choose another name")
     kept = settings.read(folder / "config.toml")
-    index = data.read_index(folder)
+    index = records.read_index(folder)
     ledger_path(folder)
     return resumed(folder, kept, _with_task(config, index))
 
 
-def _people(config: Config) -> datasets.Population:
+def _people(config: Config) -> population.Population:
     """Everybody, drawn; what the source only warns of is said in one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        found = datasets.load(
+        found = population.load(
             config.data.source,
             clients=config.data.clients,
             test_clients=config.data.test_clients,

@@ -11,17 +11,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
-from ..common import config as settings
-from ..common.config import DEVICES
 from ..common.errors import ConfigError
-from ..common.plan import Plan
-from .attendance import of_run
-from .crowd import Crowd
-from .listing import Listing
+from ..common.privacy.round_plan import Plan
+from ..common.settings import config as settings
+from ..common.settings.config import DEVICES
+from .operations.attendance import of_run
+from .operations.directory_listing import Listing
+from .participants import Crowd
 from .replies import addressed, enough_s, replies
 from .rounds import Reply, Show
-from .runs import whole
-from .serving import alone
+from .run_folder.run import whole
+from .run_folder.run_lock import alone
 
 app = ServerApp()
 

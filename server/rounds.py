@@ -6,7 +6,7 @@ Read `run_rounds` downwards; it is the whole server. It knows no Flower: `ask` i
 answered. The sum is held as integers mod 2**bits, memory O(dimension); with `noise_at = server`
 the noise is added to it before anything is decoded. A round with too few answers is void: no sum
 is decoded, and what the clients spent stays spent. It does not count, and is asked again
-(`server/void.py`), `rounds.patience` times in a row.
+(`server/void_rounds.py`), `rounds.patience` times in a row.
 """
 
 import dataclasses
@@ -23,30 +23,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common import noise
-from ..common.config import Config, MaskingSettings
-from ..common.encoding import (
-    decode,
-    unpack,
-    unwrap,
-    wrap,
-)
-from ..common.errors import (
-    CheckpointCorrupt,
-    ConfigError,
-    ProtocolError,
-    RoundVoid,
-    RunUnfinished,
-)
-from ..common.exchange import Exchange
+from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid, RunUnfinished
 from ..common.files import append_line, read_lines, write_atomic
-from ..common.masking import Graph, sized_graph
-from ..common.plan import Plan, work
-from ..common.rotation import unrotate
-from . import aggregation, checkpoint, masking, updates, void
+from ..common.model.exchange_layout import Exchange
+from ..common.privacy import noise
+from ..common.privacy.encoding import decode, unpack, unwrap, wrap
+from ..common.privacy.rotation import unrotate
+from ..common.privacy.round_plan import Plan, work
+from ..common.secure_aggregation.terms import Graph, sized_graph
+from ..common.settings.config import Config, MaskingSettings
+from . import aggregation, server_step, unmasking, void_rounds
 from .cohort import draw
-from .sizing import size, sized_block
-from .statistics import told
+from .grid_sizing import size, sized_block
+from .round_statistics import told
+from .run_folder import checkpoint
 
 __all__ = [
     "PLANS",
@@ -124,7 +114,7 @@ def run_rounds(
     """
     state, voids = _resume(config, run, layout, start, folder), 0
     unsure = begun_before(folder)
-    while void.trained(read_lines(folder / LOG)) < config.rounds.count:
+    while void_rounds.trained(read_lines(folder / LOG)) < config.rounds.count:
         number = state.round + 1
         there = range(config.data.clients) if present is None else present()
         began = time.perf_counter()
@@ -167,7 +157,9 @@ def ask_again(config: Config, voids: int) -> dict[str, Any]:
     """What a void attempt's record says of the next one; no `wait_s`: there is none."""
     found: dict[str, Any] = {"attempt": voids}
     return (
-        found if voids >= config.rounds.patience else found | {"wait_s": void.wait_s(config, voids)}
+        found
+        if voids >= config.rounds.patience
+        else found | {"wait_s": void_rounds.wait_s(config, voids)}
     )
 
 
@@ -182,11 +174,14 @@ def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None
     if "wait_s" in record:
         time.sleep(record["wait_s"])
         return
-    done, what = void.trained(read_lines(folder / LOG)), "looks" if config.trial else "rounds"
+    done, what = (
+        void_rounds.trained(read_lines(folder / LOG)),
+        "looks" if config.trial else "rounds",
+    )
     raise RunUnfinished(
         f"{done} of {config.rounds.count} {what} of {config.name} are done, and the last "
         f"{record['attempt']} attempts were void (rounds.patience = {config.rounds.patience}): "
-        f"round {record['round']} {void.sentence(record)}. What is done is kept: go on with "
+        f"round {record['round']} {void_rounds.sentence(record)}. What is done is kept: go on with "
         "--resume when more can take part"
     )
 
@@ -221,13 +216,13 @@ def attempt(
     number, seed = plan.round, config.data.seed
     drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
     records = read_lines(folder / LOG)
-    cohort = void.cohort_of(there, [there[place] for place in drawn], records, number, seed)
-    seen = void.Seen()
+    cohort = void_rounds.cohort_of(there, [there[place] for place in drawn], records, number, seed)
+    seen = void_rounds.Seen()
     total, record, phases = summed(ask, config, cohort, plan, start, folder, dimension, seen)
     if total is None:
         spent = seen.released or unsure
         record |= {
-            "needed": void.needed(config, len(cohort), plan.survivors),
+            "needed": void_rounds.needed(config, len(cohort), plan.survivors),
             "missing": seen.missing,
             "spent": spent,
             "again": not (plan.masked and spent),
@@ -243,7 +238,7 @@ def summed(
     start: Vector,
     folder: Path,
     dimension: int,
-    seen: void.Seen,
+    seen: void_rounds.Seen,
 ) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
     """Ask a cohort for one round, or one look, of `dimension` numbers; `seen` is filled in.
 
@@ -274,7 +269,7 @@ def _step(
     mean: NDArray[np.float64],
 ) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
     if exchange is not None:
-        return updates.step(config, exchange, number, state.adapter, state.optimizer, mean)
+        return server_step.step(config, exchange, number, state.adapter, state.optimizer, mean)
     return *aggregation.apply(config.rounds, state.optimizer, state.adapter, mean), {}
 
 
@@ -284,7 +279,7 @@ def _unmoved(
     """After a void round: nothing but what is due by its number."""
     if exchange is None or exchange.groups.count == 1:
         return state.adapter, dict(state.optimizer), {}
-    return updates.turned(config, exchange, number, state.adapter, state.optimizer)
+    return server_step.turned(config, exchange, number, state.adapter, state.optimizer)
 
 
 def make_plan(
@@ -361,7 +356,7 @@ def _sum(
     folder: Path,
     dimension: int,
     masks: MaskingSettings,
-    seen: void.Seen,
+    seen: void_rounds.Seen,
 ) -> Summed:
     """The sum of the contributions, mod 2**bits; None where masking reveals none."""
     if plan.masked:
@@ -424,24 +419,24 @@ def masked_sum(
             logger.warning("left out: %s", sentence)
 
     try:
-        everybody, out, refused = masking.gather(
+        everybody, out, refused = unmasking.gather(
             plan.terms(len(adapter) if dimension is None else dimension),
             phase("keys", dict.fromkeys(cohort, b"")),
             sized=sized,
         )
         left_out(refused)
-        dealt, out, refused = masking.relay(everybody, phase("shares", out))
+        dealt, out, refused = unmasking.relay(everybody, phase("shares", out))
         left_out(refused)
-        running = masking.begin_sum(dealt)
+        running = unmasking.begin_sum(dealt)
         for client, vector in _given(ask("vector", out, plan, adapter), plan, set(out), counts):
             try:
-                masking.add_vector(running, client, vector)
+                unmasking.add_vector(running, client, vector)
             except ProtocolError as refusal:
                 left_out({client: str(refusal)})
-        listed, out = masking.close_sum(running)
-        agreed, out, refused = masking.exchange(listed, phase("confirm", out))
+        listed, out = unmasking.close_sum(running)
+        agreed, out, refused = unmasking.exchange(listed, phase("confirm", out))
         left_out(refused)
-        outcome = masking.unmask(agreed, phase("unmask", out))
+        outcome = unmasking.unmask(agreed, phase("unmask", out))
     except RoundVoid as too_few:
         logger.warning("%s", too_few)
         return None, [], counts

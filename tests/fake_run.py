@@ -5,11 +5,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from privet.client.ledger import Ledger
-from privet.client.release import budgets
-from privet.common.accounting import Charge
-from privet.common.config import Config, parse, to_toml
+from privet.client.privacy.gate import budgets
+from privet.client.privacy.ledger import Ledger
 from privet.common.errors import BudgetExceeded
+from privet.common.privacy.accounting import Charge
+from privet.common.settings.config import Config, parse, to_toml
 
 RUN = "0123456789abcdef"
 DISTANCE = 1e-18  # of the integer noise from Gaussian noise; a release's charge has one
@@ -30,7 +30,7 @@ def fake_config(**changes: Any) -> Config:
 
 
 def fake_charges(config: Config) -> tuple[Charge, ...]:
-    """What one release costs, as `client/release.py` would say it."""
+    """What one release costs, as `client/privacy/gate.py` would say it."""
     found = []
     client, example = config.privacy.client, config.privacy.example
     by_device = client.enabled and client.noise_at == "device"

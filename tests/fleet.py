@@ -21,25 +21,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privet.client import join, sources
-from privet.client import policy as policies
-from privet.client import unlock as unlock_module
-from privet.client.home import POLICY, Home
-from privet.client.limits import Policy
-from privet.client.unlock import Passphrase
-from privet.common.config import Config, parse, to_toml
+from privet.client.consent import policy as policies
+from privet.client.consent.policy_settings import Policy
+from privet.client.enrolled import join
+from privet.client.import_texts import watched_folders
+from privet.client.store import key_file as unlock_module
+from privet.client.store.device_store import POLICY, Home
+from privet.client.store.key_file import Passphrase
 from privet.common.errors import StateError
 from privet.common.files import write_atomic
-from privet.server import control, enrolment, setup
+from privet.common.settings.config import Config, parse, to_toml
+from privet.server.operations import control, enrolment, setup
 
 from .tiny import WORDS
 
-ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.experiments.main import main; main()"
+ENTRY = (
+    "import sys; sys.argv[0] = 'privet'; from privet.experiments.commands.main import main; main()"
+)
 UP = (
-    "import sys; from pathlib import Path; from privet.server import cli, services, setup\n"
+    "import sys; from pathlib import Path\n"
+    "from privet.server.operations import commands, services, setup\n"
     "server = setup.load(Path(sys.argv[1]))\n"
     "programs = dict(services.commands(server, Path('/bin/false'))); del programs['proxy']\n"
-    "cli.supervise(programs, services.environment(server), server.folder / 'logs', cli.say)"
+    "logs = server.folder / 'logs'\n"
+    "commands.supervise(programs, services.environment(server), logs, commands.say)"
 )
 PASSPHRASE = "own"
 NOISE = 16.0
@@ -406,7 +411,7 @@ def make(folder: Path, base: Path, people: int = 4) -> Fleet:
             listed = server.folder / "directory"  # of nobody yet: the rest comes by itself
             asked = join.Asked(f"127.0.0.1:{wire.port}", authority, listed, insecure=False)
             join.join(made, asked)
-            sources.rescan(made, roots=[str(words)])
+            watched_folders.rescan(made, roots=[str(words)])
             assert len(made.records()) == len(texts)
             (folder / f"card{number}.json").write_text(made.card)
         clock = Clock(folder / f"clock{number}")

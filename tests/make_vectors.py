@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from privet.client import masking as client
-from privet.common import messages
+from privet.client.privacy import masked_upload as client
 from privet.common.errors import ProtocolError
-from privet.common.keys import Directory, RoundKey
-from privet.common.masking import Graph, MaskingPolicy, Terms
-from privet.common.messages import Entry, Opened, Package, Survivors
-from privet.server import masking as server
+from privet.common.secure_aggregation import messages
+from privet.common.secure_aggregation.keys import Directory, RoundKey
+from privet.common.secure_aggregation.messages import Entry, Opened, Package, Survivors
+from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, Terms
+from privet.server import unmasking as server
 
 from .masking_party import POLICY, Party, identity, stream, terms
 

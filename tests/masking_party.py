@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from privet.client import masking as client
-from privet.common.keys import Directory, Identity
-from privet.common.masking import Graph, MaskingPolicy, Terms, default_graph
-from privet.server import masking as server
+from privet.client.privacy import masked_upload as client
+from privet.common.secure_aggregation.keys import Directory, Identity
+from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, Terms, default_graph
+from privet.server import unmasking as server
 
 PHASES = ("keys", "shares", "receive", "mask", "confirm", "unmask")
 POLICY = MaskingPolicy(smallest_cohort=5, smallest_survivors=3)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from privet.common.errors import DataError
-from privet.experiments import main
+from privet.experiments.commands import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "client", "server", "experiments")
@@ -26,12 +26,17 @@ MODULES = sorted(
     for package in PACKAGES
     for module in pkgutil.walk_packages([str(ROOT / package)], f"privet.{package}.")
 )
-no_cli = importlib.util.find_spec("privet.experiments.cli") is None
-needs_cli = pytest.mark.skipif(no_cli, reason="experiments/cli.py is not there yet")
+no_cli = importlib.util.find_spec("privet.experiments.commands.experiment") is None
+needs_cli = pytest.mark.skipif(no_cli, reason="experiments/commands/experiment.py is not there yet")
 
 
 def privet(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from privet.experiments.main import main; main()", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from privet.experiments.commands.main import main; main()",
+        *arguments,
+    ]
     variables = {**os.environ, **environment}
     return subprocess.run(
         command, capture_output=True, text=True, env=variables, check=False, timeout=600
@@ -124,7 +129,7 @@ def test_help_costs_little_more_than_the_libraries_it_is_made_of_and_never_loads
     heavy = "{'torch', 'flwr', 'opacus', 'transformers', 'peft', 'matplotlib', 'scipy'}"
     code = f"""
 import os, sys
-from privet.experiments.main import run
+from privet.experiments.commands.main import run
 code = run(["--help"])
 print("LOADED", sorted({heavy} & set(sys.modules)), code)
 print("SECONDS", sum(os.times()[:2]))
@@ -166,7 +171,12 @@ def test_an_unknown_option_is_exit_code_2_and_names_the_help() -> None:
 
 @needs_cli
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = [sys.executable, "-c", "from privet.experiments.main import main; main()", "--help"]
+    command = [
+        sys.executable,
+        "-c",
+        "from privet.experiments.commands.main import main; main()",
+        "--help",
+    ]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False, timeout=600)

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from privet.common.config import Config, parse
-from privet.common.models import BaseModel, load
+from privet.common.model.base_model import BaseModel, load
+from privet.common.settings.config import Config, parse
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>")
 WORDS = tuple(a + b + c for a in "bdgklm" for b in "aeiou" for c in ("", "n", "r", "s", "ta", "to"))

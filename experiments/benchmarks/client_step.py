@@ -2,10 +2,10 @@
 
     python -m privet.experiments.benchmarks.client_step [--config demo] [--repeats 15]
 
-Both steps are `client/training.py` on the same records and the same adapter; with DP each record's
-gradient is taken, clipped and noised by Opacus, without DP the batch's mean gradient is taken.
-The two alternate, so that a busy machine slows both. The step's share of the ceiling is its
-counted floating-point work over its time, against the best matrix product measured here.
+Both steps are `client/training/local_training.py` on the same records and the same adapter; with DP
+each record's gradient is taken, clipped and noised by Opacus, without DP the batch's mean gradient
+is taken. The two alternate, so that a busy machine slows both. The step's share of the ceiling is
+its counted floating-point work over its time, against the best matrix product measured here.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...client.data import Tokenised
-from ...client.training import Trainer, train
-from ...common import config as settings
-from ...common.adapter import Adapter, attach
-from ...common.models import load
-from ...common.noise import SystemSource
+from ...client.training.local_training import Trainer, train
+from ...client.training.records import Tokenised
+from ...common.model.adapter import Adapter, attach
+from ...common.model.base_model import load
+from ...common.privacy.noise import SystemSource
+from ...common.settings import config as settings
 from ...server.rounds import make_plan
 
 RECORDS, TOKENS = 8, 64

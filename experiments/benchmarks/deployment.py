@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...client import join, sources
-from ...client import policy as policies
-from ...client.home import POLICY, Home
-from ...client.limits import Policy
-from ...client.unlock import Passphrase
-from ...common.assets import cache_folder
-from ...common.config import Config, parse
+from ...client.consent import policy as policies
+from ...client.consent.policy_settings import Policy
+from ...client.enrolled import join
+from ...client.import_texts import watched_folders
+from ...client.store.device_store import POLICY, Home
+from ...client.store.key_file import Passphrase
 from ...common.errors import StateError
-from ...server import cli, control, enrolment, proxy, services, setup
-from .worker import Program, free_port, listening, program, wait_for
+from ...common.model.assets import cache_folder
+from ...common.settings.config import Config, parse
+from ...server.operations import commands, control, enrolment, proxy, services, setup
+from .worker_start import Program, free_port, listening, program, wait_for
 
 __all__ = [
     "Up",
@@ -35,7 +36,9 @@ __all__ = [
     "tiny_model",
 ]
 
-ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.experiments.main import main; main()"
+ENTRY = (
+    "import sys; sys.argv[0] = 'privet'; from privet.experiments.commands.main import main; main()"
+)
 PASSPHRASE = "own"
 WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
 OWNER: Mapping[str, Mapping[str, Any]] = {
@@ -107,7 +110,7 @@ def homes(folder: Path, up: Up, count: int, models: list[str]) -> list[Path]:
         with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
             (home / POLICY).write_text(policies.text(allowed))
             join.join(made, join.Asked(up.address, up.authority, None, insecure=False))
-            sources.rescan(made, roots=[str(texts)])
+            watched_folders.rescan(made, roots=[str(texts)])
             cards.append(folder / f"card{number}.json")
             cards[-1].write_text(made.card)
         found.append(home)
@@ -159,7 +162,7 @@ def followed(
     up: Up, config: Config, limit_s: float, began: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """Starts a run, waits for its end; the records of its rounds."""
-    resolved = cli.prepare(up.server, config, resume=False)
+    resolved = commands.prepare(up.server, config, resume=False)
     place = up.server.folder / "runs" / resolved.name
     number = control.start_run(up.server, place)
     began()

@@ -1,0 +1,1 @@
+"""privet: federated, differentially private personalisation of language models."""

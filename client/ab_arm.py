@@ -1,0 +1,14 @@
+"""Which arm of an A/B experiment a device is in."""
+
+from ..common.secure_aggregation.keys import Purpose, Secret, derive
+
+__all__ = ["arm_of"]
+
+
+def arm_of(key: Secret, run: str, count: int) -> int:
+    """The place of a device's arm in a run: 0 .. count - 1, each as likely, over all its rounds.
+
+    **Guarantee**: a keyed hash (HKDF with HMAC-SHA256) of the run's public id under a key of the
+    device's own. Neither the server nor the device's records decide it, and it is not sent.
+    """
+    return int.from_bytes(derive(key, Purpose.ARM, run.encode()).value) % count

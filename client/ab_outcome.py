@@ -1,0 +1,101 @@
+"""A device's part in an A/B experiment: its arm, its outcome, and the gate.
+
+**Guarantee**: the outcome goes into one vector, the vector into `client/privacy/gate.py`, and what
+that returns is all that leaves. The arm is a keyed hash (`arm_of`) and is not sent.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.ab_test import AbSettings, layout, run_settings
+from ..common.errors import DataError, PrivacyError, ProtocolError
+from ..common.privacy import noise
+from ..common.privacy.round_plan import Plan
+from ..common.settings.config import Config, TrialSettings
+from .privacy.gate import refuse_more, release
+from .privacy.ledger import Ledger
+
+__all__ = ["answered", "outcome_vector", "take_part"]
+
+
+def outcome_vector(settings: TrialSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
+    """(1, y) or (1, y, y^2) in the slots of the own arm, zeros elsewhere; zeros for None.
+
+    Args:
+        settings: the experiment the owner has accepted.
+        arm: the place of the device's arm.
+        outcome: of the person, from `low` to `high`; None where there is none yet.
+
+    Raises:
+        DataError: not a finite number, or a binary outcome that is neither 0 nor 1. A bounded one
+            beyond its bounds is clipped to them.
+    """
+    found = np.zeros((len(settings.arms), settings.entries), np.float32)
+    if outcome is None:
+        return found.ravel()
+    wrong = outcome not in (0, 1) if settings.outcome == "binary" else not np.isfinite(outcome)
+    if wrong:
+        kind = "0 or 1" if settings.outcome == "binary" else "a finite number"
+        raise DataError(f"an outcome must be {kind}; nothing was released")
+    inside = min(max(outcome, settings.low), settings.high)
+    y = 2 * (inside - settings.low) / (settings.high - settings.low) - 1
+    found[arm] = (1, y, y * y)[: settings.entries]
+    return found.ravel()
+
+
+def take_part(
+    settings: AbSettings,
+    plan: Plan,
+    client: str,
+    arm: int,
+    outcome: float | None,
+    ledger: Ledger,
+    source: noise.Source,
+) -> bytes | None:
+    """One look, run by the device.
+
+    Args:
+        settings: the device's own: a plan may be stricter, never laxer.
+        plan: the server's, of this look.
+        client: whose ledger.
+        arm, outcome: as `outcome_vector`.
+        ledger: what this device has spent.
+        source: operating system randomness; a seeded one in tests only.
+
+    Returns:
+        What leaves, to be masked where the plan has masks; None where the device declines, with
+        the reason in its ledger. A look asked again gets the same bytes again and costs nothing.
+    """
+    try:
+        return answered(
+            settings, run_settings(settings), plan, client, arm, outcome, ledger, source
+        )
+    except (PrivacyError, ProtocolError) as refusal:
+        ledger.decline(client, plan.run, plan.round, str(refusal))
+        return None
+
+
+def answered(
+    settings: TrialSettings,
+    own: Config,
+    plan: Plan,
+    client: str,
+    arm: int,
+    outcome: float | None,
+    ledger: Ledger,
+    source: noise.Source,
+) -> bytes:
+    """One look, as `take_part`; `own` are the settings that the plan is held against.
+
+    Raises:
+        PrivacyError, ProtocolError: why this device declines; nothing was spent.
+    """
+    plan.refuse_if_laxer(own, layout(settings).dimension)
+    if plan.blocks or plan.record_clip:
+        raise ProtocolError(f"look {plan.round}: an A/B experiment trains and measures nothing")
+    kept = ledger.resend(client, plan.run, plan.round, plan.digest)
+    if kept is not None:
+        return kept
+    refuse_more(ledger, client, plan, own)
+    vector = outcome_vector(settings, arm, outcome)
+    return release(vector, layout(settings).digest, plan, client, ledger, own.privacy, source)

@@ -1,0 +1,1 @@
+"""The owner's chat, offline: retrieval, profile, templates, text generation."""

@@ -1,0 +1,176 @@
+"""What a chat on a person's own device knows: adapter, head, records; and where its verdicts go.
+
+    profile               the summary, made anew with each chat
+    retrieval/<encoder>   sentence vectors of the records
+    feedback/<number>     one verdict, as `client/store/verdicts.py` reads it
+
+**Guarantee**: all of it stays in the vault, and no network is used: a model that is not in the
+cache is an error.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import safetensors.numpy
+
+from ...common.errors import AssetError, ConfigError, PrivacyError, StateError
+from ...common.model.adapter import shared
+from ...common.model.assets import CATALOGUE, status
+from ...common.model.base_model import BaseModel, load
+from ..enrolled.ab_assignment import Trial, current
+from ..personal.head import read_text_head
+from ..store import verdicts
+from ..store.device_store import Home
+from . import template_store
+from .profile import profile_of, public_chances
+from .retrieval import Encoder, Index
+from .sentence_encoder import embed_new, kept_bytes, read_kept, sentence_encoder
+from .templates import Template
+from .text_generation import Assistant, Sampling
+
+__all__ = ["BASE", "VaultRecorder", "assistant_of", "encoder_of", "index_of", "loaded"]
+
+BASE = "smollm2-135m-instruct"
+"""What answers on a device on which no run has ended yet."""
+
+TEMPLATE = "memory"
+
+
+class VaultRecorder:
+    """Verdicts into the vault, where `privet client feedback` and preference runs find them."""
+
+    def __init__(self, home: Home, run: str = "") -> None:
+        """`run`: the experiment whose arm answers (`Assistant.trial`)."""
+        self._home, self._run = home, run
+
+    def __call__(
+        self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
+        taken: bool = False,
+    ) -> int:  # fmt: skip
+        """Keep one; its number.
+
+        Raises:
+            DataError: nothing was preferred to anything: the edit is the answer itself.
+            StateError: the device keeps as many verdicts as it may.
+        """
+        said = {"kind": kind, "prompt": prompt, "answer": answer, "over": over, "edited": edited}
+        verdict = verdicts.check(said, "this verdict", time.time())
+        if self._run:
+            verdict = replace(verdict, run=self._run, taken=taken)
+        return verdicts.add(self._home, [verdict])[0]
+
+
+def assistant_of(
+    home: Home, run: str | None, template: str | None, encoder: str, sampling: Sampling
+) -> Assistant:
+    """What this device knows: the adapter and head of a run it took part in, its own records.
+
+    Args:
+        home: open.
+        run: whose adapter; its beginning will do; None: the run that ended last.
+        template: name of one in use on this device; None: what an experiment that the owner agreed
+            to says (`client/enrolled/ab_assignment.py`), else `TEMPLATE`.
+        encoder: of sentence vectors, or "none".
+        sampling: how answers are drawn.
+
+    Raises:
+        StateError: no such run has ended here.
+        ConfigError: the run predicts labels; no such template.
+        AssetError: a model is not in the cache; a chat fetches nothing.
+    """
+    chosen = _ended(home, run)
+    used, trial = _template(home, template)
+    head = None
+    if chosen is None:
+        base = loaded(BASE)
+    else:
+        config = home.run(chosen)[0].config
+        if config.outputs:
+            raise ConfigError(f"run {chosen} predicts labels; a chat needs one that makes text")
+        loaded(config.model.base)
+        adapter = shared(config)
+        content = home.vault.get(f"adapters/{chosen}") or b""
+        adapter.write(safetensors.numpy.load(content)["adapter"])
+        base = adapter.base
+        kept = home.vault.get(f"heads/{chosen}")
+        head = None if kept is None else read_text_head(kept, f"heads/{chosen}")
+    records = home.records()
+    profile = profile_of(records, public_chances(base.tokenizer))
+    home.vault.put("profile", profile.to_bytes())
+    index = index_of(home, [record.text for record in records], encoder)
+    if trial is not None and trial.arm == "shared":
+        head = None
+    name = "" if trial is None else trial.run
+    return Assistant(base, chosen or "", head, index, profile, used, sampling, name)
+
+
+def _template(home: Home, asked: str | None) -> tuple[Template, Trial | None]:
+    """The template, and the experiment it is an arm of.
+
+    An arm whose template this device has not, or trusts no more, is not taken part in: the chat is
+    as ever, and its verdicts are no outcome.
+    """
+    trial = None if asked is not None else current(home)
+    wanted = None if trial is None else trial.template
+    if wanted is not None:
+        try:
+            return template_store.trusted(home, *wanted), trial
+        except (ConfigError, PrivacyError):
+            trial = None
+    return template_store.in_use(home, asked or TEMPLATE), trial
+
+
+def index_of(home: Home, texts: Sequence[str], encoder: str) -> Index:
+    """The index over the device's records; vectors made once are in the vault."""
+    found = encoder_of(encoder)
+    if found is None or not texts:
+        return Index.build(texts)
+    name = f"retrieval/{encoder}"
+    kept = home.vault.get(name)
+    known = read_kept(kept, found(["width"]).shape[1])
+    vectors = embed_new(texts, found, known)
+    made = kept_bytes(texts, vectors)
+    if made != kept:  # also when a record has gone: its vector goes with it
+        home.vault.put(name, made)
+    return Index.build(texts, found, vectors)
+
+
+def encoder_of(name: str) -> Encoder | None:
+    """The encoder of this name, from the cache only; None for "none"."""
+    if name == "none":
+        return None
+    loaded(name)
+    return sentence_encoder(name)
+
+
+def loaded(name: str) -> BaseModel:
+    """A base model, without a network: what the catalogue has must be in the cache."""
+    if name in CATALOGUE:
+        state = next(one.state for one in status() if one.name == name)
+        if state != "ready":
+            raise AssetError(
+                f"{name} is {state} in the cache, and a chat fetches nothing: run "
+                f"`privet assets fetch {name}` first"
+            )
+    return load(name)
+
+
+def _ended(home: Home, run: str | None) -> str | None:
+    """The run whose adapter is used; None: none has ended here and none was asked for."""
+    kept = {name.partition("/")[2] for name in home.vault.names("adapters/")}
+    offered = [offer.run for offer, _ in home.runs() if offer.run in kept]
+    if run is None:
+        if kept and not offered:
+            raise StateError(
+                f"the settings of {', '.join(sorted(kept))} went when this device left its server, "
+                "and its adapter cannot be read without them; join again, or chat about another run"
+            )
+        return offered[-1] if offered else None
+    found = [name for name in offered if name == run] or [
+        name for name in offered if name.startswith(run)
+    ]
+    if len(found) != 1:
+        names = ", ".join(offered) or "none has"
+        raise StateError(f"no run {run!r} has ended on this device: {names}")
+    return found[0]

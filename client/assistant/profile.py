@@ -1,0 +1,283 @@
+"""Who somebody is in their own words: a short summary, and the text that is put before a prompt.
+
+The summary is made on the device from the person's records alone: how long they write, how they
+end their sentences, and the words and pairs of words they use more than people do. What people do
+is public: the order of a tokenizer's vocabulary, which is by frequency, read as Zipf's law.
+
+**Guarantee**: summary and context are as private as the records. They go to the model on this
+device, the screen and the vault; nothing that answers a server imports this module.
+"""
+
+import heapq
+import json
+import math
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from ...common.errors import ConfigError, StateError
+from ..training.records import Record
+from .retrieval import Hit, Index, Ways, pick
+from .templates import Template, render
+
+__all__ = ["Context", "Profile", "context", "describe", "profile_of", "public_chances"]
+
+FAVOURITES, PHRASES = 12, 6
+PRIOR = 2000.0
+"""Words of public text that stand against the person's own (shrinkage)."""
+SURE = 2.0
+"""Standard errors that a favourite's log-odds must lie above zero."""
+ZIPF = 2.7
+"""Mandelbrot's shift: a word of rank r has a chance in proportion to 1 / (r + 2.7)."""
+COMMON = 150
+"""The most frequent words of all are nobody's favourites, and no phrase has only them."""
+_SENTENCE = re.compile(r"[.!?]+")
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_WORD_STARTS = "\u0120\u2581"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A summary of one person's records; private.
+
+    Attributes:
+        records: how many it was made from.
+        words: median words of a record; `sentence`: of a sentence.
+        asks, exclaims, lower: shares of the records with a question mark, with an exclamation
+            mark, beginning in lower case.
+        favourites: own words, the surest first; `phrases`: pairs of words, likewise.
+        label: mean or most frequent label; None without labels.
+    """
+
+    records: int
+    words: float
+    sentence: float
+    asks: float
+    exclaims: float
+    lower: float
+    favourites: tuple[str, ...] = field(repr=False)
+    phrases: tuple[str, ...] = field(repr=False)
+    label: float | str | None = field(repr=False)
+
+    def to_bytes(self) -> bytes:
+        """As the vault keeps it."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Profile":
+        """What `to_bytes` wrote.
+
+        Raises:
+            StateError: it is something else.
+        """
+        try:
+            table = json.loads(content)
+            for name in ("favourites", "phrases"):
+                table[name] = tuple(map(str, table[name]))
+            return cls(**table)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StateError(f"the kept profile cannot be read ({error}); make it again") from None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What goes to the model, and what it was made from.
+
+    Attributes:
+        text: the template, filled in, with the prompt.
+        tokens: of `text`.
+        hits: the texts of the history that are in it.
+        with_profile: whether the summary is.
+    """
+
+    text: str = field(repr=False)
+    tokens: int
+    hits: tuple[Hit, ...]
+    with_profile: bool
+
+
+def public_chances(tokenizer: Any) -> dict[str, float]:
+    """How likely each word is among people: Zipf's law over a tokenizer's order; sums to 1.
+
+    Byte-pair and WordPiece vocabularies list what is frequent first. Only tokens that begin a word
+    count, where the vocabulary marks them.
+    """
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    marked = [token[1:] for token in tokens if token[:1] in _WORD_STARTS]
+    ranks: dict[str, int] = {}
+    for token in marked or tokens:
+        word = token.lower()
+        if word.isalpha() and (len(word) > 1 or word in "ai") and word not in ranks:
+            ranks[word] = len(ranks) + 1
+    total = sum(1 / (rank + ZIPF) for rank in ranks.values())
+    return {word: 1 / (rank + ZIPF) / total for word, rank in ranks.items()}
+
+
+def profile_of(records: Sequence[Record], public: Mapping[str, float]) -> Profile:
+    """The summary of somebody's records.
+
+    A favourite is used at least three times, in two records at least, and its log-odds against
+    the public chances, shrunken by a Dirichlet prior of `PRIOR` words, lie `SURE` standard errors
+    above zero (Monroe, Colaresi and Quinn, Fightin' Words, 2008, section 3.3). A phrase is a pair
+    of words that follow each other more often than their own chances say, by the same rule.
+
+    Args:
+        records: earliest first; none: an empty summary.
+        public: word -> chance, from `public_chances`.
+    """
+    rows = [_WORD.findall(record.text.lower()) for record in records]
+    lengths = [len(row) for row in rows]
+    sentences = [
+        len(_WORD.findall(part))
+        for record in records
+        for part in _SENTENCE.split(record.text)
+        if _WORD.search(part)
+    ]
+    rare = min(public.values(), default=1e-6)
+    words = Counter(word for row in rows for word in row)
+    pairs = Counter(pair for row in rows for pair in pairwise(row))
+    total = sum(words.values())
+    chance = {word: public.get(word, rare) for word in words}
+    by_chance = {pair: (words[pair[0]] / total) * (words[pair[1]] / total) for pair in pairs}
+    spread = Counter(word for row in rows for word in set(row))
+    spread_pairs = Counter(pair for row in rows for pair in set(pairwise(row)))
+    common = set(heapq.nlargest(COMMON, public, key=lambda word: public[word]))
+    own = {word: n for word, n in words.items() if len(word) > 2 and word not in common}
+    said = {pair: n for pair, n in pairs.items() if not common.issuperset(pair)}
+    favourites = _surest(own, total, chance, spread)[:FAVOURITES]
+    phrases = _surest(said, pairs.total(), by_chance, spread_pairs)[:PHRASES]
+    return Profile(
+        records=len(records),
+        words=statistics.median(lengths) if lengths else 0.0,
+        sentence=statistics.median(sentences) if sentences else 0.0,
+        asks=_share(records, lambda text: "?" in text),
+        exclaims=_share(records, lambda text: "!" in text),
+        lower=_share(records, lambda text: text[:1].islower()),
+        favourites=tuple(favourites),
+        phrases=tuple(" ".join(pair) for pair in phrases),
+        label=_label([record.label for record in records if record.label is not None]),
+    )
+
+
+def describe(profile: Profile) -> str:
+    """The summary in a few short sentences of English; empty without records."""
+    if not profile.records:
+        return ""
+    said = [f"Writes about {profile.words:.0f} words at a time."]
+    if profile.favourites:
+        said.append(f"Often uses: {', '.join(profile.favourites)}.")
+    if profile.phrases:
+        said.append(f"Often says: {', '.join(profile.phrases)}.")
+    habits = [
+        habit
+        for share, habit in (
+            (profile.asks, "asks questions"),
+            (profile.exclaims, "exclaims"),
+            (profile.lower, "begins in lower case"),
+        )
+        if share >= 1 / 3
+    ]
+    if habits:
+        said.append(f"Often {' and '.join(habits)}.")
+    if isinstance(profile.label, float):
+        said.append(f"Rates at {profile.label:.2g} on average.")
+    elif profile.label is not None:
+        said.append(f"Mostly says: {profile.label}.")
+    return " ".join(said)
+
+
+def context(
+    template: Template,
+    prompt: str,
+    index: Index,
+    count: Callable[[str], int],
+    budget: int,
+    *,
+    profile: Profile | None = None,
+    ways: Ways | None = None,
+    shown: Sequence[str] | None = None,
+    before: int | None = None,
+) -> Context:
+    """The prompt with what the template puts around it: summary first, then texts that fit.
+
+    What fits the prompt best stands nearest to it. Summary and texts are left out of a template
+    that has no place for them.
+
+    Args:
+        template: whose.
+        prompt: what the person asks; also the query.
+        index: over the history.
+        count: tokens of a text.
+        budget: tokens of the whole beyond those of the prompt alone.
+        profile: None for none.
+        ways: how the history is searched.
+        shown: what to show of each text, one a text; None: the text itself.
+        before: only texts at places below it.
+
+    Raises:
+        ConfigError: the bare template does not fit the budget, or `shown` has another length.
+
+    **Guarantee**: `tokens` is at most `budget` more than `count(prompt)`.
+    """
+    texts = index.texts if shown is None else shown
+    if len(texts) != len(index.texts):
+        raise ConfigError(f"{len(texts)} texts to show for {len(index.texts)} in the index")
+    most = budget + count(prompt)
+    used = count(render(template, prompt=prompt))
+    if used > most:
+        raise ConfigError(
+            f"template {template.name!r} takes {used - most} tokens more than the budget of "
+            f"{budget}; raise it, or take another template"
+        )
+    summary = "" if profile is None or "{profile}" not in template.text else describe(profile)
+    if summary and count(render(template, prompt=prompt, profile=summary)) > most:
+        summary = ""
+    picked: list[Hit] = []
+    if "{history}" in template.text:
+        used = count(render(template, prompt=prompt, profile=summary))
+        hits = index.search(prompt, 30, ways, before)
+        lengths = [1 + count(texts[hit.place]) for hit in hits]
+        picked = pick(index, hits, lengths, most - used)
+    while True:
+        history = "\n\n".join(texts[hit.place] for hit in reversed(picked))
+        text = render(template, prompt=prompt, profile=summary, history=history)
+        tokens = count(text)
+        if tokens <= most:
+            return Context(text, tokens, tuple(picked), bool(summary))
+        picked.pop()
+
+
+def _surest(
+    counts: Mapping[Any, int],
+    total: int,
+    chances: Mapping[Any, float],
+    spread: Mapping[Any, int],
+) -> list[Any]:
+    """What is used more than its chance, the surest first."""
+    found = []
+    for one, used in counts.items():
+        chance = chances[one]
+        if used < 3 or spread[one] < 2 or chance >= 0.5:
+            continue
+        prior = PRIOR * chance
+        own = (used + prior) / max(total + PRIOR - used - prior, 1.0)
+        sure = (math.log(own) - math.log(chance / (1 - chance))) * math.sqrt(used + prior)
+        if sure > SURE:
+            found.append((-sure, one))
+    return [one for _, one in sorted(found)]
+
+
+def _share(records: Sequence[Record], said: Callable[[str], bool]) -> float:
+    return sum(said(record.text) for record in records) / len(records) if records else 0.0
+
+
+def _label(labels: Sequence[float | str]) -> float | str | None:
+    numbers = [label for label in labels if isinstance(label, float | int)]
+    if numbers and len(numbers) == len(labels):
+        return float(statistics.fmean(numbers))
+    return Counter(map(str, labels)).most_common(1)[0][0] if labels else None

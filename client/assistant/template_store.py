@@ -1,0 +1,179 @@
+"""The templates of one device: versions kept in its vault, one of each name in use.
+
+**Guarantee**: a template gets in only signed by a publisher the owner trusts; a name belongs to the
+publisher who used it first; a version is never replaced, and a lower one never comes from outside
+(`rollback` is the owner's). A publisher who is trusted no more is used no more.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...common.errors import ConfigError, PrivacyError
+from ..store.device_store import Home
+from .templates import Template, builtins, claimed, read
+
+__all__ = [
+    "Kept",
+    "add",
+    "changes",
+    "earlier",
+    "find",
+    "in_use",
+    "kept",
+    "rollback",
+    "trusted",
+    "weigh",
+]
+
+_KEPT, _USED = "prompts/", "prompts-in-use/"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One version on this device.
+
+    Attributes:
+        template: its content.
+        used: whether it is the one of its name that is in use.
+        refused: why it is not used any more; empty: it is trusted.
+    """
+
+    template: Template
+    used: bool
+    refused: str = ""
+
+
+def kept(home: Home) -> list[Kept]:
+    """Every version of every template, by name, the newest first."""
+    trusted = home.policy.prompts.publishers
+    found = [Kept(template, used=True) for template in builtins().values()]
+    for name in home.vault.names(_KEPT):
+        content = home.vault.get(name) or b""
+        used = home.vault.get(_USED + name.split("/")[1]) == name.split("/")[2].encode()
+        try:
+            found.append(Kept(read(content, name, trusted), used))
+        except PrivacyError as refusal:
+            found.append(Kept(read(content, name, {claimed(content, name)}), used, str(refusal)))
+    found.sort(key=lambda one: one.template.number, reverse=True)
+    return sorted(found, key=lambda one: one.template.name)
+
+
+def find(home: Home, name: str, version: str | None = None) -> Kept:
+    """One of them: the version in use, or the one named.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    every = [one for one in kept(home) if one.template.name == name]
+    if not every:
+        known = ", ".join(sorted({one.template.name for one in kept(home)}))
+        raise ConfigError(f"there is no template {name!r}; there are {known}")
+    chosen = [o for o in every if (o.used if version is None else o.template.version == version)]
+    if not chosen:
+        versions = ", ".join(one.template.version for one in every)
+        raise ConfigError(f"template {name!r} has no version {version}; there are {versions}")
+    return chosen[0]
+
+
+def in_use(home: Home, name: str) -> Template:
+    """The template that is used under this name.
+
+    Raises:
+        ConfigError: there is none.
+        PrivacyError: its publisher is trusted no more.
+    """
+    return trusted(home, name)
+
+
+def trusted(home: Home, name: str, version: str | None = None) -> Template:
+    """A version that is kept, or the one in use (None).
+
+    Raises:
+        As `in_use`.
+    """
+    found = find(home, name, version)
+    if found.refused:
+        raise PrivacyError(found.refused)
+    return found.template
+
+
+def weigh(home: Home, content: bytes, where: str) -> tuple[Template, Template | None]:
+    """What adding this file would mean: the new template, and the one it takes the place of.
+
+    Raises:
+        ConfigError: malformed.
+        PrivacyError: unsigned, untrusted, changed; a version that is not above all kept ones; a
+            name that another publisher uses.
+    """
+    new = read(content, where, home.policy.prompts.publishers)
+    same = [one for one in kept(home) if one.template.name == new.name]
+    for one in same:
+        if one.template.publisher != new.publisher:
+            owner = one.template.publisher or "privet itself"
+            raise PrivacyError(f"{where}: the name {new.name!r} belongs to {owner}; choose another")
+    if same and same[0].template.number >= new.number:
+        raise PrivacyError(
+            f"{where} is version {new.version} of {new.name!r}, and this device has "
+            f"{same[0].template.version}: only a higher one is taken (privet prompts rollback "
+            "goes back to a version that is kept)"
+        )
+    return new, next((one.template for one in same if one.used), None)
+
+
+def add(home: Home, content: bytes, where: str) -> Template:
+    """Take a template in and use it.
+
+    Raises:
+        As `weigh`.
+    """
+    with home.vault.transaction():  # of two programs that add, one sees what the other did
+        new, _ = weigh(home, content, where)
+        home.vault.put_all(
+            {
+                f"{_KEPT}{new.name}/{new.version}": content,
+                f"{_USED}{new.name}": new.version.encode(),
+            }
+        )
+    return new
+
+
+def earlier(home: Home, name: str, version: str | None = None) -> tuple[Template, Template]:
+    """The version in use, and the one `rollback` would use: the one before, or the one named.
+
+    Raises:
+        ConfigError: there is no such version.
+        PrivacyError: its publisher is trusted no more.
+    """
+    present = find(home, name).template
+    if version is None:
+        every = [one for one in kept(home) if one.template.name == name]
+        lower = [one for one in every if one.template.number < present.number]
+        if not lower:
+            raise ConfigError(f"template {name!r} has no version before {present.version}")
+        chosen = lower[0]
+    else:
+        chosen = find(home, name, version)
+    if chosen.refused:
+        raise PrivacyError(chosen.refused)
+    return present, chosen.template
+
+
+def rollback(home: Home, name: str, version: str | None = None) -> Template:
+    """Use an earlier version again.
+
+    Raises:
+        As `earlier`.
+    """
+    with home.vault.transaction():
+        _, chosen = earlier(home, name, version)
+        if chosen.publisher is not None:  # what comes with privet has one version
+            home.vault.put(_USED + name, chosen.version.encode())
+    return chosen
+
+
+def changes(before: Template | None, after: Template) -> Sequence[str]:
+    """Line by line, as `diff -u`; all of it is new where there was none."""
+    old = [] if before is None else before.lines()
+    names = ("nothing" if before is None else before.version, after.version)
+    return list(difflib.unified_diff(old, after.lines(), *names, lineterm="", n=2))

@@ -1,0 +1,1 @@
+"""What the owner types: `privet client`, and what it prints."""

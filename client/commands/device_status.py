@@ -1,0 +1,143 @@
+"""What the owner may ask of a device at any time: how it is, what it has spent, what has left.
+
+`facts` answers at once: it loads neither a model nor an accountant. Nothing here quotes a record.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...common.errors import PrivetError, StateError
+from ..consent import device_conditions
+from ..enrolled import pinned_directory
+from ..import_texts import watched_folders
+from ..runtime import connection
+from ..store.device_store import ME, Home, Sent
+from ..store.erase import LOCK
+
+if TYPE_CHECKING:
+    from ..privacy.ledger import Row
+
+__all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
+
+
+def facts(home: Home) -> dict[str, Any]:
+    """How this device is: everything but epsilon, whose accountant takes a second to load."""
+    joined, held, note = home.joined, watched_folders.read(home), home.last_note
+    running = worker(home.folder)
+    found: dict[str, Any] = {
+        "home": str(home.folder),
+        "server": None if joined is None else joined.server,
+        "insecure": joined is not None and joined.insecure,
+        "closed": joined is not None and joined.closed,
+        "directory": pinned_directory.facts(home),
+        "paused": home.paused,
+        "worker": running,
+        "connection": None if joined is None else _connection(home, joined.server, running),
+        "records": held.records,
+        "sources": list(held.roots),
+        "runs": runs(home),
+        "releases": home.releases,
+        "note": None if note is None else {"time": note[0], "sentence": note[1]},
+    }
+    try:
+        policy = home.policy
+        reading = device_conditions.read_conditions(paused=home.paused)
+        found["not_now"] = device_conditions.not_now(policy, datetime.now(), reading)
+        found["budget"] = {"client": policy.budget.client, "example": policy.budget.example}
+    except PrivetError as error:  # the rest is worth showing, and rounds are declined meanwhile
+        found["not_now"], found["budget"] = str(error), None
+    return found
+
+
+def _connection(home: Home, server: str, running: int | None) -> dict[str, Any]:
+    """Whether the server is reached, since when not, what failed, and a sentence of it."""
+    found = connection.read(home.folder, server)
+    reached, said = connection.sentence(found, running is not None, time.time())
+    kind = None if reached else found.kind or "not heard"
+    return {"ok": reached, "reached": found.reached or None, "failed": kind, "sentence": said}
+
+
+def runs(home: Home) -> list[dict[str, Any]]:
+    """Every offer kept, oldest first, and what became of it.
+
+    `state`: agreed, declined, changed (since the owner agreed), or waits.
+    """
+    return [
+        {
+            "run": offer.run,
+            "server": offer.server,
+            "received": offer.received,
+            "state": _state(home, offer.run) if consent is None else "agreed",
+            "agreed": None if consent is None else consent.time,
+            "by": None if consent is None else consent.how,
+        }
+        for offer, consent in home.runs()
+    ]
+
+
+def _state(home: Home, run: str) -> str:
+    if home.declined(run):
+        return "declined"
+    return "waits" if home.agreed(run) is None else "changed"
+
+
+def worker(folder: Path) -> int | None:
+    """The process that holds the worker's place in a home; None: nobody does."""
+    with suppress(OSError, ValueError):
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            holder = int(os.pread(handle, 20, 0))
+            os.kill(holder, 0)  # asks first, so that a worker that starts now meets no lock
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return holder
+        finally:
+            os.close(handle)
+    return None
+
+
+def budget(home: Home) -> dict[str, Any]:
+    """What was spent, composed from the ledger (`client/privacy/spending.py`)."""
+    from ..privacy.spending import spending
+
+    return spending(home)
+
+
+def outbox(home: Home) -> list[dict[str, Any]]:
+    """Every byte-string that left, oldest first, each with the release it belongs to, if any."""
+    sent = home.outbox()
+    rows = _rows(home) if sent else {}
+    return [{**asdict(one), "release": _number(rows, one)} for one in sent]
+
+
+def release_of(home: Home, seq: int) -> tuple[Sent, "Row | None"]:
+    """One byte-string and the ledger's row it belongs to.
+
+    Raises:
+        StateError: nothing with that number has left.
+    """
+    found = next((one for one in home.outbox() if one.seq == seq), None)
+    if found is None:
+        raise StateError(f"nothing with number {seq} has left; `privet client outbox` lists it all")
+    return found, _row(_rows(home), found)
+
+
+def _rows(home: Home) -> Mapping[tuple[str, int], "Row"]:
+    return {(row.run, row.round): row for row in home.ledger.rows(ME)}
+
+
+def _row(rows: Mapping[tuple[str, int], "Row"], sent: Sent) -> "Row | None":
+    """Keys, shares and signatures cost nothing: only a contribution is a release."""
+    return rows.get((sent.run, sent.round)) if sent.phase in ("round", "vector") else None
+
+
+def _number(rows: Mapping[tuple[str, int], "Row"], sent: Sent) -> int | None:
+    row = _row(rows, sent)
+    return None if row is None else row.seq

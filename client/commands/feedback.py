@@ -1,0 +1,188 @@
+"""`privet client feedback`: what the owner thought of answers; it stays on the device.
+
+No command here loads torch. Texts are printed only where the owner asks for them (`list --texts`),
+and are better given in a file than on the command line, which other programs can read.
+"""
+
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ...common.errors import ConfigError, DataError
+from . import printing
+from .options import AsJson, HomeFolder, PassphraseFile, opened
+
+if TYPE_CHECKING:
+    from ..store.verdicts import Verdict
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Accept, reject, edit: your preferences, on this device.", no_args_is_help=True
+)
+
+
+LARGEST = 64 * 2**20
+"""Bytes of a file of verdicts."""
+
+
+@app.command("add")
+def add(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE", help="JSON Lines, a verdict a line; - is standard input."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What was asked.")] = "",
+    accept: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="You took this answer.")
+    ] = None,
+    over: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="With --accept: the other one shown.")
+    ] = None,
+    reject: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="You refused this answer.")
+    ] = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="ANSWER", help="You changed this answer.")
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --edit: what it became.")
+    ] = None,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Record a verdict on an answer, or a file of them; all are kept, or none."""
+    from ..store import verdicts as feedback
+
+    options = {"accept": accept, "reject": reject, "edit": edit}
+    given = [name for name, text in options.items() if text is not None]
+    if file is not None and (given or over is not None or to is not None or prompt):
+        raise ConfigError("a file and a verdict were given: choose one of them")
+    if file is None and len(given) != 1:
+        raise ConfigError(
+            f"{len(given)} verdicts were given: say one of --accept, --reject, --edit, or name a "
+            "file of verdicts"
+        )
+    now = time.time()
+    if file is not None:
+        verdicts = _read(file, now)
+    else:
+        fields = {"kind": given[0], "prompt": prompt, "answer": options[given[0]]}
+        verdicts = [feedback.check({**fields, "over": over, "edited": to}, "the verdict", now)]
+    with opened(home, passphrase) as found:
+        numbers = feedback.add(found, verdicts)
+        counts = _counts(feedback.kept(found).values())
+    said = f"{len(numbers):,} verdict{'' if len(numbers) == 1 else 's'} recorded; "
+    printing.say(as_json, {"kept": numbers, **counts}, f"{said}{_spoken(counts)}.")
+
+
+@app.command("list")
+def list_(
+    texts: Annotated[bool, typer.Option("--texts", help="Print the texts too.")] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="The pairs they give instead.")] = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is kept: number, day, kind; with --texts also what was said."""
+    from ..store import verdicts as feedback
+
+    with opened(home, passphrase) as found:
+        every = feedback.kept(found)
+    counts = _counts(every.values())
+    rows = _pair_rows(every, texts) if pairs else _rows(every, texts)
+    if as_json:
+        printing.dump({**counts, "pairs" if pairs else "verdicts": rows})
+        return
+    if rows:
+        printing.table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    print(f"{_spoken(counts)}.")
+
+
+@app.command("forget")
+def forget(
+    numbers: Annotated[
+        list[int] | None, typer.Argument(metavar="NUMBER...", help="As `list` numbers them.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
+    home: HomeFolder = None,
+    passphrase: PassphraseFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase verdicts from this device; what was trained on them is not undone."""
+    from ..store import verdicts as feedback
+
+    if bool(numbers) == every:
+        raise ConfigError("name the verdicts to forget by their numbers, or say --all")
+    with opened(home, passphrase) as found:
+        gone = feedback.forget(found, None if every else numbers)
+        counts = _counts(feedback.kept(found).values())
+    said = f"{gone:,} verdict{'' if gone == 1 else 's'} erased; {_spoken(counts)}."
+    printing.say(as_json, {"forgotten": gone, **counts}, said)
+
+
+def _read(file: Path, now: float) -> "list[Verdict]":
+    """A verdict a line; the error names the line.
+
+    Raises:
+        DataError: unreadable, too large, or a line that is no verdict.
+    """
+    from ...common.files import explain_os_errors
+    from ..store.verdicts import check
+    from ..training.records import decode_line
+
+    if str(file) == "-":
+        content = sys.stdin.buffer.read(LARGEST + 1)
+    else:
+        with explain_os_errors(file, "read verdicts from"), open(file, "rb") as opened:
+            content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise DataError(f"{file}: more than {LARGEST:,} bytes; split it into several files.")
+    lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{file}: expected a verdict a line, found none.")
+    return [check(decode_line(line, f"{file}, line {n}"), f"{file}, line {n}", now)
+            for n, line in lines]  # fmt: skip
+
+
+def _counts(verdicts: Any) -> dict[str, int]:
+    from ..store.verdicts import pairs
+
+    every = list(verdicts)
+    return {"verdicts_kept": len(every), "pairs_formed": len(pairs(every))}
+
+
+def _spoken(counts: dict[str, int]) -> str:
+    kept, pairs = counts["verdicts_kept"], counts["pairs_formed"]
+    return f"{kept:,} kept in all, pairs they give: {pairs:,}"
+
+
+def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+    rows = []
+    for number, one in every.items():
+        row: dict[str, Any] = {"number": number, "day": _day(one.time), "kind": one.kind}
+        if texts:
+            row |= {"prompt": one.prompt, "answer": one.answer, "other": one.edited or one.over}
+        rows.append(row)
+    return rows
+
+
+def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+    from ..store.verdicts import pairs
+
+    rows = []
+    for pair in pairs(every.values()):
+        row: dict[str, Any] = {"day": _day(pair.time)}
+        lengths = {"chosen": len(pair.chosen), "rejected": len(pair.rejected)}
+        said = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        rows.append(row | (said if texts else {f"{k} characters": n for k, n in lengths.items()}))
+    return rows
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).date().isoformat()

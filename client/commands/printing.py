@@ -1,0 +1,380 @@
+"""How the commands of `client/commands/client.py` print: tables, JSON, sentences.
+
+**Guarantee**: names that come from a server or a disk are printed as text that a terminal does not
+obey.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...common.privacy.accounting import Charge
+    from ..import_texts.watched_folders import Scanned
+    from ..privacy.ledger import Row
+    from ..store.device_store import Sent
+
+__all__ = [
+    "budget",
+    "directory",
+    "dump",
+    "line",
+    "outbox",
+    "progress",
+    "runs",
+    "say",
+    "scan",
+    "sent",
+    "status",
+    "table",
+]
+
+FEW = 12
+"""Lines of a list that are shown without --all."""
+
+
+def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
+    """What a scan took and what it left out, with the reasons; `every`: however many."""
+    if as_json:
+        found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
+        ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
+        counts = {name: getattr(scanned, name) for name in ("unchanged", "gone", "records")}
+        dump({"files": found, "ignored": ignored, **counts})
+        return
+    shown = scanned.found if every else scanned.found[:FEW]
+    if shown:
+        table(("file", "records"), [(path, count) for path, count, _ in shown])
+    if len(shown) < len(scanned.found):
+        rest = scanned.found[len(shown) :]
+        records = sum(count for _, count, _ in rest)
+        print(f"… and {len(rest):,} more files with {records:,} records (--all shows them)")
+    left_out = [(path, note) for path, _, notes in scanned.found for note in notes]
+    _reasons("left out of a file", left_out, every)
+    _reasons("ignored", scanned.ignored, every)
+    said = f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
+    print(f"{said}{scanned.records:,} records in all")
+
+
+def _reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
+    """A line each where they are few, else a line for each reason."""
+    if not lines:
+        return
+    if every or len(lines) <= FEW:
+        table((title, "why"), lines)
+        return
+    groups: dict[str, list[str]] = {}
+    for path, reason in lines:
+        groups.setdefault(reason, []).append(path)
+    largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+    rows = [(f"{len(paths):,}, such as {paths[0]}", why) for why, paths in largest[:FEW]]
+    table((title, "why"), rows)
+    if len(largest) > FEW:
+        print(f"… and {len(largest) - FEW:,} more reasons (--all shows every line)")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[object], None]]:
+    """A line that says how many files were looked at, where there is a terminal to see it."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    files = records = 0
+    with Console(stderr=True).status("looking") as shown:
+
+        def step(item: object) -> None:
+            nonlocal files, records
+            files, records = files + 1, records + len(getattr(item, "records", ()))
+            shown.update(f"{files:,} files, {records:,} new records")
+
+        yield step
+
+
+def runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """The offers, a line each."""
+    if as_json:
+        dump({"runs": found})
+    elif not found:
+        print("No run was offered to this device yet.")
+    else:
+        rows = [(one["run"], one["server"], _when(one["received"]), _word(one)) for one in found]
+        table(("run", "server", "offered", ""), rows)
+        print("In full, before you decide: privet client runs RUN")
+
+
+def _word(run: Mapping[str, Any]) -> str:
+    words = {"waits": "waits for your yes", "changed": "was changed: waits for another yes"}
+    if run["state"] != "agreed":
+        return words.get(str(run["state"]), str(run["state"]))
+    by = "you" if run["by"] == "owner" else "policy.toml"
+    return f"agreed by {by}, {_when(run['agreed'])}"
+
+
+def status(facts: Mapping[str, Any], as_json: bool) -> None:
+    """How the device is, a line for each thing."""
+    if as_json:
+        dump(facts)
+        return
+    for label, text in _lines(facts):
+        print(f"{label:<9}{text}")
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "home", facts["home"]
+    insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
+    yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
+    if facts["server"]:
+        for text in _fleet(facts["directory"]):
+            yield "fleet", text
+    running = facts["worker"]
+    yield (
+        "worker",
+        "not running (`privet client start`)" if running is None else f"process {running}",
+    )
+    if facts["server"]:
+        link = facts["connection"]
+        yield "link", link["sentence"]
+        able = "takes part when it is asked" if link["ok"] else "cannot be asked: see above"
+        yield "now", facts["not_now"] or able
+    if not facts["sources"]:
+        yield "records", "none (`privet client add PATH...`)"
+    else:
+        yield "records", f"{facts['records']:,} of {len(facts['sources'])} sources"
+    for one in facts["runs"]:
+        yield "run", f"{one['run']}: {_word(one)}"
+    if not facts["runs"]:
+        yield "run", "none was offered yet"
+    yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
+    if facts["note"] is not None:
+        yield "note", f"{_when(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
+
+
+def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
+    """Who the other devices are, by whose word, and what came last."""
+    if facts is None:
+        yield (
+            "open: any device that the server shows may exist; against a server that invents some "
+            "only this device's own share of the noise holds"
+        )
+        return
+    if not facts["signed"]:
+        yield f"{facts['enrolled']} devices, a list that nobody signed and that stays as it is"
+        return
+    if not facts["fleet"]:
+        yield f"no directory has come yet; the first one under the key {facts['key']} is taken"
+        return
+    yield (
+        f"{facts['fleet']}: {facts['enrolled']} devices, version {facts['version']}, signed by "
+        f"{facts['key']}"
+    )
+    yield f"head {facts['head']}, to compare with other owners"
+    if not facts["listed"]:
+        yield "this device is not in it: send the operator its card (`privet client card`)"
+    if facts["last"] is not None:
+        yield f"{_when(facts['last'][0])}: {_plain(facts['last'][3])}"
+
+
+def directory(facts: Mapping[str, Any], history: Sequence[tuple[float, int, str, str]]) -> None:
+    """The signed directory, and what became of it."""
+    for text in _fleet({**facts, "last": None}):
+        print(text)
+    if history:
+        rows = [(_when(t), version, _plain(said)) for t, version, _, said in history]
+        table(("when", "version held", "what"), rows)
+
+
+def budget(facts: Mapping[str, Any], as_json: bool) -> None:
+    """What was spent, a line for each unit, adversary and adjacency, with what it rests on."""
+    from ..consent.offer_description import NEIGHBOURS, UNITS
+
+    if as_json:
+        dump(facts)
+        return
+    rows = [
+        (UNITS[line["unit"]], against, epsilon, limit, line["releases"],
+         f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}")
+        for line in facts["lines"]
+        for against, epsilon, limit in _figures(line)
+    ]  # fmt: skip
+    if not rows:
+        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
+        print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
+        return
+    table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
+    print(
+        f"delta = {facts['delta']:g}. However sure somebody was before that something hidden here "
+        "is so, all that this device has released changes the odds by at most e to the power of "
+        "epsilon, but for a chance of delta. A budget is for life; a release that would pass it "
+        "is declined. It is that of this home: another device with your records, or a home begun "
+        "after `forget`, has its own, and what is learnt of you adds up. What is left if the masks "
+        "fail is limited by none for all your records together."
+    )
+    for said in _rests(facts):
+        print(said)
+    for line in facts["lines"]:
+        if line["colluding"]:
+            _colluding(line)
+
+
+def _figures(line: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Against whom, epsilon, and its limit: the claim, and what masks would give beside it."""
+    from ..consent.offer_description import AGAINST
+
+    against = AGAINST[line["against"]]
+    if line["with_masks"] is not None:
+        said = "this device's own share of the noise: no closed directory"
+        if line["conditions"]:
+            said += f"; {line['alone']} of {line['releases']} releases"
+        against += f" ({said})"
+    if line["conditions"]:
+        against += f" (if: {'; '.join(line['conditions'])})"
+    limit = "no limit" if line["budget"] is None else f"{line['budget']:g}"
+    yield against, _bound(line) if line["known"] else "not known", limit
+    if line["with_masks"] is not None:
+        conditions = "; ".join(line["with_masks"]["conditions"])
+        against = f"{AGAINST[line['against']]}, only if: {conditions}"
+        yield against, _bound(line["with_masks"]), "no claim"
+
+
+def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
+    if any(line["with_masks"] for line in facts["lines"]):
+        yield (
+            "Without a closed directory a server may invent the other devices of a round; then the "
+            "own share of the noise alone hides you, and that is what is counted. `privet "
+            "client join --directory FILE`, with the operator's list, changes it for what comes."
+        )
+    if facts["older"]:
+        yield (
+            f"Of {facts['older']} releases, which an older privet wrote down without their plans, "
+            "it is not known what is left if the masks fail."
+        )
+
+
+def _colluding(line: Mapping[str, Any]) -> None:
+    """Epsilon by the number of devices that work with the server."""
+    found = line["colluding"]
+    rows = found["rows"]
+    notes = {
+        rows[-1]["colluding"]: "this device's own share: the masks failed",
+        found["agreed"]: "the number agreed to",
+    }
+    print(
+        "\nIf devices work with the server, all your records together, epsilon against the server"
+        + (" (only if nobody on the roster was invented):" if line["with_masks"] else ":")
+    )
+    table(
+        ("devices", "epsilon", ""),
+        [(row["colluding"], _bound(row), notes.get(row["colluding"], ""))
+         for row in rows],
+    )  # fmt: skip
+    print(
+        "The masks are built for at most the number agreed to; with more they may fail, and then "
+        "the last row is what is left."
+    )
+
+
+def _bound(figure: Mapping[str, Any]) -> str:
+    """A figure; of a share that hides too little for a bound, what Gaussian noise would hide."""
+    if figure["epsilon"] is None:
+        return "no bound"
+    said = f"{figure['epsilon']:.3f}"
+    return said if figure.get("bound", True) else f"no bound (as Gaussian noise {said})"
+
+
+def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """What has left, a line each."""
+    if as_json:
+        dump({"outbox": every})
+    elif not every:
+        print("Nothing has left this device.")
+    else:
+        rows = [
+            (
+                one["seq"],
+                _when(one["time"]),
+                one["server"],
+                one["run"],
+                one["round"],
+                one["phase"],
+                f"{one['bytes']:,}",
+                one["sha256"][:16],
+                "" if one["release"] is None else one["release"],
+            )
+            for one in every
+        ]
+        heads = ("no", "when", "to", "run", "round", "phase", "bytes", "SHA-256", "release")
+        table(heads, rows)
+        print("Without a release: keys, shares of masks and signatures, which say nothing of you.")
+
+
+def sent(one: "Sent", row: "Row | None", path: Path | None, as_json: bool) -> None:
+    """One byte-string in full, with the release it belongs to."""
+    charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
+    release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
+    if as_json:
+        dump({**asdict(one), "release": release, "payload": path and str(path)})
+        return
+    rows = [
+        (name, _when(value) if name == "time" else value) for name, value in asdict(one).items()
+    ]
+    if row is not None:
+        rows += [("release", row.seq), ("plan", row.plan)]
+        rows += [("cost", _cost(charge)) for charge in row.charges]
+    table(("", ""), rows)
+    if path is not None:
+        print(f"{path} has its bytes")
+
+
+def _cost(charge: "Charge") -> str:
+    return (
+        f"{charge.unit}-level, against the {charge.against} ({charge.adjacency}): noise multiplier "
+        f"{charge.noise_multiplier:g}, sampling rate {charge.sampling_rate:g}, steps {charge.steps}"
+    )
+
+
+def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
+    """A sentence, or the facts as JSON."""
+    if as_json:
+        dump(facts)
+    else:
+        print(sentence)
+
+
+def dump(value: Any) -> None:
+    """JSON, on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Columns under `heads`; without a box, so that it is copied as text."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, show_header=any(heads))
+    for head in heads:
+        made.add_column(head, overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_plain(cell)) for cell in row))
+    Console().print(made)
+
+
+def _plain(value: object) -> str:
+    """Text that a terminal does not obey: names may come from a server or a disk."""
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+
+
+def line(text: str) -> None:
+    """One line, at once, also into a file; a full disk under that file stops nobody."""
+    with suppress(OSError):
+        print(text, flush=True)

@@ -1,0 +1,1 @@
+"""What the owner allows, what a run asks for, and the recorded yes."""

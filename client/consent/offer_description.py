@@ -1,0 +1,486 @@
+"""What a run asks for, in plain words, and what it would cost: for the owner, before round one.
+
+Everything here is computed from the offered configuration: no model, no server, no network.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from ...common.errors import PrivacyError
+from ...common.settings.config import Config, TrialSettings
+from .policy import own_config, reasons
+from .policy_settings import Policy
+
+if TYPE_CHECKING:
+    from ...common.privacy.accounting import Charge
+    from ...common.privacy.round_plan import Plan
+    from ..privacy.affordable_rounds import Paid
+    from .run_offers import Offer
+
+__all__ = ["describe", "expected", "refuse_short", "shortage", "shown"]
+
+TYPICAL_DIMENSION = 4096
+"""Numbers in an adapter whose model has not been loaded yet; epsilon hardly depends on it."""
+
+# the coarsest grid that a server chooses by itself (rounding lengthens a contribution by 0.2 %, a
+# sum's noise is 2^10.5 steps), so that what is shown is rather too much than too little
+FINE, DEVIATION = 500.0, 2.0**10.5
+
+UNITS = {"client": "all your records together", "example": "any one of your records"}
+AGAINST = {
+    "analyst": "whoever sees what is published",
+    "server": "the server",
+    "unmasked server": "the server, should the masks fail",
+}
+NEIGHBOURS = {
+    "add_remove": "whether it was there at all",
+    "zero_out": "whether its share was replaced by zero",
+    "replace_one": "whether it was this or something else",
+}
+BUDGET_OF = (
+    "this home on this device, for its life: another device with your records, or a home begun "
+    "after `privet client forget`, has a budget of its own, and what is learnt of you adds up"
+)
+PLACES = {
+    "device": "this device adds all of it before anything leaves; it holds against the server too",
+    "distributed": "each device adds a share, and masks show the server the sum alone",
+    "server": "the server adds it, and reads your clipped contribution before that",
+}
+
+
+def describe(
+    offer: "Offer",
+    policy: Policy,
+    *,
+    dimension: int | None = None,
+    spent: Sequence["Charge"] = (),
+    in_run: Sequence[Sequence["Charge"]] = (),
+    closed: bool = True,
+    enrolled: int | None = None,
+) -> list[tuple[str, str]]:
+    """What a run asks for, as (label, text), before its first round.
+
+    Args:
+        offer: the run.
+        policy: the owner's.
+        dimension: numbers in its adapter, if known.
+        spent: what this device's ledger holds already.
+        in_run: what of it belongs to this run, release by release.
+        closed: whether this device has a closed directory; without one only its own share of
+            masked noise counts against the server.
+        enrolled: how many devices the directory has, if known.
+
+    Epsilons are those of the configuration on the coarsest grid that a server takes by itself,
+    rounded up to two digits: the ledger will hold the exact ones, of each round's own plan. Of
+    names that the server chose, what a terminal would obey is replaced.
+    """
+    config, trial = offer.config, offer.config.trial
+    rows = [
+        ("run", shown(offer.run)),
+        ("server", shown(offer.server)),
+        ("received", f"{datetime.fromtimestamp(offer.received, UTC):%Y-%m-%d %H:%M} UTC"),
+    ]
+    if trial is None:
+        rows += [
+            ("base model", shown(config.model.base)),
+            ("adapter", _adapter(config, dimension)),
+            ("rounds", _rounds(config)),
+            ("work", _work(config)),
+        ]
+    else:
+        dimension = trial.entries * len(trial.arms)
+        rows += [("experiment", _experiment(trial)), ("looks", _rounds(config))]
+    rows += [
+        ("noise", _noise(config)),
+        *_epsilons(
+            config,
+            own_config(policy, config, closed),
+            dimension or TYPICAL_DIMENSION,
+            spent,
+            in_run,
+            enrolled,
+        ),
+        ("budget of", BUDGET_OF),
+        ("statistics", _statistics(config)),
+    ]
+    if config.insecure_test_seed is not None:
+        rows.insert(0, ("NOT PRIVATE", "a test: anybody can compute its noise and take it away"))
+    found = reasons(policy, config, offer.server)
+    rows += [("refused", reason) for reason in found]
+    return rows if found else [*rows, ("policy", "inside the limits of policy.toml")]
+
+
+def expected(config: Config, dimension: int = TYPICAL_DIMENSION) -> tuple["Charge", ...]:
+    """What one release of a run would cost, as the gate will charge it, on a usual grid."""
+    from ..privacy.gate import charges
+
+    return charges(_plan(config, dimension), dimension, config.privacy)
+
+
+def shortage(
+    offer: "Offer",
+    policy: Policy,
+    spent: Sequence["Charge"] = (),
+    in_run: Sequence[Sequence["Charge"]] = (),
+    closed: bool = True,
+) -> "Paid | None":
+    """The limit that ends this device's part in the run early; None: it takes part in all rounds.
+
+    Args: as for `describe`. Rounds are those that are left, were this device asked in each.
+    """
+    from ..privacy.affordable_rounds import fewest
+
+    config, trial = offer.config, offer.config.trial
+    dimension = TYPICAL_DIMENSION if trial is None else trial.entries * len(trial.arms)
+    left = config.rounds.count - len(in_run)
+    mine = [charge for release in in_run for charge in release]
+    own = own_config(policy, config, closed)
+    cost = _counted(config, own, dimension)
+    return fewest(cost, own.privacy, left, spent, mine) if left > 0 else None
+
+
+def _counted(config: Config, own: Config, dimension: int) -> tuple["Charge", ...]:
+    """What one release costs as this device counts it: with its own share, if it must."""
+    privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
+    return expected(config.model_copy(update={"privacy": privacy}), dimension)
+
+
+def shown(value: object) -> str:
+    """A peer's word, harmless to a terminal and short."""
+    words = value if isinstance(value, str) else repr(value)
+    plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
+    return plain if len(plain) <= 120 else plain[:120] + "..."
+
+
+def _plan(config: Config, dimension: int) -> "Plan":
+    """A plan as a server would make it from this configuration: noise calibrated after rounding."""
+    from ...common.privacy.round_plan import Plan, work
+
+    client = config.privacy.client
+    cohort, noised = config.rounds.cohort, client.enabled
+    masked = noised and client.noise_at == "distributed"
+    survivors = config.smallest_sum if masked else 0
+    colluders = config.colluders if masked else 0
+    shares = survivors - colluders if masked else 1
+    step, variance = _grid(client.noise_multiplier * noised, shares, client.clip, dimension)
+    plan = Plan(
+        run="",
+        round=1,
+        layout="",
+        start="",
+        cohort=cohort,
+        clip=client.clip,
+        step=step,
+        bits=client.bits or 32,
+        rotated=False,
+        noise_at=client.noise_at if noised else "none",
+        variance=variance,
+        survivors=survivors,
+        colluders=colluders,
+        **work(config),
+    )
+    grids: dict[str, float] = {}
+    for block in plan.blocks:
+        multiplier = config.statistics.multiplier(block.name) * noised
+        own, noise = _grid(multiplier, shares, block.bound, block.size)
+        grids |= {f"{block.name}_step": own, f"{block.name}_variance": noise}
+    return replace(plan, **grids)  # type: ignore[arg-type]
+
+
+def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple[float, float]:
+    """(step, variance of one adder): together the adders have `multiplier` after rounding."""
+    from ...common.privacy.encoding import rounded_sensitivity
+
+    one = multiplier / shares**0.5
+    steps = max(FINE * dimension**0.5, DEVIATION / multiplier if multiplier else 0.0)
+    step = bound / steps
+    return step, (one * rounded_sensitivity(bound, step, dimension)[0]) ** 2
+
+
+def _epsilons(
+    config: Config,
+    own: Config,
+    dimension: int,
+    spent: Sequence["Charge"],
+    in_run: Sequence[Sequence["Charge"]],
+    enrolled: int | None,
+) -> list[tuple[str, str]]:
+    """A row for each epsilon; adversaries who share one share the row.
+
+    What is left of all records together should the masks fail stands in the sentence of what the
+    masks give, and has no budget of its own.
+    """
+    cost = _counted(config, own, dimension)
+    said: dict[tuple[str, str], list[str]] = {}
+    for line in dict.fromkeys(map(_line, cost)):
+        if line[:2] == ("client", "unmasked server"):
+            continue
+        once = [charge for charge in cost if _line(charge) == line]
+        text = _epsilon(config, own, once, spent, in_run)
+        if _by_masks(once, config, own):
+            left = _person(cost, "unmasked server")
+            text += _if_they_fail(config, own, line[0], left, enrolled)
+        elif line[:2] == ("client", "server") and _masked(config):
+            text += _if_nobody_was_invented(config, own, cost)
+        against = said.setdefault((line[0], text), [])
+        against.append(AGAINST[line[1]])
+    return [
+        (f"epsilon, {unit}-level", f"{UNITS[unit]}, against {' and '.join(against)}: {text}")
+        for (unit, text), against in said.items()
+    ]
+
+
+def _masked(config: Config) -> bool:
+    return config.privacy.client.enabled and config.privacy.client.noise_at == "distributed"
+
+
+def _by_masks(once: Sequence["Charge"], config: Config, own: Config) -> bool:
+    """Whether a figure against the server counts what masks keep in the sum."""
+    if not _masked(config) or own.privacy.directory != "closed":
+        return False
+    return any(charge.distance > 0 and charge.against == "server" for charge in once)
+
+
+def _if_they_fail(
+    config: Config,
+    own: Config,
+    unit: str,
+    left: Sequence["Charge"],
+    enrolled: int | None,
+) -> str:
+    """The conditions of a figure against the server; of all records, what is left without masks."""
+    of = "all" if enrolled is None else f"the {enrolled:,}"
+    said = (
+        f"; that is if the masks hold: closed directory, at most {config.colluders} of {of} "
+        "enrolled devices collude with the server"
+    )
+    if unit != "client" or not left:
+        return said
+    return f"{said}; should they fail, {_growing(config, own, left)}, from this device's own share"
+
+
+def _if_nobody_was_invented(config: Config, own: Config, cost: Sequence["Charge"]) -> str:
+    """Without a closed directory: what the masks would give, which is no claim."""
+    seen, alone = _person(cost, "analyst"), _person(cost, "unmasked server")
+    if not seen:
+        return ""
+    return (
+        "; this device joined without a closed directory, so that of the noise only its own share "
+        f"counts, {_growing(config, own, alone) if alone else 'nothing'} "
+        "(budget.open_directory in policy.toml is the limit); only if nobody on the roster "
+        f"was invented and at most {config.colluders} of all enrolled devices collude with the "
+        f"server, it would be {_growing(config, own, seen)}"
+    )
+
+
+def _person(every: Iterable["Charge"], against: str) -> list["Charge"]:
+    return [c for c in every if (c.unit, c.against) == ("client", against)]
+
+
+def _growing(config: Config, own: Config, once: Sequence["Charge"]) -> str:
+    """A figure after one release, after all of the run, and with all that may be repeated."""
+    from ..privacy.collusion import reckoned
+
+    count, most, delta = config.rounds.count, config.most_releases, own.privacy.delta
+    shown = once[0].against == "unmasked server"  # else without a bound there is no figure
+    found = [reckoned([*once] * n, delta) for n in (1, count, most)]
+    first, always, worst = (
+        _about(math.inf if x is None or not (ok or shown) else x) for x, ok in found
+    )
+    after = f", {always} after {count}" if count > 1 else ""
+    after += f", {worst} after {most}" if most > count else ""
+    less = " (as Gaussian noise: so little has no bound)" if shown and not found[0][1] else ""
+    return f"{first} after 1 release{after}{less}"
+
+
+def _epsilon(
+    config: Config,
+    own: Config,
+    once: Sequence["Charge"],
+    spent: Sequence["Charge"],
+    in_run: Sequence[Sequence["Charge"]],
+) -> str:
+    """What releases cost on one line, the owner's budget for it, and the run's own cap."""
+    from ...common.privacy.accounting import epsilon
+    from ..privacy.affordable_rounds import fewest
+    from ..privacy.gate import budgets, caps
+    from ..privacy.ledger import budget_of
+
+    privacy, count, charge = own.privacy, config.rounds.count, once[0]
+    delta, name = privacy.delta, (charge.unit, charge.against)
+    if math.isinf(epsilon(once, delta)):
+        why = (
+            "too little of the noise is its own"
+            if charge.unit == "client" and _masked(config)
+            else "some part of it has no noise"
+        )
+        return f"no bound at all: {why}, so this device declines every round"
+    budget = budget_of(budgets(privacy), *name) or 0.0
+    line = [one for one in spent if _line(one) == _line(charge)]
+    mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
+    cap = budget_of(caps(privacy), *name)
+    cap = None if cap is None or math.isinf(cap) else cap
+    return (
+        f"{_growing(config, own, once)}" + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
+        f"{NEIGHBOURS[charge.adjacency]}); your budget over all runs {budget:g}"
+        + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")
+        + (f"; the run's own cap {cap:g}" if cap is not None else "")
+        + (f", of which {_about(epsilon(mine, delta))} is spent" if cap and mine else "")
+        + _ends(fewest(once, privacy, max(count - len(in_run), 1), line, mine))
+    )
+
+
+def _ends(found: "Paid | None") -> str:
+    """How many of the rounds that are left are paid for, where that is fewer than all."""
+    if found is None:
+        return ""
+    whose = "the run's own cap" if found.limit.of_run else "your budget"
+    if not found.rounds:
+        return f"; {whose} does not allow a single one"
+    return f"; {whose} ends it after about {found.rounds}"
+
+
+def refuse_short(run: str, found: "Paid | None", partly: bool) -> None:
+    """Nobody agrees by accident to a run that the budget, or the run's own cap, ends early.
+
+    Raises:
+        PrivacyError: how many of the rounds are allowed, by whose limit, and what to do. With
+            `partly`: not a single one is.
+    """
+    if found is None or (partly and found.rounds):
+        return
+    line = f"the {found.unit}-level epsilon against {AGAINST[found.against]}"
+    spent = f", of which {found.spent:.4g} is spent," if found.spent else ""
+    after = f"{found.whole:.4g}" if math.isfinite(found.whole) else "without a bound"
+    mend = f"raise {found.limit.setting} in policy.toml, which is for life"
+    whose = f"your {found.limit.setting} = {found.limit:g} in policy.toml"
+    if found.limit.of_run:
+        mend = "nothing that you could set changes it: the operator sets the run's cap"
+        whose = f"the run's own cap {found.limit.setting} = {found.limit:g}"
+    because = f". {found.without.rstrip('. ')}" if found.without else ""
+    take = "take part in those and decline the rest with --agree --partly, or "
+    raise PrivacyError(
+        f"{shown(run)}: {whose}{spent} allows {found.rounds} of {found.of} rounds ({line} would be "
+        f"{after}); {take if found.rounds else ''}{mend}{because}"
+    )
+
+
+def _adapter(config: Config, dimension: int | None) -> str:
+    own = config.adapter
+    said = f"{own.family}, rank {own.rank}, in the last {own.last_blocks} blocks"
+    said += "" if dimension is None else f", {dimension:,} numbers"
+    if config.groups.count > 1:
+        said += (
+            f"; {config.groups.count} personas, of which this device trains the one that fits your "
+            "records; which one that is leaves in noised sums only"
+        )
+    if own.start:
+        said += f"; it starts from what another run released (SHA-256 {shown(own.start[:16])})"
+    if own.family == "fedsa":
+        said += "; B is fitted to your records and stays on this device"
+    return said
+
+
+def _experiment(trial: TrialSettings) -> str:
+    said = (
+        f"A/B: for at most {trial.days:g} days `privet chat --device` answers with one of "
+        f"{', '.join(map(shown, trial.arms))}, which of them is drawn on this device and not sent; "
+        "what may leave is the share of those answers that you took"
+    )
+    if trial.outcome == "binary":
+        said += ", as more than half or not"
+    return f"{said}, in a noised, masked sum; nothing is trained"
+
+
+def _rounds(config: Config) -> str:
+    own = config.rounds
+    said = (
+        f"{own.count}, of {own.cohort} devices each{_before(config)}; this device may be asked for "
+        f"one release in each, {config.most_releases} at most"
+        + ("" if config.most_releases == own.count else ", should rounds come to nothing")
+        + ", and what it sends cannot be taken back"
+    )
+    if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
+        said += (
+            f"; a sum is opened from {config.smallest_sum} devices on, and holds if at most "
+            f"{config.colluders} of all enrolled devices work for the server"
+        )
+    return said
+
+
+def _before(config: Config) -> str:
+    hours = config.ab.hours
+    return f", {hours:g} hours or more before each" if config.trial is not None and hours else ""
+
+
+def _work(config: Config) -> str:
+    own, data = config.training, config.data
+    longest = own.packed or data.max_tokens
+    most = own.steps * own.batch_size * longest
+    texts = "rows of records" if own.packed else "records"
+    if config.pairs is not None:  # two answers each, and another source than the own texts
+        most, texts = 2 * most, "pairs of answers from your verdicts (privet client feedback)"
+    return (
+        f"in each round {own.steps} training steps of about {own.batch_size} {texts}, at most "
+        f"{longest} tokens of each (about {most:,} tokens); of your records at most "
+        f"{data.records_per_client}"
+    )
+
+
+def _noise(config: Config) -> str:
+    client, example = config.privacy.client, config.privacy.example
+    said = ["no client-level noise"]
+    if client.enabled:
+        said = [
+            f"client-level: contribution clipped to {client.clip:g}, noise of "
+            f"{client.noise_multiplier:g} times that; {PLACES[client.noise_at]}"
+        ]
+    if config.trial is not None:
+        masked = client.noise_at == "distributed"
+        said += ["should the masks fail, only this device's share of it is left"] if masked else []
+        return "; ".join(said)
+    said.append(
+        f"example-level: each record's gradient clipped to {example.clip:g}, noise of "
+        f"{example.noise_multiplier:g} times that in each step (DP-SGD)"
+        if example.enabled
+        else "no example-level noise"
+    )
+    if config.privacy.clip_chosen == "looked":
+        said.append(
+            "the clip was chosen by looking at norms of some of the "
+            f"{config.data.clients:,} people of this run, which no epsilon here covers"
+        )
+    return "; ".join(said)
+
+
+def _statistics(config: Config) -> str:
+    if not config.statistics.enabled:
+        return "none"
+    own = config.statistics
+    said = [
+        f"a batch's training loss and its size (noise {own.noise_multiplier:g} times the bound)"
+    ]
+    if own.gains:
+        said.append(
+            "what adapter and personal head gain on records of yours that are held out (noise "
+            f"{own.gain_noise_multiplier:g} times the bound)"
+        )
+    if own.arms:
+        said.append(
+            f"the loss under one of {', '.join(own.arms)}, drawn on this device (noise "
+            f"{own.arm_noise_multiplier:g} times the bound)"
+        )
+    return f"leave too, in the same noised vector: {'; '.join(said)}"
+
+
+def _about(epsilon: float) -> str:
+    if math.isinf(epsilon):
+        return "no bound"
+    return f"about {math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+
+
+def _line(charge: "Charge") -> tuple[str, str, str]:
+    return charge.unit, charge.against, charge.adjacency

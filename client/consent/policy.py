@@ -1,0 +1,359 @@
+"""What the owner of this device allows: `policy.toml`, and a run's configuration held against it.
+
+A server chooses its run's configuration, and may be stricter than the owner, never laxer:
+`refuse_run` says what is laxer before anything is answered, and `own_config` is what every plan
+of an accepted run is checked against afterwards (`Plan.refuse_if_laxer`, the gate, the ledger).
+
+The keys' comments in the file are the descriptions in `client/consent/policy_settings.py`: a number
+is typed once.
+"""
+
+import re
+import stat
+import textwrap
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from ...common.errors import ConfigError, PrivacyError, StateError
+from ...common.files import explain_os_errors, write_atomic
+from ...common.settings.config import Config, NoiseAt, faults, shortened
+from .policy_settings import OwnBudget, Policy
+
+__all__ = [
+    "DEFAULT",
+    "Policy",
+    "matches",
+    "own_config",
+    "read",
+    "reasons",
+    "refuse_run",
+    "text",
+    "write_default",
+]
+
+PLACES: tuple[NoiseAt, ...] = get_args(NoiseAt)
+"""Where noise may be added, the safest first, as in `common/privacy/round_plan.py`, which would
+load NumPy."""
+
+BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier", "arm_noise_multiplier")
+LARGEST_FILE = 1_000_000
+"""Bytes; a larger policy file is somebody else's file."""
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read(path: Path) -> Policy:
+    """The owner's policy.
+
+    Raises:
+        ConfigError: missing, not a file, too large, not text, not TOML; or unknown keys and wrong
+            or contradictory values, one sentence for each, all at once.
+    """
+    try:
+        table = tomllib.loads(_bytes(path).decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no policy {path}; `privet client init` writes one with safe limits"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the policy {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, numbers without end
+        raise ConfigError(f"the policy {path} is not valid TOML: {error}") from None
+    try:
+        return Policy.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError(f"the policy {path} does not fit:\n{faults(error, Policy)}") from None
+
+
+def text(policy: Policy) -> str:
+    """A policy as a file with comments; `read` gives the same `Policy` back."""
+    parts = [
+        "# What privet may do on this device, and what it may tell a server. A server can be\n"
+        "# stricter than this file, never laxer. Changes count from the next round on."
+    ]
+    for name in Policy.model_fields:
+        section = getattr(policy, name)
+        heading = _comment(type(section).__doc__ or "")
+        parts.append("\n".join([heading, f"[{name}]", *_lines(section)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_default(path: Path) -> None:
+    """Writes the default policy, readable by the owner alone.
+
+    Raises:
+        StateError: there is one already, which is left as it is; or it cannot be written.
+    """
+    if path.exists() or path.is_symlink():
+        raise StateError(f"there is a policy {path} already: edit it, or move it away first")
+    write_atomic(path, DEFAULT.encode())
+    with explain_os_errors(path, "protect"):
+        path.chmod(0o600)
+
+
+def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
+    """Why this device takes no part in a run; empty when nothing is laxer than its owner allows.
+
+    Each names the configuration's field and value, the owner's limit, and its key in policy.toml.
+    """
+    return tuple(
+        f"{field} = {shortened(value)}: this device's owner {demand} ({key} in policy.toml)"
+        for field, value, kept, demand, key in (
+            *_promises(policy, config),
+            *_masks(policy, config),
+            *(_work(policy, config) if config.trial is None else ()),
+            *_uses(policy, config, server),
+        )
+        if not kept
+    )
+
+
+def refuse_run(policy: Policy, config: Config, server: str) -> None:
+    """Nothing in a run may be laxer than the owner allows.
+
+    Args:
+        policy: the owner's.
+        config: the run's, resolved.
+        server: HOST:PORT, as the owner joined it.
+
+    Raises:
+        PrivacyError: all reasons, one a line.
+
+    The run's own `privacy.budget` is no reason: the ledger stops at either. Neither is
+    `masking.smallest_cohort`, of which the larger holds.
+    """
+    found = reasons(policy, config, server)
+    if found:
+        raise PrivacyError(
+            "the run asks for what this device does not do:\n  " + "\n  ".join(found)
+        )
+
+
+def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
+    """The settings that a device holds every plan of this run against.
+
+    `closed`: whether this device knows from its directory which devices there are.
+
+    **Guarantee**: whatever `config` is, also one that `refuse_run` refuses, each field that
+    `Plan.refuse_if_laxer`, the gate, the masks or the ledger read is at least as strict as in
+    `config` and as in `policy`; adjacency is the owner's, so that all runs share one budget. A run
+    that claims nothing gets a client-level claim, because without any the gate knows no budget.
+
+    Without a closed directory a server may have invented the other devices of a round: what is
+    counted against it is then this device's own share of the noise (`privacy.directory`), up to
+    the owner's own limit for that (`budget.open_directory`).
+
+    Two things stay the run's on purpose: its public batch size and its cap on records. A smaller
+    cap would raise the sampling rate that is allowed, a smaller batch the influence of a record.
+
+    The budget is the owner's, over all runs; the run's own cap, of what is spent in this run, is
+    kept beside it.
+
+    An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
+    of its outcome, and what it may cost is in its noise and its number of looks. So it has no cap.
+    """
+    limits, budget, trains = policy.limits, policy.budget, config.trial is None
+    client, example, masking = config.privacy.client, config.privacy.example, config.masking
+    has_examples = trains and (example.enabled or limits.smallest_example_noise > 0)
+    cap = config.privacy.budget
+    privacy = {
+        "delta": min(config.privacy.delta, budget.delta),
+        "budget": OwnBudget(
+            client=cap.client if trains else None,
+            example=cap.example if trains else None,
+            owner_client=budget.client,
+            owner_example=budget.example,
+            open_directory=budget.open_directory,
+        ),
+        "directory": config.privacy.directory if closed else "open",
+        "client": _with(
+            client,
+            enabled=client.enabled or limits.smallest_noise > 0 or not has_examples,
+            noise_at=min(client.noise_at, limits.noise_at, key=PLACES.index),
+            noise_multiplier=max(client.noise_multiplier, limits.smallest_noise),
+            clip=min(client.clip, limits.largest_clip) if trains else client.clip,
+            bits=max(client.bits, limits.smallest_bits),
+            adjacency=budget.client_adjacency,
+        ),
+        "example": _with(
+            example,
+            enabled=has_examples,
+            noise_multiplier=max(example.noise_multiplier, limits.smallest_example_noise),
+            adjacency=budget.example_adjacency,
+        ),
+    }
+    return _with(
+        config,
+        privacy=_with(config.privacy, **privacy),
+        masking=_with(
+            masking,
+            survivors=max(masking.survivors, limits.smallest_survivors),
+            colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
+            smallest_cohort=max(masking.smallest_cohort, limits.smallest_cohort),
+        ),
+        statistics=_with(
+            config.statistics,
+            enabled=config.statistics.enabled and policy.allowed.statistics,
+            **{
+                name: max(getattr(config.statistics, name), limits.smallest_noise)
+                for name in BLOCK_NOISE
+            },
+        ),
+        training=_with(
+            config.training, steps=min(config.training.steps, limits.largest_steps)
+        ),
+        insecure_test_seed=config.insecure_test_seed if policy.allowed.insecure_test_seed else None,
+    )  # fmt: skip
+
+
+_Check = tuple[str, Any, bool, str, str]
+"""A field of the configuration, its value, whether it is kept, what the owner demands, the key."""
+
+
+def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
+    limits, budget = policy.limits, policy.budget
+    client, example = config.privacy.client, config.privacy.example
+    noise, record_noise = limits.smallest_noise, limits.smallest_example_noise
+    yield _at_most("privacy.delta", config.privacy.delta, budget.delta, "budget.delta")
+    if not client.enabled and not example.enabled:
+        demand = "asks for a claim at client or example level"
+        key = "limits.smallest_noise, limits.smallest_example_noise"
+        yield "privacy.client.enabled", False, False, demand, key
+    elif not client.enabled:
+        demand = f"asks for client-level noise of {noise:g}"
+        yield "privacy.client.enabled", False, noise == 0, demand, "limits.smallest_noise"
+    elif not example.enabled and config.trial is None:
+        demand, key = f"asks for {record_noise:g} at example level", "limits.smallest_example_noise"
+        yield "privacy.example.enabled", False, record_noise == 0, demand, key
+    if client.enabled:
+        allowed = PLACES[: PLACES.index(limits.noise_at) + 1]
+        demand, key = f"accepts {' or '.join(allowed)}", "limits.noise_at"
+        yield "privacy.client.noise_at", client.noise_at, client.noise_at in allowed, demand, key
+        field, given = "privacy.client.noise_multiplier", client.noise_multiplier
+        yield _at_least(field, given, noise, "limits.smallest_noise")
+        yield _adjacency("client", client.adjacency, budget.client_adjacency)
+    if example.enabled:
+        field, given = "privacy.example.noise_multiplier", example.noise_multiplier
+        yield _at_least(field, given, record_noise, "limits.smallest_example_noise")
+        yield _adjacency("example", example.adjacency, budget.example_adjacency)
+    for name, asked in zip(BLOCK_NOISE, config.statistics.asked_for, strict=True):
+        if asked:
+            given = getattr(config.statistics, name)
+            yield _at_least(f"statistics.{name}", given, noise, "limits.smallest_noise")
+    if config.trial is None:
+        clip, key = limits.largest_clip, "limits.largest_clip"
+        yield _at_most("privacy.client.clip", client.clip, clip, key)
+
+
+def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
+    limits, client, masking = policy.limits, config.privacy.client, config.masking
+    cohort, least = config.rounds.cohort, limits.smallest_cohort
+    yield _at_least("rounds.cohort", cohort, least, "limits.smallest_cohort")
+    if client.bits:  # 0: chosen, and then never below 16
+        bits = limits.smallest_bits
+        yield _at_least("privacy.client.bits", client.bits, bits, "limits.smallest_bits")
+    if client.enabled and client.noise_at == "distributed":
+        survivors, key = limits.smallest_survivors, "limits.smallest_survivors"
+        yield _at_least("masking.survivors", masking.survivors, survivors, key)
+        feared = limits.colluders(cohort)
+        yield (
+            "masking.colluding",
+            masking.colluding,
+            config.colluders >= feared,
+            f"asks for at least {feared} colluding devices in a cohort of {cohort}",
+            "limits.colluding",
+        )
+
+
+def _work(policy: Policy, config: Config) -> Iterator[_Check]:
+    limits, training, data = policy.limits, config.training, config.data
+    for field, given, most, key in (
+        ("training.steps", training.steps, limits.largest_steps, "largest_steps"),
+        ("training.batch_size", training.batch_size, limits.largest_batch, "largest_batch"),
+        ("data.records_per_client", data.records_per_client, limits.largest_records,
+         "largest_records"),
+        ("data.max_tokens", data.max_tokens, limits.largest_tokens, "largest_tokens"),
+        ("training.packed", training.packed, limits.largest_tokens, "largest_tokens"),
+    ):  # fmt: skip
+        yield _at_most(field, given, most, f"limits.{key}")
+
+
+def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
+    allowed, base, seed = policy.allowed, config.model.base, config.insecure_test_seed
+    demand = f"allows {', '.join(allowed.models)}"
+    loads = config.trial is None
+    yield "model.base", base, not loads or matches(base, allowed.models), demand, "allowed.models"
+    demand, known = f"allows {', '.join(allowed.servers)}", [one.lower() for one in allowed.servers]
+    kept = not known or matches(server.lower(), known)
+    yield "server", server, kept, demand, "allowed.servers"
+    kept = allowed.statistics or not config.statistics.enabled
+    demand, key = "allows no statistics", "allowed.statistics"
+    yield "statistics.enabled", config.statistics.enabled, kept, demand, key
+    kept = allowed.statistics or loads
+    yield "ab.arms", list(config.ab.arms), kept, demand, key
+    kept = allowed.insecure_test_seed or seed is None
+    demand, key = "takes no part in runs that are not private", "allowed.insecure_test_seed"
+    yield "insecure_test_seed", seed, kept, demand, key
+
+
+def _at_most(field: str, given: float, most: float, key: str) -> _Check:
+    return field, given, given <= most, f"allows at most {most:g}", key
+
+
+def _at_least(field: str, given: float, least: float, key: str) -> _Check:
+    return field, given, given >= least, f"asks for at least {least:g}", key
+
+
+def _adjacency(unit: str, given: str, own: str) -> _Check:
+    demand = f"counts its {unit}-level budget in {own}"
+    return f"privacy.{unit}.adjacency", given, given == own, demand, f"budget.{unit}_adjacency"
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """`*` stands for anything but a colon, so that no pattern for hosts swallows a port."""
+    return any(
+        re.fullmatch(re.escape(pattern).replace(r"\*", "[^:]*"), name) for pattern in patterns
+    )
+
+
+def _with(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update=changes)
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's content, if it is a regular file of reasonable size; never waits for a pipe."""
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"the policy {path} is a folder; expected a TOML file")
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"the policy {path} is not a regular file; expected a TOML file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ConfigError(
+            f"the policy {path} has more than {LARGEST_FILE} bytes; expected a short TOML file, "
+            "as `privet client init` writes it"
+        )
+    return content
+
+
+def _lines(section: BaseModel) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        yield _comment(field.description or "")
+        yield tomli_w.dumps({name: getattr(section, name)}).rstrip()
+
+
+def _comment(words: str) -> str:
+    return textwrap.fill(
+        " ".join(words.split()), 96, initial_indent="# ", subsequent_indent="# ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+DEFAULT = text(Policy())
+"""What `privet client init` writes: every key with its unit and what happens."""

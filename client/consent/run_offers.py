@@ -1,0 +1,242 @@
+"""What a run asks of this device, in words and numbers, and the owner's recorded yes.
+
+A server's `hello` carries an offer: the run and its resolved configuration. It is shown before the
+first round, and nothing is answered before there is a `Consent` bound to its digest.
+
+**Guarantee**: the digest covers the run, the server and every setting as this device understands
+them. A server that changes any of them later, or a privet with other settings, has no consent.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, NoReturn, TypeVar, get_args
+
+from ...common.errors import ConfigError, PrivacyError, ProtocolError, StateError
+from ...common.settings import config as settings
+from ...common.settings.config import Config
+from .offer_description import describe, expected, refuse_short, shortage, shown
+from .policy import refuse_run
+from .policy_settings import Policy
+
+__all__ = [
+    "Consent",
+    "How",
+    "Offer",
+    "agree",
+    "changes",
+    "describe",
+    "expected",
+    "receive",
+    "refuse_short",
+    "refuse_without_consent",
+    "restore",
+    "shortage",
+    "store",
+    "waiting",
+]
+
+How = Literal["owner", "policy"]
+"""Who agreed: the owner at the keyboard, or `consent.ask = false`."""
+
+FORMAT = 1
+LARGEST_TEXT = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One run as a server offered it; made by `receive` and `restore`.
+
+    Attributes:
+        run: its id.
+        server: HOST:PORT, as the owner joined it.
+        received: seconds since 1970, UTC.
+        text: its configuration, TOML.
+    """
+
+    run: str
+    server: str
+    received: float
+    text: str
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration as this device understands it."""
+        return settings.parse(tomllib.loads(self.text), source="the run's configuration")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of run, server and every setting; when it was received is no part of it."""
+        given = ["privet offer", self.run, self.server, self.config.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Consent:
+    """The owner's yes to one offer.
+
+    Attributes:
+        run: its id.
+        digest: of the offer.
+        time: seconds since 1970, UTC.
+        how: who said it.
+    """
+
+    run: str
+    digest: str
+    time: float
+    how: How
+
+
+def receive(run: str, server: str, text: str, time: float) -> Offer:
+    """An offer as it came in.
+
+    Raises:
+        ProtocolError: an id, a size or a setting is not what a server of this version sends.
+    """
+    try:
+        return _checked(Offer(run, server, time, text))
+    except (ConfigError, StateError) as error:
+        raise ProtocolError(
+            f"the server {server} offers a run that cannot be read: {error}"
+        ) from None
+
+
+def agree(offer: Offer, policy: Policy, how: How, time: float) -> Consent:
+    """The recorded yes; not even the owner's own goes past policy.toml.
+
+    Raises:
+        PrivacyError: the run is laxer than the policy; or nobody was asked and the policy says to.
+    """
+    refuse_run(policy, offer.config, offer.server)
+    if how == "policy" and policy.consent.ask:
+        raise PrivacyError(
+            f"run {offer.run} waits for your yes (consent.ask = true): see `privet client runs`"
+        )
+    return Consent(offer.run, offer.digest, time, how)
+
+
+def waiting(run: str) -> str:
+    """What the owner is told of a run that nobody has decided about."""
+    return f"run {run} waits for your yes: see `privet client runs`"
+
+
+def refuse_without_consent(offer: Offer, consent: Consent | None) -> None:
+    """Nothing is answered in a run that nobody said yes to.
+
+    Raises:
+        PrivacyError: there is no consent, or it was for another run or another configuration.
+    """
+    if consent is None:
+        raise PrivacyError(waiting(offer.run))
+    if (consent.run, consent.digest) != (offer.run, offer.digest):
+        raise PrivacyError(
+            f"run {offer.run} of {offer.server} is not what you agreed to: its configuration was "
+            "changed since; see `privet client runs` and decide again"
+        )
+
+
+def changes(before: Offer, after: Offer) -> list[str]:
+    """What differs between two offers, a line for each setting."""
+    old, new = (_flat(offer.config.model_dump(mode="json")) for offer in (before, after))
+    old |= {"run": before.run, "server": before.server}
+    new |= {"run": after.run, "server": after.server}
+    return [
+        f"{key}: {shown(old.get(key))} -> {shown(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def store(offer: Offer, consent: Consent | None) -> bytes:
+    """The vault's entry `runs/<run id>`."""
+    found = {"format": FORMAT, "offer": asdict(offer), "consent": consent and asdict(consent)}
+    return json.dumps(found, sort_keys=True, allow_nan=False).encode()
+
+
+def restore(data: bytes) -> tuple[Offer, Consent | None]:
+    """Exact inverse of `store`.
+
+    Raises:
+        StateError: not what `store` writes: another format, a field too many, missing, repeated,
+            of another type or out of range.
+    """
+    try:
+        found = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if not isinstance(found, dict) or set(found) != {"format", "offer", "consent"}:
+            raise StateError("expected format, offer and consent")
+        if found["format"] != FORMAT:
+            raise StateError(f"format {shown(found['format'])}, this privet knows {FORMAT}")
+        offer = _checked(_made(Offer, found["offer"]))
+        if found["consent"] is None:
+            return offer, None
+        consent = _made(Consent, found["consent"])
+        _refuse_time(consent.time)
+        if consent.how not in get_args(How) or not re.fullmatch("[0-9a-f]{64}", consent.digest):
+            raise StateError("a consent has a SHA-256, and owner or policy")
+        return offer, consent
+    except (ValueError, RecursionError, ConfigError, StateError) as error:
+        raise StateError(
+            f"a stored run cannot be read ({error}); install the privet that wrote it, or "
+            "`privet client leave` and join again"
+        ) from None
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+_Kind = TypeVar("_Kind", Offer, Consent)
+
+
+def _made(kind: type[_Kind], given: object) -> _Kind:
+    names = {field.name: float if field.type is float else str for field in fields(kind)}
+    if not isinstance(given, dict) or set(given) != set(names):
+        raise StateError(f"expected exactly {', '.join(names)}")
+    for name, wanted in names.items():
+        if type(given[name]) is not wanted:
+            raise StateError(f"{name} must be a {wanted.__name__}")
+    return kind(**given)
+
+
+def _checked(offer: Offer) -> Offer:
+    """The offer, its configuration read once."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", offer.run):
+        raise StateError(f"run = {shown(offer.run)}: expected letters, digits, dots and dashes")
+    if not 0 < len(offer.server) <= 300:
+        raise StateError("server: expected HOST:PORT")
+    if len(offer.text) > LARGEST_TEXT:
+        raise StateError(f"its configuration has more than {LARGEST_TEXT} characters")
+    _refuse_time(offer.received)
+    try:
+        _ = offer.config
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"its configuration is not TOML: {shown(str(error))}") from None
+    return offer
+
+
+def _refuse_time(time: float) -> None:
+    if not 0 <= time < 4e9:
+        raise StateError(f"time = {time}: expected seconds since 1970")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number here")

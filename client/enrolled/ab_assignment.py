@@ -1,0 +1,72 @@
+"""The A/B experiment that this device's chat takes part in: its arm, and the owner's outcome.
+
+    agreed   the arm is in use from the owner's yes to the experiment's end, `ab.days` at most
+    arm      a template (memory, memory@1.0.0), or the usual one with the personal head or without
+             it (personal, shared)
+    outcome  the share of the arm's answers that the owner took, of those with a verdict
+
+**Guarantee**: which arm it is and what the outcome was stay on this device; `client/device.py`
+hands the outcome to the gate, and nothing else reads it.
+"""
+
+import time
+from dataclasses import dataclass
+
+from ...common.settings.config import TrialSettings
+from ..ab_arm import arm_of
+from ..consent.run_offers import Offer
+from ..store import verdicts
+from ..store.device_store import Home
+
+__all__ = ["HEADS", "Trial", "current", "of", "outcome"]
+
+HEADS = ("personal", "shared")
+"""Arms that are no templates: with the personal head, and without it."""
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One experiment and this device's arm in it."""
+
+    run: str
+    settings: TrialSettings
+    arm: str
+
+    @property
+    def template(self) -> tuple[str, str | None] | None:
+        """Name and version (None: the one in use) of the arm's template; None for `HEADS`."""
+        name, _, version = self.arm.partition("@")
+        return None if self.arm in HEADS else (name, version or None)
+
+
+def current(home: Home) -> Trial | None:
+    """The experiment agreed to last that has not ended; None: this device is in none."""
+    agreed = [(one.time, offer) for offer, one in home.runs()
+              if one is not None and one.digest == offer.digest]  # fmt: skip
+    for since, offer in sorted(agreed, key=lambda each: each[0], reverse=True):
+        found = of(home, offer)
+        if found is None or home.vault.get(f"kept/{offer.run}") is not None:
+            continue
+        if time.time() - since <= found.settings.days * DAY_S:
+            return found
+    return None
+
+
+def of(home: Home, offer: Offer) -> Trial | None:
+    """This device's part in the experiment that is offered; None: it is none."""
+    trial = offer.config.trial
+    if trial is None:
+        return None
+    place = arm_of(home.identity.seed, offer.run, len(trial.arms))
+    return Trial(offer.run, trial, trial.arms[place])
+
+
+def outcome(home: Home, run: str, trial: TrialSettings) -> float | None:
+    """0 to 1: the share that was taken; binary: 1 for more than half. None without a verdict."""
+    taken = [one.taken for one in verdicts.kept(home).values() if one.run == run]
+    if not taken:
+        return None
+    share = sum(taken) / len(taken)
+    return float(share > 0.5) if trial.outcome == "binary" else share

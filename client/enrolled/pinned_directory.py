@@ -1,0 +1,119 @@
+"""The signed directory on a device: how a newer one is taken over, refused, shown and compared.
+
+**Guarantee**: what is taken over continues what this device holds, under the key that its owner
+pinned (`common/secure_aggregation/fleet_directory.py`). What is refused is told once, by name, and
+said with every round that is declined for it. Nothing here says anything about the person.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...common.errors import DataError, PrivetError, ProtocolError, StateError
+from ...common.secure_aggregation import fleet_directory as directories
+from ...common.secure_aggregation.fleet_directory import Chain, Head
+
+if TYPE_CHECKING:
+    from ..store.device_store import Home
+
+__all__ = ["compared", "facts", "heard", "history"]
+
+NOTHING = -1
+LATEST = 1000
+"""Lines of the record that are kept; the chain itself is kept whole."""
+FEW = 8
+
+
+def heard(home: "Home", offer: Mapping[str, Any]) -> int:
+    """What a greeting says of the directory: taken over, or refused and written down.
+
+    Returns:
+        From which entry on this device needs them; -1: it needs none.
+    """
+    own = home.chain
+    if own is None or "directory" not in offer:
+        return NOTHING
+    try:
+        head, since = Head.of(str(offer["directory"])), offer["since"]
+        if not isinstance(since, int) or since < 0:
+            raise ProtocolError(f"since = {since!r:.20}: expected the index of an entry")
+        entries = directories.entries_of(str(offer["entries"]).splitlines(), since)
+        found = directories.brought_up(own, head, since, entries)
+    except (KeyError, ProtocolError) as error:
+        reason = str(error) if isinstance(error, ProtocolError) else "a part of it is missing"
+        sentence = f"a newer directory was refused: {reason}"[:2000]
+        if home.directory_refused != sentence:
+            home.refuse_directory(sentence, _recorded(home, own, sentence))
+            home.note(sentence)
+        return NOTHING
+    if isinstance(found, int):
+        return found
+    if found != own or home.directory_refused:
+        home.keep_chain(found, _recorded(home, found, _added(own, found)))
+        if found != own:
+            home.note(f"the directory has version {found.version} now: {_added(own, found)}")
+    return NOTHING
+
+
+def _added(before: Chain, after: Chain) -> str:
+    new = after.entries[before.version :]
+    if not new:
+        return "the server shows the directory that this device holds"
+    said = ", ".join(map(str, new[:FEW])) + (f" and {len(new) - FEW} more" if new[FEW:] else "")
+    return f"{said}; {len(after.directory.known)} devices are enrolled"
+
+
+def _recorded(home: "Home", chain: Chain, sentence: str) -> bytes:
+    line = [time.time(), chain.version, chain.hash.hex(), sentence]
+    return json.dumps([*history(home), line][-LATEST:]).encode()
+
+
+def history(home: "Home") -> list[tuple[float, int, str, str]]:
+    """When (seconds since 1970), version and hash held then, what happened; oldest first."""
+    kept = home.vault.get("directory-log")
+    return [] if kept is None else [(t, v, h, said) for t, v, h, said in json.loads(kept)]
+
+
+def facts(home: "Home") -> dict[str, Any] | None:
+    """For `privet client status`: None with an open directory, or where none was joined."""
+    joined = home.joined
+    if joined is None or not joined.closed:
+        return None
+    chain, directory = home.chain, home.directory
+    found: dict[str, Any] = {"enrolled": directory.enrolled, "signed": chain is not None}
+    listed = home.identity.public in directory.known.values()
+    found |= {"listed": listed, "refused": home.directory_refused or None}
+    if chain is not None:
+        last = history(home)
+        found |= {"version": chain.version, "head": chain.hash.hex(), "key": chain.key.hex()}
+        found |= {"fleet": chain.fleet, "last": last[-1] if last else None}
+    return found
+
+
+def compared(home: "Home", path: Path) -> str:
+    """This device's directory beside the one another device exported: one continues the other.
+
+    Raises:
+        StateError: this device holds none, or the file is damaged.
+        DataError: it is a list without a chain, of another fleet or key, or **it differs**: both
+            are signed, so the signer has shown two devices two directories.
+    """
+    own, other = home.chain, directories.load(path)
+    if own is None:
+        raise StateError("this device holds no signed directory to compare with")
+    if not isinstance(other, Chain):
+        raise DataError(f"{path} is a list without a chain: nothing in it is signed")
+    older, newer = sorted((own, other), key=lambda chain: chain.version)
+    try:
+        directories.brought_up(older, newer.head, 0, newer.entries)
+    except PrivetError as error:
+        raise DataError(
+            f"{path} and this device's directory differ: {error}. Where fleet and key are the same "
+            "and both are signed, the signer has shown two devices two directories: keep both files"
+        ) from None
+    if older.version == newer.version:
+        return f"the same: version {own.version}, head {own.hash.hex()}"
+    which = "this device's" if older is own else str(path)
+    return f"{which} is the older one, version {older.version} of {newer.version}; nothing differs"

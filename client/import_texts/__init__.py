@@ -1,0 +1,1 @@
+"""A person's own files, and the records that are read from them."""

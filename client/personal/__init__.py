@@ -1,0 +1,1 @@
+"""The personal part: heads that are fitted on own records and never leave."""

@@ -1,0 +1,244 @@
+"""The personal part from preferences where likelihood scores the answers; and length.
+
+A pair says that the owner prefers one answer to another. The personal model adds to the shared
+model's margin m of the pair a change f, and is fitted by DPO with the shared model as the frozen
+reference: minimise the sum of -log sigmoid(beta f) plus a Gaussian prior on the change, a bias on
+the tokens of the owner's answers, by L-BFGS. It is a `TextHead` without a memory.
+
+The prior's strength is chosen on the owner's own pairs by folds: the one whose personal model
+(shared margin and change together) predicts the left-out pairs best, where no answer is on both
+sides. The shared model alone, at the scale that suits it best, is always among the choices.
+
+A likelihood sums over tokens, so long answers weigh more: `length_normalised` takes the mean.
+Where a head scores the answers: `score_head.py`.
+
+**Guarantee**: fitted on private records without differential privacy, after the release. Nothing
+here is read by training or by the gate.
+
+Source: Rafailov et al. 2023 (DPO).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...common.settings.config import PreferenceSettings
+from .text_head import SharedScores, TextHead, TokenStates, no_text_head, shared_scores
+
+__all__ = [
+    "AnswerTokens",
+    "Lengths",
+    "fit_token_bias",
+    "length_bias",
+    "token_margins",
+]
+
+# Public constants; docs/preferences.md has what was tried.
+BIAS_SPREADS = (0.3, 1.0, 3.0)  # standard deviation of a token's bias, nats, tried beside 0
+SHARES = (1.0, 3.0, 10.0, 30.0)  # scales of the shared margin at which it is judged alone
+MOST_TOKENS = 512
+FOLDS = 5
+MIN_PAIRS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerTokens:
+    """The tokens of n pairs' answers under the shared model; private.
+
+    Attributes:
+        tokens: (k,) positions: states, targets, and the pair each is of as `record`.
+        weight: (k,) what the position counts for in its pair's margin: 1 chosen, -1 rejected,
+            over the answer's tokens where lengths are normalised.
+        which: (n, 2) int64, a number for each answer, chosen and rejected.
+    """
+
+    tokens: TokenStates
+    weight: Tensor = field(repr=False)
+    which: Tensor = field(repr=False)
+
+    @property
+    def pairs(self) -> int:
+        """n."""
+        return len(self.which)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Values of positions (k,) -> of pairs (n,), weighed."""
+        found = torch.zeros(self.pairs, dtype=values.dtype)
+        return found.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How margins go with the difference of the answers' lengths: correlations, -1 to 1.
+
+    Taken about zero, so that it does not matter which answer of a pair is called the first.
+
+    Attributes:
+        model: of the model's margins.
+        choices: of the owner's own choices; what the content supports.
+    """
+
+    model: float
+    choices: float
+
+    @property
+    def excess(self) -> float:
+        """Preference for long answers beyond the owner's; below 0: for short ones."""
+        return self.model - self.choices
+
+
+def length_bias(margin: Tensor, longer: Tensor) -> Lengths:
+    """Whether a model prefers long answers more than the person does.
+
+    Args:
+        margin: (n,) of chosen over rejected.
+        longer: (n,) length of chosen less length of rejected, any unit.
+
+    Edge cases: no pair, no margin or no difference of length: 0.
+    """
+    margin, longer = margin.double(), longer.double()
+    return Lengths(_cosine(margin, longer), _cosine(torch.ones_like(longer), longer))
+
+
+def _cosine(left: Tensor, right: Tensor) -> float:
+    size = float(left.norm() * right.norm())
+    return float(left @ right) / size if size > 0 else 0.0
+
+
+@torch.no_grad()
+def token_margins(answers: AnswerTokens, head: TextHead | None, shared: SharedScores,
+                  output: Tensor) -> Tensor:  # fmt: skip
+    """Margins (n,) of the pairs under the shared model (None) or with a head, nats."""
+    from .text_head import token_losses
+
+    return -answers.summed(token_losses(head, answers.tokens, output, shared))
+
+
+def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSettings) -> TextHead:
+    """One person's bias on tokens; run on the device, after the release.
+
+    Args:
+        answers: of the person's own pairs, under the reference: the shared model.
+        output: (v, w) the model's output embedding.
+        settings: beta.
+
+    Returns:
+        A head without a memory, whose biases may be below zero; the shared model for fewer than
+        `MIN_PAIRS` pairs, or where no change predicts left-out pairs better.
+    """
+    if answers.pairs < MIN_PAIRS:
+        return no_text_head(output.shape[1])
+    tokens, slots = _distinguishing(answers)
+    scores = shared_scores(answers.tokens, output)
+    with torch.no_grad():
+        states = answers.tokens.states.float()
+        own = (states @ output[tokens].float().T - scores.log_z[:, None]).exp()
+        offset = settings.beta * token_margins(answers, None, scores, output)
+
+    def change(bias: Tensor) -> Tensor:
+        """(n,) what the bias adds to the margins."""
+        given = torch.where(slots >= 0, bias[slots.clamp_min(0)], 0.0)
+        return answers.summed(given - torch.log1p((own @ torch.expm1(bias)).clamp_min(-0.999)))
+
+    def fitted(spread: float, counted: Tensor) -> Tensor:
+        """The bias (m,) fitted on the pairs where `counted` (n,) is true."""
+
+        def objective(free: Tensor) -> Tensor:
+            fit = functional.softplus(-settings.beta * change(spread * free))[counted].sum()
+            return fit + free.square().sum() / 2
+
+        return spread * _minimum(objective, len(tokens))
+
+    def fitted_on(spread: float, rest: Tensor) -> Tensor:
+        return settings.beta * change(fitted(spread, rest))
+
+    spread = _best(offset, _folds(answers.which), fitted_on)
+    if spread == 0:
+        return no_text_head(output.shape[1])
+    bias = fitted(spread, torch.ones(answers.pairs, dtype=torch.bool))
+    nothing = no_text_head(output.shape[1])
+    return TextHead(
+        tokens, bias, nothing.keys, nothing.slots, nothing.centre,
+        bias_weight=spread, memory_offset=0.0,
+    )  # fmt: skip
+
+
+def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
+    """The tokens (m,) most of which stand on one side only, and each position's, -1 for none."""
+    every, place = torch.unique(answers.tokens.targets, return_inverse=True)
+    net = torch.zeros(len(every)).index_add(0, place, answers.weight.sign().float()).abs()
+    chosen = net.argsort(descending=True, stable=True)[:MOST_TOKENS].sort().values
+    slot = torch.full((len(every),), -1)
+    slot[chosen] = torch.arange(len(chosen))
+    return every[chosen], slot[place]
+
+
+def _minimum(objective: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    free = torch.zeros(count, requires_grad=True)
+    solver = torch.optim.LBFGS([free], max_iter=40, line_search_fn="strong_wolfe")
+
+    def step() -> float:
+        solver.zero_grad()
+        with torch.enable_grad():
+            loss = objective(free)
+            loss.backward()
+        return float(loss.detach())
+
+    solver.step(step)
+    return free.detach()
+
+
+# --- folds ---------------------------------------------------------------------------------------
+
+
+def _folds(answers: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Masks (n,): pairs left out, pairs to fit on; no answer is on both sides.
+
+    Answers, in the order they are met, are cut into groups; a fold leaves out the pairs within one
+    group and fits on those without it. Pairs across groups are left out of no fold. Where that
+    would be most pairs, because answers come back in many of them, there are two groups.
+    """
+    rank = _ranks(answers)
+    for groups in (FOLDS, 2):
+        group = rank * groups // (int(rank.max()) + 1)
+        inside = group[:, 0] == group[:, 1]
+        if 2 * int(inside.sum()) >= len(answers):
+            break
+    folds = [(inside & (group[:, 0] == g), (group != g).all(1)) for g in range(groups)]
+    return [(out, rest) for out, rest in folds if bool(out.any() and rest.any())]
+
+
+def _ranks(answers: Tensor) -> Tensor:
+    """(n, 2) how many other answers were met before each one, first come first."""
+    order: dict[int, int] = {}
+    flat = [order.setdefault(one, len(order)) for one in answers.flatten().tolist()]
+    return torch.tensor(flat).view(answers.shape)
+
+
+def _best(
+    offset: Tensor, folds: list[tuple[Tensor, Tensor]], fitted_on: Callable[[float, Tensor], Tensor]
+) -> float:
+    """The spread that predicts left-out pairs best.
+
+    0 unless one beats the shared model alone, whose scale is chosen on the left-out pairs
+    themselves: it is given the benefit of the doubt.
+
+    Args:
+        offset: (n,) beta times the shared model's margins.
+        folds: masks (n,) of the pairs left out and of those to fit on.
+        fitted_on: spread and mask (n,) of the pairs to fit on -> (n,) what it adds to them.
+    """
+    if not folds:
+        return 0.0
+    shared = torch.cat([offset[out] for out, _ in folds])
+    best = 0.0
+    lowest = min(float(functional.softplus(-share * shared).mean()) for share in SHARES)
+    for spread in BIAS_SPREADS:
+        added = torch.cat([fitted_on(spread, rest)[out] for out, rest in folds])
+        loss = float(functional.softplus(-(shared + added)).mean())
+        if loss < lowest:
+            best, lowest = spread, loss
+    return best

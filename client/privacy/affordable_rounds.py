@@ -1,0 +1,147 @@
+"""How many rounds of a run a limit pays for: said before it starts, and before an owner agrees.
+
+A limit is the owner's, over all runs, or the run's own cap, of this run alone
+(`client/privacy/gate.py` names whose it is). What is counted is the device that is asked in every
+round.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ...common.errors import ConfigError
+from ...common.privacy.accounting import Charge, epsilon, payable
+from ...common.privacy.round_plan import Plan
+from ...common.settings.config import DEVICES, Config, PrivacySettings
+from .gate import budgets, caps, charges
+from .ledger import Limit, budget_of, without_directory
+
+__all__ = ["Paid", "fewest", "needed", "paid", "refuse_unpaid"]
+
+RECKONED = 0.01
+
+
+@dataclass(frozen=True)
+class Paid:
+    """What one limit pays for, on one line of the ledger.
+
+    Attributes:
+        rounds: so many releases more.
+        of: so many are asked for.
+        limit: the largest epsilon, and whose it is.
+        unit, against: the line.
+        spent: what was spent of the limit before.
+        whole: what it would be if all were released; may be infinite.
+        without: what helps where the device has no closed directory, and that is why; or empty.
+    """
+
+    rounds: int
+    of: int
+    limit: Limit
+    unit: str
+    against: str
+    spent: float
+    whole: float
+    without: str = ""
+
+
+def paid(
+    cost: Sequence[Charge],
+    limits: Mapping[str, Limit],
+    delta: float,
+    count: int,
+    past: Sequence[Charge] = (),
+    slack: float = 0.0,
+) -> Iterator[Paid]:
+    """Each limit on each line that pays for fewer than `count` releases of `cost`, after `past`.
+
+    `slack`: by how much of a limit `cost` may be reckoned too dear, where it is no plan's own.
+    """
+    for line in dict.fromkeys(map(_line, cost)):
+        limit = budget_of(limits, *line[:2])
+        if limit is None or math.isinf(limit):
+            continue
+        once, before = ([one for one in some if _line(one) == line] for some in (cost, past))
+        rounds = payable(once, before, delta, limit * (1 + slack), count)
+        if rounds < count:
+            spent = epsilon(before, delta) if before else 0.0
+            whole = epsilon([*before, *[*once] * count], delta)
+            mend = without_directory(cost, *line[:2])
+            yield Paid(rounds, count, limit, line[0], line[1], spent, whole, mend)
+
+
+def fewest(
+    cost: Sequence[Charge],
+    privacy: PrivacySettings,
+    count: int,
+    past: Sequence[Charge] = (),
+    in_run: Sequence[Charge] = (),
+) -> Paid | None:
+    """The limit of a device that pays for the fewest of `count` releases; None: all are paid for.
+
+    A cost reckoned from an offer is up to 1 % above that of the rounds' own plans; a limit that is
+    passed by less pays, and the ledger has the last word.
+
+    Args:
+        cost: of one release.
+        privacy: the device's own settings (`own_config`), or a simulated client's.
+        count: releases asked for.
+        past: everything the device has spent.
+        in_run: what of it in this run.
+    """
+    found = [
+        *paid(cost, caps(privacy), privacy.delta, count, in_run, RECKONED),
+        *paid(cost, budgets(privacy), privacy.delta, count, past, RECKONED),
+    ]
+    return min(found, key=lambda one: one.rounds, default=None)
+
+
+def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[str], None]) -> None:
+    """A run whose rounds nobody could pay for does not start.
+
+    Of a run on devices its own cap counts, since what owners allow is known to them alone; of a
+    simulation what its clients have. A fleet larger than the cohort shares the rounds: where each
+    client pays for some and together they pay for all, it is a warning.
+
+    Args:
+        config: the run's, resolved.
+        plan: of its first round.
+        dimension: numbers in a contribution.
+        warn: gets the sentence where the rounds can still be paid for.
+
+    Raises:
+        ConfigError: the limit, how many of the rounds it pays for, and what to set.
+    """
+    own, rounds, clients = config.privacy, config.rounds, config.data.clients
+    limits: Mapping[str, Limit] = budgets(own)
+    if config.data.source == DEVICES:
+        limits = {name: most for name, most in limits.items() if most.of_run or math.isinf(most)}
+    cost = charges(plan, dimension, own)
+    found = min(
+        paid(cost, limits, own.delta, rounds.count), key=lambda one: one.rounds, default=None
+    )
+    if found is None:
+        return
+    mend = "a part of it has no noise: give it some, or make no such claim (enabled = false)"
+    if math.isfinite(found.whole):
+        mend = f"set {found.limit.setting} = {needed(found.whole)} or more"
+        mend += ", or leave it out" if config.data.source == DEVICES else ""
+    said = (
+        f"{found.limit.whose}, and pays for {found.rounds} of rounds.count = {rounds.count} rounds "
+        f"of each participant at worst ({found.unit}-level, against the {found.against}, epsilon "
+        f"{found.whole:.4g} for all of them at delta {own.delta:g})"
+    )
+    if found.rounds * clients >= rounds.count * rounds.cohort:
+        warn(f"{said}: who is asked more often declines; to have nobody decline, {mend}")
+        return
+    fewer = f", or rounds.count = {found.rounds}" if found.rounds else ""
+    raise ConfigError(f"{said}: every device would decline the rest; {mend}{fewer}")
+
+
+def needed(epsilon: float) -> str:
+    """A budget that is enough for it, also on the coarser grid that owners are shown."""
+    return f"{math.ceil(101 * epsilon - 1e-9) / 100:g}"
+
+
+def _line(charge: Charge) -> tuple[str, str, str]:
+    return charge.unit, charge.against, charge.adjacency

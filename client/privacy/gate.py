@@ -1,0 +1,378 @@
+"""The gate: the only code that makes bytes for the server out of private data.
+
+**Guarantee**: what `release` returns is the contribution refused when not finite, wrongly shaped or
+wrongly hashed; clipped as one vector; allowed by the ledger; rounded at random to a public grid;
+noised with exact integer noise (for `noise_at = device`); reduced mod 2**bits; and written to the
+ledger, durably, before it is returned. Masks will only be added to these integers. Statistics ride
+behind the adapter in the same vector: blocks with their own public bound, grid and noise each
+(`common/privacy/statistics_blocks.py`), drawn after the adapter's, which they therefore leave as
+it is.
+
+Sources: clip and integer noise, Agarwal, Kairouz, Liu 2021 (Skellam); randomised rounding,
+Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...common.errors import GateRefused, PrivacyError
+from ...common.privacy import noise
+from ...common.privacy.accounting import Adjacency, Against, Charge
+from ...common.privacy.clipping import clip
+from ...common.privacy.encoding import pack, round_randomly, rounded_sensitivity, wrap
+from ...common.privacy.release_facts import Asked
+from ...common.privacy.rotation import flat_bound, rotate
+from ...common.privacy.round_plan import Plan
+from ...common.privacy.statistics_blocks import Block
+from ...common.settings.config import Config, PrivacySettings
+from ..consent.policy_settings import OwnBudget
+from .ledger import Ledger, Limit
+
+__all__ = ["Statistics", "budgets", "caps", "charges", "colluding", "refuse_more", "release"]
+
+
+UNITS = ("client", "example")
+
+Statistics = Mapping[str, NDArray[np.float64]]
+"""The numbers of each block, by its name; sensitive."""
+
+
+def release(
+    delta: NDArray[np.float32],
+    layout: str,
+    plan: Plan,
+    client: str,
+    ledger: Ledger,
+    privacy: PrivacySettings,
+    source: noise.Source,
+    statistics: Statistics | None = None,
+) -> bytes:
+    """One contribution -> the bytes that leave.
+
+    Args:
+        delta: local minus global adapter, shape (d,), float32.
+        layout: digest of the layout `delta` really has.
+        plan: the round, checked against the device's own settings before.
+        client: whose ledger.
+        ledger: what this device has spent.
+        privacy: the device's own settings: adjacency, delta, budgets.
+        source: operating system randomness; a seeded one in tests only.
+        statistics: by the names of `plan.blocks`, each of its block's size.
+
+    Returns:
+        Integers mod 2**bits, bit-packed, `plan.length(d)` * bits / 8 bytes.
+
+    Raises:
+        GateRefused: the input must not be released; nothing was spent.
+        BudgetExceeded: it would cost more than the owner or the run allows; nothing was spent.
+    """
+    _refuse(delta, layout, plan)
+    behind = _refuse_statistics(statistics or {}, plan)
+    clipped = clip(_flattened(delta, plan), plan.clip)
+    bounded = [clip(values, block.bound) for block, values in zip(plan.blocks, behind, strict=True)]
+    cost = charges(plan, len(delta), privacy)
+    ledger.check(client, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
+    integers = _noised(_clamped(clipped.vector, plan), plan.step, plan.variance, plan, source)
+    for block, values in zip(plan.blocks, bounded, strict=True):
+        drawn = _noised(values.vector, block.step, block.variance, plan, source)
+        integers = np.concatenate([integers, drawn])
+    payload = pack(wrap(integers, plan.bits), plan.bits)
+    asked = Asked(plan, len(delta)).text
+    ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload, asked)
+    return payload
+
+
+def _noised(
+    vector: NDArray[np.float64], step: float, variance: float, plan: Plan, source: noise.Source
+) -> NDArray[np.int64]:
+    """Bounded reals -> integers on their grid, with the noise that is the device's to add."""
+    integers = round_randomly(vector, step, source.words)
+    if plan.noise_at in ("device", "distributed"):
+        integers += noise.skellam(noise.skellam_table(variance), len(integers), source)
+    return integers
+
+
+def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charge, ...]:
+    """What one release under `plan` costs: one charge per unit and adversary.
+
+    Client level: the noise of `noise_at` against the clip. With `device` it holds against the
+    server too; with `distributed` as well, if masking holds, and what counts are the shares of
+    the smallest accepted sum less the colluders; with `server` it holds only against whoever sees
+    what is published. Should masking not hold, the device's own share is left: the charge against
+    the "unmasked server". It is the one against the server too where the device's directory is
+    open, because a server that invents the other devices reads the share alone (docs/masking.md).
+
+    Example level against the server: Opacus's noise in each local step. Against the analyst the
+    release noise counts as well: after one local step a record moves the delta by at most
+    learning_rate * record_clip / batch_size, clipping is a projection, so one record's
+    sensitivity is that, not the clip. With several steps later gradients depend on earlier ones
+    and only Opacus's noise is counted.
+
+    Statistics. A person moves adapter and blocks together, one Gaussian release (`_together`). A
+    record is in the batch by a draw, and moves the adapter and the block of losses if it is:
+    these too are one release, sampled. Gains and arms are computed from every record in every
+    round, the draw hides nothing of them: they are a second charge, unsampled. Their noise is
+    independent of the batch and its noise, so the two charges compose.
+    """
+    found: list[Charge] = []
+    released = plan.noise_at != "none" and plan.variance > 0
+    invented = plan.masked and privacy.directory == "open"
+    everywhere = released and plan.noise_at != "server"
+    near = noise.gaussian_closeness(plan.counted_variance, dimension, plan.adders)
+    integer: dict[str, Any] = {"distance": near.slack, "ratio": near.ratio} if released else {}
+    shares: dict[Against, int] = {"analyst": plan.adders, "server": plan.adders}
+    shares |= {"server": 1} if invented else {}
+    shares |= {"unmasked server": 1} if plan.masked else {}
+    if released:
+        found += [
+            _person(plan, dimension, privacy.client.adjacency, against, hiding)
+            for against, hiding in shares.items()
+            if against == "analyst" or everywhere
+        ]
+    examples: list[Charge] = []
+    if plan.record_clip > 0:
+        inside = Charge(
+            "example", "server", privacy.example.adjacency, plan.record_noise,
+            sampling_rate=plan.rate, steps=plan.local_steps,
+        )  # fmt: skip
+        outside = inside
+        if released and plan.local_steps == 1:
+            moved = min(plan.learning_rate * plan.record_clip / plan.batch_size, 2 * plan.clip)
+            multiplier = _multiplier(plan, moved, dimension)
+            if multiplier > plan.record_noise:
+                outside = dataclasses.replace(inside, noise_multiplier=multiplier, **integer)
+        examples.append(dataclasses.replace(outside, against="analyst"))
+        examples.append(outside if everywhere and not invented else inside)
+        if plan.masked:
+            examples.append(dataclasses.replace(inside, against="unmasked server"))
+    for charge in examples:
+        hiding = shares[charge.against]
+        everything = charge.sampling_rate == charge.steps == 1
+        joint = [block for block in plan.blocks if block.sampled or everything]
+        apart = [block for block in plan.blocks if block not in joint]
+        parts = [_of_block(block, charge, plan, hiding) for block in joint]
+        found.append(_together([charge, *parts]))
+        if apart:
+            found.append(_together([_of_block(block, charge, plan, hiding) for block in apart]))
+    if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
+        none = Charge("client", "analyst", privacy.client.adjacency, 0.0)
+        found.append(_together([none, *(_of_block(b, none, plan, 1) for b in plan.blocks)]))
+    return tuple(found)
+
+
+def colluding(plan: Plan, dimension: int, adjacency: Adjacency, devices: int) -> Charge:
+    """What one masked release costs a person against a server with `devices` colluding devices.
+
+    They know their own noise and take it away: what hides the person are the shares of the
+    smallest sum that may be opened, less theirs. With 0 that is the noise of the whole sum, with
+    `plan.colluders` what `charges` counts, and never less than the own share, which nobody knows.
+
+    Raises:
+        PrivacyError: the plan has no shares of noise.
+    """
+    if not plan.masked:
+        raise PrivacyError(
+            f"round {plan.round}: noise_at = {plan.noise_at!r}: expected distributed; only masked "
+            "sums have shares of noise that devices could take away"
+        )
+    return _person(plan, dimension, adjacency, "server", max(plan.survivors - devices, 1))
+
+
+def _person(
+    plan: Plan, dimension: int, adjacency: Adjacency, against: Against, shares: int
+) -> Charge:
+    """Adapter and blocks as one release about a person, hidden by `shares` adders' noise."""
+    variance = plan.variance * shares
+    near = noise.gaussian_closeness(variance, dimension, shares)
+    moved = rounded_sensitivity(plan.clip, plan.step, dimension)[0]
+    adapter = Charge(
+        "client", against, adjacency, float(variance**0.5 / moved),
+        distance=near.slack, ratio=near.ratio,
+    )  # fmt: skip
+    return _together([adapter, *(_of_block(one, adapter, plan, shares) for one in plan.blocks)])
+
+
+def _together(parts: Sequence[Charge]) -> Charge:
+    """Charges of parts released together -> one charge, with the draw of the first.
+
+    The parts have independent Gaussian noise. With each divided by its own noise, their
+    concatenation is one Gaussian mechanism with noise 1, which one unit moves by at most
+    sqrt(z_1^-2 + z_2^-2 + ...): that is the multiplier's inverse. Two charges instead, each with
+    the sampling rate, would be wrong: adapter and losses are computed from one Poisson batch, and
+    composing two sampled charges stands for a batch drawn anew for each, which hides more.
+    """
+    noises = [part.noise_multiplier for part in parts]
+    return dataclasses.replace(
+        parts[0],
+        noise_multiplier=1 / math.hypot(*(1 / one for one in noises)) if min(noises) else 0.0,
+        distance=math.fsum(part.distance for part in parts),
+        ratio=math.fsum(part.ratio for part in parts),
+    )
+
+
+def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
+    """A block by itself: to the unit and adversary of `charge`, nothing drawn.
+
+    Its noise is what the adversary sees: `shares` adders' of it; none where the server adds it
+    later, and then nothing is hidden.
+    """
+    before = charge.against == "server" and plan.noise_at == "server"
+    variance = 0.0 if before else block.variance * shares
+    moved = block.bound if charge.unit == "client" else block.moved
+    near = noise.gaussian_closeness(variance, block.size, shares)
+    return Charge(
+        charge.unit,
+        charge.against,
+        charge.adjacency,
+        float(variance**0.5 / rounded_sensitivity(moved, block.step, block.size)[0]),
+        distance=near.slack if variance else 0.0,
+        ratio=near.ratio if variance else 0.0,
+    )
+
+
+def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
+    """The owner agreed to a number of releases, whatever numbers the server gives its rounds.
+
+    Raises:
+        PrivacyError: this client has made them in this run.
+    """
+    if ledger.releases_of(client, plan.run) >= own.most_releases:
+        raise PrivacyError(
+            f"round {plan.round}: this device has made the {own.most_releases} releases in run "
+            f"{plan.run} that it may (rounds.count, and rounds.spare for rounds that came to "
+            "nothing); a server that wants more offers the run again with a larger rounds.count"
+        )
+
+
+def budgets(privacy: PrivacySettings) -> dict[str, Limit]:
+    """The device's largest epsilons over all runs: its owner's, or a simulated client's.
+
+    By unit, or for one adversary by `unit/against`. Without limit only where no claim is made at
+    all. What a person has spent should masking break is written down and shown, and limited by
+    nothing: a share of the noise is never enough for a person, and a budget that counted it would
+    refuse every masked round. A record is: Opacus's noise is there for that. What was released
+    without a closed directory counts with one share *against the server*, up to `open_directory`.
+    """
+    if not privacy.client.enabled and not privacy.example.enabled:
+        return {unit: Limit(np.inf) for unit in UNITS}
+    own = privacy.budget
+    if isinstance(own, OwnBudget):
+        most = {"client": own.owner_client, "example": own.owner_example}
+        found = {unit: _of_owner(most[unit], unit) for unit in UNITS}
+    else:
+        found = {
+            unit: _of_run(most, unit) if getattr(own, unit) else _of_simulated(most, unit)
+            for unit, most in own.simulated.items()
+        }
+    found["client/unmasked server"] = Limit(np.inf)
+    if own.open_directory > found["client"]:
+        of = _of_owner if isinstance(own, OwnBudget) else _of_run
+        found["client/server"] = of(own.open_directory, "open_directory")
+    return found
+
+
+def caps(privacy: PrivacySettings) -> dict[str, Limit]:
+    """The run's own caps, of what is spent in this run, as `budgets`; empty where it has none.
+
+    A simulated client's ledger has one run, so that the cap is its budget already. No cap counts a
+    person's share of the noise by itself: neither should masking break, nor against the server
+    where this device has no closed directory and its owner allows that (`open_directory`).
+    """
+    own = privacy.budget
+    if not isinstance(own, OwnBudget):
+        return {}
+    most = {"client": own.client, "example": own.example}
+    found = {unit: _of_run(cap, unit) for unit, cap in most.items() if cap is not None}
+    if "client" in found:
+        found["client/unmasked server"] = Limit(np.inf)
+        if privacy.directory == "open" and own.open_directory > own.owner_client:
+            found["client/server"] = Limit(np.inf)
+    return found
+
+
+def _of_owner(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"this device's owner allows {most:.6g} over all runs (budget.{name} in policy.toml)",
+        f"Stop here, or the owner raises budget.{name} in policy.toml, which is for life",
+        setting=f"budget.{name}",
+    )
+
+
+def _of_run(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"the run's own cap is {most:.6g} (privacy.budget.{name} in its configuration)",
+        f"No owner can change it: the operator starts a run with a larger privacy.budget.{name}, "
+        "or with none",
+        of_run=True,
+        setting=f"privacy.budget.{name}",
+    )
+
+
+def _of_simulated(most: float, name: str) -> Limit:
+    return Limit(
+        most,
+        f"a simulated client has what a new device allows, {most:.6g}",
+        f"Set privacy.budget.{name} in the run's configuration",
+        setting=f"privacy.budget.{name}",
+    )
+
+
+def _flattened(delta: NDArray[np.float32], plan: Plan) -> NDArray[np.float64]:
+    vector = delta.astype(np.float64)
+    return rotate(vector, plan.start) if plan.rotated else vector
+
+
+def _clamped(vector: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+    """After a rotation no coordinate is above its bound, but with chance 2^-60; this one is cut,
+    which shortens the vector and moves no two of them further apart."""
+    if not plan.rotated:
+        return vector
+    most = flat_bound(plan.clip, len(vector))
+    return np.clip(vector, -most, most)
+
+
+def _multiplier(plan: Plan, moved: float, dimension: int) -> float:
+    """Noise over what one unit can move the rounded sum, l2."""
+    return float(plan.counted_variance**0.5 / rounded_sensitivity(moved, plan.step, dimension)[0])
+
+
+def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:
+    if layout != plan.layout:
+        raise GateRefused(
+            f"round {plan.round}: this device's adapter has layout {layout[:12]}, the plan asks "
+            f"for {plan.layout[:12]}; both sides need the same base model and adapter settings"
+        )
+    if delta.ndim != 1 or delta.dtype != np.float32:
+        raise GateRefused(
+            f"round {plan.round}: expected a flat float32 delta, got {delta.dtype} of shape "
+            f"{delta.shape}"
+        )
+    if not np.isfinite(delta).all():
+        raise GateRefused(
+            f"round {plan.round}: the delta has {np.count_nonzero(~np.isfinite(delta))} values "
+            "that are not finite; it stays here"
+        )
+
+
+def _refuse_statistics(given: Statistics, plan: Plan) -> list[NDArray[np.float64]]:
+    """The blocks in the plan's order, if they are those of the plan."""
+    asked = {block.name: (block.size,) for block in plan.blocks}
+    if {name: values.shape for name, values in given.items()} != asked:
+        raise GateRefused(
+            f"round {plan.round}: the plan asks for the statistics {asked}, the device gave "
+            f"{ {name: values.shape for name, values in given.items()} }; nothing was released"
+        )
+    for block in plan.blocks:
+        if not (np.isfinite(given[block.name]).all() and block.fits(given[block.name])):
+            raise GateRefused(
+                f"round {plan.round}: the block {block.name} holds numbers that are not finite or "
+                "outside their public range; it stays here"
+            )
+    return [given[block.name] for block in plan.blocks]

@@ -1,0 +1,1 @@
+"""The device's processes: supervisor, SuperNode, worker, and when answers leave."""

@@ -1,0 +1,215 @@
+"""The device's two processes: the supervisor in front, the worker behind it.
+
+    privet client start    supervisor -> flower-supernode, and `privet client work`
+
+Passphrase and secrets go from one to the other as open descriptors, never as arguments, which
+everybody on the machine can read.
+"""
+
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import ConfigError, PrivetError, StateError
+from ..consent import policy as policies
+from ..consent.device_conditions import limit_process
+from ..enrolled.access import unlock_of
+from ..import_texts import watched_folders
+from ..store.device_store import POLICY, Home
+from ..store.erase import exclusive
+from ..store.key_file import Passphrase, Unlock
+from .supervisor import (
+    Spec,
+    as_file_descriptor,
+    descriptor_path,
+    keep_to_itself,
+    node_spec,
+    stop_on_signals,
+    supervise,
+)
+
+__all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
+
+ENTRY = "from privet.experiments.commands.main import main; main()"
+"""What the command `privet` calls."""
+SECRET_BYTES = 32
+LONGEST_SECRET = 1024
+DEFAULT_MINUTES = 15.0
+
+Say = Callable[[str], None]
+
+
+def start(folder: Path, passphrase: Path | None, port: int | None, say: Say) -> None:
+    """SuperNode and worker, restarted when they end, until SIGINT or SIGTERM.
+
+    Raises:
+        StateError: no home, no server joined, or a worker is there already.
+        ConfigError: the passphrase or the policy is wrong.
+    """
+    keep_to_itself()
+    unlock = unlock_of(folder, passphrase)
+    with exclusive(folder), Home.open(folder, unlock) as home:
+        _ = home.policy  # a wrong one is said here, not by a worker that ends again and again
+        children = specs(home, unlock, port or free_port())
+        say(f"{home.folder} serves {home.joined.server if home.joined else ''}; stop with Ctrl-C")
+    supervise(children, stop_on_signals(), say=say)
+
+
+def specs(home: Home, unlock: Unlock, port: int) -> list[Spec]:
+    """The SuperNode and the worker that asks it on `port`.
+
+    Raises:
+        StateError: the device has joined no server.
+    """
+    joined = home.joined
+    if joined is None:
+        raise StateError("this device has joined no server: `privet client join` comes first")
+    secret = secrets.token_bytes(SECRET_BYTES)
+    key = None if joined.insecure else home.vault.get("node-key")
+    certificates = None if joined.insecure else joined.ca.encode()
+    node = node_spec(
+        joined.server,
+        port,
+        key=key,
+        certificates=certificates,
+        secret=secret,
+        insecure=joined.insecure,
+        home=home.folder,
+    )
+    shared = as_file_descriptor(secret)
+    # -P: what lies in the folder this was started from is not imported
+    command = [sys.executable, "-P", "-c", ENTRY, "client", "work", "--home", str(home.folder)]
+    command += ["--port", str(port), "--secret-file", descriptor_path(shared)]
+    command += ["--server", joined.server]
+    given = [shared]
+    if isinstance(unlock, Passphrase):
+        given.append(as_file_descriptor(unlock.encoded()))
+        command += ["--passphrase-file", descriptor_path(given[-1])]
+    return [node, Spec("worker", tuple(command), pass_fds=tuple(given), takes_down=(node.name,))]
+
+
+def work(
+    folder: Path, passphrase: Path | None, port: int, secret: Path, server: str, say: Say
+) -> None:
+    """The worker: answers the SuperNode on `port` until SIGTERM, one message at a time.
+
+    Args:
+        folder, passphrase: the home, and the file of what opens it.
+        port: of the SuperNode's runtime API.
+        secret: the file of the secret shared with the SuperNode.
+        server: HOST:PORT that the SuperNode was started for.
+        say: gets a line per event.
+
+    Raises:
+        StateError: another worker has this home.
+    """
+    from ..enrolled.participant import OwnSeat
+    from . import worker
+
+    keep_to_itself()
+    stop, busy = stop_on_signals(), threading.Lock()
+    with exclusive(folder):
+        resources = policies.read(folder / POLICY).resources
+        limit_process(resources)
+        shared = _secret(secret)
+        with Home.open(folder, unlock_of(folder, passphrase)) as home:
+            seat = OwnSeat(home, server)
+            watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
+            watcher.start()
+            try:
+                worker.work(
+                    f"127.0.0.1:{port}",
+                    handler(seat, busy, say),
+                    stop=stop,
+                    secret=shared,
+                    idle_s=60 * resources.idle_minutes,
+                    on_idle=seat.rest,
+                    say=say,
+                )
+            finally:
+                stop.set()
+                watcher.join()
+
+
+def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], Any]:
+    """What the worker calls with each message; `busy` is held meanwhile.
+
+    The app is imported with the first message, so that a worker nobody asks stays small.
+
+    **Guarantee**: a device that has failed answers as one that declines, and, once it has touched
+    what is private, at the same moment; `say` gets the type of the error and where it was raised.
+    """
+
+    def handle(message: Any, _context: Any) -> Any:
+        with busy:
+            from ..app import answer, greet, nothing
+            from .worker import where
+
+            if message.metadata.message_type == "query.hello":
+                return greet(message, seat)
+            seat.pace.begin()
+            try:
+                reply = answer(message, seat)
+            except PrivetError as error:
+                say(f"a message was declined after an error: {where(error)}")
+                reply = nothing(message)
+            seat.pace.settle()
+            return reply
+
+    return handle
+
+
+def watch(home: Home, stop: threading.Event, busy: threading.Lock, say: Say) -> None:
+    """Looks for new records every `intake.rescan_minutes`, and waits while a message is answered.
+
+    What is wrong is said and tried again the next time; nothing ends this but `stop`.
+    """
+
+    def wait(_: object) -> None:
+        while busy.locked() and not stop.is_set():
+            stop.wait(0.1)
+        if stop.is_set():
+            raise _Stopped
+
+    minutes = DEFAULT_MINUTES
+    while not stop.is_set():
+        try:
+            minutes = home.policy.intake.rescan_minutes
+            wait(None)
+            found = watched_folders.rescan(home, progress=wait)
+            if found.found or found.gone:
+                say(f"{len(found.found)} files read, {found.records} records in all")
+        except _Stopped:
+            return
+        except (ConfigError, StateError) as error:
+            say(f"new records were not looked for: {error}")
+        except Exception as error:  # its text might quote a file, and a log is no vault
+            say(f"new records were not looked for: {type(error).__name__}")
+        stop.wait(60 * minutes)
+
+
+class _Stopped(Exception):
+    """The worker ends; a scan is given up."""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _secret(path: Path) -> bytes:
+    from ...common.files import explain_os_errors
+
+    with explain_os_errors(path, "read the secret from"), open(path, "rb") as file:
+        found = file.read(LONGEST_SECRET)
+    if len(found) < SECRET_BYTES:
+        raise StateError(
+            f"{path}: expected at least {SECRET_BYTES} bytes; `privet client start` gives them"
+        )
+    return found

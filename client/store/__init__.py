@@ -1,0 +1,1 @@
+"""A device's files: its home, the sealed vault and its key."""

@@ -1,0 +1,1 @@
+"""Local training on own records: what is drawn, learnt and kept at home."""

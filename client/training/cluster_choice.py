@@ -1,0 +1,75 @@
+"""Which persona's adapter fits the own records best; decided on the device, and never sent.
+
+**Guarantee**: the choice is a function of the shared adapters, which are public, and of the own
+records. It leaves through the gate only, as the block of the contribution that is not zero, under
+the clip and the noise of the whole contribution (`common/model/exchange_layout.py`).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...common.model.adapter import Adapter
+from ...common.model.base_model import pad, prefix_states, resumed_at
+from ...common.model.objective import collate, record_losses
+from .constant_work import Shape
+from .records import Tokenised
+
+__all__ = ["choose", "mean_losses"]
+
+_CHUNK = 32
+
+
+def choose(
+    adapter: Adapter,
+    personas: NDArray[np.float32],
+    live: int,
+    records: Sequence[Tokenised],
+    shape: Shape | None = None,
+) -> int:
+    """The persona with the smallest mean loss on the own training records; the first of equals.
+
+    Args:
+        adapter: overwritten.
+        personas: each one's adapter, shape (k, d).
+        live: how many of them there are already; with one there is nothing to choose.
+        records: own training records. With nothing to learn the choice is the first; a device
+            without any records contributes to none (`common/model/exchange_layout.py`).
+        shape: of the work, whatever records there are; None: as little as they need.
+    """
+    if live == 1 or not (records or shape):
+        return 0
+    return int(np.argmin(mean_losses(adapter, personas[:live], records, shape)))
+
+
+@torch.no_grad()
+def mean_losses(
+    adapter: Adapter,
+    personas: NDArray[np.float32],
+    records: Sequence[Tokenised],
+    shape: Shape | None = None,
+) -> NDArray[np.float64]:
+    """Mean loss of the records under each adapter, shape (k,); infinite where it is not finite, 0
+    where there are none."""
+    base, first = adapter.base, adapter.first_block
+    found = np.zeros(len(personas))
+    ordered = sorted(records, key=lambda record: len(record.ids))
+    if shape is None:
+        chunks = [ordered[i : i + _CHUNK] for i in range(0, len(ordered), _CHUNK)]
+    else:
+        chunks = shape.dealt(ordered)
+    tokens = 0 if shape is None else shape.tokens
+    for real in chunks:
+        chunk = real if shape is None else shape.filled(real)
+        ids = [record.ids for record in chunk]
+        labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
+        batch = collate(ids, labels, [record.learnt for record in chunk], tokens)
+        prefix = prefix_states(base, first, *pad(ids, tokens=tokens))
+        for place, vector in enumerate(personas):
+            adapter.write(vector)
+            with resumed_at(base, first, prefix):
+                losses = record_losses(base, batch, adapter.head).double()
+            found[place] += float(losses[: len(real)].sum())
+    return np.where(np.isfinite(found), found / max(1, len(ordered)), np.inf)

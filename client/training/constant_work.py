@@ -1,0 +1,144 @@
+"""Constant work: what a device does in a round is a function of public numbers.
+
+A step of training is always the same number of chunks of the same shape: what the Poisson draw
+leaves empty, dummies fill, whose gradients are set to zero before they are clipped and summed. When
+the answer leaves is said by `client/runtime/answer_pace.py`.
+
+**Guarantee**: the shapes of all tensors in training, in the choice of a persona and in the states
+of what is measured, and the number of passes over the model, follow from the run's settings and the
+plan; but for a batch larger than `Shape.capacity`, which comes in one step of 2^40. Reading and
+tokenising the records, fitting a head on them, and single numbers that a processor takes longer
+with are left to the data; the wait that follows hides them unless they outlast it.
+
+Not covered: another program on the device, which sees the work and the wait; power and heat.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from ...common.privacy.round_plan import Plan
+from ...common.settings.config import Config
+from .records import Tokenised
+
+__all__ = ["DUMMY", "Shape", "Work", "choice_of", "missing", "most_drawn", "work_of"]
+
+_T = TypeVar("_T")
+
+DUMMY = Tokenised((0,), 0.0, learnt=(), rejected=(0,), prompts=(1, 1))
+"""A row without a loss: one token, of which nothing is learnt."""
+
+_RARE = 2.0**-40
+_STEP_ROWS, _CHOICE_ROWS, _FEWEST_ROWS = 16, 32, 3
+_PLACES = 1024  # rows * tokens in memory at once: each has a score for every word
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one piece of work; public.
+
+    Attributes:
+        chunks: how many there are, whatever was drawn.
+        rows: of a chunk. One at least is a dummy, so that no mask is without a gap: attention has
+            another kernel for those.
+        tokens: of a row.
+    """
+
+    chunks: int
+    rows: int
+    tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """Records that fit; more take another chunk."""
+        return self.chunks * (self.rows - 1)
+
+    @classmethod
+    def of(cls, records: int, tokens: int, most_rows: int) -> "Shape":
+        """For so many records: few chunks, of equal size."""
+        records = max(1, records)
+        rows = max(_FEWEST_ROWS, min(most_rows, _PLACES // tokens))
+        chunks = math.ceil(records / (rows - 1))
+        return cls(chunks, math.ceil(records / chunks) + 1, tokens)
+
+    def dealt(self, records: Sequence[_T]) -> list[list[_T]]:
+        """The records, evenly over the chunks; some may have none."""
+        count = max(self.chunks, math.ceil(len(records) / (self.rows - 1)))
+        return [list(records[place::count]) for place in range(count)]
+
+    def filled(self, chunk: Sequence[Tokenised]) -> list[Tokenised]:
+        """A chunk with dummies behind its records."""
+        return [*chunk, *[DUMMY] * (self.rows - len(chunk))]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device does in a round; public.
+
+    Attributes:
+        step: one local step of training.
+        choice: of a persona, from all own training records.
+        tokens: of a record that is measured.
+    """
+
+    step: Shape
+    choice: Shape
+    tokens: int
+
+
+def work_of(config: Config, plan: Plan) -> Work | None:
+    """What a device with these settings does under this plan; None: what its records ask for."""
+    choice = choice_of(config)
+    if choice is None:
+        return None
+    most = most_drawn(config.data.records_per_client, plan.rate)
+    step = Shape.of(most, choice.tokens, _STEP_ROWS)
+    return Work(step, choice, config.data.max_tokens)
+
+
+def choice_of(config: Config) -> Shape | None:
+    """How a device chooses its persona; None: as its records ask for."""
+    if not config.constant:
+        return None
+    row = max(config.data.max_tokens, config.training.packed)
+    return Shape.of(config.data.records_per_client, row, _CHOICE_ROWS)
+
+
+def missing(
+    config: Config, own: Sequence[Tokenised], held_out: Sequence[Tokenised], words: int
+) -> tuple[list[Tokenised], list[Tokenised]]:
+    """Made-up records in place of those that a person has not, one held out at least.
+
+    Args:
+        config: how many a head is fitted on, and how many are measured.
+        own, held_out: what there is of them.
+        words: in the vocabulary.
+    """
+    limits, tokens = config.evaluation, config.data.max_tokens
+    measured = range(min(len(held_out), limits.records - 1), limits.records)
+    return (
+        [_made_up(number, tokens, words) for number in range(len(own), limits.fit_records)],
+        [_made_up(number, tokens, words) for number in measured],
+    )
+
+
+def _made_up(number: int, tokens: int, words: int) -> Tokenised:
+    ids = tuple((31 * number + 7 * place) % words for place in range(tokens))
+    return Tokenised(ids, float(number % 2), rejected=ids[::-1], prompts=(1, 1))
+
+
+@lru_cache(maxsize=16)
+def most_drawn(count: int, rate: float) -> int:
+    """The smallest k such that a Poisson draw from `count` records has more than k in at most one
+    case of 2^40."""
+    if rate >= 1:
+        return count
+    above = 0.0
+    for size in range(count, 0, -1):
+        ways = math.lgamma(count + 1) - math.lgamma(size + 1) - math.lgamma(count - size + 1)
+        above += math.exp(ways + size * math.log(rate) + (count - size) * math.log1p(-rate))
+        if above > _RARE:
+            return size
+    return 0

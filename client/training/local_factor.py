@@ -1,0 +1,61 @@
+"""What a family trains that never leaves the device (fedsa's B): its file, and its two last rounds.
+
+**Guarantee**: nothing here is read by `client/privacy/gate.py`, `client/app.py` or
+`client/privacy/masked_upload.py`. It was fitted on private records without DP. What a round trains
+depends on it, as it does on the records; so a client-level claim holds, and no example-level one
+can be made.
+
+Two rounds are kept: a round that is begun again after a crash starts from what it started from
+before, and gives the same bits.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from ...common.errors import StateError
+
+__all__ = ["added", "before"]
+
+_KEPT = 2
+
+
+def before(kept: bytes | None, number: int, dimension: int) -> NDArray[np.float32] | None:
+    """What the last round before `number` left; None: there was none.
+
+    Raises:
+        StateError: the file is damaged, or of another adapter.
+    """
+    rounds = _read(kept)
+    earlier = [one for one in rounds if one < number]
+    if not earlier:
+        return None
+    found = rounds[max(earlier)]
+    if found.shape != (dimension,) or found.dtype != np.float32:
+        raise StateError(
+            f"what this device keeps of its adapter has {found.shape} numbers, expected "
+            f"{dimension}; remove it, and it is trained again"
+        )
+    return found
+
+
+def added(kept: bytes | None, number: int, own: NDArray[np.float32]) -> bytes:
+    """The file after round `number`."""
+    rounds = {one: values for one, values in _read(kept).items() if one < number}
+    last = {one: rounds[one] for one in sorted(rounds)[-(_KEPT - 1) :]}
+    return safetensors.numpy.save({str(one): v for one, v in {**last, number: own}.items()})
+
+
+def _read(kept: bytes | None) -> Mapping[int, NDArray[np.float32]]:
+    if kept is None:
+        return {}
+    try:
+        return {int(name): values for name, values in safetensors.numpy.load(kept).items()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise StateError(
+            f"what this device keeps of its adapter is damaged ({error}); remove it, and it is "
+            "trained again"
+        ) from error

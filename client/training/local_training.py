@@ -1,0 +1,426 @@
+"""Local training: global adapter + own records -> delta. The only user of Opacus.
+
+**Guarantee** (example level, one record added or removed): each local step draws a Poisson batch
+with the public rate, clips every record's gradient to the plan's `record_clip` C, adds Gaussian
+noise of standard deviation `record_noise` * C to the sum and divides by the public batch size.
+After one step a record has moved the delta by at most learning_rate * C / batch_size.
+What that costs is not decided here but carried by the release (`client/privacy/gate.py`).
+
+The noise is Opacus's mechanism with another source: Opacus seeds torch's generator with 32 bits,
+which a server could search; here it comes from the operating system. It is still floating-point
+noise; drawing it four times over makes the known attack costly (Holohan and Braghin 2021).
+
+The losses of the step itself are kept as well, where the plan asks for statistics: with the
+gradients they are one function of one batch, and one record adds at most sqrt(2) / batch size to
+them. They leave through the gate only, which bounds and noises them.
+
+With a `Work` (`client/training/constant_work.py`) every step has the same chunks of the same shape:
+dummies fill what was not drawn. Each row's gradient is its own, a dummy's is set to zero before it
+is clipped, and the noised sum is the one without dummies, up to the order of its additions.
+
+Edge cases: an empty batch still steps, with noise. So does that of a client without records, which
+contributes nothing of it (`client/device.py`). What is not finite counts as nothing: see `train`.
+
+Source: Abadi et al. 2016 (DP-SGD).
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+
+from ...common.errors import AdapterError
+from ...common.model.adapter import Adapter
+from ...common.model.base_model import PrefixCache, resumed_at
+from ...common.model.dpo import answer_scores, margins, preference_losses
+from ...common.model.objective import collate, record_losses
+from ...common.privacy.noise import Source
+from ...common.privacy.round_plan import Plan
+from ...common.settings.config import PreferenceSettings
+from .constant_work import Shape
+from .records import Tokenised, poisson_indices
+
+__all__ = ["Trained", "Trainer", "train"]
+
+# Records are clipped to a little less than C, so that no rounding of floats carries one past C:
+# another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most
+# (measured on SmolLM2; in float64 by 1e-15).
+_SHRINK = 1 - 2.0**-10
+Named = tuple[tuple[str, nn.Parameter], ...]
+
+_CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
+
+
+@dataclass(frozen=True, eq=False)
+class Trainer:
+    """An adapter with Opacus's hooks on its trained layers; made once per process."""
+
+    adapter: Adapter
+    hooked: Any
+    prefix: PrefixCache | None = None
+    pairs: PreferenceSettings | None = None
+
+    @classmethod
+    @lru_cache(maxsize=1)
+    def of(
+        cls, adapter: Adapter, cache_mb: int = 0, pairs: PreferenceSettings | None = None
+    ) -> "Trainer":
+        """Hook the trained layers only: the frozen model pays nothing for DP.
+
+        `cache_mb`: memory for what enters the first adapted block, by record; 0: nothing is kept.
+        `pairs`: how to learn where a record is a pair of answers; None: it is none.
+
+        One trainer an adapter: layers hooked twice would count every gradient twice.
+        """
+        for hook in vars(adapter.trainable).pop("autograd_grad_sample_hooks", ()):
+            hook.remove()  # of a trainer of this adapter that the cache has forgotten
+        adapter.train_only(None)
+        hooked = _Hooked(adapter.trainable, loss_reduction="sum", strict=True)
+        first = adapter.first_block
+        kept = PrefixCache(adapter.base, first, cache_mb << 20) if cache_mb and first else None
+        return cls(adapter, hooked, kept, pairs)
+
+
+class _Hooked(GradSampleModule):
+    """Opacus's hooks, silent on layers that the round does not train (rolora's other half)."""
+
+    def capture_backprops_hook(self, module: nn.Module, *given: Any, **named: Any) -> None:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            super().capture_backprops_hook(module, *given, **named)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What local training hands to the gate; sensitive, so `repr` hides it.
+
+    Attributes:
+        delta: local adapter minus global adapter, of what the round releases, shape (d,), float32.
+        statistics: of the batch, over the public batch size: the records' losses, each clipped to
+            [0, 1] of the plan's loss bound, and the number of records; float64, shape (2,), or
+            (0,) where the plan asks for none.
+        own: what stays on the device (fedsa's B), as it is after training; empty for the others.
+    """
+
+    delta: NDArray[np.float32] = field(repr=False)
+    statistics: NDArray[np.float64] = field(repr=False)
+    own: NDArray[np.float32] = field(
+        default_factory=lambda: np.zeros(0, np.float32), repr=False, kw_only=True
+    )
+
+
+def train(
+    trainer: Trainer,
+    start: NDArray[np.float32],
+    records: Sequence[Tokenised],
+    plan: Plan,
+    *,
+    batches: np.random.Generator,
+    source: Source,
+    own: NDArray[np.float32] | None = None,
+    shape: Shape | None = None,
+) -> Trained:
+    """Local steps from the global adapter on one client's own records.
+
+    Args:
+        trainer: the model with hooks; its adapter is overwritten.
+        start: the global adapter, shape (d,), float32.
+        records: the client's own tokenised records, at most the public cap; may be empty.
+        plan: steps, public batch size and rate, learning rate, clip and noise of a record.
+        batches: which records are drawn; secret, from the operating system outside tests.
+        source: the noise.
+        own: what stays on the device, from the last time; None: the first time.
+        shape: of every step, whatever is drawn; the prefix cache, whose time tells which records
+            it has met, then rests. None: as little work as the batch needs.
+
+    Returns:
+        The delta as the sum of the steps, because the difference of two rounded adapters would be
+        off by more than a small step allows; and the statistics of the first step's batch.
+
+    **Guarantee**: both are finite, whatever adapter a server sends. It could choose one that
+    overflows with some words and not with others, and a device that declined for that would tell
+    its words, at no cost and as often as it is asked. So a record whose gradient is not finite
+    counts as none, a loss that is not as the largest, a delta that still is not as zero.
+
+    Raises:
+        AdapterError: an adapted layer does not see records one by one.
+    """
+    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    adapter, private = trainer.adapter, plan.record_clip > 0
+    _forget(trainer.hooked)
+    adapter.write(start, own)
+    trained = adapter.train_only(plan.round)
+    if private and adapter.own.pieces:
+        raise AdapterError(
+            f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
+            "device, so it cannot be trained under example-level DP"
+        )
+    optimizer = _optimizer([parameter for _, parameter in trained], plan, source)
+    trainer.hooked.train()
+    trainer.hooked.hooks_enabled = private
+    step = _private_step if private else _plain_step
+    delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
+    losses: list[NDArray[np.float64]] = []
+    drawn = [poisson_indices(len(records), plan.rate, batches) for _ in range(plan.local_steps)]
+    for number, indices in enumerate(drawn):
+        if number == 1 and trainer.pairs is not None:
+            records = _with_references(trainer, start, records, drawn[1:], shape)
+        batch = [records[i] for i in indices]
+        batch.sort(key=lambda record: len(record.ids))
+        seen = step(trainer, trained, optimizer, _chunks(batch, shape), plan, shape)
+        losses.append(np.array(seen, np.float64))
+        delta -= plan.learning_rate * _gradient(trained)
+    optimizer.zero_grad(set_to_none=True)
+    with np.errstate(over="ignore"):
+        rounded = delta.astype(np.float32)
+    usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
+    released, kept = np.split(usable, [len(usable) - adapter.own.dimension])
+    own = np.zeros_like(kept) if own is None else own
+    at_home = own + kept if np.isfinite(own + kept).all() else own
+    return Trained(released, _statistics(losses[0], plan), own=at_home)
+
+
+def _forget(hooked: GradSampleModule) -> None:
+    """What a forward pass left whose backward pass never came, because the round broke off.
+
+    Opacus would count those rows as records of the next batch.
+    """
+    for module in hooked.modules():
+        if hasattr(module, "activations"):
+            module.activations = []
+        if hasattr(module, "max_batch_len"):
+            del module.max_batch_len
+    for parameter in hooked.parameters():
+        if hasattr(parameter, "_forward_counter"):
+            parameter._forward_counter = 0
+        if hasattr(parameter, "_current_grad_sample"):
+            del parameter._current_grad_sample
+
+
+def _with_references(
+    trainer: Trainer,
+    start: NDArray[np.float32],
+    records: Sequence[Tokenised],
+    drawn: Sequence[Sequence[int]],
+    shape: Shape | None,
+) -> list[Tokenised]:
+    """Pairs with the global adapter's margin, for the steps in which the model has left it.
+
+    Each is computed alone, or as a row of one fixed shape, so that no record's gradient hangs on
+    what else was drawn.
+    """
+    adapter, found = trainer.adapter, list(records)
+    now = adapter.read()
+    adapter.write(start)
+    if shape is None:
+        chunks = [[i] for i in sorted({i for batch in drawn for i in batch})]
+    else:
+        chunks = [chunk for batch in drawn for chunk in shape.dealt(batch)]
+    with torch.no_grad():
+        for chunk in chunks:
+            margin = _margins(trainer, [records[i] for i in chunk], shape)
+            for i, each in zip(chunk, margin.tolist(), strict=False):
+                found[i] = replace(found[i], reference=each)
+    adapter.write(now)
+    return found
+
+
+def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+    """Losses under the start adapter, shape (records,) -> the block of losses."""
+    if not plan.losses_bound:
+        return np.zeros(0)
+    bounded = np.clip(np.nan_to_num(losses / plan.losses_bound, nan=1.0), 0.0, 1.0)
+    return np.array([bounded.sum(), len(losses)]) / plan.batch_size
+
+
+class _SystemNoiseOptimizer(DPOptimizer):
+    """Opacus's optimiser, with its Gaussian noise drawn from `source`."""
+
+    def __init__(self, *given: Any, source: Source, noise: float, **named: Any) -> None:
+        super().__init__(*given, noise_multiplier=noise / named["max_grad_norm"], **named)
+        self.source, self.noise = source, noise
+
+    def add_noise(self) -> None:
+        for parameter in self.params:
+            total = parameter.summed_grad
+            noise = sum(_gaussian(total.numel(), self.source) for _ in range(4)) / 2
+            drawn = torch.from_numpy(noise).view_as(total)
+            parameter.grad = (
+                (total.double() + self.noise * drawn).to(total.dtype).view_as(parameter)
+            )
+
+
+def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
+    """Standard normal numbers from random words: Box and Muller 1958."""
+    words = source.words(2 * count)
+    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    radius, angle = uniform[:count], uniform[count:]
+    normal: NDArray[np.float64] = np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)
+    return normal
+
+
+def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> Any:
+    plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
+    if plan.record_clip == 0:
+        return plain
+    return _SystemNoiseOptimizer(
+        plain,
+        max_grad_norm=plan.record_clip * _SHRINK,
+        expected_batch_size=plan.batch_size,
+        source=source,
+        noise=plan.record_noise * plan.record_clip,
+    )
+
+
+def _private_step(
+    trainer: Trainer,
+    trained: Named,
+    optimizer: Any,
+    chunks: list[list[Tokenised]],
+    _: Plan,
+    shape: Shape | None,
+) -> list[float]:
+    chunks, seen = chunks or [[]], list[float]()
+    for number, chunk in enumerate(chunks):
+        optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
+        if chunk or shape is not None:
+            losses = _losses(trainer, chunk, shape)
+            _sum(losses, len(chunk)).backward()
+            seen += losses.tolist()[: len(chunk)]
+            _one_row_a_record(trainer, trained, len(losses))
+            _silence(trained, len(chunk))
+        else:
+            for _name, parameter in trained:
+                parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+        optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
+        optimizer.step()
+    return seen
+
+
+def _one_row_a_record(trainer: Trainer, trained: Named, records: int) -> None:
+    """Gradients by record, or an error; the two answers of a pair are one record's two rows."""
+    if trainer.pairs is None:
+        _refuse_mixed(trained, records)
+        return
+    _refuse_mixed(trained, 2 * records)
+    for _, parameter in trained:
+        rows: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+        parameter.grad_sample = rows[:records] + rows[records:]  # type: ignore[attr-defined]
+
+
+def _refuse_mixed(trained: Named, records: int) -> None:
+    """Some blocks give a layer tokens for records; each token would be clipped for itself."""
+    for name, parameter in trained:
+        seen = getattr(parameter, "grad_sample", None)
+        if not isinstance(seen, torch.Tensor) or len(seen) != records:
+            rows = len(seen) if isinstance(seen, torch.Tensor) else "no"
+            raise AdapterError(
+                f"{name}: this layer saw {rows} rows for {records} records, so a record's gradient "
+                "cannot be clipped; leave it out of adapter.modules, or set "
+                "privacy.example.enabled = false"
+            )
+
+
+def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
+    """Of the records alone; the dummies behind them get a gradient of zero."""
+    if len(losses) == records:
+        return losses.sum()
+    real = torch.arange(len(losses)) < records
+    return torch.where(real, losses, torch.zeros((), dtype=losses.dtype)).sum()
+
+
+def _silence(trained: Named, records: int) -> None:
+    """A record whose gradient is not finite gives none, and takes no other's with it.
+
+    Nor does a dummy, the rows behind the records, whatever its gradient is.
+    """
+    found: list[torch.Tensor] = [
+        parameter.grad_sample  # type: ignore[attr-defined]
+        for _, parameter in trained
+    ]
+    whole = torch.stack([rows.flatten(1).isfinite().all(1) for rows in found]).all(0)
+    whole &= torch.arange(len(whole)) < records
+    if not whole.all():  # never where there are dummies, and there always are with a fixed shape
+        for rows in found:
+            rows.masked_fill_(~whole.view(-1, *[1] * (rows.ndim - 1)), 0.0)
+
+
+def _plain_step(
+    trainer: Trainer,
+    _: Named,
+    optimizer: Any,
+    chunks: list[list[Tokenised]],
+    plan: Plan,
+    shape: Shape | None,
+) -> list[float]:
+    seen = list[float]()
+    optimizer.zero_grad(set_to_none=True)
+    for chunk in chunks:
+        losses = _losses(trainer, chunk, shape)
+        (_sum(losses, len(chunk)) / plan.batch_size).backward()
+        seen += losses.tolist()[: len(chunk)]
+    optimizer.step()
+    return seen
+
+
+def _gradient(trained: Named) -> NDArray[np.float64]:
+    """What the step just taken went along, shape (d,)."""
+    pieces = [torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
+    return torch.cat(pieces).double().numpy()
+
+
+def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = None) -> torch.Tensor:
+    """Loss of each record, shape (n,), or (rows,) with dummies behind the records; of a pair
+    against its reference."""
+    adapter = trainer.adapter
+    if shape is not None:
+        records = shape.filled(records)
+    if trainer.pairs is not None:
+        margin = _margins(trainer, records, shape)
+        known = torch.tensor([np.nan if r.reference is None else r.reference for r in records])
+        reference = torch.where(known.isnan(), margin.detach(), known.to(margin.dtype))
+        return preference_losses(margin, reference, trainer.pairs.beta)
+    labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
+    ids = [record.ids for record in records]
+    tokens = 0 if shape is None else shape.tokens
+    batch = collate(ids, labels, [record.learnt for record in records], tokens)
+    if trainer.prefix is None or shape is not None:
+        return record_losses(adapter.base, batch, adapter.head)
+    with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
+        return record_losses(adapter.base, batch, adapter.head)
+
+
+def _margins(
+    trainer: Trainer, records: list[Tokenised], shape: Shape | None = None
+) -> torch.Tensor:
+    """By how much the model prefers each pair's chosen answer, shape (n,).
+
+    One pass of 2n rows, the chosen answers first; `_one_row_a_record` counts on that.
+    """
+    adapter, pairs = trainer.adapter, trainer.pairs
+    if pairs is None:
+        raise ValueError("margins of records that are no pairs")
+    if shape is not None:
+        records = shape.filled(records)
+    ids = [record.ids for record in records] + [record.rejected for record in records]
+    prompts = [r.prompts[0] for r in records] + [r.prompts[1] for r in records]
+    tokens = 0 if shape is None else shape.tokens
+    asked = adapter.base, ids, prompts, adapter.head, pairs.length_normalised, tokens
+    if trainer.prefix is None or shape is not None:
+        return margins(answer_scores(*asked))
+    with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
+        return margins(answer_scores(*asked))
+
+
+def _chunks(batch: list[Tokenised], shape: Shape | None = None) -> list[list[Tokenised]]:
+    if shape is not None:
+        return shape.dealt(batch)
+    return [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]

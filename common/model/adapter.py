@@ -1,0 +1,367 @@
+"""Adapter families, and adapter <-> flat float32 vector.
+
+Every family is an ordinary PEFT LoRA on the last blocks' linear layers, W + B A:
+
+    tiny    B = U R, A = V: only R (r x r) is trained; U, V are the leading singular vectors of W
+            itself, so the frozen parts use no data (LoRA-XS, Balazy et al. 2024)
+    ffa     only B is trained; A comes from a public seed (FFA-LoRA, Sun et al. 2024)
+    fedsvd  only B is trained; the server turns A and B after each round so that A has the right
+            singular vectors of B A for its rows (FedSVD, Lee et al. 2025)
+    rolora  B is trained in odd rounds, A in even ones (RoLoRA, Chen et al. 2024)
+    fedsa   A and B are trained, A is shared, B stays at home (FedSA-LoRA, Guo et al. 2024)
+    lora    A and B are trained and averaged separately: the naive baseline
+
+Labelled tasks train one more piece, the shared head. The pieces in a fixed order make one vector;
+`Layout.digest` names that order, and both sides compare it before a round.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from ..errors import AdapterError
+from ..files import write_atomic
+from ..settings.config import AdapterSettings, Config
+from .base_model import BaseModel, load
+from .exchange_layout import Exchange, Vector, halves
+from .vector_layout import Layout
+
+__all__ = ["Adapter", "Layout", "Vector", "attach", "exchanged", "shared", "usual_modules"]
+
+# the four layers of a block that gain most for their size, by architecture
+_USUAL = (
+    ("q_proj", "v_proj", "o_proj", "down_proj"),
+    ("query", "value", "attention.output.dense", "intermediate.dense"),
+    ("q_lin", "v_lin", "out_lin", "ffn.lin2"),
+)
+# what a family may train, by the end of a parameter's name
+_TRAINED = {
+    "tiny": (".lora_B.default.trained.weight",),
+    "ffa": (".lora_B.default.weight",),
+    "fedsvd": (".lora_B.default.weight",),
+    "rolora": (".lora_A.default.weight", ".lora_B.default.weight"),
+    "fedsa": (".lora_A.default.weight", ".lora_B.default.weight"),
+    "lora": (".lora_A.default.weight", ".lora_B.default.weight"),
+}
+HEAD = "head.weight"
+HEAD_BIAS = "head.bias"
+# beside the vector that is sent: for fedsvd A is in it and not trained, for fedsa B is trained and
+# not in it
+_STATE = {
+    "ffa": ("lora_B",),
+    "fedsvd": ("lora_A", "lora_B"),
+    "rolora": ("lora_A", "lora_B"),
+    "fedsa": ("lora_A",),
+    "lora": ("lora_A", "lora_B"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter living inside `base.network`; `read` and `write` move it as one vector.
+
+    Attributes:
+        layout: of that vector, which the server sends.
+        own: layout of what is trained beside it and never leaves the device; empty but for fedsa.
+        trainable: the modules that some round trains.
+        start: the vector before the first round, with which the model is the base model.
+    """
+
+    base: BaseModel
+    settings: AdapterSettings
+    layout: Layout
+    modules: tuple[str, ...]
+    trainable: nn.ModuleDict
+    head: nn.Linear | None
+    start: Vector
+    own: Layout
+    named: Mapping[str, nn.Parameter]
+
+    @property
+    def parameters(self) -> tuple[tuple[str, nn.Parameter], ...]:
+        """The parameters that the vector holds, in the order of the layout."""
+        return tuple((name, self.named[name]) for name, _ in self.layout.pieces)
+
+    def train_only(self, number: int | None) -> tuple[tuple[str, nn.Parameter], ...]:
+        """Freeze everything but what round `number` trains (None: what some round trains).
+
+        Returns:
+            The trained parameters: those a contribution holds, in its order, then the own ones.
+        """
+        parts = halves(self.layout)
+        if number is not None:
+            parts = (parts[(number - 1) % len(parts)],)
+        wanted = [name for part in (*parts, self.own) for name, _ in part.pieces]
+        for name, parameter in self.named.items():
+            parameter.requires_grad_(name in wanted)
+        return tuple((name, self.named[name]) for name in wanted)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the base model runs through this adapter still."""
+        inside = set(self.base.network.parameters())
+        _, first = self.parameters[0]
+        return first in inside
+
+    @property
+    def first_block(self) -> int:
+        """Number of the first adapted block; all below it is a frozen prefix."""
+        depth = len(self.base.blocks)
+        return max(depth - self.settings.last_blocks, 0)
+
+    def read(self) -> Vector:
+        """The trained numbers, shape (dimension,), float32."""
+        return np.concatenate([p.detach().numpy().ravel() for _, p in self.parameters])
+
+    def write(self, vector: Vector, own: Vector | None = None) -> None:
+        """Set the numbers of the vector, and the device's own ones; zero where it has none yet.
+
+        Raises:
+            AdapterError: wrong shape or not float32.
+        """
+        own = np.zeros(self.own.dimension, np.float32) if own is None else own
+        for layout, given in ((self.layout, vector), (self.own, own)):
+            if given.shape != (layout.dimension,) or given.dtype != np.float32:
+                raise AdapterError(
+                    f"expected an adapter vector of {layout.dimension} float32 numbers, got "
+                    f"{given.dtype} of shape {given.shape}"
+                )
+            start = 0
+            with torch.no_grad():
+                for name, _ in layout.pieces:
+                    parameter = self.named[name]
+                    piece = given[start : start + parameter.numel()]
+                    parameter.copy_(torch.from_numpy(piece.copy()).view_as(parameter))
+                    start += parameter.numel()
+
+    def save(self, folder: Path) -> None:
+        """Write what is loaded now as a plain PEFT folder, with the shared head beside it."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.modules:
+            layer = self.base.network.get_submodule(name)
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"]
+            weight = up.frozen.weight @ up.trained.weight if isinstance(up, _Tiny) else up.weight
+            tensors[f"base_model.model.{name}.lora_A.weight"] = down.detach().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = weight.detach().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "adapter_model.safetensors", to_safetensors(tensors))
+        if self.head is not None:
+            head = {"weight": self.head.weight.detach(), "bias": self.head.bias.detach()}
+            write_atomic(folder / "head.safetensors", to_safetensors(head))
+        # last: where it is there, the folder is whole
+        config = _lora_config(self.base, self.settings, self.modules).to_dict()
+        config["target_modules"] = list(self.modules)
+        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+class _Tiny(nn.Module):
+    """B = U R as two linear layers, so that Opacus's hooks see R as it is."""
+
+    def __init__(self, frozen: Tensor) -> None:
+        super().__init__()
+        rank = frozen.shape[1]
+        self.trained = nn.Linear(rank, rank, bias=False)
+        self.frozen = nn.Linear(rank, frozen.shape[0], bias=False)
+        self.frozen.weight = nn.Parameter(frozen, requires_grad=False)
+        nn.init.zeros_(self.trained.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.frozen(self.trained(hidden))
+        return out
+
+
+def shared(config: Config) -> "Adapter":
+    """The adapter of an experiment, one per process: server and simulated clients share it.
+
+    One that another adapter has pushed out of its base model since is made anew.
+    """
+    wanted = config.model.base, config.adapter, config.outputs
+    found = _shared(*wanted)
+    if not found.attached:
+        _shared.cache_clear()
+        found = _shared(*wanted)
+    return found
+
+
+def exchanged(config: Config) -> Exchange:
+    """What server and devices exchange in an experiment, from `shared`."""
+    adapter = shared(config)
+    return Exchange(adapter.layout, adapter.start, config.groups)
+
+
+@lru_cache(maxsize=1)
+def _shared(base: str, settings: AdapterSettings, outputs: int) -> "Adapter":
+    model = load(base)
+    if not outputs:
+        _ = model.output  # without labels it must make text: refuse an encoder at the start
+    return attach(model, settings, outputs)
+
+
+def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adapter:
+    """Put a fresh adapter into the base model (and take out the one that was there).
+
+    Args:
+        base: the base model; changed in place.
+        settings: family, rank, blocks, modules, public seed.
+        outputs: size of the shared head; 0 for generation.
+
+    Raises:
+        AdapterError: no layer fits, the rank is too large, or more than the family trains would
+            be trained.
+    """
+    _detach(base)
+    modules = _select(base, settings)
+    inject_adapter_in_model(_lora_config(base, settings, modules), base.network)
+    trainable = nn.ModuleDict()
+    state, own = dict[str, Any](), dict[str, Any]()
+    generator = torch.Generator().manual_seed(settings.seed)
+    for name in modules:
+        layer = base.network.get_submodule(name)
+        trained = _initialise(layer, settings, generator)
+        for piece, module in trained:
+            trainable[_module_key(f"{name}.{piece}")] = module
+        factors = {"lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"]}
+        sent = _STATE.get(settings.family)
+        for piece, module in trained if sent is None else factors.items():
+            here = state if sent is None or piece in sent else own
+            if sent is None or piece in sent or (piece, module) in trained:
+                here[f"{name}.{piece}.weight"] = module.weight
+    head = None
+    if outputs:
+        head = nn.Linear(base.width, outputs)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        trainable["head"] = head
+        state |= {HEAD: head.weight, HEAD_BIAS: head.bias}
+    layout, at_home = (
+        Layout(
+            settings.family, base.fingerprint, tuple((n, tuple(p.shape)) for n, p in some.items())
+        )
+        for some in (state, own)
+    )
+    _freeze_all_but(base, settings.family, list(trainable.parameters()))
+    start = np.concatenate([p.detach().numpy().ravel() for p in state.values()])
+    named = {**state, **own}
+    return Adapter(base, settings, layout, modules, trainable, head, start, at_home, named)
+
+
+def usual_modules(base: BaseModel) -> tuple[str, ...]:
+    """The layer names adapted by default in this architecture."""
+    _, block = base.blocks[-1]
+    names = {
+        name.removesuffix(".base_layer")
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
+    for usual in _USUAL:
+        if all(any(name.endswith(part) for name in names) for part in usual):
+            return usual
+    if not names:
+        raise AdapterError(f"{base.name}: a block has no linear layer that could be adapted")
+    return tuple(sorted(names))
+
+
+def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
+    wanted = settings.modules or usual_modules(base)
+    found: list[str] = []
+    missing = set(wanted)
+    for block_name, block in base.blocks[-settings.last_blocks :]:
+        for name, module in block.named_modules():
+            parts = {part for part in wanted if name == part or name.endswith("." + part)}
+            if isinstance(module, nn.Linear) and parts:
+                missing -= parts
+                if settings.rank > min(module.weight.shape):
+                    raise AdapterError(
+                        f"adapter.rank = {settings.rank} is larger than {block_name}.{name} allows "
+                        f"({min(module.weight.shape)})"
+                    )
+                found.append(f"{block_name}.{name}")
+    if missing:
+        _, block = base.blocks[-1]
+        names = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+        raise AdapterError(
+            f"adapter.modules = {list(wanted)}: no such linear layer in {base.name}: "
+            f"{', '.join(sorted(missing))}; its blocks have {', '.join(names)}"
+        )
+    return tuple(found)
+
+
+def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str, ...]) -> Any:
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,  # scaling 1
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(modules),
+        task_type="CAUSAL_LM" if base.kind == "decoder" else "FEATURE_EXTRACTION",
+        base_model_name_or_path=base.folder,
+        inference_mode=True,
+    )
+
+
+def _initialise(
+    layer: Any, settings: AdapterSettings, generator: torch.Generator
+) -> list[tuple[str, nn.Linear]]:
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    with torch.no_grad():
+        if settings.family == "tiny":
+            left, right = _leading_singular(layer.base_layer.weight, settings.rank)
+            down.weight.copy_(right)
+            layer.lora_B["default"] = _Tiny(left)
+            return [("lora_R", layer.lora_B["default"].trained)]
+        noise = torch.randn(down.weight.shape, generator=generator)
+        down.weight.copy_(noise / down.weight.shape[1] ** 0.5)
+        if settings.family == "fedsvd":
+            down.weight.copy_(torch.linalg.qr(noise.double().T).Q.T)
+        nn.init.zeros_(up.weight)
+    if settings.family in ("ffa", "fedsvd"):
+        return [("lora_B", up)]
+    return [("lora_A", down), ("lora_B", up)]
+
+
+def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Leading singular vectors of (out, in): U (out, r), V (r, in), signs fixed."""
+    wide = weight.shape[1] >= weight.shape[0]
+    gram = (weight @ weight.T if wide else weight.T @ weight).double().numpy()
+    size = len(gram)
+    _, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - rank, size - 1])
+    first = torch.from_numpy(vectors[:, ::-1].copy())
+    largest = first.abs().argmax(0)
+    first = first * first[largest, torch.arange(rank)].sign()
+    other = (weight.double().T if wide else weight.double()) @ first
+    other = other / other.norm(dim=0).clamp_min(1e-12)
+    left, right = (first, other) if wide else (other, first)
+    return left.float().contiguous(), right.T.float().contiguous()
+
+
+def _freeze_all_but(base: BaseModel, family: str, wanted: list[Tensor]) -> None:
+    base.network.requires_grad_(False)
+    for parameter in wanted:
+        parameter.requires_grad_(True)
+    for name, parameter in base.network.named_parameters():
+        if parameter.requires_grad and not name.endswith(_TRAINED[family]):
+            raise AdapterError(f"{name} would be trained, but the family {family} freezes it")
+    base.network.eval()
+
+
+def _detach(base: BaseModel) -> None:
+    for name, module in list(base.network.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(base.network.get_submodule(parent), child, module.base_layer)
+    if hasattr(base.network, "peft_config"):
+        del base.network.peft_config
+
+
+def _module_key(name: str) -> str:
+    return name.replace(".", "/")

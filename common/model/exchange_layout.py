@@ -1,0 +1,133 @@
+"""What server and devices exchange: the state that is sent, and what of it a contribution holds.
+
+    state      one adapter vector, or one for each persona (`groups.most`), in a row; the first
+               `groups.live` of them are there to pick from
+    released   the numbers of a contribution, which the plan's layout digest names:
+
+        tiny, ffa, lora, fedsa   every number of the adapter vector
+        fedsvd                   B; the server makes A anew from B A after each round
+        rolora                   B in odd rounds, A in even ones
+        groups                   a vector for each persona, zero but for the chosen one, and
+                                 `members`: a number for each persona, zero but for the chosen one
+
+**Guarantee**: a contribution to one of several personas is clipped as one vector, `members` and
+all. Its l2 norm, and so what a client can move, is that of a contribution without personas: the
+choice is as private as the delta (client level). A client without records contributes zero and is
+nobody's member, so that with its records and without differ by one clip at most. At example level
+the choice is not private: a record that changes it moves the contribution from one block to
+another, by up to sqrt(2) times the clip, so the settings refuse an example-level claim.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ProtocolError
+from ..privacy.clipping import clip
+from ..settings.config import GroupSettings
+from .vector_layout import Layout
+
+__all__ = ["MEMBERS", "Exchange", "Vector", "halves"]
+
+Vector = NDArray[np.float32]
+
+MEMBERS = "members"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+
+
+def halves(layout: Layout) -> tuple[Layout, ...]:
+    """What contributions hold, by turns; a shared head is released with B."""
+    down = tuple(piece for piece in layout.pieces if piece[0].endswith(_DOWN))
+    rest = tuple(piece for piece in layout.pieces if piece not in down)
+    if layout.family == "fedsvd":
+        return (replace(layout, pieces=rest),)
+    if layout.family == "rolora":
+        return replace(layout, pieces=rest), replace(layout, pieces=down)
+    return (layout,)
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Of one run.
+
+    Attributes:
+        adapter: layout of one adapter vector.
+        first: the adapter vector before the first round, shape (d,).
+        groups: how many personas, and how they are told apart.
+    """
+
+    adapter: Layout
+    first: Vector = field(repr=False)
+    groups: GroupSettings
+
+    @cached_property
+    def state(self) -> Layout:
+        """Layout of what the server keeps and sends, shape (personas * d,)."""
+        return self._wide(self.adapter)
+
+    @property
+    def start(self) -> Vector:
+        """The state before the first round."""
+        return self.first if self.groups.count == 1 else np.tile(self.first, self.groups.most)
+
+    def released(self, number: int) -> Layout:
+        """Layout of a contribution to round `number`."""
+        return self._turns[(number - 1) % len(self._turns)]
+
+    @cached_property
+    def _turns(self) -> tuple[Layout, ...]:
+        count = self.groups.most
+        if count == 1:
+            return halves(self.adapter)
+        return (replace(self.state, pieces=(*self.state.pieces, (MEMBERS, (count,)))),)
+
+    def _wide(self, one: Layout) -> Layout:
+        if self.groups.count == 1:
+            return one
+        every = range(self.groups.most)
+        pieces = tuple((f"persona {place}: {n}", s) for place in every for n, s in one.pieces)
+        return replace(one, pieces=pieces)
+
+    def personas(self, state: Vector) -> NDArray[np.float32]:
+        """The adapter vector of each persona, shape (personas, d).
+
+        Raises:
+            ProtocolError: the state is not of this run's shape.
+        """
+        if state.shape != (self.state.dimension,):
+            raise ProtocolError(
+                f"expected a state of {self.state.dimension} numbers, got shape {state.shape}; "
+                "both sides need the same groups.count, groups.spare and adapter settings"
+            )
+        return state.reshape(self.groups.most, -1)
+
+    def contribution(self, delta: Vector, place: int | None, bound: float) -> Vector:
+        """What a client hands to the gate.
+
+        Args:
+            delta: what it trained, as `released` has it for one adapter.
+            place: the chosen persona; private. None: the client has no records, and contributes
+                zero: neither what the noise of its training made, nor a member.
+            bound: the clip of the whole contribution.
+        """
+        count = self.groups.most
+        if place is None:
+            return np.zeros(len(delta) * count + (count if count > 1 else 0), np.float32)
+        if count == 1:
+            return delta
+        found = np.zeros((count, len(delta)))
+        mark = np.zeros(count)
+        mark[place] = self.mark(bound)
+        if np.isfinite(delta).all():
+            found[place] = clip(
+                delta.astype(np.float64), (bound**2 - mark[place] ** 2) ** 0.5
+            ).vector
+        else:  # the gate says so
+            found[place] = delta
+        return np.concatenate([found.ravel(), mark]).astype(np.float32)
+
+    def mark(self, bound: float) -> float:
+        """What one member adds to `members`."""
+        return self.groups.members_share * bound

@@ -1,0 +1,130 @@
+"""What a record's loss is; the same for training, heads and evaluation.
+
+Generation: mean negative log-likelihood of the record's tokens, nats per token that is
+learnt. Regression: squared error of the label. Classification: cross-entropy. Rows never share a
+computation that would couple their gradients: no batch norm, no in-batch negatives; a row is one
+record, but where `training.packed` has it hold several of one client's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base_model import BaseModel, final_states, pad
+
+__all__ = [
+    "Batch",
+    "Task",
+    "collate",
+    "losses_everywhere",
+    "pooled",
+    "record_losses",
+    "token_losses",
+]
+
+Task = Literal["generation", "regression", "classification"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Records padded on the right.
+
+    Attributes:
+        ids, mask: (n, t) int64.
+        labels: (n,), or None.
+        learnt: (n, t) bool: which tokens have a loss; never the first.
+        everywhere: whether every place meets the vocabulary, with a loss or without, so that the
+            work does not tell how many have one.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor | None
+    learnt: Tensor
+    everywhere: bool = False
+
+
+def collate(
+    ids: Sequence[Sequence[int]],
+    labels: Sequence[float] | None,
+    learnt: Sequence[Sequence[int] | None] | None = None,
+    tokens: int = 0,
+) -> Batch:
+    """One batch; records of similar length belong together, the caller sees to that.
+
+    Args:
+        learnt: for each record the places that have a loss; None: all but the first.
+        tokens: of each row, whatever its record has, and then `everywhere`; 0: of the longest.
+    """
+    padded, mask = pad(ids, tokens=tokens)
+    wanted = mask.bool()
+    for row, places in enumerate(learnt or ()):
+        if places is not None:
+            wanted[row] = False
+            wanted[row, list(places)] = True
+    wanted[:, 0] = False
+    found = None if labels is None else torch.tensor(labels)
+    return Batch(padded, mask, found, wanted, everywhere=tokens > 0)
+
+
+def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
+    """Loss of each record, shape (n,); the gradient of one never depends on another."""
+    states = final_states(base, batch.ids, batch.mask)
+    if batch.labels is None:
+        return _generation(base, states, batch)
+    if head is None:
+        raise ValueError("a labelled batch needs a head")
+    return label_losses(head(pooled(base, states, batch.mask)), batch.labels)
+
+
+def label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared error for one output (regression), else cross-entropy; shape (n,)."""
+    if outputs.shape[1] == 1:
+        return (outputs[:, 0] - labels).square()
+    return functional.cross_entropy(outputs, labels.long(), reduction="none")
+
+
+def token_losses(base: BaseModel, states: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, nats; states (k, w), targets (k,) -> (k,)."""
+    return functional.cross_entropy(states @ base.output.T, targets, reduction="none")
+
+
+def losses_everywhere(base: BaseModel, states: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
+    """As `token_losses`, of all places, and exactly 0 with gradient 0 where none is wanted.
+
+    Args:
+        states: (n, t, w).
+        targets, wanted: (n, t).
+
+    An unwanted place takes part with a state of zeros, so that whatever its own is, infinite or
+    none at all, reaches no other.
+    """
+    alive = torch.where(wanted[..., None], states, torch.zeros((), dtype=states.dtype))
+    losses = token_losses(base, alive.flatten(0, 1), targets.flatten()).view(wanted.shape)
+    return torch.where(wanted, losses, torch.zeros((), dtype=losses.dtype))
+
+
+def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
+    """One vector of norm 1 per record, shape (n, w): mean of an encoder, last of a decoder."""
+    if base.kind == "encoder":
+        weights = mask[:, :, None].to(states.dtype)
+        vector = (states * weights).sum(1) / weights.sum(1)
+    else:
+        vector = states[torch.arange(len(states)), mask.sum(1) - 1]
+    return functional.normalize(vector, dim=1)
+
+
+def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
+    wanted = batch.learnt[:, 1:]
+    if batch.everywhere:
+        every = losses_everywhere(base, states[:, :-1], batch.ids[:, 1:], wanted)
+        return every.sum(1) / wanted.sum(1).clamp_min(1)
+    # logits only where there is a loss: padding never meets the vocabulary
+    losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
+    rows = torch.nonzero(wanted)[:, 0]
+    sums = torch.zeros(len(batch.ids), dtype=losses.dtype).index_add(0, rows, losses)
+    return sums / wanted.sum(1)

@@ -1,0 +1,1 @@
+"""The privacy core of both sides: clip, noise, encode, account."""

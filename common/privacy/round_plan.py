@@ -1,0 +1,333 @@
+"""The plan of one round: everything public that both sides must agree on.
+
+The server announces it, the device checks it against its own settings (the server can only be
+stricter), and the ledger row names its digest. It crosses the wire as a dict of scalars.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ProtocolError
+from ..secure_aggregation.terms import MOST_PARTICIPANTS, Terms
+from ..settings.config import Config
+from .encoding import rounded_sensitivity
+from .noise import MAX_VARIANCE
+from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
+
+__all__ = ["VERSION", "Plan", "work"]
+
+VERSION = 4
+
+LONGEST_TEXT = 256
+
+FINEST = 32
+"""Bits of the largest modulus: who agreed to it agreed to a fine grid."""
+
+FINE_VARIANCE = 2.0**18
+"""Of the noise in a sum, squared steps, on a fine grid: what it costs beyond Gaussian noise of the
+same size is some hundredths of an epsilon. With few steps it is a multiple."""
+
+PLACES = ("device", "distributed", "server")
+"""Where noise may be added, the safest first."""
+
+# the smallest and the largest value of each number; what is outside would fail deep inside
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "round": (1, 2**31),
+    "cohort": (1, math.inf),
+    "clip": (5e-324, math.inf),
+    "step": (5e-324, math.inf),
+    "bits": (8, 32),
+    "variance": (0, MAX_VARIANCE),
+    "survivors": (0, MOST_PARTICIPANTS),
+    "colluders": (0, MOST_PARTICIPANTS),
+    "attempt": (1, 2**32 - 1),
+    "learning_rate": (5e-324, math.inf),
+    "local_steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "rate": (5e-324, 1),
+    "record_clip": (0, math.inf),
+    "record_noise": (0, math.inf),
+    **{f"{name}_bound": (0, math.inf) for name in ENTRIES},
+    **{f"{name}_step": (5e-324, math.inf) for name in ENTRIES},
+    **{f"{name}_variance": (0, MAX_VARIANCE) for name in ENTRIES},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Public constants of one round.
+
+    Attributes:
+        run, round: which round of which run; rounds count from 1.
+        layout: digest of the adapter's layout.
+        start: SHA-256 of the global adapter the round starts from.
+        cohort: clients asked; the public denominator of the mean.
+        clip: l2 bound of one contribution, in units of the adapter.
+        step, bits: the grid; contributions are integers mod 2**bits in units of `step`.
+        rotated: whether contributions are flattened by a rotation seeded with `start`.
+        noise_at: `device`, `distributed` or `server`; `none` when there is no client-level noise.
+        variance: of the noise one adder adds, in squared grid units (each device for `device` and
+            `distributed`, the server for `server`).
+        survivors, colluders: with `distributed`, the smallest number of vectors a sum may have,
+            and how many of those may be the server's; 0 and 0 otherwise.
+        learning_rate, local_steps, batch_size, rate: local training.
+        attempt: counts every masked round the server began, repeated ones too; it is no part of
+            the digest.
+        record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
+        losses_bound, gains_bound, arms_bound: what a loss, a gain, an arm's loss is clipped to and
+            divided by, in the loss's unit; 0: the block is not asked for
+        (`common/privacy/statistics_blocks.py`). arms: the models an arms block compares, with
+        commas; the same one may occur twice. losses_step, losses_variance and so on: each block's
+        own grid and noise, as `step` and
+            `variance`; the modulus is the adapter's.
+    """
+
+    run: str
+    round: int
+    layout: str
+    start: str
+    cohort: int
+    clip: float
+    step: float
+    bits: int
+    rotated: bool
+    noise_at: str
+    variance: float
+    survivors: int
+    colluders: int
+    learning_rate: float
+    local_steps: int
+    batch_size: int
+    rate: float
+    record_clip: float
+    record_noise: float
+    attempt: int = 1
+    losses_bound: float = 0.0
+    losses_step: float = 1.0
+    losses_variance: float = 0.0
+    gains_bound: float = 0.0
+    gains_step: float = 1.0
+    gains_variance: float = 0.0
+    arms: str = ""
+    arms_bound: float = 0.0
+    arms_step: float = 1.0
+    arms_variance: float = 0.0
+    version: int = VERSION
+
+    @property
+    def masked(self) -> bool:
+        """Whether the server sees a sum only (secure aggregation)."""
+        return self.noise_at == "distributed"
+
+    @property
+    def adders(self) -> int:
+        """Honest noise shares that the smallest accepted sum carries."""
+        return self.survivors - self.colluders if self.masked else 1
+
+    @property
+    def counted_variance(self) -> float:
+        """Of the noise that a claim may count, squared grid units."""
+        return self.variance * self.adders
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan; a ledger row names it."""
+        fields = dataclasses.asdict(dataclasses.replace(self, attempt=1))
+        text = json.dumps(["privet plan", fields], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks asked for, in the order they have in a contribution."""
+        sizes = {**ENTRIES, "arms": ENTRIES["arms"] * len(arm_names(self.arms))}
+        moved = {"losses": math.sqrt(2) / self.batch_size, **DIAMETERS}
+        return tuple(
+            Block(
+                name,
+                size,
+                BOUNDS[name],
+                moved[name],
+                name == "losses",
+                getattr(self, f"{name}_step"),
+                getattr(self, f"{name}_variance"),
+            )
+            for name, size in sizes.items()
+            if getattr(self, f"{name}_bound")
+        )
+
+    def length(self, dimension: int) -> int:
+        """Integers in a contribution: the adapter's and the blocks'."""
+        return dimension + sum(block.size for block in self.blocks)
+
+    def terms(self, dimension: int) -> Terms:
+        """What the masking protocol binds every key and signature of this attempt to."""
+        run = hashlib.sha256(self.run.encode()).hexdigest()
+        plan = bytes.fromhex(self.digest)
+        return Terms(
+            run,
+            self.attempt,
+            plan,
+            self.length(dimension),
+            self.bits,
+            self.survivors,
+            self.colluders,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Scalars only, ready for any wire."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any]) -> "Plan":
+        """The plan in a message.
+
+        Raises:
+            ProtocolError: a field is missing, unknown, of another type, or out of range.
+        """
+        kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+        if set(given) != set(kinds):
+            odd = sorted(set(given) ^ set(kinds))
+            raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
+        for name, kind in kinds.items():
+            if type(given[name]).__name__ != getattr(kind, "__name__", kind):
+                raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
+        if given["version"] != VERSION:
+            raise ProtocolError(
+                f"the server speaks plan version {given['version']}, this device {VERSION}; "
+                "install the same privet on both"
+            )
+        for name in ("run", "layout", "start", "arms"):
+            if len(given[name]) > LONGEST_TEXT:
+                raise ProtocolError(
+                    f"the round plan's {name} has {len(given[name])} characters: expected at most "
+                    f"{LONGEST_TEXT}"
+                )
+        for name, (least, most) in _RANGES.items():
+            if not (math.isfinite(given[name]) and least <= given[name] <= most):
+                raise ProtocolError(
+                    f"the round plan's {name} = {given[name]!r} is out of range: expected a finite "
+                    f"number from {least:g} to {most:g}"
+                )
+        if given["noise_at"] not in (*PLACES, "none"):
+            raise ProtocolError(
+                f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
+                f"{', '.join(PLACES)}, none"
+            )
+        if given["losses_bound"] and given["local_steps"] != 1:
+            raise ProtocolError(
+                f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
+                "statistics are asked for"
+            )
+        try:
+            arms = arm_names(given["arms"])
+        except ValueError as why:
+            raise ProtocolError(f"the round plan's arms = {given['arms']!r}: {why}") from None
+        if bool(arms) != bool(given["arms_bound"]):
+            raise ProtocolError(
+                f"the round plan's arms = {given['arms']!r} with arms_bound = "
+                f"{given['arms_bound']!r}: expected both or neither"
+            )
+        plan = cls(**given)
+        if plan.adders < 1 or plan.survivors > plan.cohort:
+            raise ProtocolError(
+                f"the round plan's survivors = {plan.survivors} of {plan.cohort} with "
+                f"{plan.colluders} colluders leave no honest sum"
+            )
+        return plan
+
+    def refuse_if_laxer(self, own: Config, dimension: int = 0) -> None:
+        """The device's own settings are the floor.
+
+        Args:
+            own: the device's settings.
+            dimension: numbers in a contribution, without blocks. Rounding moves each of them by up
+                to a step, so on a coarser grid the same noise hides less.
+
+        Raises:
+            ProtocolError: the plan is weaker than the device allows; names the field.
+        """
+        client, example = own.privacy.client, own.privacy.example
+        multiplier = client.noise_multiplier if client.enabled else 0.0
+        noise = multiplier * client.clip
+        # a server that was restarted often, and none that has devices fill their disks; how often
+        # one device releases is bounded by its ledger (`Config.most_releases`)
+        attempts = 100 + 10 * own.rounds.count
+        checks: tuple[tuple[str, bool, float | str], ...] = (
+            ("round", self.round <= attempts, attempts),
+            ("attempt", self.attempt <= attempts, attempts),
+            ("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),
+            ("clip", self.clip <= client.clip, client.clip),
+            ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
+            ("bits", self.bits >= client.bits, client.bits),
+            ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
+            ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
+            ("local_steps", self.local_steps <= own.training.steps, own.training.steps),
+            (
+                "learning_rate",
+                self.learning_rate <= own.training.learning_rate,
+                own.training.learning_rate,
+            ),
+        )
+        if client.enabled:
+            placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
+            longest = rounded_sensitivity(self.clip, self.step, dimension)[0]
+            hidden = self.counted_variance**0.5 >= multiplier * longest * (1 - 1e-9)
+            checks += (
+                ("noise_at", placed, client.noise_at),
+                ("noise over a rounded contribution", hidden or not multiplier, multiplier),
+                (
+                    "squared steps of noise",
+                    client.bits < FINEST
+                    or not multiplier
+                    or self.counted_variance >= FINE_VARIANCE,
+                    FINE_VARIANCE,
+                ),
+            )
+        if self.masked:
+            least = own.smallest_sum
+            feared = own.colluders
+            honest = self.survivors - self.colluders
+            checks += (
+                ("survivors", self.survivors >= least, least),
+                ("colluders", self.colluders >= feared, feared),
+                ("survivors less colluders", honest >= max(2, least - feared), least - feared),
+            )
+        for block in self.blocks:
+            wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
+            floor = wanted * rounded_sensitivity(block.bound, block.step, block.size)[0]
+            found = (block.variance * self.adders) ** 0.5
+            checks += (
+                (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
+                (f"{block.name}_noise", found >= floor * (1 - 1e-9) or not wanted, wanted),
+            )
+        if example.enabled:
+            checks += (
+                ("record_clip", 0 < self.record_clip <= example.clip, example.clip),
+                ("record_noise", self.record_noise >= example.noise_multiplier,
+                 example.noise_multiplier),
+            )  # fmt: skip
+        for name, kept, limit in checks:
+            if not kept:
+                raise ProtocolError(
+                    f"round {self.round}: the server's plan is laxer than this device allows: "
+                    f"{name} (own limit {limit})"
+                )
+
+
+def work(config: Config) -> dict[str, Any]:
+    """The fields of a plan that say how a device trains: straight from the run's settings."""
+    training, example = config.training, config.privacy.example
+    return {
+        "learning_rate": training.learning_rate,
+        "local_steps": training.steps,
+        "batch_size": training.batch_size,
+        "rate": config.sampling_rate,
+        "record_clip": example.clip if example.enabled else 0.0,
+        "record_noise": example.noise_multiplier if example.enabled else 0.0,
+        **config.statistics.asked(),
+    }

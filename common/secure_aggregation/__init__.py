@@ -1,0 +1,1 @@
+"""Secure aggregation as both sides must agree on it: terms, messages, keys, shares."""

@@ -1,0 +1,99 @@
+"""Shamir's secret sharing of 32-byte secrets (Shamir 1979, "How to share a secret").
+
+Over the integers mod 2^256 + 297, the smallest prime above 2^256: every 32-byte string is an
+element, and a share is 33 bytes. Python integers are fast enough: about 0.15 microseconds a term.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+from ..errors import ConfigError, ProtocolError
+from .keys import Random, Secret
+
+__all__ = ["PRIME", "SHARE_BYTES", "combine", "split"]
+
+PRIME = 2**256 + 297
+SHARE_BYTES = 33
+_MOST_POINTS = 1 << 16
+_TERMS = 24
+
+
+def split(secret: Secret, threshold: int, points: Sequence[int], random: Random) -> list[Secret]:
+    """One share for each point: the value there of a random polynomial through the secret at 0.
+
+    Args:
+        secret: 32 bytes.
+        threshold: shares that are needed; fewer say nothing about the secret.
+        points: distinct positive numbers below 2^16, the holders' positions plus 1.
+        random: draws the polynomial's other coefficients.
+
+    Returns:
+        33 bytes each, big-endian, below `PRIME`.
+
+    Raises:
+        ConfigError: the threshold is not between 1 and the number of points, or a point is wrong.
+    """
+    if not 1 <= threshold <= len(points) or len(set(points)) != len(points):
+        raise ConfigError(
+            f"a threshold must be between 1 and the number of distinct holders, got {threshold} "
+            f"for {len(points)}"
+        )
+    if len(secret.value) != 32 or not all(0 < point < _MOST_POINTS for point in points):
+        raise ConfigError("a shared secret has 32 bytes, and a point is between 1 and 65,535")
+    # 16 bytes more than the prime has: the reduction is uniform up to 2^-127.
+    drawn = random(49 * (threshold - 1))
+    terms = [
+        int.from_bytes(drawn[start : start + 49], "big") % PRIME
+        for start in range(0, len(drawn), 49)
+    ]
+    terms.append(int.from_bytes(secret.value, "big"))
+    return [Secret(_value(terms, point).to_bytes(SHARE_BYTES, "big")) for point in points]
+
+
+def _value(terms: Sequence[int], point: int) -> int:
+    value = 0
+    for start in range(0, len(terms), _TERMS):  # the remainder is the dear part
+        for term in terms[start : start + _TERMS]:
+            value = value * point + term
+        value %= PRIME
+    return value
+
+
+def combine(shares: Mapping[int, Secret], threshold: int) -> Secret:
+    """The secret from shares by point; exactly `threshold` of them are used, lowest points first.
+
+    Raises:
+        ProtocolError: too few shares, a share in another format, or a value at 0 that no 32-byte
+            secret has. The caller checks the secret against its commitment and names the sender.
+    """
+    points = tuple(sorted(shares)[:threshold])
+    if threshold < 1 or len(points) < threshold:
+        raise ProtocolError(f"{threshold} shares are needed, {len(shares)} are there")
+    values = [_element(shares[point]) for point in points]
+    result = sum(v * w for v, w in zip(values, _weights(points), strict=True)) % PRIME
+    if result >> 256:
+        raise ProtocolError("shares do not belong together: their secret is above 32 bytes")
+    return Secret(result.to_bytes(32, "big"))
+
+
+def _element(share: Secret) -> int:
+    value = int.from_bytes(share.value, "big")
+    if len(share.value) != SHARE_BYTES or value >= PRIME:
+        raise ProtocolError("a share is not 33 bytes below the prime")
+    return value
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Lagrange's weights at 0; points are public, so they may be remembered."""
+    product = 1
+    for point in points:
+        product = product * point % PRIME
+    weights = []
+    for point in points:
+        below = point
+        for other in points:
+            if other != point:
+                below *= other - point
+        weights.append(product * pow(below, -1, PRIME) % PRIME)
+    return tuple(weights)

@@ -1,0 +1,1 @@
+"""Settings: TOML in, frozen validated types out."""

@@ -1,0 +1,413 @@
+"""What grows with the number of devices: many thin ones in one process, a real server before them.
+
+    python -m privet.experiments.benchmarks.thin_devices [--counts 10,50,100,250] [--rounds 2]
+
+A thin device has a registered ECDSA key, a heartbeat and a TLS connection of its own, through
+Flower's own client of the Fleet API; it keeps time as `client/runtime/supernode.py` does, and
+answers the five phases with the real client half of the masking protocol and a constant vector. It
+has no process, no model, no ledger. SuperLink, SuperExec and ServerApp are real, on the same
+machine: the thin devices' processor time is shown apart, and takes cores from the server.
+"""
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from ...client.privacy import masked_upload
+from ...client.runtime.supernode import PARTS, Waits
+from ...common.privacy.round_plan import Plan
+from ...common.secure_aggregation.keys import Directory, Identity, greeting
+from ...common.secure_aggregation.terms import MaskingPolicy
+from ...server.operations import control, enrolment
+from .deployment import (
+    Up,
+    children,
+    followed,
+    processor_s,
+    quiet,
+    run_config,
+    server_up,
+    tiny_model,
+)
+
+IDLE_S = 20.0
+PHASES = ("keys", "shares", "vector", "confirm", "unmask")
+
+
+@dataclass
+class Counts:
+    """What all thin devices of this process have sent and received."""
+
+    requests: dict[str, int] = field(default_factory=dict)
+    sent: int = 0
+    received: int = 0
+    failed: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def total(self) -> tuple[int, int, int]:
+        """Requests, bytes sent, bytes received so far."""
+        return sum(self.requests.values()), self.sent, self.received
+
+
+@dataclass
+class Thin:
+    """One device: its keys, and the masking protocol's state between two phases."""
+
+    number: int
+    identity: Identity
+    key: Any
+    dimension: int
+    state: masked_upload.State | None = None
+
+    def hello(self, offer: Mapping[str, Any], node: int) -> dict[str, Any]:
+        """It takes part in everything."""
+        said = greeting(str(offer["run"]), offer["nonce"], node)
+        own = {"identity": self.identity.public, "signature": self.identity.sign(said)}
+        return {"version": version("privet"), **own, "accepted": True}
+
+    def phase(self, name: str, plan: Plan, message: bytes, number: int) -> bytes:
+        """One phase of a masked round."""
+        if name == "keys":
+            policy = MaskingPolicy(
+                smallest_cohort=3,
+                largest_cohort=plan.cohort,
+                smallest_survivors=2,
+                smallest_bits=8,
+                colluders=0,
+            )
+            terms = plan.terms(self.dimension)
+            self.state, payload = masked_upload.announce(
+                number, self.identity, terms, policy, plan.attempt - 1, os.urandom
+            )
+            return payload
+        assert self.state is not None
+        if name == "shares":
+            known = Directory({}, closed=False)
+            self.state, payload = masked_upload.share(self.state, message, known, os.urandom)
+        elif name == "vector":
+            received = masked_upload.receive(self.state, message)
+            vector = np.ones(received.party.terms.dimension, np.uint32)
+            self.state, payload = masked_upload.mask(received, vector)
+        elif name == "confirm":
+            self.state, payload = masked_upload.confirm(self.state, message)
+        else:
+            self.state, payload = masked_upload.unmask(self.state, message)
+        return payload
+
+
+def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
+    """As Flower's SuperNode with a worker at once: until `stop`, in a thread of its own."""
+    from flwr.supernode.fleet_http_connection import http_request_response
+
+    keys = (device.key, device.key.public_key())
+    roots = up.authority.read_bytes()
+    waits = Waits(pause=lambda seconds: _rest(stop, seconds))
+    runs: set[int] = set()
+    try:
+        with http_request_response(up.address, False, roots, keys) as conn:
+            _, receive, send, get_run, get_fab, pull, push, confirm = conn
+            while not stop.is_set():
+                found = receive()
+                if found is None:
+                    waits.sleep(3.0)
+                    continue
+                listed, tree = found
+                run = listed.metadata.run_id
+                if run not in runs:
+                    get_fab(get_run(run).fab_hash, run)
+                    runs.add(run)
+                message = _inflated(tree, run, pull)
+                confirm(run, tree.object_id)
+                _send(_answer(device, message), run, send, push)
+                waits.sleep(0.5)  # a look for the reply, as the SuperNode takes
+    except Exception as error:
+        counts.failed.append(f"device {device.number}: {type(error).__name__}: {error}")
+
+
+def _rest(stop: threading.Event, seconds: float) -> None:
+    stop.wait(seconds)
+
+
+def _inflated(tree: Any, run: int, pull: Any) -> Any:
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.inflatable.inflatable_utils import (
+        inflate_object_from_contents,
+        pull_objects,
+    )
+
+    # asks again where the server has listed an object and not yet stored it
+    ids = [one.object_id for one in iterate_object_tree(tree)]
+    contents = pull_objects(ids, lambda name: bytes(pull(run, name)), **PARTS)
+    message = inflate_object_from_contents(tree.object_id, contents)
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    return message
+
+
+def _answer(device: Thin, message: Any) -> Any:
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    name = message.metadata.message_type.partition(".")[2]
+    if name == "hello":
+        said = device.hello(dict(message.content["offer"]), message.metadata.dst_node_id)
+        return Message(RecordDict({"hello": ConfigRecord(said)}), reply_to=message)
+    payload = b""
+    if name != "keep":
+        plan = Plan.from_dict(dict(message.content["plan"]))
+        protocol = message.content["protocol"]
+        payload = device.phase(name, plan, protocol["message"], int(protocol["client"]))
+    reply = {"client": device.number, "released": True, "vector": payload}
+    return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
+
+
+def _send(reply: Any, run: int, send: Any, push: Any) -> None:
+    from flwr.supercore.inflatable.inflatable_object import (
+        get_all_nested_objects,
+        get_object_tree,
+    )
+
+    reply.metadata.__dict__["_message_id"] = reply.object_id
+    wanted, session = send(reply, get_object_tree(reply), 0.0)
+    for name, one in get_all_nested_objects(reply).items():
+        if name in wanted:
+            push(run, session, name, one.deflate())
+
+
+def counted(counts: Counts) -> Any:
+    """Flower's client of the Fleet API, counting requests and the bytes of HTTP (TLS not)."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
+    class Counted(FleetHttpClient):  # type: ignore[misc]
+        """Counts."""
+
+        def _send(self, context: Any) -> Any:
+            response = super()._send(context)
+            request = context.request
+            with counts.lock:
+                name = request.url.path.rpartition("/")[2]
+                counts.requests[name] = counts.requests.get(name, 0) + 1
+                counts.sent += len(request.content) + _size(request.headers)
+                counts.received += len(response.content) + _size(response.headers)
+            return response
+
+    return Counted
+
+
+def _size(headers: Any) -> int:
+    return 40 + sum(len(name) + len(value) + 4 for name, value in headers.raw)
+
+
+def thin_devices(folder: Path, up: Up, count: int, dimension: int) -> list[Thin]:
+    """So many, enrolled in one session of the Control API."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    devices, cards = [], []
+    for number in range(count):
+        key, identity = ec.generate_private_key(ec.SECP384R1()), Identity.of(os.urandom(32))
+        node = key.public_key().public_bytes(serialization.Encoding.PEM, form).decode()
+        card = {"privet": version("privet"), "identity": identity.public.hex(), "node": node}
+        cards.append(folder / f"card{number}.json")
+        cards[-1].write_text(json.dumps({**card, "name": ""}))
+        devices.append(Thin(number, identity, key, dimension))
+    enrolment.enrol(up.server, cards, quiet)
+    return devices
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of a process now, MB (2**20 bytes)."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The server's programs at one moment: processor seconds of each; memory of the SuperLink."""
+
+    moment: float
+    used: Mapping[str, float]
+    memory: float
+    counted: tuple[int, int, int]
+
+
+def sampled(up: Up, counts: Counts) -> Sample:
+    """Now."""
+    used = {}
+    for name, one in up.programs.items():
+        pid = one.process.pid
+        below = sum(processor_s(child) for child in children(pid))
+        used[name] = processor_s(pid) + (below if name == "proxy" else 0.0)
+        if name == "superexec":
+            used["serverapp"] = below
+    own = os.times()
+    used["thin devices"] = own.user + own.system
+    memory = resident_mb(up.programs["superlink"].process.pid)
+    return Sample(time.monotonic(), used, memory, counts.total())
+
+
+class Watch(threading.Thread):
+    """Takes a sample when a round ends."""
+
+    def __init__(self, up: Up, counts: Counts, log: Path) -> None:
+        super().__init__(daemon=True)
+        self._up, self._counts, self._log = up, counts, log
+        self.rounds: list[Sample] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Until `over`."""
+        while not self.over.wait(0.1):
+            with suppress(OSError):
+                if len(self._log.read_text().splitlines()) > len(self.rounds):
+                    self.rounds.append(sampled(self._up, self._counts))
+
+
+def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
+    """One server, `count` devices, a greeting round and `rounds` more."""
+    from flwr.supernode import fleet_http_connection
+
+    from ...common.model.adapter import shared
+
+    counts, stop = Counts(), threading.Event()
+    fleet_http_connection.FleetHttpClient = counted(counts)
+    with TemporaryDirectory() as name, server_up(Path(name)) as up, ExitStack() as stack:
+        folder = Path(name)
+        base = str(tiny_model(folder / "model"))
+        config = run_config("thin", base, count, rounds + 1)
+        began = time.monotonic()
+        devices = thin_devices(folder, up, count, shared(config).layout.dimension)
+        enrolled = time.monotonic() - began
+        threads = [
+            threading.Thread(target=live, args=(one, up, counts, stop), daemon=True)
+            for one in devices
+        ]
+        stack.callback(_ended, threads, stop)
+        for thread in threads:
+            thread.start()
+        _wait_until_online(up, count, 60 + count)
+        time.sleep(60)  # a minute later a device that nobody asks is at its slowest
+        before = sampled(up, counts)
+        time.sleep(IDLE_S)
+        after = sampled(up, counts)
+        log = up.server.folder / "runs" / "thin" / "rounds.jsonl"
+        watch = Watch(up, counts, log)
+        watch.start()
+        try:
+            records = followed(up, config, limit_s)
+        finally:
+            watch.over.set()
+            for line in counts.failed[:3]:
+                print(line, file=sys.stderr)
+        found = _found(count, before, after, watch.rounds, records[1:])
+        database = sum(one.stat().st_size for one in up.server.folder.glob("state.sqlite*"))
+        found |= {"database_mb": database / 2**20, "enrol_s": enrolled}
+        found["greeting_s"] = records[0]["seconds"]
+        found["superlink_mb"] = resident_mb(up.programs["superlink"].process.pid)
+        found["idle_superlink_mb"] = before.memory
+    return found
+
+
+def _ended(threads: Sequence[threading.Thread], stop: threading.Event) -> None:
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+
+
+def _wait_until_online(up: Up, count: int, limit_s: float) -> None:
+    until = time.monotonic() + limit_s
+    while sum(node.status == "online" for node in control.nodes(up.server)) < count:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{count} devices were not online after {limit_s:.0f} s")
+        time.sleep(1)
+
+
+def _found(
+    count: int,
+    before: Sample,
+    after: Sample,
+    ends: Sequence[Sample],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    idle = after.moment - before.moment
+    first, last, rounds = ends[0], ends[len(records)], len(records)
+    requests, sent, received = (
+        (b - a) / rounds for a, b in zip(first.counted, last.counted, strict=True)
+    )
+    phases = {name: sum(record["phases"][name] for record in records) / rounds for name in PHASES}
+    return {
+        "devices": count,
+        "answered": [record["answered"] for record in records],
+        "round_s": sum(record["seconds"] for record in records) / rounds,
+        "phases": phases,
+        "used_s": {name: (last.used[name] - first.used[name]) / rounds for name in first.used},
+        "requests": requests,
+        "sent_kb": sent / count / 1000,
+        "received_kb": received / count / 1000,
+        "idle_requests_s": (after.counted[0] - before.counted[0]) / idle,
+        "idle_superlink": (after.used["superlink"] - before.used["superlink"]) / idle,
+        "load": os.getloadavg()[0],
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each number of devices."""
+    names = {
+        "devices": "devices",
+        "enrol_s": "enrolment, s",
+        "greeting_s": "first round with greeting, s",
+        "round_s": "a masked round, s",
+        **{name: f"  {name}, s" for name in PHASES},
+        **{
+            name: f"  {name}, processor s a round"
+            for name in ("superlink", "proxy", "serverapp", "thin devices")
+        },
+        "requests": "requests a round",
+        "sent_kb": "kB a device sends in a round",
+        "received_kb": "kB a device receives in a round",
+        "superlink_mb": "SuperLink's memory after, MB",
+        "idle_superlink_mb": "SuperLink's memory before, MB",
+        "database_mb": "SQLite files after, MB",
+        "idle_requests_s": "idle: requests a second",
+        "idle_superlink": "idle: SuperLink, share of a core",
+        "load": "load of the machine",
+    }
+    flat = [{**row, **row["phases"], **row["used_s"]} for row in rows]
+    lines = []
+    for name, title in names.items():
+        cells = "".join(f"{row[name]:>10.4g}" if name in row else f"{'-':>10}" for row in flat)
+        lines.append(f"{title:<36}{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--counts", default="10,50,100,250")
+    options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--limit", type=float, default=1800.0, help="seconds for one run")
+    options.add_argument("--json", action="store_true")
+    given = options.parse_args()
+    rows = []
+    for count in map(int, given.counts.split(",")):
+        rows.append(measure(count, given.rounds, given.limit))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print(json.dumps(rows, indent=2) if given.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

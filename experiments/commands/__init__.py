@@ -1,0 +1,1 @@
+"""What a researcher types: the one command `privet` and its sub-commands."""

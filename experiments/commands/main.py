@@ -1,0 +1,168 @@
+"""The one command `privet`: sub-commands put together, and every error told in one place.
+
+Exit codes: 0 done; 1 a fault of privet's, or a run that ended without its rounds; 2 a sentence
+about the call, the settings or the files; 130 stopped by Ctrl-C.
+"""
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from ...common.errors import PrivetError
+
+if TYPE_CHECKING:
+    from ...common.privacy.round_plan import Plan
+    from ...common.settings.config import Config
+
+__all__ = ["main", "run"]
+
+_VERBOSE = frozenset({"-v", "--verbose"})
+_QUIET_LIBRARIES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "PYDANTIC_DISABLE_PLUGINS": "1",  # it would ask every installed package for one
+}
+_GROUPS = ("assets", "client", "prompts", "server")
+
+
+def main() -> None:
+    """Entry point."""
+    for name, value in _QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; returns the exit code.
+
+    `-v` is taken at any place, because it is what the last line of an error tells to add.
+    """
+    verbose = bool(_VERBOSE & set(arguments))
+    arguments = [argument for argument in arguments if argument not in _VERBOSE]
+    try:
+        code = _command(arguments)(
+            arguments, prog_name="privet", standalone_mode=False, obj=_Reports()
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except PrivetError as error:
+        _trace(verbose)
+        return _say(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read the output has left; nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        _trace(verbose)
+        hint = "" if verbose else "; run again with -v for the traceback"
+        return _say(f"{type(error).__name__}: {error}{hint}", 1)
+    if code == 130:
+        return _say(_how_to_resume(arguments), 130)
+    return code if isinstance(code, int) else 0
+
+
+def _command(arguments: Sequence[str]) -> click.Command:
+    """The command with all its sub-commands, or with the one group the line begins with.
+
+    `privet client status` has no time to import the others.
+    """
+    asked = arguments[0] if arguments and arguments[0] in _GROUPS else None
+    app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
+    app.callback()(_root)
+    if asked is None:
+        from . import ab_command, chat_command, cold_start_command, experiment, lamp_command
+
+        found = (
+            experiment.simulate,
+            experiment.evaluate,
+            experiment.report,
+            experiment.generate,
+            experiment.personas,
+            chat_command.chat,
+        )
+        for function in (*found, ab_command.ab, cold_start_command.coldstart, lamp_command.lamp):
+            app.command()(function)
+        app.command("demo-devices", hidden=True)(experiment.demo_devices)
+    for name in _GROUPS if asked is None else (asked,):
+        app.add_typer(_group(name), name=name)
+    return typer.main.get_command(app)
+
+
+def _group(name: str) -> typer.Typer:
+    if name == "assets":
+        from .assets_command import app
+    elif name == "client":
+        from ...client.commands.client import app
+    elif name == "prompts":
+        from ...client.commands.prompts import app
+    else:
+        from ...server.operations.commands import app
+    return app
+
+
+class _Reports:
+    """What `privet server run` begins and ends with; its package may import neither."""
+
+    def __call__(self, run_folder: Path) -> None:
+        """At the end: the report."""
+        from . import experiment
+
+        experiment.reported(run_folder)
+
+    def refuse_unpaid(self, config: "Config", plan: "Plan", dimension: int) -> None:
+        """At the beginning: a run that its own cap does not pay for is refused."""
+        from ...client.privacy.affordable_rounds import refuse_unpaid
+
+        refuse_unpaid(
+            config, plan, dimension, lambda said: print(f"warning: {said}", file=sys.stderr)
+        )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"privet {version('privet')}")
+        raise typer.Exit
+
+
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version)
+    ] = False,
+    _verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print the traceback of an error.")
+    ] = False,
+) -> None:
+    """Federated, differentially private personalisation of language models."""
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"privet: {sentence}", file=sys.stderr)
+    return code
+
+
+def _trace(verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+
+
+def _how_to_resume(arguments: Sequence[str]) -> str:
+    if arguments[:1] == ["ab"]:
+        return "stopped; an experiment is not resumed: remove its folder, or choose another `name`."
+    if arguments[:1] != ["simulate"]:
+        return "stopped; run the same command again."
+    again = shlex.join(["privet", *(word for word in arguments if word != "--resume"), "--resume"])
+    return f"stopped; finished rounds are kept. To go on: {again}"

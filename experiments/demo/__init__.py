@@ -1,0 +1,1 @@
+"""`make demo-devices`: a server and devices as processes of this machine."""

@@ -1,0 +1,1 @@
+"""What people got: base, shared and personal models on held-out records."""

@@ -1,0 +1,189 @@
+"""Texts made for a person: overlap with what came, style, diversity, another person's profile.
+
+For each held-out opening four answers are drawn at the same temperature:
+
+    shared   the shared model                      hybrid   own texts in front and own head
+    swapped  another person's texts and head       again    hybrid, from another seed
+
+*swapped* against *hybrid* is the counterfactual: the same question, another profile. Two draws of
+one model differ as well, so *again* against *hybrid* is what the distance is held against. Answers
+are those of the hybrid for everybody, fall-back or not: harm is measured where there is most of it.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...client.personal.text_head import TextHead, adjusted_logits
+from ...common.model.base_model import BaseModel
+from .metrics import distinct_n, style_distance, text_overlap
+from .user_statistics import bootstrap_mean
+
+if TYPE_CHECKING:
+    from ..comparison.scenario_run import Study
+
+__all__ = ["continued", "measured", "summarised"]
+
+Line = dict[str, Any]
+
+MODELS = ("shared", "hybrid", "swapped", "again")
+
+
+@torch.no_grad()
+def continued(
+    base: BaseModel,
+    starts: Sequence[Sequence[int]],
+    head: TextHead | None,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    half: bool = False,
+) -> list[list[int]]:
+    """Sampled continuations, all rows in one batch with a cache of keys and values.
+
+    Args:
+        base: the model, with the adapter that is in it.
+        starts: token ids, at least one in each.
+        head: whose words are added; None: nobody's.
+        tokens: how many at most; a row ends before its end token.
+        temperature: above 0.
+        seed: public; row after row draws from one generator.
+        half: as for `contexts.states_of`, for the beginnings only: casting all weights for one
+            token takes longer than the token.
+    """
+    longest = max(map(len, starts))
+    ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in starts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in starts])
+    generator, end = torch.Generator().manual_seed(seed), base.tokenizer.eos_token_id
+    found: list[list[int]] = [[] for _ in starts]
+    open_, cache, given = [True] * len(starts), None, ids
+    for _ in range(tokens):
+        place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and cache is None):
+            out = base.network.base_model(
+                input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+        state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values
+        drawn = _drawn(base, state, head, temperature, generator)
+        for row, token in enumerate(drawn.tolist()):
+            open_[row] = open_[row] and token != end
+            if open_[row]:
+                found[row].append(token)
+        if not any(open_):
+            break
+        given = drawn[:, None]
+        mask = torch.cat([mask, torch.ones_like(given)], 1)
+    return found
+
+
+def measured(study: "Study", user: str) -> Line | None:
+    """One person's answers under the four models, measured; the texts themselves are not kept."""
+    wanted, ruler = study.scenario.answers, study.ruler
+    base = ruler.adapter.base
+    held_out, _ = study.held_out(user)
+    if not held_out:
+        return None
+    partner = study.partner(user)
+    if partner is None:
+        return None
+    own, other = study.side(user), study.side(partner)
+    questions = ruler.asked(held_out[: wanted.records])
+    openings = [list(one.ids[: one.given]) for one in questions]
+    queries = [one.query(base.tokenizer) for one in questions]
+    mine, theirs = (
+        [list(side.history.context(query, ruler.budget)) + start
+         for query, start in zip(queries, openings, strict=True)]
+        for side in (own, other)
+    )  # fmt: skip
+    ruler.adapter.write(ruler.shared)
+    settings: Line = {
+        "tokens": wanted.tokens,
+        "temperature": wanted.temperature,
+        "half": ruler.half,
+    }
+    made = {
+        "shared": continued(base, openings, None, seed=1, **settings),
+        "hybrid": continued(base, mine, own.hybrid, seed=1, **settings),
+        "swapped": continued(base, theirs, other.hybrid, seed=1, **settings),
+        "again": continued(base, mine, own.hybrid, seed=2, **settings),
+    }
+    texts = {
+        name: [str(base.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
+        for name, rows in made.items()
+    }
+    references = [one.scored_text(base.tokenizer) for one in questions]
+    return _line(study, texts, references, [str(text) for text in own.history.index.texts])
+
+
+def summarised(lines: Sequence[Line], draws: int) -> Line:
+    """Means over people of everything in the lines, and the differences that are claims."""
+    names = [name for name in lines[0] if name != "user"]
+    found = {
+        name: bootstrap_mean([line[name] for line in lines], draws=draws).as_dict()
+        for name in names
+    }
+    pairs = {
+        "diversity_lost": ("distinct2_shared", "distinct2_hybrid"),
+        "style_nearer": ("style_shared", "style_hybrid"),
+        "persona_effect": ("swapped_from_hybrid", "again_from_hybrid"),
+        "rougeL_gain": ("rougeL_hybrid", "rougeL_shared"),
+    }
+    for name, (more, less) in pairs.items():
+        gaps = [line[more] - line[less] for line in lines]
+        found[name] = bootstrap_mean(gaps, draws=draws).as_dict()
+    return {"people": len(lines), "means": found, "narrowed": narrowed(lines)}
+
+
+def narrowed(lines: Sequence[Line]) -> list[float]:
+    """Each person's relative loss of distinct-2 against the shared model; below 0: a gain."""
+    return [
+        1 - line["distinct2_hybrid"] / line["distinct2_shared"] if line["distinct2_shared"] else 0.0
+        for line in lines
+    ]
+
+
+def _line(
+    study: "Study", texts: dict[str, list[str]], references: list[str], own: list[str]
+) -> Line:
+    found: Line = {}
+    for name in MODELS[:2]:
+        found |= {
+            f"{key}_{name}": value for key, value in text_overlap(texts[name], references).items()
+        }
+        found[f"distinct1_{name}"] = distinct_n(texts[name], 1)
+        found[f"distinct2_{name}"] = distinct_n(texts[name], 2)
+        has_text = any(text.strip() for text in texts[name])
+        found[f"style_{name}"] = style_distance(texts[name], own) if has_text else 1.0
+    for name in ("swapped", "again", "shared"):
+        overlap = text_overlap(texts[name], texts["hybrid"])["rougeL"]
+        found[f"{name}_from_hybrid"] = 1.0 - overlap
+    encoder = study.ruler.encoder
+    if encoder is not None:
+        for name in MODELS[:2]:
+            rows = encoder(texts[name]).astype(np.float64)
+            found[f"spread_{name}"] = _spread(rows @ rows.T)
+    return found
+
+
+def _spread(cosines: Any) -> float:
+    """Mean of one minus the cosine over pairs of texts; 0 for one text."""
+    count = len(cosines)
+    if count < 2:
+        return 0.0
+    return float(1 - (cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+
+
+def _drawn(
+    base: BaseModel,
+    state: Tensor,
+    head: TextHead | None,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    log_p = adjusted_logits(head, state, state @ base.output.T)
+    return torch.multinomial((log_p / temperature).softmax(1), 1, generator=generator)[:, 0]

@@ -1,0 +1,186 @@
+"""Runs with several personas, as the experimenter reads them off the simulated devices.
+
+Which persona a device has is private. On a simulation the experimenter may read it, as everything
+else of a simulated device; nothing of it passes the server, and no epsilon covers it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...client.device import Bench, Device, exchange_at, kept_half, persona_of
+from ...client.personal.evaluator import measure_of
+from ...common.errors import ConfigError, StateError
+from ...common.model.exchange_layout import Vector
+from ...common.settings.config import Config
+from ...server.run_folder import checkpoint
+from ...server.run_folder.saving import largest
+from .. import progress
+from ..data.dialects import dialect_of
+from .user_statistics import bootstrap_mean
+
+__all__ = [
+    "adapter_of",
+    "choices",
+    "compared",
+    "kept_state",
+    "largest_persona",
+    "measured",
+    "recovered",
+    "state_of",
+]
+
+
+def state_of(folder: Path) -> Vector:
+    """The state after a run's last finished round: one adapter vector a persona, in a row.
+
+    Raises:
+        StateError: no round was finished.
+    """
+    bench = Bench.open(folder.resolve())
+    layout = exchange_at(bench).state.digest
+    kept = kept_state(folder, bench.run, bench.config, layout)
+    if kept is None:
+        raise StateError(f"{folder} has no finished round yet; go on with privet simulate --resume")
+    return kept
+
+
+def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | None:
+    """What the checkpoint of a run has, None before the first round; damage is said."""
+    kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
+    if kept is None:
+        return None
+    if kept.note:
+        progress.warn(kept.note)
+    return kept.adapter
+
+
+def adapter_of(bench: Bench, user: str, state: Vector) -> Vector:
+    """The adapter vector of a person's own persona, shape (d,); with one persona everybody's."""
+    return persona_of(Device(user, bench), state)[1]
+
+
+def largest_persona(bench: Bench, state: Vector) -> Vector:
+    """The adapter vector for somebody without records: of the persona with most members."""
+    return np.asarray(
+        exchange_at(bench).personas(state)[largest(bench.folder, bench.config.groups.count)]
+    )
+
+
+def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
+    """Each person's persona."""
+    with progress.counting("choosing", len(users), "people") as one:
+        found = []
+        for user in users:
+            found.append(persona_of(Device(user, bench), state)[0])
+            one()
+    return found
+
+
+def measured(
+    bench: Bench, users: Sequence[str], state: Vector, heads: bool
+) -> dict[str, list[Any]]:
+    """Losses on held-out records as in `run_evaluation.py`, and of what is one's own.
+
+    `global` is what somebody without records would get: the persona with most members, of fedsa A
+    without any B. `group` is the own persona, of fedsa `own_half` A with the own device's B;
+    `personal` the same with the head fitted on it.
+    """
+    mine = "group" if bench.config.groups.count > 1 else "own_half"
+    device = {user: Device(user, bench) for user in users}
+    personas = exchange_at(bench).personas(state)
+    everybody = measure_of(bench.trainer.adapter, largest_persona(bench, state))
+    found: dict[str, dict[str, float]] = {}
+    for user in users:
+        person = everybody.person(*device[user].measured_on(), False)
+        if person is not None:
+            found[user] = {"base": person.base, "global": everybody.loss(person, None)}
+    own = dict(zip(found, choices(bench, list(found), state), strict=True))
+    for user in found:
+        vector = personas[own[user]]
+        measure = measure_of(bench.trainer.adapter, vector, kept_half(device[user]))
+        person = measure.person(*device[user].measured_on(), heads)
+        if person is not None:
+            found[user][mine] = measure.loss(person, None)
+        if person is not None and heads:
+            found[user]["personal"] = measure.loss(person, person.head)
+    names = ("base", "global", mine, *(("personal",) if heads else ()))
+    return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
+
+
+def recovered(folder: Path) -> dict[str, Any]:
+    """How well the private choices of a run fit the true groups, after its last finished round.
+
+    Args:
+        folder: of a run with personas, of a source whose users' names begin with their group.
+
+    Returns:
+        `ari`: adjusted Rand index over everybody who was trained on; `people`: how many these are;
+        `choices`: of each true group, how many picked each persona.
+    """
+    return _recovered(Bench.open(folder.resolve()), state_of(folder))
+
+
+def _recovered(bench: Bench, state: Vector) -> dict[str, Any]:
+    from sklearn.metrics import adjusted_rand_score
+
+    count, train = bench.config.groups.count, bench.index.train_users
+    if count == 1:
+        raise ConfigError(
+            f"{bench.folder} has one adapter for everybody; name a run with groups.count > 1"
+        )
+    chosen = choices(bench, train, state)
+    truth = [dialect_of(user) for user in train]
+    pairs = Counter(zip(truth, chosen, strict=True))
+    table = {name: [pairs[name, place] for place in range(count)] for name in sorted(set(truth))}
+    ari = float(adjusted_rand_score(truth, chosen))
+    return {"ari": ari, "people": len(train), "choices": table}
+
+
+def compared(folder: Path, other: Path) -> Mapping[str, Any]:
+    """A run with personas against one without, on the same people's later records.
+
+    Args:
+        folder: of the run with personas, of a source whose users' names begin with their group.
+        other: of a run with one adapter, of the same people and base model.
+
+    Returns:
+        `ari`: adjusted Rand index of the private choices and the true groups, over everybody who
+        was trained on; `seen` and `unseen`: mean gain of each model over another in nats, each
+        with a bootstrap interval over people.
+    """
+    bench, state = Bench.open(folder.resolve()), state_of(folder)
+    found = _recovered(bench, state)
+    train = bench.index.train_users
+    limit = bench.config.evaluation.users
+    people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
+    grouped = {name: measured(bench, users, state, False) for name, users in people.items()}
+    alone, single = Bench.open(other.resolve()), state_of(other)
+    if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
+        raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
+    shared = {name: measured(alone, users, single, False) for name, users in people.items()}
+    if any(shared[name]["users"] != grouped[name]["users"] for name in people):
+        raise StateError("the two runs measured different people; run `privet personas` again")
+    return {
+        **found,
+        **{name: _gains(grouped[name], shared[name]) for name in people},
+    }
+
+
+def _gains(grouped: Mapping[str, list[Any]], shared: Mapping[str, list[Any]]) -> dict[str, Any]:
+    lost = {
+        "base": np.array(grouped["base"]),
+        "global": np.array(shared["global"]),
+        "group": np.array(grouped["group"]),
+    }
+    pairs = (("base", "global"), ("base", "group"), ("global", "group"))
+    gains = {
+        f"{worse}_minus_{better}": bootstrap_mean((lost[worse] - lost[better]).tolist()).as_dict()
+        for worse, better in pairs
+    }
+    better = float(np.mean(lost["group"] < lost["global"]))
+    losses = {name: float(values.mean()) for name, values in lost.items()}
+    return {"people": len(lost["base"]), "losses": losses, **gains, "share_better": better}

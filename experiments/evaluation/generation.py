@@ -1,0 +1,95 @@
+"""`privet generate`: base, shared and personal model continue one prompt, side by side."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...client.assistant.terminal_chat import as_text
+from ...client.assistant.text_generation import Sampling
+from ...client.device import Bench, Device, kept_half
+from ...client.personal.head import load_text_head, save_text_head
+from ...client.personal.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
+from ...client.training import records as data
+from ...common.errors import ConfigError, DataError
+from ...common.model.adapter import Vector
+from ...common.model.base_model import final_states, pad
+from .cluster_evaluation import adapter_of, state_of
+
+__all__ = ["kept_head", "side_by_side"]
+
+
+@torch.no_grad()
+def side_by_side(
+    folder: Path, user: str, prompt: str, *, tokens: int, seed: int, temperature: float
+) -> dict[str, str]:
+    """The prompt continued by each model; the same seed for each.
+
+    Raises:
+        ConfigError: the run is not about generation, the prompt is empty, or the temperature is
+            none.
+        DataError: nobody of that name; a prompt that is no text.
+    """
+    drawn = Sampling(tokens, temperature, seed)
+    bench = Bench.open(folder.resolve())
+    if bench.config.outputs:
+        raise ConfigError(f"{folder} predicts labels; privet generate needs a run that makes text")
+    if user not in bench.index.blocks:
+        close = [name for name in bench.index.blocks if user.lower() in name.lower()][:5]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise DataError(f"{folder} has no user {user!r}{hint}")
+    ids = bench.trainer.adapter.base.tokenizer(as_text(prompt))["input_ids"]
+    if not ids:
+        raise ConfigError("--prompt is empty; give the model a few words to begin with")
+    # of several personas the person's own one
+    adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
+    adapter.write(adapter.start)
+    found = {"base": _continue(bench, ids, None, drawn)}
+    adapter.write(final, kept_half(Device(user, bench)))
+    head = kept_head(bench, user, final)
+    found["shared"] = _continue(bench, ids, None, drawn)
+    found["personal"] = _continue(bench, ids, head, drawn)
+    return found
+
+
+def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
+    """The person's head under this adapter; from the device's file when fitted before."""
+    name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
+    path = bench.folder / "heads" / f"{name}.safetensors"
+    if path.exists():
+        return load_text_head(path)
+    head = _head(bench, user)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    save_text_head(head, path)
+    return head
+
+
+def _head(bench: Bench, user: str) -> TextHead:
+    """The person's head, fitted on all own records that were not held out."""
+    base = bench.trainer.adapter.base
+    own, _ = data.split(data.read_user(bench.folder, user, bench.index), bench.config.data.holdout)
+    records = bench.tokenised(own[-bench.config.evaluation.fit_records :])
+    if not records:
+        raise DataError(f"{user!r} has no record with at least two tokens to fit a head on")
+    ids, mask = pad([record.ids for record in records])
+    wanted = mask[:, 1:].bool()
+    states = final_states(base, ids, mask)[:, :-1][wanted]
+    mine = TokenStates(states, ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0])
+    return fit_text_head(mine, base.output)
+
+
+def _continue(bench: Bench, ids: list[int], head: TextHead | None, drawn: Sampling) -> str:
+    base: Any = bench.trainer.adapter.base
+    generator, ids = torch.Generator().manual_seed(drawn.seed), list(ids)
+    for _ in range(drawn.tokens):
+        state = final_states(base, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
+        scores = adjusted_logits(head, state[0, -1], base.output @ state[0, -1])
+        if drawn.temperature == 0:
+            ids.append(int(scores.argmax()))
+        else:
+            chances = (scores / drawn.temperature).softmax(0)
+            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
+        if ids[-1] == base.tokenizer.eos_token_id:
+            break
+    return str(base.tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,119 @@
+"""Rare strings of a person's own records: would a model say them to somebody who begins them?
+
+A rare string is a short run of tokens of an own record, some of which nobody else who is measured
+ever used. Its *rank* is its place by likelihood after its true beginning among runs of the same
+length drawn from other people's records; its *exposure* is log2(runs) - log2(rank) in bits
+(Carlini et al. 2019): 0 nothing remembered, log2(runs) said first. The base model never saw the
+person, so the shared model's exposure above the base model's is what training left in it; that of
+the personal models stays on the device, and shows when somebody else sees its screen.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..comparison.comparisons import summed
+from .contexts import Asked, Row
+from .user_statistics import bootstrap_mean
+
+if TYPE_CHECKING:
+    from ..comparison.scenario_run import Study
+
+__all__ = ["exposure", "measured", "rare_runs", "summarised"]
+
+Line = dict[str, Any]
+
+PREFIX, LENGTH = 4, 4  # tokens given, tokens ranked
+RUNS = 16  # the true one among them
+STRINGS = 2  # of each person
+
+
+def exposure(losses: Sequence[float]) -> float:
+    """Bits: log2 of how many runs, less log2 of the rank of the first; ties count half.
+
+    >>> exposure([1.0, 2.0, 3.0, 4.0]), exposure([4.0, 1.0, 2.0, 3.0])
+    (2.0, 0.0)
+    """
+    true, others = losses[0], losses[1:]
+    before = sum(other < true for other in others) + sum(other == true for other in others) / 2
+    return math.log2(len(losses)) - math.log2(1 + before)
+
+
+def rare_runs(
+    own: Sequence[Sequence[int]], others: Counter[int], count: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(beginning, run) of the own records with the most tokens that nobody else used.
+
+    At most one of a record, `count` in all; only runs with at least one such token.
+    """
+    found = []
+    for ids in own:
+        body = tuple(ids)
+        places = range(1, len(body) - PREFIX - LENGTH)
+        scored = [
+            (sum(not others[token] for token in body[at + PREFIX : at + PREFIX + LENGTH]), at)
+            for at in places
+        ]
+        if scored:
+            rare, place = max(scored)
+            middle = place + PREFIX
+            found.append((rare, body[place:middle], body[middle : middle + LENGTH]))
+    found.sort(key=lambda one: -one[0])
+    return [(prefix, run) for rare, prefix, run in found[:count] if rare]
+
+
+def measured(study: "Study", user: str) -> Line | None:
+    """Mean exposure of a person's rare strings under base, shared and personal models.
+
+    None: the person has none, or nobody else has texts to compare them with.
+    """
+    ruler, adapter = study.ruler, study.ruler.adapter
+    own = [one.ids for one in study.own(user)]
+    rest = [one.ids for other in study.users if other != user for one in study.own(other)]
+    strings = rare_runs(own, Counter(token for ids in rest for token in ids), STRINGS)
+    if not strings or not rest:
+        return None
+    side = study.side(user)
+    rng = np.random.default_rng([study.scenario.people.seed, study.users.index(user)])
+    found: dict[str, list[float]] = {}
+    for prefix, run in strings:
+        runs = [run, *(_drawn(rest, rng) for _ in range(RUNS - 1))]
+        questions = [Asked(prefix + each, PREFIX) for each in runs]
+        context = side.history.context(questions[0].query(adapter.base.tokenizer), ruler.budget)
+        base, shared = ruler.states([Row((), q) for q in questions], adapter.start, ruler.shared)
+        (fronted,) = ruler.states([Row(context, q) for q in questions])
+        models = {
+            "base": (base, None), "shared": (shared, None), "head": (shared, side.head),
+            "retrieval": (fronted, None), "hybrid": (fronted, side.hybrid),
+        }  # fmt: skip
+        for name, (states, head) in models.items():
+            found.setdefault(name, []).append(exposure(summed(states, ruler.output, head)))
+    return {"strings": len(strings), **{name: float(np.mean(bits)) for name, bits in found.items()}}
+
+
+def summarised(lines: Sequence[Line], draws: int) -> Line:
+    """Mean exposure of each model, in bits, and above the base model's."""
+    if not lines:
+        return {"people": 0, "most": math.log2(RUNS), "exposure": {}, "above_base": {}}
+    names = [name for name in lines[0] if name not in ("user", "strings")]
+    return {
+        "people": len(lines),
+        "most": math.log2(RUNS),
+        "exposure": {
+            name: bootstrap_mean([line[name] for line in lines], draws=draws).as_dict()
+            for name in names
+        },
+        "above_base": {name: [line[name] - line["base"] for line in lines] for name in names[1:]},
+    }
+
+
+def _drawn(records: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[int, ...]:
+    """A run of `LENGTH` tokens from anybody's record, marks at the ends left out."""
+    while True:
+        ids = records[int(rng.integers(len(records)))]
+        if len(ids) > LENGTH + 2:
+            place = int(rng.integers(1, len(ids) - LENGTH))
+            return tuple(ids[place : place + LENGTH])

@@ -1,0 +1,164 @@
+"""What only pairs of answers can be asked: length bias, and how far the oracle is.
+
+Read by the experimenter off simulated devices, as everything in
+`experiments/evaluation/run_evaluation.py`; no epsilon covers it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...client.device import Bench
+from ...client.personal.evaluator import Person
+from ...client.personal.pair_evaluator import PairMeasure, pair_error
+from ...client.personal.preference_head import length_bias
+from ...client.training.records import split
+from ...common.model.assets import fetch
+from ..data.preference_people import crowd, reward
+from .user_statistics import bootstrap_mean
+
+__all__ = ["BEST", "best_losses", "gap_closed", "rows"]
+
+Rows = list[dict[str, Any]]
+BEST = {"tastes": "oracle", "preferences": "crowd"}
+"""Who knows more than any model: a made person's taste, or the other raters of the batch."""
+
+SUSPICIOUS = 0.1
+"""A correlation of margins with length this much beyond the people's own is a finding."""
+
+
+def best_losses(bench: Bench, users: Sequence[str]) -> list[float]:
+    """Share of each person's held-out pairs that who knows best orders wrongly."""
+    worth = _worth(bench)
+    return [
+        pair_error(torch.tensor([chosen - rejected for chosen, rejected in worth(user)]))
+        for user in users
+    ]
+
+
+def rows(
+    model: PairMeasure,
+    bench: Bench,
+    group: str,
+    people: Mapping[str, Person],
+    losses: Mapping[str, Sequence[Any]],
+    partner: Callable[[int], str],
+) -> Rows:
+    """Lines of the report's table of differences: name, title, mean, 95 % interval over people."""
+    names = list(people)
+    heads: dict[str, Callable[[int], Any]] = {"shared model": lambda _: None}
+    if "personal" in losses:
+        heads["personal head"] = lambda number: people[names[number]].head
+        if len(names) > 1:
+            heads["another person's head"] = lambda number: people[partner(number)].head
+    margins = {
+        name: [model.margins(people[user], head(i)) for i, user in enumerate(names)]
+        for name, head in heads.items()
+    }
+    found: Rows = []
+    for name, each in margins.items():
+        found += _length_rows(name, group, people, each)
+    if bench.config.data.source in BEST and "personal" in losses:
+        found += _gap_rows(bench, group, names, losses, margins)
+    return found
+
+
+def gap_closed(
+    start: Sequence[float], reached: Sequence[float], best: Sequence[float], draws: int
+) -> dict[str, Any]:
+    """(start - reached) / (start - best), of means over people; bootstrap over people.
+
+    Args:
+        start, reached, best: a loss of each person under the shared, the personal and the best
+            possible model.
+    """
+    values = np.array([start, reached, best], dtype=np.float64)
+    rng = np.random.default_rng(0)
+    drawn = values[:, rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(2)
+    low, high = np.quantile(_ratio(drawn), (0.025, 0.975))
+    return {"mean": float(_ratio(values.mean(1))), "ci95": [float(low), float(high)]}
+
+
+def _ratio(means: NDArray[np.float64]) -> Any:
+    return (means[0] - means[1]) / (means[0] - means[2])
+
+
+def _length_rows(
+    name: str, group: str, people: Mapping[str, Person], margins: Sequence[torch.Tensor]
+) -> Rows:
+    """Correlation of margins with length beyond that of the people's choices."""
+    excess = [
+        length_bias(margin, person.held_out.longer).excess
+        for margin, person in zip(margins, people.values(), strict=True)
+    ]
+    interval = bootstrap_mean(excess)
+    finding = ": A FINDING" if abs(interval.mean) > SUSPICIOUS and interval.excludes_zero else ""
+    return [
+        {
+            "name": f"length_bias_{name.replace(' ', '_')}_{group}",
+            "title": f"length bias beyond the people's own, {name}, {group} people{finding}",
+            **interval.as_dict(),
+        }
+    ]
+
+
+def _gap_rows(
+    bench: Bench,
+    group: str,
+    names: Sequence[str],
+    losses: Mapping[str, Sequence[Any]],
+    margins: Mapping[str, Sequence[torch.Tensor]],
+) -> Rows:
+    """The share of the way from the shared model to who knows best, in pairs and in reward."""
+    draws, best = bench.config.evaluation.bootstrap, BEST[bench.config.data.source]
+    what = f"share of the {best}'s lead over the shared model that"
+    pairs = gap_closed(losses["global"], losses["personal"], losses[best], draws)
+    found = [
+        {"name": f"gap_closed_pairs_{group}",
+         "title": f"{what} the personal head closes, pairs, {group} people", **pairs},
+    ]  # fmt: skip
+    if best == "crowd":  # how far apart ratings are is not a reward
+        return found
+    of, nothing = _worth(bench), [0.0] * len(names)
+    worth = [of(user) for user in names]
+    missed = {
+        name: [_regret(w, margin) for w, margin in zip(worth, each, strict=True)]
+        for name, each in margins.items()
+    }
+    for name, kind, whose in (
+        ("personal head", "reward", "the personal head"),
+        ("another person's head", "reward_swapped", "another person's head"),
+    ):
+        closed = gap_closed(missed["shared model"], missed[name], nothing, draws)
+        title = f"{what} {whose} closes, reward, {group} people"
+        found.append({"name": f"gap_closed_{kind}_{group}", "title": title, **closed})
+    return found
+
+
+def _worth(bench: Bench) -> Callable[[str], list[tuple[float, float]]]:
+    """Of each held-out pair of a person: what chosen and rejected are worth to who knows best."""
+    config = bench.config
+    known = config.data.source == "tastes"
+    score = partial(reward, config.data.seed) if known else crowd(fetch("ratings"))
+
+    def of(user: str) -> list[tuple[float, float]]:
+        _, held_out = split(bench.records(user), config.data.holdout)
+        return [
+            (score(user, record.text), score(user, record.rejected or ""))
+            for record in held_out[: config.evaluation.records]
+        ]
+
+    return of
+
+
+def _regret(worth: Sequence[tuple[float, float]], margin: torch.Tensor) -> float:
+    """Mean reward missed by taking the answer the model scores higher; ties: half of each."""
+    lost = []
+    for (chosen, rejected), said in zip(worth, margin.tolist(), strict=True):
+        taken = chosen if said > 0 else rejected if said < 0 else (chosen + rejected) / 2
+        lost.append(max(chosen, rejected) - taken)
+    return float(np.mean(lost))

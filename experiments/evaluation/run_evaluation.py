@@ -1,0 +1,164 @@
+"""What people got: everybody's loss under four models, from the simulated devices' own files.
+
+The experimenter reads this off the simulated devices; nothing of it passes the server, and no
+epsilon covers it. On a real device the same functions run and the figures stay there.
+
+    base          the base model, no adapter (labels: every prediction 0)
+    global        the shared adapter of the run
+    personal      the shared adapter and the head fitted on the person's own earlier records
+    group         of several personas the own one; global is then the one with most members
+    own_half      fedsa: the shared A with the B of the own device; global is then A without B
+    swapped_head  the shared adapter and somebody else's head: the gain must be lost
+
+*seen* people took part in training and are measured on later records; *unseen* people were never
+trained on. Both fit their head on their own earlier records. Where people come in groups (raters
+of one batch), the other head is that of somebody of the same group, fitted on the same items.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...client.device import Bench, Device
+from ...client.personal.evaluator import Measure, Person, measure_of
+from ...client.training import records
+from ...common.model.adapter import Vector
+from ...common.settings.config import Config
+from .. import progress
+from . import cluster_evaluation
+
+__all__ = ["evaluate", "global_adapter"]
+
+Losses = dict[str, list[Any]]
+
+MODELS = ("base", "global", "personal", "swapped_head")
+
+
+def evaluate(folder: Path, config: Config) -> dict[str, Any]:
+    """Losses per person: `{"name", "unit", "metrics_of", "seen": {...}, "unseen": {...}}`.
+
+    Each group has the lists `users`, `base`, `global`, `personal` and `swapped_head`, aligned;
+    lower is better. Everybody's loss is the mean over their own held-out tokens or records.
+    """
+    bench = Bench.open(folder.resolve())
+    several = config.groups.count > 1 or bool(bench.trainer.adapter.own.pieces)
+    final = None if several else global_adapter(folder)
+    took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
+    groups = {
+        "seen": _some(took_part, bench.index, config),
+        "unseen": _some(bench.index.test_users, bench.index, config),
+    }
+    with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
+        if final is None:
+            state = cluster_evaluation.state_of(folder)
+            found = {
+                name: cluster_evaluation.measured(bench, users, state, _heads_for(config, name))
+                for name, users in groups.items()
+            }
+        else:
+            model = measure_of(bench.trainer.adapter, final, pairs=config.pairs)
+            people = {
+                name: _people(model, bench, users, _heads_for(config, name), one)
+                for name, users in groups.items()
+            }
+            found = {
+                name: _losses(model, bench, known, _heads_for(config, name))
+                for name, known in people.items()
+            }
+    unit = "nats per token" if config.outputs == 0 else "squared error"
+    if config.data.task == "classification":
+        unit = "nats per record"
+    described: dict[str, Any] = {"name": unit, "unit": "a loss: lower is better"}
+    if config.pairs is not None:
+        described["name"] = "share of pairs in the wrong order"
+        described["more"] = _of_pairs(model, bench, people, found)
+    return {**described, "metrics_of": config.evaluation.metrics_of, **found}
+
+
+def _of_pairs(
+    model: Any, bench: Bench, people: dict[str, dict[str, Person]], found: dict[str, Losses]
+) -> list[dict[str, Any]]:
+    """The losses of who knows best into `found`; length bias and gap as rows."""
+    from . import pair_evaluation
+
+    rows = []
+    for group, known in people.items():
+        names = list(known)
+        best = pair_evaluation.BEST.get(bench.config.data.source)
+        if best:
+            found[group][best] = pair_evaluation.best_losses(bench, names)
+        if names:
+            partner = partial(_partner, bench.index, names)
+            rows += pair_evaluation.rows(model, bench, group, known, found[group], partner)
+    return rows
+
+
+def global_adapter(folder: Path) -> Vector:
+    """The shared adapter after the last finished round of the run in `folder`.
+
+    Of several personas the one with most members: what somebody without records would get.
+
+    Raises:
+        StateError: no round was finished.
+    """
+    return cluster_evaluation.largest_persona(
+        Bench.open(folder.resolve()), cluster_evaluation.state_of(folder)
+    )
+
+
+def _heads_for(config: Config, group: str) -> bool:
+    """Heads for texts cost as much as all the rest, so only the group that is asked about."""
+    return config.head.enabled and (config.outputs > 0 or group == config.evaluation.metrics_of)
+
+
+def _measure(measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any) -> Losses:
+    return _losses(measure, bench, _people(measure, bench, users, heads, one), heads)
+
+
+def _people(
+    measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any
+) -> dict[str, Person]:
+    people = {}
+    for user in users:
+        person = measure.person(*Device(user, bench).measured_on(), heads)
+        if person is not None:
+            people[user] = person
+        one()
+    return people
+
+
+def _losses(measure: Measure, bench: Bench, people: dict[str, Person], heads: bool) -> Losses:
+    names = list(people)
+    models = (MODELS if len(names) > 1 else MODELS[:3]) if heads else MODELS[:2]
+    losses: Losses = {name: [] for name in ("users", *models)}
+    for number, (user, person) in enumerate(people.items()):
+        losses["users"].append(user)
+        losses["base"].append(person.base)
+        losses["global"].append(measure.loss(person, None))
+        if not heads:
+            continue
+        losses["personal"].append(measure.loss(person, person.head))
+        if "swapped_head" in models:
+            other = people[_partner(bench.index, names, number)]
+            losses["swapped_head"].append(measure.loss(person, other.head))
+    return losses
+
+
+def _partner(index: records.Index, users: Sequence[str], number: int) -> str:
+    """The next other person, of the same group where somebody is; there must be another."""
+    group = index.blocks[users[number]].group
+    following = [users[(number + step) % len(users)] for step in range(1, len(users))]
+    same = [user for user in following if index.blocks[user].group == group]
+    return (same or following)[0]
+
+
+def _some(users: Sequence[str], index: records.Index, config: Config) -> list[str]:
+    """`evaluation.users` of them, drawn by public seed; whole groups where there are groups."""
+    rng = np.random.default_rng(config.data.seed)
+    groups = [index.blocks[user].group or user for user in users]
+    place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
+    order = sorted(range(len(users)), key=lambda i: (place[groups[i]], i))
+    return [users[i] for i in order[: config.evaluation.users]]

@@ -1,0 +1,176 @@
+"""Is it personal? Statistics over users: one number per user in, one figure out.
+
+A *gain* is what a user got, larger is better (shared loss minus personal loss). Pure functions; a
+value that is NaN or infinite is refused, never skipped.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...common.errors import DataError
+
+__all__ = [
+    "Interval",
+    "bootstrap_mean",
+    "fraction_hurt",
+    "gini",
+    "paired_difference",
+    "percentile",
+    "win_rate",
+]
+
+Values = Sequence[float] | NDArray[np.floating]
+
+_CELLS = 2**21  # resampled values held at once
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over users and its 95 % interval; both ends infinite when there is only one user."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """True when the whole interval is on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def as_dict(self) -> dict[str, float | list[float] | None]:
+        """As in `summary.json`; an interval that one user cannot give is null.
+
+        >>> Interval(1.0, 0.5, 1.5).as_dict()
+        {'mean': 1.0, 'ci95': [0.5, 1.5]}
+        """
+        known = math.isfinite(self.low) and math.isfinite(self.high)
+        return {"mean": self.mean, "ci95": [self.low, self.high] if known else None}
+
+
+def bootstrap_mean(values: Values, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """The mean over users with a percentile bootstrap over users (Efron 1979).
+
+    Args:
+        values: one number per user.
+        draws: resamples, at least 100.
+        seed: public; the same seed gives the same interval.
+
+    Returns:
+        95 % interval. One user: the mean, and an infinite interval, for one user says nothing
+        about others. All values equal: an interval of width 0.
+
+    Raises:
+        DataError: no user, NaN or infinity, or fewer than 100 draws.
+    """
+    numbers = _numbers("values", values)
+    if draws < 100:
+        raise DataError(f"A bootstrap needs at least 100 draws, got draws = {draws}; take more.")
+    if len(numbers) == 1:
+        return Interval(float(numbers[0]), -math.inf, math.inf)
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    step = max(1, _CELLS // len(numbers))
+    for start in range(0, draws, step):
+        size = (min(step, draws - start), len(numbers))
+        means[start : start + step] = numbers[generator.integers(len(numbers), size=size)].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def paired_difference(
+    first: Values, second: Values, *, draws: int = 2000, seed: int = 0
+) -> Interval:
+    """The mean over users of `first - second`, each user compared with itself.
+
+    Raises:
+        DataError: different numbers of users, or as `bootstrap_mean`.
+    """
+    left, right = _numbers("first", first), _numbers("second", second)
+    if len(left) != len(right):
+        raise DataError(
+            f"A paired difference needs the same users on both sides, got {len(left)} and "
+            f"{len(right)}; give one number per user to each."
+        )
+    return bootstrap_mean(left - right, draws=draws, seed=seed)
+
+
+def win_rate(gains: Values, *, tolerance: float = 0.0) -> float:
+    """Share of users with a gain above `tolerance`; a gain within it is a tie and counts half.
+
+    >>> win_rate([1.0, 0.0, -1.0, 2.0])
+    0.625
+    """
+    numbers = _numbers("gains", gains)
+    limit = _tolerance(tolerance)
+    return float(np.mean(numbers > limit) + np.mean(np.abs(numbers) <= limit) / 2)
+
+
+def fraction_hurt(gains: Values, *, tolerance: float = 0.0) -> float:
+    """Share of users who lost more than `tolerance`.
+
+    >>> fraction_hurt([0.2, -0.01, -0.2], tolerance=0.05)
+    0.3333333333333333
+    """
+    return float(np.mean(_numbers("gains", gains) < -_tolerance(tolerance)))
+
+
+def percentile(values: Values, percent: float) -> float:
+    """The value that `percent` % of the users are at or below, interpolated.
+
+    Raises:
+        DataError: `percent` outside 0..100, no user, NaN or infinity.
+    """
+    if not 0 <= percent <= 100:
+        raise DataError(f"percent must be from 0 to 100, got {percent}.")
+    return float(np.percentile(_numbers("values", values), percent))
+
+
+def gini(values: Values) -> float:
+    """How unequal non-negative values are: 0 all equal, near 1 one user has all (Gini 1912).
+
+    All zero is equal: 0.
+
+    Raises:
+        DataError: a negative value (a Gini coefficient has no meaning then: give losses, or gains
+            cut at zero), no user, NaN or infinity.
+
+    >>> gini([1.0, 1.0, 1.0]), gini([0.0, 0.0, 0.0, 4.0])
+    (0.0, 0.75)
+    """
+    numbers = np.sort(_numbers("values", values))
+    if numbers[0] < 0:
+        raise DataError(
+            f"A Gini coefficient needs values of at least 0, got {numbers[0]:g}; give losses, or "
+            "gains cut at zero."
+        )
+    if numbers[-1] == 0:
+        return 0.0
+    shares = numbers / numbers[-1]  # keeps tiny and huge values from under- and overflow
+    count = len(shares)
+    ranks = 2 * np.arange(1, count + 1) - count - 1
+    return max(0.0, float((ranks * shares).sum() / (count * shares.sum())))
+
+
+def _numbers(name: str, values: Values) -> NDArray[np.float64]:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers):
+        raise DataError(
+            f"{name} must be one number per user and at least one user, got shape {numbers.shape}."
+        )
+    wrong = int((~np.isfinite(numbers)).sum())
+    if wrong:
+        raise DataError(
+            f"{wrong} of the {len(numbers)} users in {name} have NaN or infinity; find out why, "
+            "leaving them out would flatter the figure."
+        )
+    return numbers
+
+
+def _tolerance(tolerance: float) -> float:
+    if not 0 <= tolerance < math.inf:
+        raise DataError(f"tolerance must be a number of at least 0, got {tolerance}.")
+    return tolerance

@@ -1,0 +1,1 @@
+"""LaMP: tasks of personalised answers, from their published files."""

@@ -1,0 +1,1 @@
+"""The report of a run, for people who decide about privacy."""

@@ -1,0 +1,385 @@
+"""Pictures of a report: figures drawn with Matplotlib, turned into SVG that sits inside HTML.
+
+Every picture uses one small palette that is safe for colour-blind readers (after Okabe and Ito,
+2008), says with a direct label what a legend would say, and takes its colours from the page's
+style sheet, so that it is readable on light and on dark ground. Matplotlib is imported when the
+first picture is drawn: the terminal report does not need it.
+"""
+
+import html
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LIGHT = {
+    "ground": "#ffffff",
+    "ink": "#1b1f24",
+    "muted": "#5c6570",
+    "grid": "#dce1e6",
+    "client": "#0072b2",
+    "example": "#a8478c",
+    "gain": "#00806a",
+    "hurt": "#d55e00",
+}
+DARK = {
+    "ground": "#14171b",
+    "ink": "#e9ecef",
+    "muted": "#a3adb8",
+    "grid": "#39414a",
+    "client": "#5bb8ee",
+    "example": "#e08cc6",
+    "gain": "#3cc4a2",
+    "hurt": "#ff8f47",
+}
+WIDTH = 4.9  # inches; at phone width the page still shows letters of about 7 pt
+MANY = 12  # distinct values above which a histogram gets bins
+
+
+def figure(height: float, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+    """An empty figure, `WIDTH` x `height` inches, with `rows` panels that share the x axis.
+
+    Raises:
+        ConfigError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "the pictures need matplotlib; install privet[experiments], or read the report in "
+            "the terminal or with --json"
+        ) from None
+    drawn = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = drawn.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for panel in panels:
+        _plain(panel)
+    return drawn, list(panels)
+
+
+def spent_per_client(
+    lines: Sequence[Mapping[str, Any]],
+    clients: Sequence[Mapping[str, Any]],
+    budgets: Mapping[str, float],
+) -> "Figure":
+    """How many clients spent how much: one panel a line, the worst client and the budget marked.
+
+    Args:
+        lines: the report's lines; each has `key`, `unit`, `against`, `epsilon`.
+        clients: each has `epsilon`, a mapping from line key to its own epsilon.
+        budgets: largest epsilon per unit; a unit without one gets no mark.
+    """
+    more = 0.15 * sum(bool(line.get("conditions")) for line in lines)
+    drawn, panels = figure(0.55 + more + 1.05 * max(1, len(lines)), max(1, len(lines)))
+    ends = [line["epsilon"] for line in lines] + [budgets.get(line["unit"], 0) for line in lines]
+    right = 1.04 * max([*ends, 1e-9])
+    for panel, line in zip(panels, lines, strict=False):
+        values = [client["epsilon"].get(line["key"], 0.0) for client in clients]
+        positions, heights, width = _histogram(values, right)
+        panel.bar(positions, heights, width=width, color=LIGHT[line["unit"]], linewidth=0)
+        top = max(heights, default=1)
+        panel.set_ylim(0, 1.5 * top)
+        panel.set_xlim(0, right)
+        panel.set_title(line_label(line), loc="left", fontsize=9, color=LIGHT["ink"])
+        panel.locator_params(axis="y", nbins=3, integer=True)
+        _mark(panel, line["epsilon"], f"worst client {line['epsilon']:.2f}", "ink", right)
+        if line["unit"] in budgets:
+            limit = budgets[line["unit"]]
+            _mark(panel, limit, f"budget {limit:g}", "muted", right, low=True)
+    panels[-1].set_xlabel("epsilon of one client", color=LIGHT["ink"])
+    drawn.supylabel("clients", fontsize=9, color=LIGHT["ink"])
+    return drawn
+
+
+def spent_per_round(
+    lines: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Mapping[str, Any]],
+    whose: str = "worst client",
+) -> "Figure":
+    """The worst client's epsilon after each round, one curve a line, named at its end.
+
+    Args:
+        lines: as for `spent_per_client`.
+        rounds: each has `round` and `epsilon`, a mapping from line key to the worst client's.
+        whose: epsilon, for the axis.
+    """
+    drawn, (panel,) = figure(2.7)
+    numbers = [row["round"] for row in rounds]
+    ends = []
+    for line in lines:
+        values = [row["epsilon"].get(line["key"], 0.0) for row in rounds]
+        dashes = "-" if line["against"] == "analyst" else (0, (4, 2))
+        (curve,) = panel.plot(numbers, values, color=LIGHT[line["unit"]], linestyle=dashes)
+        curve.set(marker="o", markersize=3.5, drawstyle="steps-post")
+        ends.append((values[-1] if values else 0.0, line))
+    last = max(numbers, default=1)
+    first = min(numbers, default=0)
+    high = max([end for end, _ in ends] + [1e-9])
+    panel.set_xlim(first - 0.03 * max(1, last - first), last + 0.55 * max(1, last - first))
+    wanted = [max(end, 0.1 * high) for end, _ in ends]
+    places = _apart(wanted, 0.24 * high)
+    panel.set_ylim(0, max([1.25 * high, *(place + 0.15 * high for place in places)]))
+    for place, (end, line) in zip(places, ends, strict=True):
+        given = " (if …)" if line.get("conditions") else ""
+        text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}{given}"
+        panel.annotate(
+            text,
+            (last, end),
+            xytext=(last + 0.04 * max(1, last - first), place),
+            textcoords="data",
+            fontsize=8,
+            va="center",
+            color=LIGHT[line["unit"]],
+        )
+    panel.locator_params(axis="x", integer=True)
+    panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
+    panel.set_xlabel("round", color=LIGHT["ink"])
+    panel.set_ylabel(f"epsilon, {whose} so far", color=LIGHT["ink"])
+    return drawn
+
+
+def by_colluding(found: Mapping[str, Any]) -> "Figure":
+    """A person's epsilon by the number of devices that collude with the server.
+
+    Args:
+        found: `rows` of `colluding` and `epsilon` (None: no bound, not drawn), and `agreed`.
+    """
+    drawn, (panel,) = figure(2.4)
+    rows = [row for row in found["rows"] if row["epsilon"] is not None]
+    numbers = [row["colluding"] for row in rows]
+    values = [row["epsilon"] for row in rows]
+    panel.plot(numbers, values, "o-", color=LIGHT["client"], markersize=3.5, linewidth=1.3)
+    top, right = max([*values, 1e-9]), max([*numbers, 1])
+    panel.set_ylim(0, 1.18 * top)
+    panel.set_xlim(-0.03 * right, 1.04 * right)
+    for row in rows:
+        if row["colluding"] == found["agreed"]:
+            _mark(panel, row["colluding"], f"agreed: {row['epsilon']:.2f}", "ink", right)
+    if rows and rows[-1] == found["rows"][-1]:
+        panel.text(numbers[-1], 1.05 * values[-1], f"own share: {values[-1]:.2f}", ha="right",
+                   fontsize=8, color=LIGHT["client"])  # fmt: skip
+    panel.locator_params(axis="x", integer=True)
+    panel.set_xlabel("devices that collude with the server", color=LIGHT["ink"])
+    panel.set_ylabel("epsilon of a person", color=LIGHT["ink"])
+    return drawn
+
+
+def gains_per_user(
+    gains: Sequence[float], mean: float, interval: Sequence[float] | None, unit: str
+) -> "Figure":
+    """One bar a user, sorted, the hurt ones in their own colour; the mean and its interval.
+
+    Args:
+        gains: positive where the person is better off, in `unit`; any order, at least one.
+        mean, interval: the mean gain and its [low, high]; None: one user cannot give one.
+        unit: what a gain is counted in.
+    """
+    drawn, (panel,) = figure(2.7)
+    ordered = sorted(gains, reverse=True)
+    colours = [LIGHT["hurt"] if gain < 0 else LIGHT["gain"] for gain in ordered]
+    panel.bar(range(1, len(ordered) + 1), ordered, width=0.86, color=colours, linewidth=0)
+    ends = interval or (mean, mean)
+    panel.axhspan(ends[0], ends[1], color=LIGHT["ink"], alpha=0.16, linewidth=0)
+    panel.axhline(mean, color=LIGHT["ink"], linewidth=1)
+    panel.axhline(0, color=LIGHT["muted"], linewidth=0.8)
+    hurt = sum(gain < 0 for gain in ordered)
+    room = max(abs(max(ordered)), abs(min(ordered)), abs(ends[1]), 1e-12)
+    panel.text(
+        len(ordered) + 0.6,
+        max(mean, ends[1]) + 0.04 * room,
+        f"mean {mean:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]",
+        ha="right",
+        fontsize=8.5,
+        color=LIGHT["ink"],
+    )
+    if hurt:
+        where = ordered[-1] if ordered[-1] < -0.3 * room else -0.09 * room
+        panel.text(
+            len(ordered) - hurt,
+            where,
+            f"{hurt} of {len(ordered)} hurt ",
+            ha="right",
+            va="top" if where > ordered[-1] else "bottom",
+            fontsize=8.5,
+            color=LIGHT["hurt"],
+        )
+    panel.set_xlim(0.3, len(ordered) + 0.7)
+    panel.set_xlabel("people, sorted by gain", color=LIGHT["ink"])
+    panel.set_ylabel(f"gain, {unit}", color=LIGHT["ink"])
+    panel.locator_params(axis="x", integer=True)
+    return drawn
+
+
+def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit: str) -> "Figure":
+    """Means with their intervals around zero: right of the line is an effect that exists.
+
+    Args:
+        rows: (what is compared, mean, [low, high]), drawn from top to bottom.
+        unit: what the differences are counted in.
+    """
+    drawn, (panel,) = figure(0.75 + 0.52 * max(1, len(rows)))
+    panel.axvline(0, color=LIGHT["muted"], linewidth=0.8)
+    for place, (name, mean, interval) in enumerate(rows):
+        low, high = interval or (mean, mean)
+        colour = LIGHT["hurt"] if mean < 0 else LIGHT["gain"]
+        panel.plot([low, high], [-place, -place], color=colour, linewidth=2.2)
+        panel.plot([mean], [-place], "o", color=colour, markersize=6)
+        label = panel.text(
+            0.0, -place + 0.24, f"{name}: {mean:+.3f}", fontsize=8.5, color=LIGHT["ink"],
+            transform=panel.get_yaxis_transform(),
+            bbox={"facecolor": LIGHT["ground"], "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+        label.set_in_layout(False)
+    panel.set_ylim(-len(rows) + 0.6, 0.7)
+    panel.set_yticks([])
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel(f"difference, {unit}", color=LIGHT["ink"])
+    return drawn
+
+
+def over_rounds(
+    series: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]], along: str = "round"
+) -> "Figure":
+    """Means over rounds with bands of two standard deviations; one panel for each kind.
+
+    Args:
+        series: (panel, name, [(round, mean, standard deviation)]); names stand at the curve's end.
+        along: what the numbers count.
+    """
+    kinds = list(dict.fromkeys(panel for panel, _, _ in series))
+    drawn, panels = figure(0.5 + 1.35 * len(kinds), len(kinds))
+    rounds = [number for _, _, points in series for number, _, _ in points] or [1]
+    first, last = min(rounds), max(rounds)
+    width = max(1, last - first)
+    for panel, kind in zip(panels, kinds, strict=True):
+        curves = [(name, points) for each, name, points in series if each == kind and points]
+        ends = []
+        for place, (_, points) in enumerate(curves):
+            numbers, means, spreads = (list(column) for column in zip(*points, strict=True))
+            colour = LIGHT[("client", "gain", "hurt", "example")[place % 4]]
+            low, high = ([m + side * s for m, s in zip(means, spreads, strict=True)]
+                         for side in (-2, 2))  # fmt: skip
+            if len(numbers) > 1:
+                panel.fill_between(numbers, low, high, color=colour, alpha=0.18, linewidth=0)
+            panel.errorbar(numbers, means, [2 * s for s in spreads], fmt="o-", markersize=3.5,
+                           color=colour, linewidth=1.3, elinewidth=0.8)  # fmt: skip
+            ends.append((means[-1], colour))
+        bottom, top = panel.get_ylim()
+        order = sorted(range(len(ends)), key=lambda place: ends[place][0])
+        places = _apart([ends[place][0] for place in order], 0.2 * (top - bottom))
+        for place, where in zip(order, places, strict=True):
+            panel.text(last + 0.06 * width, where, curves[place][0], fontsize=8, va="center",
+                       color=ends[place][1])  # fmt: skip
+        panel.set_xlim(first - 0.08 * width, last + 0.75 * width)
+        panel.set_title(kind, loc="left", fontsize=9, color=LIGHT["ink"])
+        if not curves:
+            panel.text(0.02, 0.5, "lost in the noise", fontsize=8.5, color=LIGHT["muted"],
+                       transform=panel.transAxes)  # fmt: skip
+    panels[-1].set_xticks(sorted({first, last, *_middle(first, last)}))
+    panels[-1].set_xlabel(along, color=LIGHT["ink"])
+    return drawn
+
+
+def _middle(first: int, last: int) -> list[int]:
+    return [(first + last) // 2] if last - first > 1 else []
+
+
+def line_label(line: Mapping[str, Any]) -> str:
+    """What a line is about, its conditions below it: `client-level, against the analyst`."""
+    said = f"{line['unit']}-level, against the {line['against']}"
+    given = "; ".join(line.get("conditions", ()))
+    return f"{said}\n(if: {given})" if given else said
+
+
+def svg(drawn: "Figure", name: str, alt: str) -> str:
+    """A figure as an `<svg>` element to put into HTML, coloured by the page's style sheet.
+
+    Args:
+        drawn: the figure.
+        name: prefix of all ids, so that pictures of one page do not share any.
+        alt: what the picture shows, for people who do not see it; escaped here.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", text)
+    for colour, code in LIGHT.items():
+        text = text.replace(code, f"var(--{colour})")
+    label = html.escape(alt, quote=True)
+    return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", _opening(label), text, count=1)
+
+
+def png(drawn: "Figure", resolution: int = 150) -> bytes:
+    """A figure as PNG on white ground, for a README or for looking at."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=resolution, facecolor=LIGHT["ground"])
+    return buffer.getvalue()
+
+
+def _opening(label: str) -> str:
+    safe = label.replace("\\", r"\\")
+    return (
+        r'<svg \1 role="img" '
+        f'aria-label="{safe}" xmlns="http://www.w3.org/2000/svg" '
+        r'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+
+
+def _plain(panel: "Axes") -> None:
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        panel.spines[side].set_color(LIGHT["grid"])
+    panel.tick_params(labelsize=8.5, colors=LIGHT["muted"], length=3, color=LIGHT["grid"])
+    panel.xaxis.label.set_fontsize(9)
+    panel.yaxis.label.set_fontsize(9)
+
+
+def _histogram(values: Sequence[float], right: float) -> tuple[list[float], list[int], float]:
+    """One bar for each distinct value where they are few, else bins: (positions, counts, width)."""
+    distinct = sorted({round(value, 6) for value in values})
+    if len(distinct) <= MANY:
+        rounded = [round(value, 6) for value in values]
+        return distinct, [rounded.count(value) for value in distinct], 0.018 * right
+    bins = 40
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int(value / right * bins))] += 1
+    return [(place + 0.5) * right / bins for place in range(bins)], counts, 0.9 * right / bins
+
+
+def _mark(
+    panel: "Axes", where: float, text: str, colour: str, right: float, low: bool = False
+) -> None:
+    """A vertical mark with its label on the side that has room."""
+    style = (0, (1, 2)) if low else "-"
+    panel.axvline(where, color=LIGHT[colour], linewidth=0.9, linestyle=style)
+    side = "right" if where > 0.6 * right else "left"
+    height = 0.62 if low else 0.86
+    shift = -0.008 * right if side == "right" else 0.008 * right
+    panel.text(
+        where + shift, height, text, ha=side, fontsize=8, color=LIGHT[colour],
+        transform=panel.get_xaxis_transform(),
+    )  # fmt: skip
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """The values moved up as little as needed so that labels at them do not overlap."""
+    places = list(values)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    for below, above in itertools.pairwise(order):
+        places[above] = max(places[above], places[below] + gap)
+    return places

@@ -1,0 +1,106 @@
+"""The looks of an A/B experiment on devices: announce, sum, tell. Nothing is trained.
+
+A look is a round without a model: same wire, same masks, same counting (`server/rounds.py`).
+
+**Guarantee**: as of `run_rounds`: what is stored or shown is a function of the noised sum and of
+who answered. A look that a crash cut short is asked again, of those who had not answered it: nobody
+releases a look twice, and a sum that too few are in is not opened.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..common.ab_test import layout
+from ..common.files import append_line, read_lines
+from ..common.settings.config import Config, TrialSettings
+from . import ab_estimates, void_rounds
+from .rounds import LOG, Ask, Present, Show, Vector, ask_again, attempt, begun_before, wait_or_end
+
+__all__ = ["DUE", "run_looks"]
+
+DUE = "due.jsonl"
+GREET_S = 30.0
+"""Between two greetings of those who have not agreed yet, while a look is waited for."""
+
+
+def run_looks(
+    ask: Ask,
+    config: Config,
+    trial: TrialSettings,
+    run: str,
+    folder: Path,
+    show: Show,
+    present: Present,
+    greet: Callable[[], object],
+) -> Vector:
+    """All looks that are still missing in `folder`.
+
+    Args:
+        ask, config, run, folder, show, present: as of `run_rounds`.
+        trial: the experiment.
+        greet: says hello to who has not agreed yet: an arm is in use from the owner's yes.
+
+    Returns:
+        What devices are told at the end: zeros, for there is no adapter.
+
+    Raises:
+        RunUnfinished: `rounds.patience` attempts in a row were void.
+    """
+    start = np.zeros(layout(trial).dimension, np.float32)
+    voids, unsure = 0, begun_before(folder)
+    while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= trial.looks:
+        if trial.stop and _found(folder):
+            break
+        _wait(folder, look, trial.hours, greet)
+        there, began = present(), time.perf_counter()
+        # a void look is none; where somebody may have released in it, its number is used up
+        number = 1 + max((one["round"] for one in records if not one.get("again")), default=0)
+        plan = ab_estimates.plan_of(config, trial, run, number)
+        total, record, phases = attempt(
+            ask, config, there, plan, start, folder, len(start), number == unsure
+        )
+        voids = 0 if total is not None else voids + 1
+        if total is None:
+            record |= ask_again(config, voids)
+        else:
+            shown = dataclasses.replace(plan, round=look)
+            record["look"] = ab_estimates.told(
+                ab_estimates.sums_of(total, plan), shown, record["answered"], trial
+            )
+        record |= {"seconds": time.perf_counter() - began, "phases": phases}
+        append_line(folder / LOG, record)
+        show(record)
+        wait_or_end(config, record, folder)
+    return start
+
+
+def _found(folder: Path) -> bool:
+    """Whether a look has found a difference."""
+    told: list[Mapping[str, Any]] = [
+        one["look"] for one in read_lines(folder / LOG) if "look" in one
+    ]
+    return any(each["found"] for look in told for each in look["differences"])
+
+
+def _wait(folder: Path, look: int, hours: float, greet: Callable[[], object]) -> None:
+    """Until it is time for a look; a server that was started again waits for what is left.
+
+    What is left is read off the wall clock once: one that jumps meanwhile moves no look.
+    """
+    if not hours:
+        return
+    left = whole = 3600 * hours
+    due = next((one["time"] for one in read_lines(folder / DUE) if one["look"] == look), None)
+    if due is None:
+        append_line(folder / DUE, {"look": look, "time": time.time() + whole})
+    else:
+        left = min(due - time.time(), whole)
+    until = time.monotonic() + left
+    while (left := until - time.monotonic()) > 0:
+        greet()
+        time.sleep(min(left, GREET_S))

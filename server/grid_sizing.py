@@ -1,0 +1,111 @@
+"""How contributions of a round are encoded: grid, modulus, noise of one adder, rotation or not.
+
+From public numbers only: cohort, clip, noise, dimension.
+"""
+
+import math
+from dataclasses import dataclass
+
+from ..common.errors import ConfigError
+from ..common.privacy.encoding import (
+    NOISE_DEVIATIONS,
+    NOISE_EXTRA,
+    Grid,
+    cannot_wrap,
+    choose_grid,
+    rounded_sensitivity,
+)
+from ..common.privacy.rotation import flat_bound
+from ..common.privacy.statistics_blocks import Block
+from ..common.settings.config import ClientPrivacySettings
+
+__all__ = ["Sizing", "size", "sized", "sized_block"]
+
+FINE_ROUNDING, FINE_VARIANCE = 1.002, 2.0**21
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """How contributions are encoded: the grid, one adder's noise in its steps, flattened or not."""
+
+    grid: Grid
+    deviation: float
+    rotated: bool
+
+
+def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int) -> Sizing:
+    """The grid for a round; `shares` adders together carry the full noise.
+
+    With `privacy.client.bits = 0` the smallest modulus is taken on which rounding lengthens a
+    contribution by at most 0.2 % and the noise is so fine that a log-likelihood ratio below 0.01
+    tells it from Gaussian noise; with a rotation where that saves bits.
+
+    Raises:
+        ConfigError: the modulus is too small for this cohort, clip and noise.
+    """
+    refused = ConfigError("no modulus was tried")
+    for bits in [client.bits] if client.bits else range(16, 33):
+        fitting = []
+        for rotated in (False, True):
+            try:
+                fitting.append(sized(client, cohort, shares, dimension, bits, rotated))
+            except ConfigError as error:
+                refused = error
+        # a rotation must earn its place with a finer grid
+        fitting.sort(key=lambda sizing: (sizing.grid.step, sizing.rotated))
+        if fitting and (client.bits or bits == 32):
+            return fitting[0]
+        fine = [sizing for sizing in fitting if _fine(client, shares, dimension, sizing)]
+        if fine:
+            return min(fine, key=lambda sizing: sizing.rotated)
+    raise refused
+
+
+def _fine(client: ClientPrivacySettings, shares: int, dimension: int, sizing: Sizing) -> bool:
+    longer = rounded_sensitivity(client.clip, sizing.grid.step, dimension)[0] * sizing.grid.step
+    noise_is_fine = not sizing.deviation or shares * sizing.deviation**2 >= FINE_VARIANCE
+    return longer <= FINE_ROUNDING * client.clip and noise_is_fine
+
+
+def sized(
+    client: ClientPrivacySettings,
+    cohort: int,
+    shares: int,
+    dimension: int,
+    bits: int,
+    rotated: bool,
+) -> Sizing:
+    """The finest grid mod 2**bits on which the noised sum cannot wrap.
+
+    One client's noise is measured against its norm after rounding, which is larger than the clip
+    by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
+    """
+    multiplier = client.noise_multiplier / shares**0.5 if client.enabled else 0.0
+    adders = 1 if client.noise_at == "server" else cohort
+    largest = flat_bound(client.clip, dimension) if rotated else client.clip
+    norm = client.clip
+    while True:
+        total = multiplier * norm * adders**0.5
+        grid = choose_grid(client.clip, total, cohort, dimension, bits, largest)
+        l2 = rounded_sensitivity(client.clip, grid.step, dimension)[0]
+        noisiest = adders * math.ceil(NOISE_DEVIATIONS * multiplier * l2 + NOISE_EXTRA)
+        if cannot_wrap(grid, largest, noisiest, cohort):
+            return Sizing(grid, multiplier * l2, rotated)
+        norm = l2 * grid.step
+
+
+def sized_block(
+    client: ClientPrivacySettings,
+    cohort: int,
+    shares: int,
+    bits: int,
+    block: Block,
+    multiplier: float,
+) -> Sizing:
+    """The grid of a block of statistics: its own bound and noise, the adapter's modulus.
+
+    Raises:
+        ConfigError: that modulus is too small for the block's noise: its sum could wrap.
+    """
+    own = client.model_copy(update={"clip": block.bound, "noise_multiplier": multiplier})
+    return sized(own, cohort, shares, block.size, bits, rotated=False)

@@ -1,0 +1,1 @@
+"""The operator's side: set-up, certificates, enrolment, control, commands."""

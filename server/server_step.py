@@ -1,0 +1,199 @@
+"""What the server does with a round's mean, by family and by persona. All of it post-processing.
+
+    tiny, ffa, lora, fedsa   a step of the optimiser (`server/aggregation.py`)
+    rolora                   the same, of the half that was trained
+    fedsvd                   the same, of B; then B A = U S V' is split anew: A = V', B = U S
+    groups                   a step for each persona, over its own members; at published rounds
+                             the one there is is split, or the closest two are merged
+
+**Guarantee**: everything here is a function of public settings, of the state, and of the noised
+mean. So it costs no privacy, and the numbers of members it shows are the noised ones.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
+from ..common.model.vector_layout import Layout
+from ..common.settings.config import Config
+from . import aggregation
+
+__all__ = ["step", "turned"]
+
+Memory = Mapping[str, Vector]
+Stepped = tuple[Vector, dict[str, Vector], dict[str, Any]]
+
+
+def step(
+    config: Config,
+    exchange: Exchange,
+    number: int,
+    state: Vector,
+    memory: Memory,
+    mean: NDArray[np.float64],
+) -> Stepped:
+    """State and optimiser's memory after round `number`, and what the round's record says of it.
+
+    Args:
+        mean: noised mean over the public cohort, as `exchange.released(number)` has it.
+    """
+    if exchange.groups.count > 1:
+        return _grouped(config, exchange, number, state, memory, mean)
+    places = exchange.adapter.places(exchange.released(number))
+    part = {name: values[places] for name, values in memory.items()}
+    moved, stepped = aggregation.apply(config.rounds, part, state[places], mean)
+    new, kept = state.copy(), {name: values.copy() for name, values in memory.items()}
+    new[places] = moved
+    for name, values in stepped.items():
+        kept[name][places] = values
+    if exchange.adapter.family == "fedsvd":
+        _turn(exchange.adapter, new, kept)
+    return new, kept, {}
+
+
+# --- fedsvd -------------------------------------------------------------------------------------
+
+
+def _turn(layout: Layout, state: Vector, memory: dict[str, Vector]) -> None:
+    """Split every B A anew, in place: A's rows orthonormal, and B's columns orthogonal.
+
+    B A stays what it is. The memory goes along: a mean of steps turns as B does, and a mean of
+    squares as that of independent coordinates.
+
+    A's new rows span the space of its old ones: V' is a product with A on the right. So A turns
+    and never leaves the space of its public seed.
+    """
+    shapes = dict(layout.pieces)
+    for name, shape in layout.pieces:
+        if not name.endswith(".lora_A.weight"):
+            continue
+        other = name.replace(".lora_A.", ".lora_B.")
+        down = layout.places(Layout("", "", ((name, shape),)))
+        up = layout.places(Layout("", "", ((other, shapes[other]),)))
+        a, b = (
+            state[p].reshape(shapes[n]).astype(np.float64) for p, n in ((down, name), (up, other))
+        )
+        basis, triangle = np.linalg.qr(a.T)  # A = triangle' basis'
+        _, _, right = np.linalg.svd(b @ triangle.T, full_matrices=False)
+        if len(right) < len(basis.T):
+            continue  # fewer outputs than ranks: B A cannot have orthogonal columns
+        rows = right @ basis.T
+        signs = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
+        turn = triangle.T @ right.T * signs
+        state[down] = (rows * signs[:, None]).ravel()
+        state[up] = (b @ turn).ravel()
+        for kind, values in memory.items():
+            by = turn**2 if kind == "second" else turn
+            values[up] = (values[up].reshape(shapes[other]).astype(np.float64) @ by).ravel()
+
+
+# --- personas -----------------------------------------------------------------------------------
+
+
+def turned(
+    config: Config, exchange: Exchange, number: int, state: Vector, memory: Memory
+) -> Stepped:
+    """The split or the merger that is due after round `number`, be the round void or not.
+
+    When it is due hangs on public settings alone (`GroupSettings.live`); which two are merged, on
+    the state and on the noised numbers of members since the last time.
+    """
+    settings = exchange.groups
+    live, after = settings.live(number), settings.live(number + 1)
+    if after == live:
+        return state, dict(memory), {}
+    new = exchange.personas(state).copy()
+    kept = {name: v.reshape(len(new), -1).copy() for name, v in memory.items() if name != MEMBERS}
+    said: dict[str, Any] = {"split": after}
+    if after > live:
+        _split(exchange, number, new, kept)
+    else:
+        said = {"merged": _merge(exchange, new, kept, _usual(config, exchange, number, memory))}
+    return new.ravel(), {name: values.ravel() for name, values in kept.items()}, said
+
+
+def _grouped(
+    config: Config,
+    exchange: Exchange,
+    number: int,
+    state: Vector,
+    memory: Memory,
+    mean: NDArray[np.float64],
+) -> Stepped:
+    """A step for each persona there is, over its own members; then the turn."""
+    most, live, cohort = exchange.groups.most, exchange.groups.live(number), config.rounds.cohort
+    sums = (mean[:-most] * cohort).reshape(most, -1)
+    members = mean[-most:] * cohort / exchange.mark(config.privacy.client.clip)
+    told = memory.get(MEMBERS, np.zeros(most + 1)) + np.append(members, 1.0)
+    new = exchange.personas(state).copy()
+    kept = {name: v.reshape(most, -1).copy() for name, v in memory.items() if name != MEMBERS}
+    usual = _usual(config, exchange, number, {MEMBERS: told})
+    for place in range(live):
+        own = {name: values[place] for name, values in kept.items()}
+        share = sums[place] / usual[place]
+        new[place], stepped = aggregation.apply(config.rounds, own, new[place], share)
+        for name, values in stepped.items():
+            kept[name][place] = values
+    flat = {name: values.ravel() for name, values in kept.items()}
+    flat[MEMBERS] = told.astype(np.float32)
+    state, memory, said = turned(config, exchange, number, new.ravel(), flat)
+    return state, dict(memory), {"members": [round(float(m), 2) for m in members[:live]], **said}
+
+
+def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:
+    """Members of each persona there is in round `number`: what the server divides by.
+
+    It is a mean over the rounds since the last turn: the noise of one round is as large as a small
+    persona. Where it is below the public floor, `groups.smallest` of the cohort, it is the floor.
+    """
+    told = memory.get(MEMBERS, np.zeros(exchange.groups.most + 1)).astype(np.float64)
+    usual = told[: exchange.groups.live(number)] / max(told[-1], 1.0)
+    return np.asarray(np.maximum(usual, exchange.groups.smallest * config.rounds.cohort))
+
+
+def _split(exchange: Exchange, number: int, personas: Vector, memory: Mapping[str, Vector]) -> None:
+    """`most` adapters instead of the first, around it, each a step in a public random direction.
+
+    Its members, each by its own loss, take the side their own gradients point to. The step is
+    about `groups.spread` of how far the adapter has come. Momentum begins anew.
+    """
+    middle, first = personas[0].astype(np.float64), exchange.first
+    way = float(np.linalg.norm(middle - first)) or 1e-2
+    drawn = np.random.default_rng([exchange.groups.seed, number]).normal(size=personas.shape)
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    personas[:] = middle + exchange.groups.spread * way * (drawn - drawn.mean(0))
+    for name, values in memory.items():
+        values[:] = 0.0 if name == "momentum" else values[0]
+
+
+def _merge(
+    exchange: Exchange,
+    personas: Vector,
+    memory: Mapping[str, Vector],
+    members: NDArray[np.float64],
+) -> list[int]:
+    """The two closest become one, their mean by members; who they were, by place.
+
+    Closest: the pair that costs least to merge by Ward's criterion (1963), a b / (a + b) times the
+    squared distance, for a and b members. So two that share one group out between them go
+    together, and so does one that almost nobody picks with its neighbour. Who comes after takes
+    the place that is left, and the last place is empty.
+    """
+    live = len(members)
+    pairs = [(one, two) for one in range(live) for two in range(one + 1, live)]
+
+    def cost(pair: tuple[int, int]) -> float:
+        apart = personas[pair[0]].astype(np.float64) - personas[pair[1]]
+        a, b = members[list(pair)]
+        return float(a * b / (a + b) * (apart @ apart))
+
+    one, two = min(pairs, key=cost)
+    share = members[[one, two]] / members[[one, two]].sum()
+    for name, values in {"": personas, **memory}.items():
+        values[one] = share @ values[[one, two]]
+        values[two : live - 1] = values[two + 1 : live].copy()
+        values[live - 1] = 0.0 if name else exchange.first
+    return [one, two]

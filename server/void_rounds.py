@@ -1,0 +1,174 @@
+"""A void round: who is missing and what the server knows of why, who is asked next, and when.
+
+A round is void where too few answered; it does not count towards `rounds.count`, and is asked
+again. Where nobody can have released under masks it keeps its number: a device that answered
+without masks sends the same bytes again at no cost (`client/device.py`). Otherwise its number is
+used up, because no device masks the same contribution twice; those who had released may answer the
+next number afresh, and pay again, as often as their owner allows (`Config.most_releases`).
+
+**Guarantee**: what is written down here is what the server saw of the wire: who was asked, who
+declined, who was silent, whose bytes it could not use. Why a device declines stays on it.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from ..common.settings.config import DEVICES, Config
+
+__all__ = ["Seen", "cohort_of", "needed", "sentence", "trained", "wait_s"]
+
+FIRST_WAIT_S = 1.0
+MOST_NAMED = 6
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What the server sees of one attempt, phase by phase."""
+
+    asked: dict[str, set[int]] = field(default_factory=dict)
+    answered: dict[str, set[int]] = field(default_factory=dict)
+    declined: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+
+    def watch(self, ask: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+        """The same wire, with everything that passes written down."""
+
+        def watched(phase: str, messages: Mapping[int, bytes], *more: Any) -> Iterator[Any]:
+            self.asked[phase] = set(messages)
+            here = self.answered.setdefault(phase, set())
+            for reply in ask(phase, messages, *more):
+                if reply.payload is None:
+                    self.declined[reply.client] = phase
+                else:
+                    here.add(reply.client)
+                yield reply
+
+        return watched
+
+    @property
+    def released(self) -> bool:
+        """Whether somebody may have released: asked for a masked vector, or answered without."""
+        return bool(self.asked.get("vector") or self.answered.get("round"))
+
+    @property
+    def missing(self) -> dict[str, dict[str, Any]]:
+        """`declined` and `silent`: by phase, whose numbers; `refused`: by number, why."""
+        declined: dict[str, list[int]] = {}
+        for client, phase in sorted(self.declined.items()):
+            declined.setdefault(phase, []).append(client)
+        silent = {
+            phase: sorted(asked - self.answered[phase] - set(self.declined))
+            for phase, asked in self.asked.items()
+        }
+        return {
+            "declined": declined,
+            "silent": {phase: clients for phase, clients in silent.items() if clients},
+            "refused": {str(client): why for client, why in sorted(self.refused.items())},
+        }
+
+
+def needed(config: Config, asked: int, survivors: int) -> int:
+    """Answers without which a round is void, of so many asked; `survivors` as of the plan."""
+    quorum = int(np.ceil(config.rounds.quorum * asked - 1e-9))
+    return max(quorum, survivors, 1)
+
+
+def trained(records: Sequence[Record]) -> int:
+    """Rounds, or looks, that were opened: what counts towards `rounds.count`."""
+    return sum(not record["void"] for record in records)
+
+
+def repeats(records: Sequence[Record], number: int) -> list[Record]:
+    """The void attempts of a round that is still to be asked under this number."""
+    return [one for one in records if one["round"] == number and one.get("again")]
+
+
+def cohort_of(
+    there: Sequence[int], drawn: Sequence[int], records: Sequence[Record], number: int, seed: int
+) -> list[int]:
+    """Who is asked, ascending: as drawn; again, first those who had come along.
+
+    Args:
+        there: who is present.
+        drawn: by the public draw; used where the round is asked for the first time.
+        records: of the run so far.
+        number, seed: of the public draw.
+
+    Those who declined, were silent or did not fit are asked last: somebody else may take part,
+    and first who was asked in the fewest rounds, so that nobody pays twice before everybody once.
+    """
+    before = repeats(records, number)
+    if not before:
+        return list(drawn)
+    asked = {client for one in before for client in one["who"]["asked"]}
+    absent = set[int]()
+    for one in before:
+        missing = one["missing"]
+        absent |= {
+            n for kind in ("declined", "silent") for by in missing[kind].values() for n in by
+        }
+        absent |= {int(client) for client in missing["refused"]}
+    others = [one["who"]["asked"] for one in records if one["round"] != number and "who" in one]
+    rounds = Counter(chain.from_iterable(others))
+    order = np.random.default_rng([seed, number, len(before)]).permutation(len(there))
+    mixed = [there[int(place)] for place in order]
+    ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), rounds[n]))
+    return sorted(ranked[: len(drawn)])
+
+
+def wait_s(config: Config, voids: int) -> float:
+    """Before a round is asked again after so many void attempts in a row: 1, 2, 4 ... s, capped.
+
+    None in a simulation: nobody comes by waiting.
+    """
+    if config.data.source != DEVICES:
+        return 0.0
+    return min(FIRST_WAIT_S * 2.0 ** min(voids - 1, 60), config.rounds.wait_s)
+
+
+def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:
+    """Who is missing from a void round, what is known of why, what it cost, what comes next."""
+    missing, names = record.get("missing"), names or {}
+    if missing is None:  # of a run that an older privet began
+        return "void: too few, nothing was revealed"
+    parts = []
+    for kind, said in (("declined", "declined (why stays on them)"), ("silent", "no answer")):
+        for phase, clients in missing[kind].items():
+            where = "" if phase == "round" else f" [{phase}]"
+            parts.append(f"{len(clients)} {said}{where}: {_named(clients, names)}")
+    if missing["refused"]:
+        parts.append(
+            f"{len(missing['refused'])} did not fit: {_reasons(missing['refused'], names)}"
+        )
+    if not record["asked"]:
+        parts.append("nobody was there to be asked")
+    cost = "nothing was spent"
+    if record["spent"]:
+        cost = "what was released stays spent"
+        if record["again"]:
+            cost += ", and is sent again at no cost"
+    wait = record.get("wait_s")
+    after = "" if wait is None else f"; asked again in {wait:g} s" if wait else "; asked again"
+    return (
+        f"void, {record['attempt']} in a row: {record['answered']} came of {record['needed']} "
+        f"needed; {'; '.join(parts) or 'too few were asked'}; {cost}{after}"
+    )
+
+
+def _named(clients: Sequence[int], names: Mapping[int, str]) -> str:
+    shown = [f"{n} ({names[n]})" if names.get(n) else str(n) for n in clients[:MOST_NAMED]]
+    more = len(clients) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _reasons(refused: Mapping[str, str], names: Mapping[int, str]) -> str:
+    shown = [f"{_named([int(client)], names)} ({why})" for client, why in list(refused.items())[:2]]
+    more = len(refused) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,215 @@
+"""experiments/engine.py: two wires, the same two apps, the same bits; failures are told."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from privet.client.device import Bench
+from privet.client.privacy.run_ledger import LEDGERS
+from privet.common.errors import ConfigError, LedgerCorrupt, StateError
+from privet.common.files import read_lines
+from privet.common.settings.config import Config, to_toml
+from privet.experiments import engine
+from privet.experiments.simulate import prepare
+from privet.server.run_folder import checkpoint
+
+from ..tiny import population, tiny_config
+
+
+@pytest.fixture(scope="module")
+def prepared(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    folder = tmp_path_factory.mktemp("engine")
+    people = population(folder / "people", 10, 8)
+    return folder / "run", prepare(tiny_config(llama_folder, people), folder / "run", resume=False)
+
+
+def copied(prepared: tuple[Path, Config], folder: Path) -> Path:
+    return Path(shutil.copytree(prepared[0], folder))
+
+
+def adapter(folder: Path) -> bytes:
+    bench = Bench.open(folder.resolve())
+    kept = checkpoint.load(
+        folder,
+        run=bench.run,
+        config_hash=bench.config.digest,
+        layout=bench.trainer.adapter.layout.digest,
+    )
+    assert kept is not None
+    return kept.adapter.tobytes()
+
+
+def spent(folder: Path) -> dict[str, Any]:
+    ledger = Bench.open(folder.resolve()).ledger
+    return {name: ledger.charges(name) for name in ledger.clients()}
+
+
+def test_the_local_grid_and_flowers_ray_engine_give_the_same_adapter_and_ledgers(
+    prepared, tmp_path, capfd
+):
+    local, ray = copied(prepared, tmp_path / "local"), copied(prepared, tmp_path / "ray")
+    engine.run("local", local, prepared[1])
+    capfd.readouterr()
+    engine.run("ray", ray, prepared[1])
+    told = capfd.readouterr().err.splitlines()
+    assert adapter(local) == adapter(ray)
+    assert spent(local) == spent(ray)
+    assert (local / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        ray / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert [line[:9] for line in told] == ["round 1/2", "round 2/2"]  # and no word of Ray's
+
+
+@pytest.mark.heavy
+def test_devices_die_at_the_same_phases_in_both_engines(llama_folder, tmp_path):
+    people = population(tmp_path / "people", 16, 8)
+    config = prepare(
+        tiny_config(
+            llama_folder,
+            people,
+            data={"clients": 12},
+            rounds={"count": 1, "cohort": 12},
+            privacy={"client": {"noise_at": "distributed"}},
+            simulation={"dropout": 0.25},
+        ),
+        tmp_path / "local",
+        resume=False,
+    )
+    ray = Path(shutil.copytree(tmp_path / "local", tmp_path / "ray"))
+    for name in ("local", "ray"):
+        engine.run(name, tmp_path / name, config)
+    (one,), (other,) = (read_lines(tmp_path / name / "rounds.jsonl") for name in ("local", "ray"))
+    assert one["answered"] == other["answered"] < 12
+    assert not one["void"]
+    assert adapter(tmp_path / "local") == adapter(ray)
+    assert spent(tmp_path / "local") == spent(ray)
+
+
+def test_a_simulated_device_is_never_too_late_however_busy_the_machine(
+    llama_folder, tmp_path, monkeypatch
+):
+    """Each message takes longer than the limits of real devices, and more of them than at once."""
+    monkeypatch.setattr("privet.server.replies.AT_ONCE", 2)
+    limits = {"timeout_s": 1e-6, "answer_timeout_s": 1e-6, "count": 1}
+    people = population(tmp_path / "people", 10, 8)
+    config = tiny_config(llama_folder, people, rounds=limits)
+    engine.run("local", tmp_path / "run", prepare(config, tmp_path / "run", resume=False))
+    (only,) = read_lines(tmp_path / "run" / "rounds.jsonl")
+    assert (only["void"], only["answered"]) == (False, only["asked"])
+
+
+def damage(ledger: Path) -> None:
+    ledger.write_bytes(ledger.read_bytes()[: 4096 + 100])
+
+
+def test_a_damaged_ledger_ends_a_local_run_with_its_sentence_and_is_left_alone(prepared, tmp_path):
+    folder = copied(prepared, tmp_path / "run")
+    damage(folder / LEDGERS)
+    before = (folder / LEDGERS).read_bytes()
+    with pytest.raises(LedgerCorrupt, match=r"ledgers.sqlite"):
+        engine.run("local", folder, prepared[1])
+    assert (folder / LEDGERS).read_bytes() == before
+    assert read_lines(folder / "rounds.jsonl") == []
+
+
+@pytest.mark.heavy
+def test_a_damaged_ledger_ends_a_ray_run_with_its_sentence_too(prepared, tmp_path):
+    folder = copied(prepared, tmp_path / "run")
+    damage(folder / LEDGERS)
+    with pytest.raises(StateError, match=r"ledgers.sqlite .*damaged") as told:
+        engine.run("ray", folder, prepared[1])
+    assert "\n" not in str(told.value)
+    assert read_lines(folder / "rounds.jsonl") == []
+
+
+class Failing:
+    """A grid whose one reply is Flower's report of an exception."""
+
+    name = "grid"
+
+    def pull_messages(self, _: Iterable[str]) -> Iterator[Any]:
+        reason = "<class 'E'>:<'trace\nException E occurred. Message: The ledger 'x' is damaged.'>"
+        yield SimpleNamespace(has_error=lambda: True, error=SimpleNamespace(reason=reason))
+
+
+def test_a_device_that_failed_elsewhere_is_quoted_not_skipped():
+    strict = engine._Strict(Failing(), threading.Event())
+    assert strict.name == "grid"
+    with pytest.raises(StateError, match=r"^The ledger 'x' is damaged\.$"):
+        list(strict.pull_messages(["1"]))
+
+
+def test_a_stopped_run_waits_for_nobody():
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        list(engine._Strict(Failing(), stopped).pull_messages(["1"]))
+
+
+def test_an_unknown_engine_is_refused_with_the_known_ones(prepared):
+    with pytest.raises(ConfigError, match="--engine spark: expected one of local, ray"):
+        engine.run("spark", *prepared)
+
+
+# --- flwr run ----------------------------------------------------------------------------------
+
+PORTS = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "41591", "FLWR_LOCAL_CONTROL_API_PORT": "41593"}
+
+
+def stop_superlink(home: Path) -> None:
+    """The detached SuperLink that `flwr run` started, found by its own folder; by process id."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"flower-superlink" in command and str(home).encode() in command:
+            os.kill(int(process.name), signal.SIGTERM)
+
+
+@pytest.mark.heavy
+def test_flwr_run_gives_the_same_adapter_with_the_commands_of_the_docs(prepared, tmp_path):
+    local, run = copied(prepared, tmp_path / "local"), tmp_path / "runs" / "tiny"
+    engine.run("local", local, prepared[1])
+    (tmp_path / "tiny.toml").write_text(to_toml(prepared[1]))
+    home, scripts = tmp_path / "flwr", Path(sys.executable).parent
+    home.mkdir()
+    environment = {
+        **os.environ,
+        **PORTS,
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+    def call(*command: str) -> str:
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    printed = call("privet", "simulate", "tiny.toml", "--prepare-only")
+    assert Path(printed.strip()) == run.resolve()
+    try:
+        call(
+            "flwr", "run", str(Path(__file__).parents[2]), "--stream",
+            "--run-config", f'run="{run.resolve()}"',
+            "--federation-config", "num-supernodes=6 client-resources-num-cpus=1",
+        )  # fmt: skip
+    finally:
+        stop_superlink(home)
+    call("privet", "simulate", "tiny.toml", "--resume")
+    assert adapter(local) == adapter(run)
+    assert (run / "report.html").exists()
