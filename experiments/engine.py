@@ -25,7 +25,7 @@ from ..common.files import read_lines
 from ..common.settings.config import Config
 from ..server.app import serve
 from ..server.rounds import LOG
-from . import progress
+from . import progress, run_costs
 from .grid import LocalGrid
 
 __all__ = ["ENGINES", "check", "run"]
@@ -65,8 +65,6 @@ def run(name: str, folder: Path, config: Config) -> None:
 
 
 def _local(folder: Path, config: Config, live: Any) -> None:
-    from .simulate import add
-
     seconds = 0.0
 
     def timed(message: Message, context: Context) -> Message:
@@ -82,7 +80,7 @@ def _local(folder: Path, config: Config, live: Any) -> None:
         app = functools.partial(mortal, config, timed, folder=folder)
         serve(LocalGrid(app, config.data.clients, str(folder)), folder, live.show)
     finally:
-        add(folder, training=seconds)
+        run_costs.add(folder, training=seconds)
 
 
 def mortal(

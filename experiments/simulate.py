@@ -11,11 +11,9 @@ interrupted at any moment goes on with `resume`.
 
 import json
 import os
-import resource
 import secrets
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -27,7 +25,7 @@ from ..client.privacy.affordable_rounds import refuse_unpaid
 from ..client.privacy.ledger import Ledger
 from ..client.privacy.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
 from ..client.training import records
-from ..common.errors import ConfigError, RunExists, RunUnfinished, StateError
+from ..common.errors import ConfigError, RunExists, RunUnfinished
 from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
 from ..common.model.adapter import exchanged
 from ..common.secure_aggregation.keys import Directory, Secret, write_directory
@@ -37,7 +35,7 @@ from ..server.rounds import LOG, make_plan
 from ..server.run_folder import starting
 from ..server.run_folder.resuming import resumed
 from ..server.void_rounds import trained
-from . import engine, progress
+from . import engine, progress, run_costs
 from .data import population
 from .data.dialects import BASE, ensure_base
 from .data.preference_people import refuse_other_cut
@@ -45,8 +43,6 @@ from .evaluation import run_evaluation
 from .reports.privacy_facts import reasons
 
 __all__ = ["prepare", "simulate"]
-
-MEASURED = "measured.json"
 
 
 def simulate(
@@ -81,14 +77,14 @@ def simulate(
             f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
         )
         try:
-            with _measuring(folder, "rounds"):
+            with run_costs.measuring(folder, "rounds"):
                 engine.run(engine_name, folder, config)
         except RunUnfinished:
             _tell_why_devices_declined(folder)
             raise
     if not (folder / "evaluation.json").exists():
         progress.say("measuring base, shared and personal models on held-out records")
-        with _measuring(folder, "evaluation"):
+        with run_costs.measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", run_evaluation.evaluate(folder, config))
     report.write(folder, measured(folder))
     progress.tensorboard(folder)
@@ -135,7 +131,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         starting.keep(partial, start)
         Ledger.open(partial / LEDGERS, owner=run).close()
         _enrol(partial, people.train_users)
-        write_json_atomic(partial / MEASURED, sizes)
+        write_json_atomic(partial / run_costs.MEASURED, sizes)
         with explain_os_errors(folder, "make the run folder"):
             if folder.exists():
                 folder.rmdir()
@@ -155,7 +151,7 @@ def _enrol(folder: Path, users: Sequence[str]) -> None:
 
 def measured(folder: Path) -> dict[str, Any]:
     """What only the run itself could see: time, memory, bytes, versions."""
-    kept = _read(folder)
+    kept = run_costs.read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
     evaluated = kept.get("evaluation", 0.0)
     dimension = len(run_evaluation.global_adapter(folder))
@@ -174,40 +170,6 @@ def measured(folder: Path) -> dict[str, Any]:
             **{name: version(name) for name in ("privet", "torch", "flwr", "peft", "opacus")},
         },
     }
-
-
-class _measuring:
-    """Adds the seconds within to `measured.json`, also when interrupted."""
-
-    def __init__(self, folder: Path, stage: str) -> None:
-        self.folder, self.stage = folder, stage
-
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        add(self.folder, **{self.stage: time.perf_counter() - self.began})
-
-
-def add(folder: Path, **numbers: float) -> None:
-    """Add to the sums in `measured.json`; the peak of memory is a maximum."""
-    kept = _read(folder)
-    for name, number in numbers.items():
-        kept[name] = kept.get(name, 0.0) + number
-    scale = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    kept["peak_rss_bytes"] = max(kept.get("peak_rss_bytes", 0.0), float(peak))
-    write_json_atomic(folder / MEASURED, kept)
-
-
-def _read(folder: Path) -> dict[str, float]:
-    path = folder / MEASURED
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise StateError(
-            f"{path} cannot be read ({error}); remove it: only the run's times are lost"
-        ) from None
 
 
 def _resolved(config: Config, folder: Path, resume: bool) -> Config:

@@ -421,13 +421,14 @@ def _decide(
     home: "Home", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
 ) -> None:
     """Show one run in full, then record what the owner said."""
+    from ..consent import offer_description
     from ..consent import run_offers as offers
     from ..store.device_store import ME
     from .device_status import runs
 
     joined, released = home.joined, home.ledger.rows(ME)
     closed = joined is not None and joined.closed
-    rows = offers.describe(
+    rows = offer_description.describe(
         offer,
         home.policy,
         spent=[charge for row in released for charge in row.charges],

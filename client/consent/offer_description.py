@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import PrivacyError
 from ...common.settings.config import Config, TrialSettings
-from .policy import own_config, reasons
+from .policy import own_config, reasons, shown
 from .policy_settings import Policy
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..privacy.affordable_rounds import Paid
     from .run_offers import Offer
 
-__all__ = ["describe", "expected", "refuse_short", "shortage", "shown"]
+__all__ = ["describe", "expected", "refuse_short", "shortage"]
 
 TYPICAL_DIMENSION = 4096
 """Numbers in an adapter whose model has not been loaded yet; epsilon hardly depends on it."""
@@ -146,13 +146,6 @@ def _counted(config: Config, own: Config, dimension: int) -> tuple["Charge", ...
     """What one release costs as this device counts it: with its own share, if it must."""
     privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
     return expected(config.model_copy(update={"privacy": privacy}), dimension)
-
-
-def shown(value: object) -> str:
-    """A peer's word, harmless to a terminal and short."""
-    words = value if isinstance(value, str) else repr(value)
-    plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
-    return plain if len(plain) <= 120 else plain[:120] + "..."
 
 
 def _plan(config: Config, dimension: int) -> "Plan":

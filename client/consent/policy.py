@@ -32,6 +32,7 @@ __all__ = [
     "read",
     "reasons",
     "refuse_run",
+    "shown",
     "text",
     "write_default",
 ]
@@ -357,3 +358,10 @@ def _comment(words: str) -> str:
 
 DEFAULT = text(Policy())
 """What `privet client init` writes: every key with its unit and what happens."""
+
+
+def shown(value: object) -> str:
+    """A peer's word, harmless to a terminal and short."""
+    words = value if isinstance(value, str) else repr(value)
+    plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
+    return plain if len(plain) <= 120 else plain[:120] + "..."

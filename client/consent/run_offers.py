@@ -19,8 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args
 from ...common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from ...common.settings import config as settings
 from ...common.settings.config import Config
-from .offer_description import describe, expected, refuse_short, shortage, shown
-from .policy import refuse_run
+from .policy import refuse_run, shown
 from .policy_settings import Policy
 
 __all__ = [
@@ -29,13 +28,9 @@ __all__ = [
     "Offer",
     "agree",
     "changes",
-    "describe",
-    "expected",
     "receive",
-    "refuse_short",
     "refuse_without_consent",
     "restore",
-    "shortage",
     "store",
     "waiting",
 ]

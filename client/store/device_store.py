@@ -29,7 +29,7 @@ from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain, refuse_colluders
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.config import DEVICES
-from ..consent import device_conditions, run_offers
+from ..consent import device_conditions, offer_description, run_offers
 from ..consent import policy as policies
 from ..consent.policy_settings import Policy
 from ..consent.run_offers import Consent, Offer
@@ -330,8 +330,8 @@ class Home:
         spent = [charge for row in rows for charge in row.charges]
         in_run = [row.charges for row in rows if row.run == offer.run]
         closed = joined is not None and joined.closed
-        short = run_offers.shortage(offer, policy, spent, in_run, closed)
-        run_offers.refuse_short(offer.run, short, partly)
+        short = offer_description.shortage(offer, policy, spent, in_run, closed)
+        offer_description.refuse_short(offer.run, short, partly)
         stored = run_offers.store(offer, consent)
         self.vault.put_all(
             {

@@ -80,8 +80,8 @@ def chat(
 def _simulated(
     run: str, user: str, template: str, encoder: str, sampling: "Sampling"
 ) -> Iterator[tuple["Assistant", "Recorder"]]:
+    from ..named import run_folder
     from . import simulated_chat as chats
-    from .experiment import run_folder
 
     folder = run_folder(run)
     assistant = chats.assistant_of(folder, user, template, encoder, sampling)

@@ -20,7 +20,7 @@ def coldstart(
     from ...common.files import explain_os_errors, write_atomic, write_json_atomic
     from ...common.settings.config import read
     from ..evaluation import cold_start
-    from .experiment import run_folder
+    from ..named import run_folder
 
     folder = run_folder(run)
     found = cold_start.cold_start(folder, read(folder / "config.toml"))

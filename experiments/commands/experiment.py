@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ...common.errors import ConfigError, PrivetError, StateError
+from ...common.errors import ConfigError, PrivetError
+from ..named import CONFIGS, RUNS, configuration, run_folder
 
 __all__ = [
     "demo_devices",
@@ -17,11 +18,9 @@ __all__ = [
     "personas",
     "report",
     "reported",
-    "run_folder",
     "simulate",
 ]
 
-RUNS = Path("runs")
 
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or its folder.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -51,14 +50,14 @@ def simulate(
 ) -> None:
     """Run a federated experiment and report what it cost and what people got."""
     from .. import simulate as stages
-    from ..reports import report
+    from ..reports import report, terminal
 
     overrides = list(set_ or []) + ([f"adapter.start={start_from}"] if start_from else [])
     again = _run_to_resume(config) if resume else None
     if again is not None:
         settings, folder = _read_run(again, overrides), again
     else:
-        settings = _settings(config, overrides)
+        settings = configuration(config, overrides)
         folder = RUNS / settings.name
     if prepare_only:
         stages.prepare(settings, folder, resume=resume)
@@ -68,7 +67,7 @@ def simulate(
     if as_json:
         _print_json(summary)
     else:
-        report.show(report.report_facts(folder), _console())
+        terminal.show(report.report_facts(folder), _console())
         print(f"\n{folder}/report.html has the pictures")
 
 
@@ -86,7 +85,7 @@ def evaluate(
     from ...common.settings.config import DEVICES, read
     from ..comparison import scenario
     from ..evaluation import run_evaluation
-    from ..reports import report
+    from ..reports import report, terminal
 
     if _is_scenario(what, scenario.known()):
         _compare(what, as_json)
@@ -101,7 +100,7 @@ def evaluate(
     if as_json:
         _print_json(facts["summary"])
     else:
-        report.show(facts, _console())
+        terminal.show(facts, _console())
 
 
 def personas(
@@ -162,18 +161,18 @@ def report(
     as_json: _Json = False,
 ) -> None:
     """What was promised, what was spent, against whom it holds, what people got for it."""
-    from ..reports import report as reports
+    from ..reports import report, terminal
 
     folder = run_folder(run)
-    facts = reports.report_facts(folder)
+    facts = report.report_facts(folder)
     if html:
-        reports.write(folder)
+        report.write(folder)
     if as_json:
         _print_json(facts)
     elif html:
         print(folder / "report.html")
     else:
-        reports.show(facts, _console())
+        terminal.show(facts, _console())
 
 
 def reported(run_folder: Path) -> None:
@@ -230,9 +229,7 @@ def _run_to_resume(named: str) -> Path | None:
     """The run folder at this path; or below `runs`, where no configuration has the name."""
     if (Path(named) / "config.toml").is_file():
         return Path(named)
-    is_config = (
-        Path(named).is_file() or (Path(__file__).parent.parent / f"configs/{named}.toml").exists()
-    )
+    is_config = Path(named).is_file() or (CONFIGS / f"{named}.toml").exists()
     place = RUNS / named
     return place if not is_config and (place / "config.toml").is_file() else None
 
@@ -242,32 +239,6 @@ def _read_run(folder: Path, overrides: list[str]) -> Any:
     from ...common.settings.config import read
 
     return read(folder / "config.toml", overrides)
-
-
-def _settings(config: str, overrides: list[str]) -> Any:
-    from ...common.settings.config import read
-
-    named = Path(__file__).parent.parent / "configs" / f"{config}.toml"
-    if Path(config).suffix == ".toml" or not named.exists():
-        if not Path(config).is_file():
-            known = sorted(path.stem for path in named.parent.glob("*.toml"))
-            raise ConfigError(
-                f"there is no configuration {config!r}: expected a TOML file or one of "
-                f"{', '.join(known)}"
-            )
-        named = Path(config)
-    return read(named, overrides)
-
-
-def run_folder(run: str) -> Path:
-    """A run's folder, by path or by name below `runs`."""
-    for folder in (Path(run), RUNS / run):
-        if (folder / "config.toml").is_file():
-            return folder
-    raise StateError(
-        f"there is no run {run!r}, neither a folder with config.toml nor {RUNS / run}; "
-        f"`privet simulate` makes one"
-    )
 
 
 def _console() -> Any:

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..reports import pictures
+from ..reports.figures import interval_text
 from ..reports.html_page import _beside, _list, _section, _table
-from ..reports.report import interval_text
 from ..reports.style import style
 
 __all__ = ["page", "show"]

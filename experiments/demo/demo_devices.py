@@ -340,10 +340,10 @@ def _trains(home: Home) -> bool:
 
 def report(place: Path, console: Console) -> None:
     """The report that `privet server run` has written, in the terminal."""
-    from ..reports import report as reports
+    from ..reports import report, terminal
 
     console.rule("privet report")
-    reports.show(reports.written(place), console)
+    terminal.show(report.written(place), console)
     console.print(Text(f"\n{place}/report.html has the pictures", style="dim"), soft_wrap=True)
 
 

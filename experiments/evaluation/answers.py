@@ -23,7 +23,7 @@ from .metrics import distinct_n, style_distance, text_overlap
 from .user_statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    from ..comparison.scenario_run import Study
+    from ..comparison.study import Study
 
 __all__ = ["continued", "measured", "summarised"]
 

@@ -20,7 +20,7 @@ from .contexts import Asked, Row
 from .user_statistics import bootstrap_mean
 
 if TYPE_CHECKING:
-    from ..comparison.scenario_run import Study
+    from ..comparison.study import Study
 
 __all__ = ["exposure", "measured", "rare_runs", "summarised"]
 

@@ -15,7 +15,7 @@ from ..comparison.comparisons import OwnSide, measure_text
 from .user_statistics import bootstrap_mean, fraction_hurt
 
 if TYPE_CHECKING:
-    from ..comparison.scenario_run import Study
+    from ..comparison.study import Study
 
 __all__ = ["curve", "measured"]
 

@@ -21,7 +21,7 @@ from .claims import (
     main_line,
     spoken,
 )
-from .report import (
+from .figures import (
     COUNTS,
     budget_text,
     colluding_rows,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ...common.settings.config import Config
     from ..run_folder.starting import Start
     from .control import Run
-    from .setup import Server
+    from .server_folder import Server
 
 __all__ = ["app", "facts", "follow", "prepare", "supervise"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...common.errors import StateError
 from ...common.files import explain_os_errors
-from .setup import Server
+from .server_folder import Server
 
 __all__ = [
     "Node",

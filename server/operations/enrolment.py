@@ -26,7 +26,8 @@ from ...common.secure_aggregation.fleet_directory import Chain, Entry
 from ...common.secure_aggregation.keys import KEY_BYTES, Directory, Identity
 from .certificates import put
 from .control import control, nodes_of, register, unregister
-from .setup import DIRECTORY, DIRECTORY_KEY, UNSIGNED, Server, new_fleet
+from .server_folder import Server
+from .setup import DIRECTORY, DIRECTORY_KEY, UNSIGNED, new_fleet
 
 __all__ = [
     "Card",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .proxy import find_nginx
 
 if TYPE_CHECKING:
-    from .setup import Server
+    from .server_folder import Server
 
 __all__ = ["commands", "environment", "readme", "units"]
 

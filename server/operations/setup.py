@@ -28,7 +28,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import ConfigError, RunExists, StateError
@@ -37,13 +36,13 @@ from ...common.secure_aggregation.fleet_directory import Chain, text
 from ...common.secure_aggregation.keys import Identity
 from .certificates import authority_of, new_authority, pem, put, valid_until, write_certificates
 from .proxy import nginx_conf
+from .server_folder import CERTIFICATES, Server
 from .services import readme, units
 
-__all__ = ["Server", "certificates", "certified_until", "expiring", "init", "load", "renew"]
+__all__ = ["certificates", "certified_until", "expiring", "init", "load", "renew"]
 
 FORMAT = 1
 FACTS = "server.json"
-CERTIFICATES = "certificates"
 DIRECTORY, DIRECTORY_KEY, UNSIGNED = "directory", "directory.key", "directory.unsigned"
 CA_DAYS = 3650
 WARN_DAYS = 30
@@ -51,32 +50,6 @@ _DNS = re.compile(
     r"(\*\.)?([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*"
     r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 )
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server's folder and what was chosen when it was made.
-
-    Attributes:
-        folder: absolute.
-        hosts: names and addresses in the server's certificate.
-        port: the proxy's, seen from outside.
-        inner_port: the SuperLink's, on 127.0.0.1 only.
-    """
-
-    folder: Path
-    hosts: tuple[str, ...]
-    port: int
-    inner_port: int
-
-    @property
-    def inner(self) -> str:
-        """Address of the SuperLink on this machine."""
-        return f"127.0.0.1:{self.inner_port}"
-
-    def certificate(self, name: str) -> Path:
-        """Path of a current certificate or key."""
-        return self.folder / CERTIFICATES / name
 
 
 def init(

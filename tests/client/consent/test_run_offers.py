@@ -10,19 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from privet.client.consent.offer_description import (
+    describe,
+    expected,
+    refuse_short,
+    shortage,
+)
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import (
     Consent,
     Offer,
     agree,
     changes,
-    describe,
-    expected,
     receive,
-    refuse_short,
     refuse_without_consent,
     restore,
-    shortage,
     store,
 )
 from privet.client.privacy.gate import charges

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from privet.client.commands import device_status, printing
+from privet.client.consent.offer_description import describe
 from privet.client.consent.policy import own_config
 from privet.client.consent.policy_settings import Policy
-from privet.client.consent.run_offers import describe, receive
+from privet.client.consent.run_offers import receive
 from privet.client.privacy.collusion import Release, completed, points, reckoned, table
 from privet.client.privacy.gate import budgets, charges, colluding, release
 from privet.client.privacy.ledger import Ledger

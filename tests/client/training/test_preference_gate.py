@@ -10,7 +10,8 @@ import pytest
 from flwr.app import MetricRecord
 
 from privet.client.app import app
-from privet.client.consent.run_offers import describe, receive
+from privet.client.consent.offer_description import describe
+from privet.client.consent.run_offers import receive
 from privet.client.device import Bench, Device
 from privet.client.enrolled.participant import OwnDesk
 from privet.client.personal.head import load_text_head

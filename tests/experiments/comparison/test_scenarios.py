@@ -14,9 +14,10 @@ from privet.experiments.comparison import (
     comparisons,
     scenario,
     scenario_run,
+    study,
     tables,
 )
-from privet.experiments.comparison.scenario_run import spread
+from privet.experiments.comparison.study import spread
 from privet.experiments.evaluation import run_evaluation
 from privet.experiments.simulate import simulate
 
@@ -193,8 +194,8 @@ def test_a_comparisons_damaged_file_is_one_sentence(file, content, sentence, cap
 def test_results_beside_another_runs_adapter_are_not_mixed_when_it_changes(monkeypatch, capsys):
     name = written("changed.toml", 'adapters = { group = ["runs/tiny"] }\n' + SCENARIO)
     assert main.run(["evaluate", name]) == 0
-    right = scenario_run._of_other_run
-    monkeypatch.setattr(scenario_run, "_of_other_run", lambda bench, run: right(bench, run) + 1)
+    right = study._of_other_run
+    monkeypatch.setattr(study, "_of_other_run", lambda bench, run: right(bench, run) + 1)
     assert main.run(["evaluate", name]) == 2
     assert "of another adapter" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from privet.common.privacy.accounting import epsilon
 from privet.common.settings.config import parse, read, to_toml
 from privet.experiments.commands import experiment, main
 from privet.experiments.grid import LocalGrid
-from privet.experiments.reports import device_run_facts, html_page, privacy_facts, report
+from privet.experiments.reports import device_run_facts, html_page, privacy_facts, report, terminal
 from privet.experiments.simulate import prepare
 from privet.server.app import serve
 from privet.server.rounds import PLANS
@@ -105,7 +105,7 @@ def changed(folder: Path, tmp_path: Path, **files: bytes | None) -> Path:
 
 def shown(facts: dict[str, Any]) -> str:
     printed = io.StringIO()
-    report.show(facts, Console(file=printed, width=120, color_system=None))
+    terminal.show(facts, Console(file=printed, width=120, color_system=None))
     return printed.getvalue()
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from privet.common.errors import LedgerCorrupt, StateError
 from privet.common.privacy.accounting import epsilon
 from privet.common.settings.config import Config, parse
-from privet.experiments.reports import pictures, privacy_facts, report
+from privet.experiments.reports import pictures, privacy_facts, report, terminal
 from privet.experiments.reports.html_page import page
 from privet.experiments.reports.summary import build_summary
 
@@ -87,7 +87,7 @@ def client_only(**changes: Any) -> Config:
 
 def shown(facts: dict[str, Any], width: int = 100) -> str:
     printed = io.StringIO()
-    report.show(facts, Console(file=printed, width=width, color_system=None))
+    terminal.show(facts, Console(file=printed, width=width, color_system=None))
     return printed.getvalue()
 
 

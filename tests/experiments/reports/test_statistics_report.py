@@ -12,7 +12,7 @@ from rich.console import Console
 
 from privet.common.files import read_lines
 from privet.experiments import progress
-from privet.experiments.reports import report
+from privet.experiments.reports import figures, report, terminal
 from privet.experiments.reports.html_page import page
 from privet.server.round_statistics import told
 
@@ -49,7 +49,7 @@ def with_statistics(folder: Path, noisy: tuple[int, ...] = ()) -> Path:
 
 def shown(facts: dict[str, Any]) -> str:
     printed = io.StringIO()
-    report.show(facts, Console(file=printed, width=110, color_system=None))
+    terminal.show(facts, Console(file=printed, width=110, color_system=None))
     return printed.getvalue()
 
 
@@ -123,5 +123,5 @@ def test_the_arms_of_one_model_are_two_curves():
     plan = dataclasses.replace(planned(configured()), arms="shared,shared,base")
     sums = {"losses": np.ones(2), "gains": np.ones(3), "arms": np.tile([900.0, 0.0, 90.0], 3)}
     found = {"round": 1, **told(sums, dataclasses.replace(plan, noise_at="server"), 1000)}
-    names = [name for panel, name, _ in report.statistics_series([found]) if "arm" in panel]
+    names = [name for panel, name, _ in figures.statistics_series([found]) if "arm" in panel]
     assert names == ["shared", "shared", "base"]

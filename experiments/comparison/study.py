@@ -1,0 +1,254 @@
+"""A scenario's people and models, opened: what every stage of a comparison measures with."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...client.assistant.retrieval import Encoder
+from ...client.device import Bench
+from ...client.privacy.run_ledger import run_id
+from ...client.training import records
+from ...common.errors import ConfigError, StateError
+from ...common.files import (
+    append_line,
+    explain_os_errors,
+    read_lines,
+    write_json_atomic,
+)
+from ...common.model.adapter import Vector
+from ...common.settings import config as settings
+from ...common.settings.config import DEVICES
+from .. import progress, simulate
+from ..evaluation import run_evaluation
+from ..evaluation.cluster_evaluation import kept_state
+from ..named import configuration, run_folder
+from .comparisons import OwnSide, Ruler
+from .scenario import Scenario
+
+__all__ = ["Study", "spread"]
+
+Line = dict[str, Any]
+
+SIDES = 64  # of about 5 MB each, so that a later stage makes none again
+
+
+@dataclass(eq=False)
+class Study:
+    """A scenario's people and models, opened.
+
+    Attributes:
+        folder: where the results go.
+        users: who is measured, in the order drawn.
+        shared: the shared adapter, shape (d,); the start where no round was finished.
+        trained: whether a round was.
+    """
+
+    scenario: Scenario
+    bench: Bench
+    folder: Path
+    users: list[str]
+    shared: Vector
+    trained: bool
+
+    @classmethod
+    def open(cls, scenario: Scenario, runs: Path) -> "Study":
+        """Open the run, or prepare the people; draw who is measured; make the results' folder."""
+        run = run_of(scenario, runs)
+        if settings.read(run / "config.toml").data.source == DEVICES:
+            raise ConfigError(f"{run} is a run on real devices: nobody's records can be read here")
+        bench = Bench.open(run.resolve())
+        kept = _adapter(bench)
+        if kept is None and scenario.run:
+            raise StateError(
+                f"{run} has no finished round yet; go on with privet simulate --resume"
+            )
+        shared = bench.trainer.adapter.start if kept is None else kept
+        folder = run / "compared" / scenario.name
+        study = cls(scenario, bench, folder, _drawn(scenario, bench), shared, kept is not None)
+        study._claim()
+        return study
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the records have labels; then there is no text to make or to put in front."""
+        return self.bench.config.outputs > 0
+
+    @cached_property
+    def others(self) -> dict[str, list[Vector]]:
+        """The adapters of other runs, by name."""
+        return {
+            name: [_of_other_run(self.bench, run) for run in runs]
+            for name, runs in self.scenario.adapters.items()
+        }
+
+    @cached_property
+    def ruler(self) -> Ruler:
+        """What texts are measured with."""
+        wanted = self.scenario
+        return Ruler(
+            self.bench.trainer.adapter,
+            self.shared,
+            self.trained,
+            self.others,
+            _encoder() if wanted.retrieval.meaning else None,
+            wanted.retrieval.tokens,
+            wanted.retrieval.opening,
+            wanted.people.validation,
+            wanted.precision == "bfloat16",
+            wanted.people.marks,
+        )
+
+    def own(self, user: str) -> list[records.Tokenised]:
+        """The latest own records."""
+        own, _ = self._split(user)
+        return self.bench.tokenised(own[-self.scenario.people.own_records :])
+
+    def amount(self, user: str) -> int:
+        """How many own records there are in all."""
+        return len(self._split(user)[0])
+
+    def held_out(self, user: str) -> tuple[list[tuple[int, ...]], list[float]]:
+        """Records spread evenly over the held-out time, and how late each is, in [0, 1)."""
+        found, time = self.labelled_held_out(user)
+        return [one.ids for one in found], time
+
+    def labelled_held_out(self, user: str) -> tuple[list[records.Tokenised], list[float]]:
+        """As `held_out`, with the labels."""
+        _, later = self._split(user)
+        known = self.bench.tokenised(later)
+        places = spread(len(known), self.scenario.people.records)
+        return [known[place] for place in places], [place / len(known) for place in places]
+
+    @property
+    def validation(self) -> float:
+        """Fraction of the own records that chooses a model."""
+        return self.scenario.people.validation
+
+    def side(self, user: str) -> OwnSide:
+        """What a person's device made of the own records; the latest `SIDES` are kept."""
+        sides = self.__dict__.setdefault("_sides", {})
+        if user not in sides:
+            while len(sides) >= SIDES:
+                sides.pop(next(iter(sides)))
+            sides[user] = OwnSide.of(self.ruler, [one.ids for one in self.own(user)])
+        found: OwnSide = sides[user]
+        return found
+
+    def partner(self, user: str) -> str | None:
+        """Whose texts and head the controls take: the next, of the same group; None: alone."""
+        if len(self.users) < 2:
+            return None
+        return run_evaluation._partner(self.bench.index, self.users, self.users.index(user))
+
+    def stage(
+        self, name: str, users: Sequence[str], measure: Callable[[str], Line | None]
+    ) -> list[Line]:
+        """One line a person, those of an earlier call read from the stage's file."""
+        path = self.folder / f"{name}.jsonl"
+        lines = read_lines(path)
+        if not all(isinstance(line.get("user"), str) for line in lines):
+            raise StateError(f"{path} has a line without a user; remove the file: it is made again")
+        done = {line["user"]: line for line in lines}
+        with progress.counting(name, len(users), "people") as one:
+            for user in users:
+                if user not in done:
+                    done[user] = {"user": user, **(measure(user) or {"nothing": True})}
+                    append_line(path, done[user])
+                one()
+        return [done[user] for user in users if "nothing" not in done[user]]
+
+    def _split(self, user: str) -> tuple[tuple[records.Record, ...], tuple[records.Record, ...]]:
+        return records.split(self.bench.records(user), self.bench.config.data.holdout)
+
+    def _claim(self) -> None:
+        """Make the folder for these settings and this adapter, or refuse that of others."""
+        path = self.folder / "settings.json"
+        adapter = hashlib.sha256(self.shared.tobytes()).hexdigest()
+        mine: Line = {"scenario": self.scenario.digest, "adapter": adapter, "users": self.users}
+        if self.others:
+            mine["others"] = {
+                name: [hashlib.sha256(one.tobytes()).hexdigest() for one in found]
+                for name, found in self.others.items()
+            }
+        with explain_os_errors(self.folder, "make the folder"):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and _settings_of(path) != mine:
+            raise StateError(
+                f"{self.folder} holds results of other settings or of another adapter; remove it, "
+                "or give the scenario another name"
+            )
+        write_json_atomic(path, mine)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` places of `count`, evenly spread, the first among them; all where there are fewer.
+
+    >>> spread(10, 4), spread(2, 5)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [count * place // wanted for place in range(wanted)]
+
+
+def _adapter(bench: Bench) -> Vector | None:
+    layout = bench.trainer.adapter.layout.digest
+    return kept_state(bench.folder, bench.run, bench.config, layout)
+
+
+def _of_other_run(bench: Bench, run: str) -> Vector:
+    """The shared adapter of another run, which must have the same layout."""
+    folder = Path(run)
+    config = settings.read(folder / "config.toml")
+    layout = bench.trainer.adapter.layout.digest
+    kept = kept_state(folder, run_id(folder), config, layout)
+    if kept is None:
+        raise StateError(f"{folder} has no finished round; adapters takes finished runs")
+    return kept
+
+
+def _settings_of(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(
+            f"{path} cannot be read as JSON ({error}): what the results beside it were made with "
+            f"is unknown; remove {path.parent}, and they are made again"
+        ) from None
+
+
+def _drawn(scenario: Scenario, bench: Bench) -> list[str]:
+    """Who is measured, by public seed; whole groups where there are groups."""
+    index, people = bench.index, scenario.people
+    if people.whom == "unseen":
+        able: Iterable[str] = index.test_users
+    elif people.whom == "everybody":
+        able = [*index.train_users, *index.test_users]
+    else:
+        able = [user for user in index.train_users if bench.ledger.participations(user)]
+    users = list(able)
+    rng = np.random.default_rng(people.seed)
+    groups = [index.blocks[user].group or user for user in users]
+    place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
+    order = sorted(range(len(users)), key=lambda i: (place[groups[i]], i))
+    return [users[i] for i in order[: people.users]]
+
+
+def _encoder() -> Encoder:
+    from ...client.assistant.sentence_encoder import sentence_encoder
+
+    return sentence_encoder()
+
+
+def run_of(scenario: Scenario, runs: Path) -> Path:
+    """The folder of the run that the scenario names, or of one that is prepared for it."""
+    if scenario.run:
+        return run_folder(scenario.run, runs)
+    config = configuration(scenario.config)
+    simulate.prepare(config, runs / config.name, resume=True)
+    return runs / config.name
