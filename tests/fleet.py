@@ -32,6 +32,7 @@ from privet.common.errors import StateError
 from privet.common.files import write_atomic
 from privet.common.settings.config import Config, parse, to_toml
 from privet.server.operations import control, enrolment, setup
+from privet.server.operations.server_folder import Server
 
 from .tiny import WORDS
 
@@ -256,7 +257,7 @@ class Fleet:
     """A server's folder, its supervisor, and the devices."""
 
     folder: Path
-    server: setup.Server
+    server: Server
     people: list[Person]
     base: Path
     clock: Clock

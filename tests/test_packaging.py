@@ -21,11 +21,14 @@ from privet.experiments.commands import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "client", "server", "experiments")
-MODULES = sorted(
-    module.name
-    for package in PACKAGES
-    for module in pkgutil.walk_packages([str(ROOT / package)], f"privet.{package}.")
-)
+MODULES = [
+    "privet",
+    *sorted(
+        module.name
+        for package in PACKAGES
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"privet.{package}.")
+    ),
+]
 no_cli = importlib.util.find_spec("privet.experiments.commands.experiment") is None
 needs_cli = pytest.mark.skipif(no_cli, reason="experiments/commands/experiment.py is not there yet")
 
@@ -57,12 +60,14 @@ def wheel(folder: Path) -> set[str]:
 def _unshipped(folder: Path, names: list[str]) -> set[str]:
     if folder != ROOT:
         return {name for name in names if name == "__pycache__"}
-    return set(names) - {"pyproject.toml", "README.md", "LICENSE", *PACKAGES}
+    shipped = {"pyproject.toml", "README.md", "LICENSE", "__init__.py", "py.typed", *PACKAGES}
+    return set(names) - shipped
 
 
 def expected(root: Path) -> set[str]:
-    """Every module, configuration and typing mark in the four folders."""
+    """Every module, configuration and typing mark of the package."""
     found = [path for package in PACKAGES for path in (root / package).rglob("*")]
+    found += [path for path in (root / "__init__.py", root / "py.typed") if path.exists()]
     kinds = (".py", ".toml", ".typed")
     paths = (path.relative_to(root).as_posix() for path in found if path.suffix in kinds)
     return {f"privet/{path}" for path in paths}
@@ -71,7 +76,7 @@ def expected(root: Path) -> set[str]:
 def test_the_wheel_holds_every_module_configuration_and_typing_mark(tmp_path: Path) -> None:
     names = wheel(tmp_path)
     assert expected(ROOT) - names == set()
-    assert {f"privet/{package}/py.typed" for package in PACKAGES} <= names
+    assert {"privet/__init__.py", "privet/py.typed"} <= names
     outside = {name for name in names if not name.startswith("privet")}
     assert outside == set(), "nothing but privet goes into site-packages"
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -715,7 +715,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
-        _set(table, override)
+        put(table, override)
     return parse(table, source=str(path))
 
 
@@ -724,7 +724,12 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def _set(table: dict[str, Any], override: str) -> None:
+def put(table: dict[str, Any], override: str) -> None:
+    """Put `section.key=value` into a table of sections, the value in TOML's form or a text.
+
+    Raises:
+        ConfigError: no such form.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected KEY=VALUE, such as rounds.count=8")

@@ -21,6 +21,7 @@ from ...common.errors import StateError
 from ...common.model.assets import cache_folder
 from ...common.settings.config import Config, parse
 from ...server.operations import commands, control, enrolment, proxy, services, setup
+from ...server.operations.server_folder import Server
 from .worker_start import Program, free_port, listening, program, wait_for
 
 __all__ = [
@@ -62,7 +63,7 @@ class Up:
         env: the environment these were started with.
     """
 
-    server: setup.Server
+    server: Server
     address: str
     authority: Path
     programs: Mapping[str, Program]

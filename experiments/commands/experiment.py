@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...common.errors import ConfigError, PrivetError
+from ...common.errors import PrivetError
 from ..named import CONFIGS, RUNS, configuration, run_folder
 
 __all__ = [
@@ -81,22 +81,16 @@ def evaluate(
     as_json: _Json = False,
 ) -> None:
     """Measure models side by side on people's later records: a run's four, or a scenario's all."""
-    from ...common.files import write_json_atomic
-    from ...common.settings.config import DEVICES, read
+    from .. import api
     from ..comparison import scenario
-    from ..evaluation import run_evaluation
     from ..reports import report, terminal
 
     if _is_scenario(what, scenario.known()):
         _compare(what, as_json)
         return
     folder = run_folder(what)
-    config = read(folder / "config.toml")
-    if config.data.source == DEVICES:
-        raise ConfigError(f"{folder} is a run on real devices: nobody's losses can be read here")
-    found = run_evaluation.evaluate(folder, config)
-    write_json_atomic(folder / "evaluation.json", found)
-    facts = report.write(folder)
+    api.evaluate(folder)
+    facts = report.written(folder)
     if as_json:
         _print_json(facts["summary"])
     else:

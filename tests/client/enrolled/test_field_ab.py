@@ -28,7 +28,7 @@ from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Directory
 from privet.common.secure_aggregation.terms import MaskingPolicy, default_graph
 from privet.common.settings.config import Config, to_toml
-from privet.experiments.reports import report
+from privet.experiments.reports import report, terminal
 from privet.server import ab_estimates, ab_rounds
 
 from .test_participant import (
@@ -203,7 +203,7 @@ def test_the_report_of_an_experiment_has_what_its_looks_said_and_the_most_they_c
     assert lines.keys() == {"analyst", "server", "unmasked server"}
     assert all(0.95 * EPSILON < lines[against] <= EPSILON for against in ("analyst", "server"))
     assert not facts["privacy"]["problems"] + facts["privacy"]["warnings"]
-    report.show(facts, Console())
+    terminal.show(facts, Console())
     said = " ".join(capsys.readouterr().out.split())
     assert "A/B of memory, notes on devices" in said
     assert "answers each of 2 looks once at most, which cost epsilon 8 (client-level)" in said

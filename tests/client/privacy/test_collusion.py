@@ -31,7 +31,7 @@ from privet.common.privacy.release_facts import Asked, restored
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Directory
 from privet.common.settings.config import NEW_DEVICE, Config, parse, to_toml
-from privet.experiments.reports import html_page, privacy_facts, report
+from privet.experiments.reports import figures, html_page, privacy_facts, report, terminal
 from privet.experiments.reports.claims import headline, line_name, main_line
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.server.rounds import make_plan
@@ -257,7 +257,7 @@ def small() -> Config:
 
 def shown(facts: dict[str, Any]) -> str:
     printed = io.StringIO()
-    report.show(facts, Console(file=printed, width=400, color_system=None))
+    terminal.show(facts, Console(file=printed, width=400, color_system=None))
     return printed.getvalue()
 
 
@@ -319,7 +319,7 @@ def test_the_line_if_masking_is_broken_is_in_all_three_and_has_no_budget():
     assert {row["colluding"]: row["epsilon"] for row in found["rows"]}[COLLUDERS] == (
         against["epsilon"]
     )
-    for devices, value, _ in report.colluding_rows(found):
+    for devices, value, _ in figures.colluding_rows(found):
         assert re.search(rf"\n *{devices} +{re.escape(value)}", printed)
     assert "colluding-" in page  # the picture
     json.dumps(facts, allow_nan=False)

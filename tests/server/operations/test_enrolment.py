@@ -21,6 +21,7 @@ from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.keys import Identity, write_directory
 from privet.server.operations import directory_commands, enrolment, setup
 from privet.server.operations.enrolment import enrol, read_card, remove
+from privet.server.operations.server_folder import Server
 
 PEM = serialization.Encoding.PEM
 SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
@@ -80,7 +81,7 @@ class Superlink:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> setup.Server:
+def server(tmp_path: Path) -> Server:
     # port 1: nothing answers there
     return setup.init(tmp_path / "server", ["a.org"], port=2, inner_port=1)
 
@@ -90,7 +91,7 @@ def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
     fake = Superlink()
 
     @contextmanager
-    def control(_: setup.Server) -> Iterator[Superlink]:
+    def control(_: Server) -> Iterator[Superlink]:
         yield fake
 
     monkeypatch.setattr(enrolment, "control", control)
@@ -101,7 +102,7 @@ def quiet(_: str) -> None:
     pass
 
 
-def listed(server: setup.Server) -> dict[int, str]:
+def listed(server: Server) -> dict[int, str]:
     known = fleet_directory.listed(server.folder / "directory").known
     return {number: identity.hex() for number, identity in known.items()}
 
@@ -200,7 +201,7 @@ def test_every_honest_identity_passes_and_its_sum_with_a_low_order_point_does_no
 
 
 def test_enrolled_devices_get_the_next_numbers(
-    card: Any, server: setup.Server, superlink: Superlink
+    card: Any, server: Server, superlink: Superlink
 ) -> None:
     enrol(server, [card("a"), card("b")], quiet)
     enrol(server, [card("c")], quiet)
@@ -209,7 +210,7 @@ def test_enrolled_devices_get_the_next_numbers(
     assert len(superlink.nodes) == 3
 
 
-def test_one_bad_card_enrols_nobody(card: Any, server: setup.Server, superlink: Superlink) -> None:
+def test_one_bad_card_enrols_nobody(card: Any, server: Server, superlink: Superlink) -> None:
     with pytest.raises(DataError):
         enrol(server, [card("a"), card("b", fields(name="\n"))], quiet)
     assert not listed(server)
@@ -217,7 +218,7 @@ def test_one_bad_card_enrols_nobody(card: Any, server: setup.Server, superlink: 
 
 
 def test_a_card_enrolled_twice_changes_nothing_and_says_so(
-    card: Any, server: setup.Server, superlink: Superlink
+    card: Any, server: Server, superlink: Superlink
 ) -> None:
     path = card("a")
     enrol(server, [path, path], quiet)
@@ -228,9 +229,7 @@ def test_a_card_enrolled_twice_changes_nothing_and_says_so(
     assert before == ((server.folder / "directory").read_bytes(), superlink.nodes)
 
 
-def test_two_devices_never_share_a_key(
-    card: Any, server: setup.Server, superlink: Superlink
-) -> None:
+def test_two_devices_never_share_a_key(card: Any, server: Server, superlink: Superlink) -> None:
     first, second = fields(1), fields(2)
     enrol(server, [card("a", first)], quiet)
     for name, shared in (("identity", "identity"), ("node", "node key")):
@@ -243,7 +242,7 @@ def test_two_devices_never_share_a_key(
 
 
 def test_a_crash_after_registering_is_gone_on_from_with_the_same_number(
-    card: Any, server: setup.Server, superlink: Superlink, monkeypatch: pytest.MonkeyPatch
+    card: Any, server: Server, superlink: Superlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = card("a")
 
@@ -262,7 +261,7 @@ def test_a_crash_after_registering_is_gone_on_from_with_the_same_number(
 
 
 def test_a_superlink_that_lost_its_database_gets_the_node_keys_back(
-    card: Any, server: setup.Server, superlink: Superlink
+    card: Any, server: Server, superlink: Superlink
 ) -> None:
     path, said = card("a"), list[str]()
     enrol(server, [path], quiet)
@@ -273,7 +272,7 @@ def test_a_superlink_that_lost_its_database_gets_the_node_keys_back(
 
 
 def test_a_removed_device_is_gone_and_its_number_is_not_given_out_again(
-    card: Any, server: setup.Server, superlink: Superlink
+    card: Any, server: Server, superlink: Superlink
 ) -> None:
     paths = [card("a"), card("b"), card("c")]
     enrol(server, paths, quiet)
@@ -292,7 +291,7 @@ def test_a_removed_device_is_gone_and_its_number_is_not_given_out_again(
 
 
 def test_a_removal_that_is_cut_short_is_finished_by_the_same_command(
-    card: Any, server: setup.Server, superlink: Superlink, monkeypatch: pytest.MonkeyPatch
+    card: Any, server: Server, superlink: Superlink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enrol(server, [card("a")], quiet)
     with monkeypatch.context() as broken:
@@ -309,9 +308,7 @@ def test_a_removal_that_is_cut_short_is_finished_by_the_same_command(
 
 
 @pytest.mark.usefixtures("superlink")
-def test_enrolments_at_the_same_time_never_give_one_number_twice(
-    card: Any, server: setup.Server
-) -> None:
+def test_enrolments_at_the_same_time_never_give_one_number_twice(card: Any, server: Server) -> None:
     paths = [card(letter) for letter in "abcdefgh"]
     threads = [threading.Thread(target=enrol, args=(server, [path], quiet)) for path in paths]
     for thread in threads:
@@ -322,7 +319,7 @@ def test_enrolments_at_the_same_time_never_give_one_number_twice(
 
 
 def test_without_a_superlink_nothing_changes_and_the_sentence_says_how_to_start_it(
-    card: Any, server: setup.Server
+    card: Any, server: Server
 ) -> None:
     with pytest.raises(StateError, match="privet server up"):
         enrol(server, [card("a")], quiet)
@@ -332,7 +329,7 @@ def test_without_a_superlink_nothing_changes_and_the_sentence_says_how_to_start_
 
 @pytest.mark.usefixtures("superlink")
 def test_a_folder_of_an_earlier_privet_gets_a_key_and_a_signature(
-    card: Any, server: setup.Server
+    card: Any, server: Server
 ) -> None:
     enrol(server, [card("a"), card("b")], quiet)
     remove(server, ["0"], quiet)
@@ -391,7 +388,7 @@ def test_somebody_else_signs_on_a_machine_of_their_own(card: Any, tmp_path: Path
         directory_commands.sign(unsigned, key)
 
 
-def test_a_damaged_list_of_devices_is_named(server: setup.Server) -> None:
+def test_a_damaged_list_of_devices_is_named(server: Server) -> None:
     for content in ("{", "[{}]", "[1]"):
         (server.folder / "devices.json").write_text(content)
         with pytest.raises(StateError, match=r"devices\.json is damaged"):

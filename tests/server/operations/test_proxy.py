@@ -26,6 +26,7 @@ from privet.common.errors import AssetError, StateError
 from privet.common.model.assets import cache_folder
 from privet.common.secure_aggregation.keys import Identity
 from privet.server.operations import commands, control, enrolment, proxy, services, setup
+from privet.server.operations.server_folder import Server
 
 from ...fleet import answers, free_ports, until
 
@@ -37,7 +38,7 @@ BIN = Path(sys.executable).parent
 class Up:
     """A running server."""
 
-    server: setup.Server
+    server: Server
     nginx: Path
     supervisor: int
 
@@ -341,10 +342,10 @@ def test_a_node_joins_with_an_enrolled_key_and_not_without(up: Up, tmp_path: Pat
 
 
 @pytest.fixture
-def pretenders(up: Up, tmp_path: Path) -> Iterator[Mapping[str, tuple[setup.Server, Path]]]:
+def pretenders(up: Up, tmp_path: Path) -> Iterator[Mapping[str, tuple[Server, Path]]]:
     """Proxies with a wrong certificate each, and the CA that their devices were given."""
     now = datetime.datetime.now(datetime.UTC)
-    made: dict[str, tuple[setup.Server, Path]] = {}
+    made: dict[str, tuple[Server, Path]] = {}
     for name, port in zip(("another", "expired", "not yet"), free_ports(3), strict=True):
         when = now - 30 * DAY if name == "expired" else now
         folder = tmp_path / name
@@ -369,7 +370,7 @@ def pretenders(up: Up, tmp_path: Path) -> Iterator[Mapping[str, tuple[setup.Serv
 
 
 def test_a_node_refuses_another_server_and_certificates_out_of_their_time(
-    pretenders: Mapping[str, tuple[setup.Server, Path]], tmp_path: Path
+    pretenders: Mapping[str, tuple[Server, Path]], tmp_path: Path
 ) -> None:
     node_key(tmp_path / "key")
     nodes = {

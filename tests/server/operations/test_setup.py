@@ -38,6 +38,7 @@ from privet.server.operations import (
     setup,
 )
 from privet.server.operations.control import Run
+from privet.server.operations.server_folder import Server
 from privet.server.run_folder import run_lock
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
@@ -47,11 +48,11 @@ DAY = datetime.timedelta(days=1)
 SHORT = ("server.crt", "internal.crt", "internal-ca.crt")
 
 
-def made(tmp_path: Path, **chosen: Any) -> setup.Server:
+def made(tmp_path: Path, **chosen: Any) -> Server:
     return setup.init(tmp_path / "server", ["privet.example.org", "192.0.2.7"], **chosen)
 
 
-def verify(server: setup.Server, name: str, authority: Path, when: datetime.datetime) -> None:
+def verify(server: Server, name: str, authority: Path, when: datetime.datetime) -> None:
     certificate = x509.load_pem_x509_certificate(server.certificate(name).read_bytes())
     store = Store([x509.load_pem_x509_certificate(authority.read_bytes())])
     subject = x509.DNSName("localhost")
@@ -87,7 +88,7 @@ def test_a_folder_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: setup.Server) -> str:
+    def full(_: Server) -> str:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(setup, "readme", full)  # the last file of all
@@ -282,7 +283,7 @@ def test_a_program_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None
 
 
 @pytest.fixture
-def enrolled(tmp_path: Path) -> setup.Server:
+def enrolled(tmp_path: Path) -> Server:
     server = made(tmp_path)
     known = {number: bytes([number]) * 32 for number in range(4)}
     write_directory(server.folder / "directory", Directory(known, closed=True))
@@ -305,7 +306,7 @@ def settings(llama: Path, **more: Any) -> Any:
 
 
 def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
-    enrolled: setup.Server, llama_folder: Path
+    enrolled: Server, llama_folder: Path
 ) -> None:
     config = commands.prepare(enrolled, settings(llama_folder), resume=False)
     place = enrolled.folder / "runs" / "first"
@@ -316,9 +317,7 @@ def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
     assert (place / "run-id").read_text().startswith("first-")
 
 
-def test_a_run_is_resumed_with_the_same_settings_only(
-    enrolled: setup.Server, llama_folder: Path
-) -> None:
+def test_a_run_is_resumed_with_the_same_settings_only(enrolled: Server, llama_folder: Path) -> None:
     first = commands.prepare(enrolled, settings(llama_folder), resume=False)
     with pytest.raises(RunExists, match="--resume"):
         commands.prepare(enrolled, settings(llama_folder), resume=False)
@@ -329,7 +328,7 @@ def test_a_run_is_resumed_with_the_same_settings_only(
 
 
 def test_a_run_is_extended_but_not_while_a_process_serves_it(
-    enrolled: setup.Server, llama_folder: Path
+    enrolled: Server, llama_folder: Path
 ) -> None:
     first = commands.prepare(enrolled, settings(llama_folder), resume=False)
     place = enrolled.folder / "runs" / "first"
@@ -345,7 +344,7 @@ def test_a_run_is_extended_but_not_while_a_process_serves_it(
 
 
 def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritten_entry(
-    enrolled: setup.Server, llama_folder: Path
+    enrolled: Server, llama_folder: Path
 ) -> None:
     first = commands.prepare(enrolled, settings(llama_folder), resume=False)
     path = enrolled.folder / "directory"
@@ -379,7 +378,7 @@ def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritt
     ],
 )
 def test_settings_no_device_can_take_part_in_leave_nothing_behind(
-    enrolled: setup.Server, llama_folder: Path, more: dict[str, Any], told: str
+    enrolled: Server, llama_folder: Path, more: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(PrivetError, match=told):
         commands.prepare(enrolled, settings(llama_folder, **more), resume=False)
@@ -387,7 +386,7 @@ def test_settings_no_device_can_take_part_in_leave_nothing_behind(
 
 
 def test_a_run_that_its_own_cap_does_not_pay_for_is_refused_at_the_start(
-    enrolled: setup.Server, llama_folder: Path, capsys: pytest.CaptureFixture[str]
+    enrolled: Server, llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def prepared(count: int, budget: Mapping[str, float], cohort: int = 4) -> Any:
         private = {"example": {"enabled": False}, "budget": budget}
@@ -427,14 +426,14 @@ def record(number: int, **more: Any) -> dict[str, Any]:
 
 
 def following(
-    monkeypatch: pytest.MonkeyPatch, place: Path, server: setup.Server, states: list[Any]
+    monkeypatch: pytest.MonkeyPatch, place: Path, server: Server, states: list[Any]
 ) -> list[str]:
     """What `follow` shows while the SuperLink tells these states, a round after each."""
     place.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     number = [7]
 
-    def told(_: setup.Server) -> list[Run]:
+    def told(_: Server) -> list[Run]:
         state = states.pop(0)
         append_line(place / "rounds.jsonl", record(3 - len(states)))
         if isinstance(state, Exception):
@@ -544,9 +543,9 @@ def test_one_process_at_a_time_serves_a_run_folder(tmp_path: Path) -> None:
 
 
 def test_status_without_a_superlink_says_what_the_files_say(
-    enrolled: setup.Server, llama_folder: Path
+    enrolled: Server, llama_folder: Path
 ) -> None:
-    quiet = setup.Server(enrolled.folder, enrolled.hosts, 1, 2)  # nothing answers there
+    quiet = Server(enrolled.folder, enrolled.hosts, 1, 2)  # nothing answers there
     commands.prepare(enrolled, settings(llama_folder), resume=False)
     append_line(enrolled.folder / "runs" / "first" / "rounds.jsonl", record(1, mean_norm=0.5))
     found = commands.facts(quiet)
