@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
-from ..common.model.vector_layout import Layout
+from ..common.model.families import family_of
 from ..common.settings.config import Config
 from . import aggregation
 
@@ -49,45 +49,10 @@ def step(
     new[places] = moved
     for name, values in stepped.items():
         kept[name][places] = values
-    if exchange.adapter.family == "fedsvd":
-        _turn(exchange.adapter, new, kept)
+    after_step = family_of(exchange.adapter).after_step
+    if after_step is not None:
+        after_step(exchange.adapter, new, kept)
     return new, kept, {}
-
-
-# --- fedsvd -------------------------------------------------------------------------------------
-
-
-def _turn(layout: Layout, state: Vector, memory: dict[str, Vector]) -> None:
-    """Split every B A anew, in place: A's rows orthonormal, and B's columns orthogonal.
-
-    B A stays what it is. The memory goes along: a mean of steps turns as B does, and a mean of
-    squares as that of independent coordinates.
-
-    A's new rows span the space of its old ones: V' is a product with A on the right. So A turns
-    and never leaves the space of its public seed.
-    """
-    shapes = dict(layout.pieces)
-    for name, shape in layout.pieces:
-        if not name.endswith(".lora_A.weight"):
-            continue
-        other = name.replace(".lora_A.", ".lora_B.")
-        down = layout.places(Layout("", "", ((name, shape),)))
-        up = layout.places(Layout("", "", ((other, shapes[other]),)))
-        a, b = (
-            state[p].reshape(shapes[n]).astype(np.float64) for p, n in ((down, name), (up, other))
-        )
-        basis, triangle = np.linalg.qr(a.T)  # A = triangle' basis'
-        _, _, right = np.linalg.svd(b @ triangle.T, full_matrices=False)
-        if len(right) < len(basis.T):
-            continue  # fewer outputs than ranks: B A cannot have orthogonal columns
-        rows = right @ basis.T
-        signs = np.sign(rows[np.arange(len(rows)), np.abs(rows).argmax(1)])
-        turn = triangle.T @ right.T * signs
-        state[down] = (rows * signs[:, None]).ravel()
-        state[up] = (b @ turn).ravel()
-        for kind, values in memory.items():
-            by = turn**2 if kind == "second" else turn
-            values[up] = (values[up].reshape(shapes[other]).astype(np.float64) @ by).ravel()
 
 
 # --- personas -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ...common.errors import PrivacyError
+from ...common.model.families import FAMILIES
 from ...common.settings.config import Config, TrialSettings
 from .policy import own_config, reasons, shown
 from .policy_settings import Policy
@@ -372,7 +373,7 @@ def _adapter(config: Config, dimension: int | None) -> str:
         )
     if own.start:
         said += f"; it starts from what another run released (SHA-256 {shown(own.start[:16])})"
-    if own.family == "fedsa":
+    if FAMILIES[own.family].local:
         said += "; B is fitted to your records and stays on this device"
     return said
 

@@ -1,15 +1,6 @@
 """Adapter families, and adapter <-> flat float32 vector.
 
-Every family is an ordinary PEFT LoRA on the last blocks' linear layers, W + B A:
-
-    tiny    B = U R, A = V: only R (r x r) is trained; U, V are the leading singular vectors of W
-            itself, so the frozen parts use no data (LoRA-XS, Balazy et al. 2024)
-    ffa     only B is trained; A comes from a public seed (FFA-LoRA, Sun et al. 2024)
-    fedsvd  only B is trained; the server turns A and B after each round so that A has the right
-            singular vectors of B A for its rows (FedSVD, Lee et al. 2025)
-    rolora  B is trained in odd rounds, A in even ones (RoLoRA, Chen et al. 2024)
-    fedsa   A and B are trained, A is shared, B stays at home (FedSA-LoRA, Guo et al. 2024)
-    lora    A and B are trained and averaged separately: the naive baseline
+What a family trains and sends is one entry in `families.py`.
 
 Labelled tasks train one more piece, the shared head. The pieces in a fixed order make one vector;
 `Layout.digest` names that order, and both sides compare it before a round.
@@ -23,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save as to_safetensors
@@ -33,7 +23,9 @@ from ..errors import AdapterError
 from ..files import write_atomic
 from ..settings.config import AdapterSettings, Config
 from .base_model import BaseModel, load
-from .exchange_layout import Exchange, Vector, halves
+from .exchange_layout import Exchange, Vector, turns
+from .families import A, B, Family, R, family_named
+from .lora_xs import Product
 from .vector_layout import Layout
 
 __all__ = ["Adapter", "Layout", "Vector", "attach", "exchanged", "shared", "usual_modules"]
@@ -44,26 +36,12 @@ _USUAL = (
     ("query", "value", "attention.output.dense", "intermediate.dense"),
     ("q_lin", "v_lin", "out_lin", "ffn.lin2"),
 )
-# what a family may train, by the end of a parameter's name
-_TRAINED = {
-    "tiny": (".lora_B.default.trained.weight",),
-    "ffa": (".lora_B.default.weight",),
-    "fedsvd": (".lora_B.default.weight",),
-    "rolora": (".lora_A.default.weight", ".lora_B.default.weight"),
-    "fedsa": (".lora_A.default.weight", ".lora_B.default.weight"),
-    "lora": (".lora_A.default.weight", ".lora_B.default.weight"),
-}
+# by the end of a parameter's name
+_PARAMETERS = {
+    A: ".lora_A.default.weight", B: ".lora_B.default.weight", R: ".lora_B.default.trained.weight"
+}  # fmt: skip
 HEAD = "head.weight"
 HEAD_BIAS = "head.bias"
-# beside the vector that is sent: for fedsvd A is in it and not trained, for fedsa B is trained and
-# not in it
-_STATE = {
-    "ffa": ("lora_B",),
-    "fedsvd": ("lora_A", "lora_B"),
-    "rolora": ("lora_A", "lora_B"),
-    "fedsa": ("lora_A",),
-    "lora": ("lora_A", "lora_B"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +76,7 @@ class Adapter:
         Returns:
             The trained parameters: those a contribution holds, in its order, then the own ones.
         """
-        parts = halves(self.layout)
+        parts = turns(self.layout)
         if number is not None:
             parts = (parts[(number - 1) % len(parts)],)
         wanted = [name for part in (*parts, self.own) for name, _ in part.pieces]
@@ -150,7 +128,7 @@ class Adapter:
         for name in self.modules:
             layer = self.base.network.get_submodule(name)
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"]
-            weight = up.frozen.weight @ up.trained.weight if isinstance(up, _Tiny) else up.weight
+            weight = up.frozen.weight @ up.trained.weight if isinstance(up, Product) else up.weight
             tensors[f"base_model.model.{name}.lora_A.weight"] = down.detach().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = weight.detach().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
@@ -162,22 +140,6 @@ class Adapter:
         config = _lora_config(self.base, self.settings, self.modules).to_dict()
         config["target_modules"] = list(self.modules)
         write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
-
-
-class _Tiny(nn.Module):
-    """B = U R as two linear layers, so that Opacus's hooks see R as it is."""
-
-    def __init__(self, frozen: Tensor) -> None:
-        super().__init__()
-        rank = frozen.shape[1]
-        self.trained = nn.Linear(rank, rank, bias=False)
-        self.frozen = nn.Linear(rank, frozen.shape[0], bias=False)
-        self.frozen.weight = nn.Parameter(frozen, requires_grad=False)
-        nn.init.zeros_(self.trained.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.frozen(self.trained(hidden))
-        return out
 
 
 def shared(config: Config) -> "Adapter":
@@ -225,17 +187,16 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     trainable = nn.ModuleDict()
     state, own = dict[str, Any](), dict[str, Any]()
     generator = torch.Generator().manual_seed(settings.seed)
+    family = family_named(settings.family)
     for name in modules:
         layer = base.network.get_submodule(name)
-        trained = _initialise(layer, settings, generator)
-        for piece, module in trained:
-            trainable[_module_key(f"{name}.{piece}")] = module
-        factors = {"lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"]}
-        sent = _STATE.get(settings.family)
-        for piece, module in trained if sent is None else factors.items():
-            here = state if sent is None or piece in sent else own
-            if sent is None or piece in sent or (piece, module) in trained:
-                here[f"{name}.{piece}.weight"] = module.weight
+        family.start(layer, settings.rank, generator)
+        for factor, module in _factors(layer).items():
+            if factor in family.trained:
+                trainable[_module_key(f"{name}.{factor}")] = module
+            if factor in family.trained + family.sent:
+                here = state if factor in family.sent else own
+                here[f"{name}.{factor}.weight"] = module.weight
     head = None
     if outputs:
         head = nn.Linear(base.width, outputs)
@@ -245,11 +206,13 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
         state |= {HEAD: head.weight, HEAD_BIAS: head.bias}
     layout, at_home = (
         Layout(
-            settings.family, base.fingerprint, tuple((n, tuple(p.shape)) for n, p in some.items())
+            family.digest_name,
+            base.fingerprint,
+            tuple((n, tuple(p.shape)) for n, p in some.items()),
         )
         for some in (state, own)
     )
-    _freeze_all_but(base, settings.family, list(trainable.parameters()))
+    _freeze_all_but(base, family, list(trainable.parameters()))
     start = np.concatenate([p.detach().numpy().ravel() for p in state.values()])
     named = {**state, **own}
     return Adapter(base, settings, layout, modules, trainable, head, start, at_home, named)
@@ -309,48 +272,20 @@ def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str,
     )
 
 
-def _initialise(
-    layer: Any, settings: AdapterSettings, generator: torch.Generator
-) -> list[tuple[str, nn.Linear]]:
+def _factors(layer: Any) -> dict[str, nn.Linear]:
+    """The factors of an adapted layer, A first."""
     down, up = layer.lora_A["default"], layer.lora_B["default"]
-    with torch.no_grad():
-        if settings.family == "tiny":
-            left, right = _leading_singular(layer.base_layer.weight, settings.rank)
-            down.weight.copy_(right)
-            layer.lora_B["default"] = _Tiny(left)
-            return [("lora_R", layer.lora_B["default"].trained)]
-        noise = torch.randn(down.weight.shape, generator=generator)
-        down.weight.copy_(noise / down.weight.shape[1] ** 0.5)
-        if settings.family == "fedsvd":
-            down.weight.copy_(torch.linalg.qr(noise.double().T).Q.T)
-        nn.init.zeros_(up.weight)
-    if settings.family in ("ffa", "fedsvd"):
-        return [("lora_B", up)]
-    return [("lora_A", down), ("lora_B", up)]
+    return {A: down, R: up.trained} if isinstance(up, Product) else {A: down, B: up}
 
 
-def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Leading singular vectors of (out, in): U (out, r), V (r, in), signs fixed."""
-    wide = weight.shape[1] >= weight.shape[0]
-    gram = (weight @ weight.T if wide else weight.T @ weight).double().numpy()
-    size = len(gram)
-    _, vectors = scipy.linalg.eigh(gram, subset_by_index=[size - rank, size - 1])
-    first = torch.from_numpy(vectors[:, ::-1].copy())
-    largest = first.abs().argmax(0)
-    first = first * first[largest, torch.arange(rank)].sign()
-    other = (weight.double().T if wide else weight.double()) @ first
-    other = other / other.norm(dim=0).clamp_min(1e-12)
-    left, right = (first, other) if wide else (other, first)
-    return left.float().contiguous(), right.T.float().contiguous()
-
-
-def _freeze_all_but(base: BaseModel, family: str, wanted: list[Tensor]) -> None:
+def _freeze_all_but(base: BaseModel, family: Family, wanted: list[Tensor]) -> None:
+    allowed = tuple(_PARAMETERS[factor] for factor in family.trained)
     base.network.requires_grad_(False)
     for parameter in wanted:
         parameter.requires_grad_(True)
     for name, parameter in base.network.named_parameters():
-        if parameter.requires_grad and not name.endswith(_TRAINED[family]):
-            raise AdapterError(f"{name} would be trained, but the family {family} freezes it")
+        if parameter.requires_grad and not name.endswith(allowed):
+            raise AdapterError(f"{name} would be trained, but the family {family.name} freezes it")
     base.network.eval()
 
 

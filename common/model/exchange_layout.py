@@ -4,9 +4,9 @@
                `groups.live` of them are there to pick from
     released   the numbers of a contribution, which the plan's layout digest names:
 
-        tiny, ffa, lora, fedsa   every number of the adapter vector
-        fedsvd                   B; the server makes A anew from B A after each round
-        rolora                   B in odd rounds, A in even ones
+        a family's turn (`families.py`): every number of the adapter vector, or some of its
+        factors
+
         groups                   a vector for each persona, zero but for the chosen one, and
                                  `members`: a number for each persona, zero but for the chosen one
 
@@ -27,25 +27,28 @@ from numpy.typing import NDArray
 from ..errors import ProtocolError
 from ..privacy.clipping import clip
 from ..settings.config import GroupSettings
+from .families import A, B, R, family_of
 from .vector_layout import Layout
 
-__all__ = ["MEMBERS", "Exchange", "Vector", "halves"]
+__all__ = ["MEMBERS", "Exchange", "Vector", "turns"]
 
 Vector = NDArray[np.float32]
 
 MEMBERS = "members"
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
-def halves(layout: Layout) -> tuple[Layout, ...]:
-    """What contributions hold, by turns; a shared head is released with B."""
-    down = tuple(piece for piece in layout.pieces if piece[0].endswith(_DOWN))
-    rest = tuple(piece for piece in layout.pieces if piece not in down)
-    if layout.family == "fedsvd":
-        return (replace(layout, pieces=rest),)
-    if layout.family == "rolora":
-        return replace(layout, pieces=rest), replace(layout, pieces=down)
-    return (layout,)
+def turns(layout: Layout) -> tuple[Layout, ...]:
+    """What contributions hold, by turns; a shared head is released with the first."""
+    family = family_of(layout)
+    parts: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in family.turns]
+    for piece in layout.pieces:
+        factor = piece[0].removesuffix(".weight").rpartition(".")[2]
+        if factor not in (A, B, R):
+            parts[0].append(piece)
+        for part, factors in zip(parts, family.turns, strict=True):
+            if factor in factors:
+                part.append(piece)
+    return tuple(replace(layout, pieces=tuple(part)) for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,7 @@ class Exchange:
     def _turns(self) -> tuple[Layout, ...]:
         count = self.groups.most
         if count == 1:
-            return halves(self.adapter)
+            return turns(self.adapter)
         return (replace(self.state, pieces=(*self.state.pieces, (MEMBERS, (count,)))),)
 
     def _wide(self, one: Layout) -> Layout:

@@ -13,17 +13,26 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from ..errors import ConfigError
+from ..model.families import FAMILIES, family_named
 from ..privacy.statistics_blocks import MOST_ARMS
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
-Family = Literal["tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora"]
+Family = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
+"""An adapter family by its name, or that of before."""
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
 NEW_DEVICE = {"client": 10.0, "example": 15.0}
@@ -66,7 +75,7 @@ class ModelSettings(_Settings):
 class AdapterSettings(_Settings):
     """What is trained and released; DESIGN section 5 tells the families apart."""
 
-    family: Family = "tiny"
+    family: Family = "lora_xs"
     rank: int = Field(4, ge=1, le=256)
     last_blocks: int = Field(12, ge=1, description="only the last blocks are adapted")
     modules: tuple[str, ...] = Field((), description="linear layers by name; empty: the usual four")
@@ -469,10 +478,11 @@ class Config(_Settings):
                 "by up to sqrt(2) times the clip, so no example-level claim can be made; set "
                 "privacy.example.enabled = false"
             )
-        if groups > 1 and family not in ("tiny", "ffa", "lora"):
+        if groups > 1 and not FAMILIES[family].clusters:
+            able = ", ".join(one.name for one in FAMILIES.values() if one.clusters)
             raise ValueError(
                 f"groups.count = {groups} with adapter.family = {family!r}: personas are built for "
-                "tiny, ffa and lora; take one of these, or groups.count = 1"
+                f"{able}; take one of these, or groups.count = 1"
             )
         needed = self.groups.warmup + self.groups.spare * self.groups.merge_every + 1
         if groups > 1 and self.rounds.count < needed:
@@ -482,21 +492,22 @@ class Config(_Settings):
                 f"once more; take at least {needed}, or a smaller groups.warmup, groups.spare or "
                 "groups.merge_every"
             )
-        if self.pairs and (groups > 1 or family == "fedsa"):
+        local = FAMILIES[family].local
+        if self.pairs and (groups > 1 or local):
             raise ValueError(
                 "data.task = 'preference' with groups.count above 1, or with adapter.family = "
                 "'fedsa', is not built; take another family and one group"
             )
-        if family == "fedsa" and self.privacy.example.enabled:
+        if local and self.privacy.example.enabled:
             raise ValueError(
-                "adapter.family = 'fedsa': B is fitted on the device's records without DP and "
+                f"adapter.family = {family!r}: B is fitted on the device's records without DP and "
                 "takes part in the forward pass, so no example-level claim can be made; set "
                 "privacy.example.enabled = false"
             )
-        if family == "fedsa" and self.training.steps == 1:
+        if local and self.training.steps == 1:
             raise ValueError(
-                "adapter.family = 'fedsa' with training.steps = 1: at the first step B is zero and "
-                "the gradient of A exactly zero, so noise alone would leave; take at least 2"
+                f"adapter.family = {family!r} with training.steps = 1: at the first step B is zero "
+                "and the gradient of A exactly zero, so noise alone would leave; take at least 2"
             )
 
     def _refuse_wrong_trial(self, trial: TrialSettings) -> None:
@@ -636,6 +647,7 @@ class Config(_Settings):
             for name in names:
                 if settings[section][name] == kind.model_fields[name].default:
                     del settings[section][name]
+        settings["adapter"]["family"] = FAMILIES[self.adapter.family].digest_name
         # a run begun when every run had a cap had this one where it named none
         settings["privacy"]["budget"].update(self.privacy.budget.simulated)
         if not self.privacy.budget.open_directory:
