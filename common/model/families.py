@@ -173,7 +173,8 @@ def family_named(name: str) -> Family:
     for family in FAMILIES.values():
         if name in (family.name, family.before):
             return family
-    raise ValueError(f"{name!r} is no adapter family; expected one of {', '.join(FAMILIES)}")
+    *others, last = map(repr, FAMILIES)
+    raise ValueError(f"{name!r}: expected {', '.join(others)} or {last}")
 
 
 def family_of(layout: "Layout") -> Family:

@@ -21,11 +21,11 @@ from privet.common.settings.config import AdapterSettings, GroupSettings
 
 from ...tiny import fresh, tiny_config
 
-FAMILIES = ("tiny", "ffa", "fedsvd", "rolora", "fedsa", "lora")
+FAMILIES = ("lora_xs", "ffa", "fedsvd", "rolora", "fedsa", "lora")
 IDS = ((6, 7, 8, 9, 10), (12, 13, 14))
 
 
-def settings(family="tiny", **changes):
+def settings(family="lora_xs", **changes):
     return AdapterSettings(family=family, **{"rank": 2, "last_blocks": 2} | changes)
 
 
@@ -47,7 +47,7 @@ def random_own(adapter, seed=1):
 # --- what is trained ----------------------------------------------------------------------------
 
 ENDS = {
-    "tiny": {"lora_B.default.trained.weight"},
+    "lora_xs": {"lora_B.default.trained.weight"},
     "ffa": {"lora_B.default.weight"},
     "fedsvd": {"lora_B.default.weight"},
     "rolora": {"lora_A.default.weight", "lora_B.default.weight"},  # by turns
@@ -84,13 +84,8 @@ def test_training_moves_nothing_but_what_is_named(llama_folder, family):
 
 
 def test_a_family_that_would_train_more_is_caught(llama_folder, monkeypatch):
-    """The faulty version: ffa with both factors trained."""
-    right = adapters._initialise
-
-    def both_factors(layer, settings, generator):
-        return [("lora_A", layer.lora_A["default"]), *right(layer, settings, generator)]
-
-    monkeypatch.setattr(adapters, "_initialise", both_factors)
+    """The faulty version: ffa with A in the place of B."""
+    monkeypatch.setattr(adapters, "_factors", lambda layer: {"lora_B": layer.lora_A["default"]})
     with pytest.raises(AdapterError, match=r"lora_A.*would be trained, but the family ffa"):
         attach(fresh(llama_folder), settings("ffa"))
 
@@ -311,7 +306,7 @@ def test_the_saved_configuration_is_an_ordinary_one(llama, tmp_path):
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-@pytest.mark.parametrize("family", ["tiny", "ffa", "fedsvd", "rolora", "lora"])
+@pytest.mark.parametrize("family", ["lora_xs", "ffa", "fedsvd", "rolora", "lora"])
 def test_only_lora_loses_something_when_vectors_are_averaged(llama, family, turn):
     """mean(BA) - mean(B) mean(A) is zero where all clients share one factor (PRIVACY.md, LoRA)."""
     adapter = attach(llama, settings(family))
@@ -328,7 +323,7 @@ def test_only_lora_loses_something_when_vectors_are_averaged(llama, family, turn
         for name in adapter.modules:
             layer = llama.network.get_submodule(name)
             up, down = layer.lora_B["default"], layer.lora_A["default"].weight
-            weight = up.frozen.weight @ up.trained.weight if family == "tiny" else up.weight
+            weight = up.frozen.weight @ up.trained.weight if family == "lora_xs" else up.weight
             found.append((weight @ down).detach().double())
         return torch.stack([product.ravel()[:512] for product in found])
 
@@ -348,3 +343,10 @@ def test_an_adapter_that_another_one_has_pushed_out_is_made_anew(llama_folder):
     assert again.layout == first.layout
     assert again.attached
     assert not first.attached
+
+
+def test_the_name_of_before_is_the_same_family_to_settings_and_digests(llama_folder):
+    before, now = (attach(fresh(llama_folder), settings(name)) for name in ("tiny", "lora_xs"))
+    assert before.settings == now.settings
+    assert before.layout.digest == now.layout.digest
+    assert before.layout.family == "tiny"  # as layouts and settings were digested

@@ -41,7 +41,7 @@ def overridden(tmp_path, *overrides, text=""):
         ({"adapter": {"rank": 2.5}}, "adapter.rank = 2.5: expected a valid integer"),
         (
             {"adapter": {"family": "fedsvg"}},
-            "'fedsvg': expected 'tiny', 'ffa', 'fedsvd', 'rolora', 'fedsa' or 'lora'",
+            "'fedsvg': expected 'lora_xs', 'ffa', 'fedsvd', 'rolora', 'fedsa' or 'lora'",
         ),
         (
             {"privacy": {"client": {"noise_multiplier": -1.0}}},
