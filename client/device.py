@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -43,7 +43,13 @@ from ..common.settings import config as settings
 from ..common.settings.config import Config, TrialSettings
 from . import ab_outcome
 from .ab_arm import arm_of
-from .personal.evaluator import Measured, arms_block, gains_block, measured
+from .personal.person_losses import (
+    Losses,
+    arms_block,
+    evaluate_person,
+    evaluator_of,
+    gains_block,
+)
 from .privacy import masked_upload
 from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
 from .privacy.ledger import Ledger
@@ -360,7 +366,7 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
         shape=work.step,
     )
     if plan.gains_bound or plan.arms_bound:
-        _measured(device, personas[place], own, ([], []), work)
+        _evaluated(device, personas[place], own, ([], []), work)
 
 
 def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
@@ -435,33 +441,37 @@ def _statistics(
         found["losses"] = losses
     if not (plan.gains_bound or plan.arms_bound):
         return found
-    said = _measured(device, start, kept, device.measured_on(), work)
+    evaluated = _evaluated(device, start, kept, device.measured_on(), work)
     if plan.gains_bound:
-        found["gains"] = gains_block(said, plan.gains_bound)
+        found["gains"] = gains_block(evaluated, plan.gains_bound)
     if plan.arms_bound:
         arms = arm_names(plan.arms)
         place = arm_of(desk.identity(device.name).seed, plan.run, len(arms))
-        found["arms"] = arms_block(said, plan.arms_bound, arms, place)
+        found["arms"] = arms_block(evaluated, plan.arms_bound, arms, place)
     return found
 
 
-def _measured(
+def _evaluated(
     device: Device,
     start: NDArray[np.float32],
     kept: NDArray[np.float32] | None,
     person: tuple[list[data.Tokenised], list[data.Tokenised]],
     work: Work | None,
-) -> Measured | None:
-    """The person's losses, and then, with constant work, those of made-up records in place of
-    those that are not there; the latter are nobody's and go nowhere."""
+) -> Losses | None:
+    """The losses of the person's held-out records.
+
+    With constant work those of made-up records, in place of those that are not there, are computed
+    as well; they are nobody's and go nowhere.
+    """
     desk, adapter = device.desk, device.desk.trainer.adapter
     fit, pairs = desk.config.head.enabled, desk.config.pairs
-    if work is None:
-        return measured(adapter, start, *person, fit, kept, pairs)
-    said = measured(adapter, start, *person, fit, kept, pairs, work.tokens)
-    instead = missing(desk.config, *person, len(adapter.base.tokenizer))
-    measured(adapter, start, *instead, fit, kept, pairs, work.tokens)
-    return said
+    tokens = 0 if work is None else work.tokens
+    evaluator = partial(evaluator_of, adapter, start, kept, pairs, tokens)
+    losses = evaluate_person(evaluator, *person, fit)
+    if work is not None:
+        instead = missing(desk.config, *person, len(adapter.base.tokenizer))
+        evaluate_person(evaluator, *instead, fit)
+    return losses
 
 
 def masked_phase(

@@ -19,7 +19,7 @@ from ...common.model.adapter import shared
 from ...common.model.assets import CATALOGUE, status
 from ...common.model.base_model import BaseModel, load
 from ..enrolled.ab_assignment import Trial, current
-from ..personal.head import read_text_head
+from ..personal.text_head import TextHead
 from ..store import verdicts
 from ..store.device_store import Home
 from . import template_store
@@ -94,7 +94,7 @@ def assistant_of(
         adapter.write(safetensors.numpy.load(content)["adapter"])
         base = adapter.base
         kept = home.vault.get(f"heads/{chosen}")
-        head = None if kept is None else read_text_head(kept, f"heads/{chosen}")
+        head = None if kept is None else TextHead.from_bytes(kept, f"heads/{chosen}")
     records = home.records()
     profile = profile_of(records, public_chances(base.tokenizer))
     home.vault.put("profile", profile.to_bytes())

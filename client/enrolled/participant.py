@@ -229,7 +229,7 @@ class OwnSeat:
                 self._home.keep(run, {})
                 return
             self._home.refuse_to_keep(run, adapter, exchange_at(desk).state.dimension)
-            keep(desk, adapter)
+            keep(desk, self._home, run, adapter)
         except PrivetError as refusal:
             self._home.note(str(refusal))
 

@@ -1,144 +1,112 @@
-"""What is kept on the device: personal heads as safetensors files. They never leave.
+"""What a personal head is: something fitted on one device that never leaves it.
+
+A kind of head lives in two files: the head itself (what it adds to the shared model, how it is
+fitted, how it becomes bytes) and its evaluator (`client/personal/evaluator.py`: what it is fitted
+on and how well it does). `evaluator_of` in `client/personal/person_losses.py` says when the kind
+is used. Nothing else knows the kinds, but the chat, which speaks with a `TextHead`.
 
 **Guarantee**: a head was fitted on private records without differential privacy. Nothing here is
 read by adapter training, and nothing here may be sent; `client/privacy/gate.py` does not import it.
 """
 
 import json
-import os
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Protocol, Self, TypeVar
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ...common.errors import DataError, StateError
-from ...common.files import explain_os_errors, write_atomic
-from .label_head import LabelHead
-from .text_head import TextHead
+from ...common.errors import StateError
 
-__all__ = [
-    "head_bytes",
-    "load_label_head",
-    "load_text_head",
-    "read_text_head",
-    "save_label_head",
-    "save_text_head",
-]
+__all__ = ["PersonalHead", "head_of_kind", "number_of", "pack", "unpack", "unusable"]
 
-_Path = str | os.PathLike[str]
-_TEXT_TENSORS = ("tokens", "bias", "keys", "slots", "centre")
-_LABEL_TENSORS = ("weight", "bias")
+_Kind = TypeVar("_Kind")
 
 
-def head_bytes(head: TextHead | LabelHead) -> bytes:
-    """A head as the safetensors file that the savers write; what a vault keeps."""
-    if isinstance(head, TextHead):
-        kind, names = "text", list(_TEXT_TENSORS)
-        facts = {"bias_weight": repr(head.bias_weight), "memory_offset": repr(head.memory_offset)}
-    else:
-        kind, names = "label", list(_LABEL_TENSORS)
-        facts = {"task": head.task, "strength": repr(head.strength)}
-    plain = {name: getattr(head, name).detach().cpu().contiguous() for name in names}
+class PersonalHead(Protocol):
+    """One person's own addition to the shared model; private: never in a log or a message."""
+
+    @property
+    def is_shared(self) -> bool:
+        """True when this head changes nothing."""
+
+    def to_bytes(self) -> bytes:
+        """The head as a safetensors file, for the vault."""
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Self:
+        """The head that `to_bytes` wrote.
+
+        Args:
+            content: the safetensors file.
+            name: what the file or the vault's entry is called, for the error message.
+
+        Raises:
+            StateError: cut, damaged, or a head of another kind.
+        """
+
+
+def head_of_kind(kind: type[_Kind], head: PersonalHead | None) -> _Kind | None:
+    """The head, checked to be of the kind that can be used here; None is the shared model.
+
+    Raises:
+        TypeError: a head of another kind.
+    """
+    if head is None or isinstance(head, kind):
+        return head
+    raise TypeError(
+        f"expected a {kind.__name__} or None, got a {type(head).__name__}: give the head that "
+        "was fitted by the same evaluator"
+    )
+
+
+def pack(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
+    """A head's tensors and facts as one safetensors file that says which kind it is."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, {"privet": f"{kind} head 1", **facts})
 
 
-def save_text_head(head: TextHead, path: _Path) -> None:
-    """Writes a text head, as a whole or not at all.
-
-    Raises:
-        StateError: as `write_atomic`.
-    """
-    write_atomic(path, head_bytes(head))
-
-
-def load_text_head(path: _Path) -> TextHead:
-    """Reads what `save_text_head` wrote.
-
-    Raises:
-        StateError: the file is missing, cut, damaged, or not a text head.
-    """
-    return read_text_head(_content(path), path)
-
-
-def read_text_head(content: bytes, path: _Path) -> TextHead:
-    """A text head from the bytes of `head_bytes`, as a vault keeps them.
+def unpack(
+    kind: str, names: tuple[str, ...], content: bytes, name: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and facts that `pack` put into a file.
 
     Args:
+        kind: the one expected.
+        names: of the tensors expected.
         content: the safetensors file.
-        path: what it is called, for the sentence.
+        name: what it is called, for the error message.
 
     Raises:
-        StateError: cut, damaged, or not a text head.
+        StateError: cut, damaged, of another kind, or with other tensors.
     """
-    tensors, facts = _load("text", _TEXT_TENSORS, content, path)
-    tokens, bias, keys, slots, centre = (tensors[name] for name in _TEXT_TENSORS)
-    fits = tokens.shape == bias.shape and len(keys) == len(slots)
-    fits = fits and keys.ndim == 2 and centre.shape == keys.shape[1:]
-    if not fits or bool((slots < 0).any() or (slots >= len(tokens)).any()):
-        raise _damaged(path, "its tensors do not fit together")
-    return TextHead(
-        tokens, bias, keys, slots, centre,
-        bias_weight=_number(facts, "bias_weight", path),
-        memory_offset=_number(facts, "memory_offset", path),
-    )  # fmt: skip
-
-
-def save_label_head(head: LabelHead, path: _Path) -> None:
-    """Writes a label head, as a whole or not at all.
-
-    Raises:
-        StateError: as `write_atomic`.
-    """
-    write_atomic(path, head_bytes(head))
-
-
-def load_label_head(path: _Path) -> LabelHead:
-    """Reads what `save_label_head` wrote.
-
-    Raises:
-        StateError: the file is missing, cut, damaged, or not a label head.
-    """
-    tensors, facts = _load("label", _LABEL_TENSORS, _content(path), path)
-    task = facts.get("task")
-    if task not in ("regression", "classification"):
-        raise _damaged(path, f"its task is {task!r}")
-    task = cast(Literal["regression", "classification"], task)
-    try:
-        return LabelHead(**tensors, task=task, strength=_number(facts, "strength", path))
-    except DataError as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _content(path: _Path) -> bytes:
-    with explain_os_errors(path, "read"), open(path, "rb") as file:
-        return file.read()
-
-
-def _load(
-    kind: str, names: tuple[str, ...], content: bytes, path: _Path
-) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(content)
         size = int.from_bytes(content[:8], "little")  # of the header, which is JSON
         facts = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
+        raise unusable(name, str(error)) from error
     if facts.get("privet") != f"{kind} head 1" or set(tensors) != set(names):
-        raise _damaged(path, f"it is not a {kind} head of this version")
+        raise unusable(name, f"it is not a {kind} head of this version")
     return tensors, facts
 
 
-def _number(facts: Mapping[str, str], name: str, path: _Path) -> float:
+def number_of(facts: Mapping[str, str], key: str, name: str) -> float:
+    """The number that the facts of the file `name` have under `key`.
+
+    Raises:
+        StateError: there is none.
+    """
     try:
-        return float(facts[name])
+        return float(facts[key])
     except (KeyError, ValueError) as error:
-        raise _damaged(path, f"its {name} is not a number") from error
+        raise unusable(name, f"its {key} is not a number") from error
 
 
-def _damaged(path: _Path, why: str) -> StateError:
+def unusable(name: str, why: str) -> StateError:
+    """The error for a head's file that cannot be read."""
     return StateError(
-        f"{os.fspath(path)} is not a usable personal head: {why}; remove it, and it is fitted "
+        f"{name} is not a usable personal head: {why}; remove it, and it is fitted "
         "again from the records on this device."
     )

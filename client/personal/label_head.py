@@ -14,14 +14,17 @@ folds. Strength 0, the shared head, is always among the choices.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from ...common.errors import DataError
+from .head import number_of, pack, unpack, unusable
 
-__all__ = ["LabelHead", "fit_label_head", "label_losses", "predict"]
+__all__ = ["LabelHead", "Task", "fit_label_head", "label_losses", "predict"]
+
+Task = Literal["regression", "classification"]
 
 # Public constants, tuned on raters of 40 batches and checked on 40 others; see experiments/LOG.md.
 WEIGHT_VARIANCE = 0.3
@@ -47,7 +50,7 @@ class LabelHead:
 
     weight: Tensor = field(repr=False)
     bias: Tensor = field(repr=False)
-    task: Literal["regression", "classification"]
+    task: Task
     strength: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,31 @@ class LabelHead:
     def is_shared(self) -> bool:
         """True when this head changes nothing."""
         return self.strength == 0
+
+    @classmethod
+    def of(cls, layer: torch.nn.Linear) -> "LabelHead":
+        """The shared head that a model's last layer is now; later training does not move it."""
+        task: Task = "regression" if layer.out_features == 1 else "classification"
+        return cls(layer.weight.detach().clone(), layer.bias.detach().clone(), task)
+
+    def to_bytes(self) -> bytes:
+        """The head as a safetensors file, for the vault."""
+        facts = {"task": self.task, "strength": repr(self.strength)}
+        return pack("label", {"weight": self.weight, "bias": self.bias}, facts)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> "LabelHead":
+        """As `PersonalHead.from_bytes`."""
+        tensors, facts = unpack("label", ("weight", "bias"), content, name)
+        task = facts.get("task")
+        if task not in ("regression", "classification"):
+            raise unusable(name, f"its task is {task!r}")
+        try:
+            return cls(
+                **tensors, task=cast(Task, task), strength=number_of(facts, "strength", name)
+            )
+        except DataError as error:
+            raise unusable(name, str(error)) from error
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""What held-out preferences say about three models: which answer would each one choose?
+"""Evaluates people who prefer one answer to another: which answer would each model choose?
 
-base, shared, personal    as `client/personal/evaluator.py`; the loss is the share of pairs in
-                          which the refused answer scores higher; equal scores count half
+The loss is the share of pairs in which the refused answer scores higher; equal scores count half.
+Answers are scored by their likelihood (the head is that of `preference_head.py`), or by a shared
+head over their states (that of `score_head.py`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,20 @@ from ...common.model.base_model import final_states, pad, prefix_states, resumed
 from ...common.model.objective import pooled
 from ...common.settings.config import PreferenceSettings
 from ..training.records import Tokenised
-from .evaluator import Person
+from .head import PersonalHead, head_of_kind
 from .label_head import LabelHead
 from .preference_head import AnswerTokens, fit_token_bias, token_margins
 from .score_head import fit_score_head, widened
-from .text_head import TokenStates, shared_scores
+from .text_head import SharedScores, TextHead, TokenStates, shared_scores
 
-__all__ = ["PairMeasure", "pair_error"]
+__all__ = [
+    "LikelihoodEvaluator",
+    "LikelihoodPerson",
+    "PairPerson",
+    "ScoreEvaluator",
+    "ScorePerson",
+    "pair_error",
+]
 
 _ROWS = 32  # answers in memory at once
 
@@ -34,91 +42,103 @@ def pair_error(margin: Tensor) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
-    """A person's held-out pairs: what margins are computed from, and (n,) length differences."""
+class PairPerson(ABC):
+    """One person's held-out pairs of answers, and the head they fitted.
 
-    material: Any = field(repr=False)
+    Attributes:
+        base: share of pairs that the base model orders wrongly.
+        head: the personal head; None where none was fitted.
+        longer: (n,) tokens of the chosen answer less those of the rejected one.
+    """
+
+    base: float = field(repr=False)
+    head: PersonalHead | None = field(repr=False)
     longer: Tensor = field(repr=False)
 
+    @abstractmethod
+    def margins(self, head: PersonalHead | None) -> Tensor:
+        """(n,) by how much the model prefers the chosen answers; head None: the shared model."""
 
-class PairMeasure:
-    """Preferences; with a head, states of the same answer are computed once.
+    def loss(self, head: PersonalHead | None) -> float:
+        """Share of the held-out pairs in the wrong order; head None: the shared model."""
+        return pair_error(self.margins(head))
 
-    A score head sees two views of an answer: the pooled final state, and the mean of what enters
-    the first block. The shared head knows the first alone.
+
+@dataclass(frozen=True, eq=False)
+class LikelihoodPerson(PairPerson):
+    """A person whose answers are scored by their likelihood.
+
+    Attributes:
+        answers: the held-out ones' tokens under the shared model.
+        scores: the shared model's of them.
+        output: (v, w) the model's output embedding.
+    """
+
+    head: TextHead | None = field(repr=False)
+    answers: AnswerTokens = field(repr=False)
+    scores: SharedScores = field(repr=False)
+    output: Tensor = field(repr=False)
+
+    def margins(self, head: PersonalHead | None) -> Tensor:
+        """As `PairPerson.margins`, in nats; the head is a `TextHead`."""
+        used = head_of_kind(TextHead, head)
+        return token_margins(self.answers, used, self.scores, self.output)
+
+
+@dataclass(frozen=True, eq=False)
+class ScorePerson(PairPerson):
+    """A person whose answers are scored by a head.
+
+    Attributes:
+        differences: (n, w) views of the chosen held-out answers less those of the rejected ones.
+        shared: the head everybody starts from.
+    """
+
+    head: LabelHead | None = field(repr=False)
+    differences: Tensor = field(repr=False)
+    shared: LabelHead = field(repr=False)
+
+    def margins(self, head: PersonalHead | None) -> Tensor:
+        """As `PairPerson.margins`, in the head's own unit; the head is a `LabelHead`."""
+        used = head_of_kind(LabelHead, head) or self.shared
+        margins: Tensor = (self.differences.double() @ used.weight.double().T)[:, 0]
+        return margins
+
+
+class LikelihoodEvaluator:
+    """Preferences where an answer's score is its log likelihood.
+
+    Args: as `person_losses.evaluator_of`, whose `pairs` are `settings`.
     """
 
     def __init__(
         self, adapter: Adapter, shared: Vector, settings: PreferenceSettings, tokens: int = 0
     ) -> None:
-        self.adapter, self.vector, self.settings = adapter, shared, settings
-        self.tokens = tokens
-        self.known: dict[tuple[int, ...], Tensor] = {}
-        adapter.write(shared)
-        head = adapter.head
-        self.shared: LabelHead | None = None
-        if head is not None:
-            weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
-            self.widths = (weight.shape[1], weight.shape[1])
-            self.shared = widened(LabelHead(weight, bias, "regression"), sum(self.widths))
+        self.adapter, self.shared, self.settings = adapter, shared, settings
+        self.tokens, self.output = tokens, adapter.base.output.detach()
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
-    ) -> Person | None:
-        """As `Measure`."""
+    ) -> LikelihoodPerson | None:
+        """As `Evaluator.person`."""
         if not held_out:
             return None
-        held, base = self._material(held_out, self.vector), 0.5  # a head of zeros: all equal
-        if self.shared is None:
-            start = self._material(held_out, self.adapter.start)
-            base = pair_error(self._margins(start, None))
-        head = self._fitted(own) if own and fit else None
-        return Person(base, _Held(held, longer(held_out)), head)
+        answers, scores = self._scored(held_out, self.shared)
+        start, start_scores = self._scored(held_out, self.adapter.start)
+        base = pair_error(token_margins(start, None, start_scores, self.output))
+        head = None
+        if own and fit:
+            mine, _ = self._scored(own, self.shared)
+            head = fit_token_bias(mine, self.output, self.settings)
+        return LikelihoodPerson(base, head, _longer(held_out), answers, scores, self.output)
 
-    def loss(self, person: Person, head: Any) -> float:
-        """As `Measure`: the share of pairs in the wrong order."""
-        return pair_error(self.margins(person, head))
-
-    def margins(self, person: Person, head: Any) -> Tensor:
-        """(n,) by how much the model prefers the chosen answers of the held-out pairs."""
-        return self._margins(person.held_out.material, head)
-
-    def _fitted(self, own: Sequence[Tokenised]) -> Any:
-        material = self._material(own, self.vector)
-        if self.shared is not None:
-            return fit_score_head(
-                material, longer(own), _which(own), self.shared, self.settings, self.widths
-            )
-        answers, output = material[0], self.adapter.base.output.detach()
-        return fit_token_bias(answers, output, self.settings)
-
-    def _margins(self, material: Any, head: Any) -> Tensor:
-        if self.shared is not None:
-            used: LabelHead = head or self.shared
-            found: Tensor = (material.double() @ used.weight.double().T)[:, 0]
-            return found
-        answers, scores = material
-        return token_margins(answers, head, scores, self.adapter.base.output.detach())
-
-    def _material(self, records: Sequence[Tokenised], vector: Vector) -> Any:
-        """Differences of answers' views (n, w), or their tokens with the shared scores."""
-        if self.shared is not None:
-            chosen = self._views([record.ids for record in records])
-            return chosen - self._views([record.rejected for record in records])
+    def _scored(
+        self, records: Sequence[Tokenised], vector: Vector
+    ) -> tuple[AnswerTokens, SharedScores]:
+        """The answers' tokens under an adapter, and the model's scores of them."""
         self.adapter.write(vector)
         answers = self._answers(records)
-        return answers, shared_scores(answers.tokens, self.adapter.base.output.detach())
-
-    @torch.no_grad()
-    def _views(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        base, new = self.adapter.base, sorted({*rows} - {*self.known}, key=len)
-        for start in range(0, len(new), _ROWS):
-            part = new[start : start + _ROWS]
-            ids, mask = pad(part, tokens=self.tokens)
-            last = pooled(base, final_states(base, ids, mask), mask)
-            found = torch.cat([last, _mean_state(prefix_states(base, 0, ids, mask), mask)], 1)
-            self.known.update(zip(part, found, strict=True))
-        return torch.stack([self.known[ids] for ids in rows])
+        return answers, shared_scores(answers.tokens, self.output)
 
     @torch.no_grad()
     def _answers(self, records: Sequence[Tokenised]) -> AnswerTokens:
@@ -144,7 +164,63 @@ class PairMeasure:
             found.append((states, ids[:, 1:][wanted], pair.repeat_interleave(each),
                           sign.repeat_interleave(each)))  # fmt: skip
         states, targets, pair, weight = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return AnswerTokens(TokenStates(states, targets, pair), weight, _which(records))
+        return AnswerTokens(TokenStates(states, targets, pair), weight, _numbered(records))
+
+
+class ScoreEvaluator:
+    """Preferences where a head scores an answer; states of the same answer are computed once.
+
+    The head sees two views of an answer: the pooled final state, and the mean of what enters the
+    first block. The shared head knows the first alone.
+
+    Args: as `person_losses.evaluator_of`, whose `pairs` are `settings`.
+    """
+
+    def __init__(
+        self, adapter: Adapter, shared: Vector, settings: PreferenceSettings, tokens: int = 0
+    ) -> None:
+        self.adapter, self.settings, self.tokens = adapter, settings, tokens
+        adapter.write(shared)
+        if adapter.head is None:
+            raise ValueError("answers are to be scored by a head, and there is none")
+        one_view = LabelHead.of(adapter.head)
+        self.widths = (one_view.weight.shape[1],) * 2
+        self.shared = widened(one_view, sum(self.widths))
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def person(
+        self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
+    ) -> ScorePerson | None:
+        """As `Evaluator.person`; under the base model all answers are equal."""
+        if not held_out:
+            return None
+        differences, head = self._differences(held_out), None
+        if own and fit:
+            head = fit_score_head(
+                self._differences(own),
+                _longer(own),
+                _numbered(own),
+                self.shared,
+                self.settings,
+                self.widths,
+            )
+        return ScorePerson(0.5, head, _longer(held_out), differences, self.shared)
+
+    def _differences(self, records: Sequence[Tokenised]) -> Tensor:
+        """(n, w) views of the chosen answers less those of the rejected ones."""
+        chosen = self._views([record.ids for record in records])
+        return chosen - self._views([record.rejected for record in records])
+
+    @torch.no_grad()
+    def _views(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        base, new = self.adapter.base, sorted({*rows} - {*self._known}, key=len)
+        for start in range(0, len(new), _ROWS):
+            part = new[start : start + _ROWS]
+            ids, mask = pad(part, tokens=self.tokens)
+            last = pooled(base, final_states(base, ids, mask), mask)
+            views = torch.cat([last, _mean_state(prefix_states(base, 0, ids, mask), mask)], 1)
+            self._known.update(zip(part, views, strict=True))
+        return torch.stack([self._known[ids] for ids in rows])
 
 
 def _mean_state(states: Tensor, mask: Tensor) -> Tensor:
@@ -152,7 +228,7 @@ def _mean_state(states: Tensor, mask: Tensor) -> Tensor:
     return functional.normalize((states * mask[:, :, None].to(states.dtype)).sum(1), dim=1)
 
 
-def _which(records: Sequence[Tokenised]) -> Tensor:
+def _numbered(records: Sequence[Tokenised]) -> Tensor:
     """(n, 2) a number for each answer, the same for the same ids."""
     numbers: dict[tuple[int, ...], int] = {}
     return torch.tensor(
@@ -160,7 +236,7 @@ def _which(records: Sequence[Tokenised]) -> Tensor:
     )
 
 
-def longer(records: Sequence[Tokenised]) -> Tensor:
+def _longer(records: Sequence[Tokenised]) -> Tensor:
     """(n,) tokens of the chosen answer less those of the rejected one."""
     return torch.tensor(
         [

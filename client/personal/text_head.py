@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
+from .head import number_of, pack, unpack, unusable
 
 __all__ = [
     "SharedScores",
@@ -46,6 +47,7 @@ CAUTION = 1.5
 
 _LOGIT_BYTES = 24 * 2**20
 _ROWS = 1024
+_TENSORS = ("tokens", "bias", "keys", "slots", "centre")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,23 @@ class TextHead:
     def is_shared(self) -> bool:
         """True when this head changes nothing."""
         return not len(self.tokens)
+
+    def to_bytes(self) -> bytes:
+        """The head as a safetensors file, for the vault."""
+        facts = {"bias_weight": repr(self.bias_weight), "memory_offset": repr(self.memory_offset)}
+        return pack("text", {name: getattr(self, name) for name in _TENSORS}, facts)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> "TextHead":
+        """As `PersonalHead.from_bytes`."""
+        tensors, facts = unpack("text", _TENSORS, content, name)
+        tokens, bias, keys, slots, centre = (tensors[each] for each in _TENSORS)
+        fits = tokens.shape == bias.shape and len(keys) == len(slots)
+        fits = fits and keys.ndim == 2 and centre.shape == keys.shape[1:]
+        if not fits or bool((slots < 0).any() or (slots >= len(tokens)).any()):
+            raise unusable(name, "its tensors do not fit together")
+        numbers = {key: number_of(facts, key, name) for key in ("bias_weight", "memory_offset")}
+        return cls(tokens, bias, keys, slots, centre, **numbers)
 
 
 def no_text_head(width: int) -> TextHead:

@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...client.personal.label_evaluator import LabelEvaluator
 from ...common.errors import ConfigError, DataError
 from ...common.files import (
     write_atomic,
     write_json_atomic,
 )
-from ..evaluation.label_evaluation import LabelRuler, measure_labels
+from ..evaluation.label_evaluation import evaluate_labels
 from . import tables
 from .comparisons import measure_text
 from .scenario import Scenario
@@ -125,8 +126,8 @@ def further(study: Study) -> Line:
 def measurer(study: Study) -> Callable[[str], Line | None]:
     """One person's line under every model, for texts or for labels."""
     if study.labelled:
-        ruler = LabelRuler(study.bench.trainer.adapter, study.shared)
-        return lambda user: measure_labels(ruler, study, user)
+        evaluator = LabelEvaluator(study.bench.trainer.adapter, study.shared)
+        return lambda user: evaluate_labels(evaluator, study, user)
     return lambda user: _text_line(study, user)
 
 

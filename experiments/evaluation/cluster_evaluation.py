@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...client.device import Bench, Device, exchange_at, kept_half, persona_of
-from ...client.personal.evaluator import measure_of
+from ...client.personal.person_losses import evaluator_of
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
 from ...common.settings.config import Config
@@ -26,9 +26,9 @@ __all__ = [
     "adapter_of",
     "choices",
     "compared",
+    "evaluate_people",
     "kept_state",
     "largest_persona",
-    "measured",
     "recovered",
     "state_of",
 ]
@@ -80,7 +80,7 @@ def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
     return found
 
 
-def measured(
+def evaluate_people(
     bench: Bench, users: Sequence[str], state: Vector, heads: bool
 ) -> dict[str, list[Any]]:
     """Losses on held-out records as in `run_evaluation.py`, and of what is one's own.
@@ -92,21 +92,21 @@ def measured(
     mine = "group" if bench.config.groups.count > 1 else "own_half"
     device = {user: Device(user, bench) for user in users}
     personas = exchange_at(bench).personas(state)
-    everybody = measure_of(bench.trainer.adapter, largest_persona(bench, state))
+    everybody = evaluator_of(bench.trainer.adapter, largest_persona(bench, state))
     found: dict[str, dict[str, float]] = {}
     for user in users:
         person = everybody.person(*device[user].measured_on(), False)
         if person is not None:
-            found[user] = {"base": person.base, "global": everybody.loss(person, None)}
+            found[user] = {"base": person.base, "global": person.loss(None)}
     own = dict(zip(found, choices(bench, list(found), state), strict=True))
     for user in found:
         vector = personas[own[user]]
-        measure = measure_of(bench.trainer.adapter, vector, kept_half(device[user]))
-        person = measure.person(*device[user].measured_on(), heads)
+        evaluator = evaluator_of(bench.trainer.adapter, vector, kept_half(device[user]))
+        person = evaluator.person(*device[user].measured_on(), heads)
         if person is not None:
-            found[user][mine] = measure.loss(person, None)
+            found[user][mine] = person.loss(None)
         if person is not None and heads:
-            found[user]["personal"] = measure.loss(person, person.head)
+            found[user]["personal"] = person.loss(person.head)
     names = ("base", "global", mine, *(("personal",) if heads else ()))
     return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
 
@@ -157,11 +157,11 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     train = bench.index.train_users
     limit = bench.config.evaluation.users
     people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
-    grouped = {name: measured(bench, users, state, False) for name, users in people.items()}
+    grouped = {name: evaluate_people(bench, users, state, False) for name, users in people.items()}
     alone, single = Bench.open(other.resolve()), state_of(other)
     if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
         raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
-    shared = {name: measured(alone, users, single, False) for name, users in people.items()}
+    shared = {name: evaluate_people(alone, users, single, False) for name, users in people.items()}
     if any(shared[name]["users"] != grouped[name]["users"] for name in people):
         raise StateError("the two runs measured different people; run `privet personas` again")
     return {

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...client.device import Bench
-from ...client.personal.evaluator import LabelMeasure, Measure, measure_of
+from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses
+from ...client.personal.person_losses import evaluator_of
 from ...client.training import records
 from ...common.errors import ConfigError, DataError
 from ...common.settings.config import Config
@@ -60,27 +61,30 @@ def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> 
     if not config.outputs:
         raise ConfigError(f"{folder} makes text; a cold start by labels needs a run with labels")
     bench = Bench.open(folder.resolve())
-    measure = measure_of(bench.trainer.adapter, global_adapter(folder))
-    if not isinstance(measure, LabelMeasure):
+    evaluator = evaluator_of(bench.trainer.adapter, global_adapter(folder))
+    if not isinstance(evaluator, LabelEvaluator):
         raise ConfigError(f"{folder} has no shared head; a cold start by labels needs one")
     people = []
     with progress.counting("reading", len(bench.index.test_users), "people") as one:
         for user in bench.index.test_users:
-            newcomer = _newcomer(user, bench, measure, config)
+            newcomer = _newcomer(user, bench, evaluator, config)
             if newcomer is not None:
                 people.append(newcomer)
             one()
-    found = curve(people, measure.shared, counts)
+    found = curve(people, evaluator.shared, counts)
     return {"run": config.name, "unit": "squared error" if config.outputs == 1 else "nats", **found}
 
 
-def _newcomer(user: str, bench: Bench, measure: Measure, config: Config) -> Newcomer | None:
+def _newcomer(
+    user: str, bench: Bench, evaluator: LabelEvaluator, config: Config
+) -> Newcomer | None:
+    """A person's material; None for somebody without own or held-out records."""
     own, held = records.split(bench.records(user), config.data.holdout)
-    mine = measure.person((), bench.tokenised(own), False)
-    rest = measure.person((), bench.tokenised(held[: config.evaluation.records]), False)
-    if mine is None or rest is None:
+    mine, rest = bench.tokenised(own), bench.tokenised(held[: config.evaluation.records])
+    if not mine or not rest:
         return None
-    return Newcomer(user, bench.index.blocks[user].group, mine.held_out, rest.held_out)
+    group = bench.index.blocks[user].group
+    return Newcomer(user, group, evaluator.features(mine), evaluator.features(rest))
 
 
 def curve(

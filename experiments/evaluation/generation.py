@@ -9,10 +9,10 @@ import torch
 from ...client.assistant.terminal_chat import as_text
 from ...client.assistant.text_generation import Sampling
 from ...client.device import Bench, Device, kept_half
-from ...client.personal.head import load_text_head, save_text_head
 from ...client.personal.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
 from ...client.training import records as data
 from ...common.errors import ConfigError, DataError
+from ...common.files import explain_os_errors, write_atomic
 from ...common.model.adapter import Vector
 from ...common.model.base_model import final_states, pad
 from .cluster_evaluation import adapter_of, state_of
@@ -58,10 +58,11 @@ def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
     name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
     path = bench.folder / "heads" / f"{name}.safetensors"
     if path.exists():
-        return load_text_head(path)
+        with explain_os_errors(path, "read"):
+            return TextHead.from_bytes(path.read_bytes(), str(path))
     head = _head(bench, user)
     path.parent.mkdir(mode=0o700, exist_ok=True)
-    save_text_head(head, path)
+    write_atomic(path, head.to_bytes())
     return head
 
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from ...client.device import Bench
-from ...client.personal.evaluator import Person
-from ...client.personal.pair_evaluator import PairMeasure, pair_error
+from ...client.personal.head import PersonalHead
+from ...client.personal.pair_evaluator import PairPerson, pair_error
 from ...client.personal.preference_head import length_bias
 from ...client.training.records import split
 from ...common.model.assets import fetch
@@ -41,22 +41,21 @@ def best_losses(bench: Bench, users: Sequence[str]) -> list[float]:
 
 
 def rows(
-    model: PairMeasure,
     bench: Bench,
     group: str,
-    people: Mapping[str, Person],
+    people: Mapping[str, PairPerson],
     losses: Mapping[str, Sequence[Any]],
     partner: Callable[[int], str],
 ) -> Rows:
     """Lines of the report's table of differences: name, title, mean, 95 % interval over people."""
     names = list(people)
-    heads: dict[str, Callable[[int], Any]] = {"shared model": lambda _: None}
+    heads: dict[str, Callable[[int], PersonalHead | None]] = {"shared model": lambda _: None}
     if "personal" in losses:
         heads["personal head"] = lambda number: people[names[number]].head
         if len(names) > 1:
             heads["another person's head"] = lambda number: people[partner(number)].head
     margins = {
-        name: [model.margins(people[user], head(i)) for i, user in enumerate(names)]
+        name: [people[user].margins(head(i)) for i, user in enumerate(names)]
         for name, head in heads.items()
     }
     found: Rows = []
@@ -88,11 +87,11 @@ def _ratio(means: NDArray[np.float64]) -> Any:
 
 
 def _length_rows(
-    name: str, group: str, people: Mapping[str, Person], margins: Sequence[torch.Tensor]
+    name: str, group: str, people: Mapping[str, PairPerson], margins: Sequence[torch.Tensor]
 ) -> Rows:
     """Correlation of margins with length beyond that of the people's choices."""
     excess = [
-        length_bias(margin, person.held_out.longer).excess
+        length_bias(margin, person.longer).excess
         for margin, person in zip(margins, people.values(), strict=True)
     ]
     interval = bootstrap_mean(excess)

@@ -15,7 +15,7 @@ trained on. Both fit their head on their own earlier records. Where people come 
 of one batch), the other head is that of somebody of the same group, fitted on the same items.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from ...client.device import Bench, Device
-from ...client.personal.evaluator import Measure, Person, measure_of
+from ...client.personal.evaluator import EvaluatedPerson, Evaluator
+from ...client.personal.pair_evaluator import PairPerson
+from ...client.personal.person_losses import evaluator_of
 from ...client.training import records
 from ...common.model.adapter import Vector
 from ...common.settings.config import Config
@@ -32,7 +34,7 @@ from . import cluster_evaluation
 
 __all__ = ["evaluate", "global_adapter"]
 
-Losses = dict[str, list[Any]]
+LossesByModel = dict[str, list[Any]]
 
 MODELS = ("base", "global", "personal", "swapped_head")
 
@@ -55,17 +57,19 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
         if final is None:
             state = cluster_evaluation.state_of(folder)
             found = {
-                name: cluster_evaluation.measured(bench, users, state, _heads_for(config, name))
+                name: cluster_evaluation.evaluate_people(
+                    bench, users, state, _heads_for(config, name)
+                )
                 for name, users in groups.items()
             }
         else:
-            model = measure_of(bench.trainer.adapter, final, pairs=config.pairs)
+            evaluator = evaluator_of(bench.trainer.adapter, final, pairs=config.pairs)
             people = {
-                name: _people(model, bench, users, _heads_for(config, name), one)
+                name: _people(evaluator, bench, users, _heads_for(config, name), one)
                 for name, users in groups.items()
             }
             found = {
-                name: _losses(model, bench, known, _heads_for(config, name))
+                name: _losses(bench, known, _heads_for(config, name))
                 for name, known in people.items()
             }
     unit = "nats per token" if config.outputs == 0 else "squared error"
@@ -74,25 +78,28 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     described: dict[str, Any] = {"name": unit, "unit": "a loss: lower is better"}
     if config.pairs is not None:
         described["name"] = "share of pairs in the wrong order"
-        described["more"] = _of_pairs(model, bench, people, found)
+        described["more"] = _of_pairs(bench, people, found)
     return {**described, "metrics_of": config.evaluation.metrics_of, **found}
 
 
 def _of_pairs(
-    model: Any, bench: Bench, people: dict[str, dict[str, Person]], found: dict[str, Losses]
+    bench: Bench,
+    people: dict[str, dict[str, EvaluatedPerson]],
+    found: dict[str, LossesByModel],
 ) -> list[dict[str, Any]]:
     """The losses of who knows best into `found`; length bias and gap as rows."""
     from . import pair_evaluation
 
     rows = []
-    for group, known in people.items():
+    for group, everybody in people.items():
+        known = {name: one for name, one in everybody.items() if isinstance(one, PairPerson)}
         names = list(known)
         best = pair_evaluation.BEST.get(bench.config.data.source)
         if best:
             found[group][best] = pair_evaluation.best_losses(bench, names)
         if names:
             partner = partial(_partner, bench.index, names)
-            rows += pair_evaluation.rows(model, bench, group, known, found[group], partner)
+            rows += pair_evaluation.rows(bench, group, known, found[group], partner)
     return rows
 
 
@@ -114,36 +121,38 @@ def _heads_for(config: Config, group: str) -> bool:
     return config.head.enabled and (config.outputs > 0 or group == config.evaluation.metrics_of)
 
 
-def _measure(measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any) -> Losses:
-    return _losses(measure, bench, _people(measure, bench, users, heads, one), heads)
-
-
 def _people(
-    measure: Measure, bench: Bench, users: Sequence[str], heads: bool, one: Any
-) -> dict[str, Person]:
+    evaluator: Evaluator,
+    bench: Bench,
+    users: Sequence[str],
+    heads: bool,
+    counted: Callable[[], None],
+) -> dict[str, EvaluatedPerson]:
+    """Everybody with held-out records; `counted` is called after each of the users."""
     people = {}
     for user in users:
-        person = measure.person(*Device(user, bench).measured_on(), heads)
+        person = evaluator.person(*Device(user, bench).measured_on(), heads)
         if person is not None:
             people[user] = person
-        one()
+        counted()
     return people
 
 
-def _losses(measure: Measure, bench: Bench, people: dict[str, Person], heads: bool) -> Losses:
+def _losses(bench: Bench, people: dict[str, EvaluatedPerson], heads: bool) -> LossesByModel:
+    """Everybody's losses under each model."""
     names = list(people)
     models = (MODELS if len(names) > 1 else MODELS[:3]) if heads else MODELS[:2]
-    losses: Losses = {name: [] for name in ("users", *models)}
+    losses: LossesByModel = {name: [] for name in ("users", *models)}
     for number, (user, person) in enumerate(people.items()):
         losses["users"].append(user)
         losses["base"].append(person.base)
-        losses["global"].append(measure.loss(person, None))
+        losses["global"].append(person.loss(None))
         if not heads:
             continue
-        losses["personal"].append(measure.loss(person, person.head))
+        losses["personal"].append(person.loss(person.head))
         if "swapped_head" in models:
             other = people[_partner(bench.index, names, number)]
-            losses["swapped_head"].append(measure.loss(person, other.head))
+            losses["swapped_head"].append(person.loss(other.head))
     return losses
 
 

@@ -18,7 +18,6 @@ from privet.client.assistant.retrieval import Index
 from privet.client.assistant.sentence_encoder import read_kept
 from privet.client.assistant.templates import builtins
 from privet.client.assistant.text_generation import Assistant, Sampling, continued
-from privet.client.personal.head import head_bytes
 from privet.client.personal.text_head import TextHead, no_text_head
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts
@@ -226,7 +225,7 @@ def home(tmp_path: Path, llama_folder: Path) -> Iterator[Home]:
         made.receive(RUN, to_toml(config))
         adapter = shared(config)
         vector = adapter.start + 0.1
-        head = head_bytes(own_head(adapter.base.width))
+        head = own_head(adapter.base.width).to_bytes()
         entries = {f"adapters/{RUN}": safetensors.numpy.save({"adapter": vector})}
         made.vault.put_all({**entries, f"heads/{RUN}": head, "records/own": records(3)})
         yield made

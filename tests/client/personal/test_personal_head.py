@@ -1,22 +1,18 @@
 """Personal heads: text, labels, and their files."""
 
 import math
-from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from privet.client.personal import label_head, text_head
-from privet.client.personal.head import (
-    load_label_head,
-    load_text_head,
-    save_label_head,
-    save_text_head,
-)
+from privet.client.personal.head import PersonalHead
 from privet.client.personal.label_head import LabelHead, fit_label_head, label_losses, predict
+from privet.client.personal.text_evaluator import TextPerson
 from privet.client.personal.text_head import (
     TextHead,
     TokenStates,
@@ -437,13 +433,12 @@ def test_wrong_labels_are_refused_with_a_sentence(build, sentence) -> None:
         build()
 
 
-# --- files --------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("head", [_forced(), _forced(memory=False), no_text_head(WIDTH)])
-def test_a_text_head_survives_its_file(tmp_path: Path, head: TextHead) -> None:
-    save_text_head(head, tmp_path / "head")
-    loaded = load_text_head(tmp_path / "head")
+def test_a_text_head_survives_its_bytes(head: TextHead) -> None:
+    loaded = TextHead.from_bytes(head.to_bytes(), "heads/run")
     data = _person(3)
     scores = shared_scores(data, _output())
     before, after = (token_losses(kept, data, _output(), scores) for kept in (head, loaded))
@@ -452,23 +447,54 @@ def test_a_text_head_survives_its_file(tmp_path: Path, head: TextHead) -> None:
 
 
 @pytest.mark.parametrize("shared", [_shared_rating(), _shared_classes()])
-def test_a_label_head_survives_its_file(tmp_path: Path, shared: LabelHead) -> None:
-    save_label_head(shared, tmp_path / "head")
-    loaded = load_label_head(tmp_path / "head")
+def test_a_label_head_survives_its_bytes(shared: LabelHead) -> None:
+    loaded = LabelHead.from_bytes(shared.to_bytes(), "heads/run")
     assert loaded.task == shared.task
     assert torch.equal(loaded.weight, shared.weight)
 
 
-def test_a_cut_an_empty_a_missing_and_a_foreign_file_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "head"
-    save_text_head(_forced(), path)
-    whole = path.read_bytes()
+def test_the_bytes_that_devices_have_kept_so_far_still_open() -> None:
+    """Written here by hand: tensors and facts as a vault has them."""
+    text, label = _forced(), _shared_rating()
+    names = ("tokens", "bias", "keys", "slots", "centre")
+    kept = safetensors.torch.save(
+        {name: getattr(text, name) for name in names},
+        {"privet": "text head 1", "bias_weight": "0.5", "memory_offset": "-2.0"},
+    )
+    assert TextHead.from_bytes(kept, "heads/run").memory_offset == -2.0
+    assert len(text.to_bytes()) == len(kept)
+    kept = safetensors.torch.save(
+        {"weight": label.weight, "bias": label.bias},
+        {"privet": "label head 1", "task": "regression", "strength": "0.1"},
+    )
+    assert LabelHead.from_bytes(kept, "heads/run").strength == 0.1
+
+
+def test_cut_and_empty_bytes_and_those_of_another_kind_are_named() -> None:
+    whole = _forced().to_bytes()
     for cut in (0, 4, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(StateError, match="not a usable personal head"):
-            load_text_head(path)
-    save_label_head(_shared_rating(), path)
+        with pytest.raises(StateError, match="heads/run is not a usable personal head"):
+            TextHead.from_bytes(whole[:cut], "heads/run")
     with pytest.raises(StateError, match="not a text head"):
-        load_text_head(path)
-    with pytest.raises(StateError, match="does not exist"):
-        load_label_head(tmp_path / "none")
+        TextHead.from_bytes(_shared_rating().to_bytes(), "heads/run")
+    with pytest.raises(StateError, match="not a label head"):
+        LabelHead.from_bytes(whole, "heads/run")
+
+
+@pytest.mark.parametrize("change", [{"slots": [0, -1]}, {"slots": [0, 2]}, {"bias": [1.0]}])
+def test_a_text_head_whose_tensors_do_not_fit_together_is_named(change) -> None:
+    tensors = {
+        "tokens": torch.tensor([3, 5]), "bias": torch.ones(2), "keys": torch.zeros(2, WIDTH),
+        "slots": torch.tensor([0, 1]), "centre": torch.zeros(WIDTH),
+    }  # fmt: skip
+    tensors |= {name: torch.tensor(values) for name, values in change.items()}
+    with pytest.raises(StateError, match="do not fit together"):
+        TextHead.from_bytes(TextHead(**tensors, bias_weight=1.0, memory_offset=0.0).to_bytes(), "h")
+
+
+def test_a_head_of_another_kind_is_refused_with_a_sentence() -> None:
+    data = _person(1)
+    person = TextPerson(0.0, None, data, shared_scores(data, _output()), _output())
+    other: PersonalHead = _shared_rating()
+    with pytest.raises(TypeError, match="expected a TextHead or None, got a LabelHead"):
+        person.loss(other)

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,16 @@ from numpy.typing import NDArray
 from privet.client.ab_arm import arm_of
 from privet.client.app import app
 from privet.client.device import Bench, Device, take_part
-from privet.client.personal.evaluator import Measured, arms_block, gains_block, measure_of, measured
+from privet.client.personal.person_losses import (
+    Losses,
+    arms_block,
+    evaluate_person,
+    evaluator_of,
+    gains_block,
+)
 from privet.client.privacy.gate import charges, release
 from privet.client.training.local_training import train
+from privet.client.training.records import Tokenised
 from privet.common.errors import ConfigError, DataError, GateRefused, ProtocolError
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import Charge, epsilon
@@ -98,7 +106,7 @@ def released(
 # --- what a device measures --------------------------------------------------------------------
 
 losses = st.floats(-1e3, 1e3)
-people = st.builds(Measured, losses, losses, losses) | st.none()
+people = st.builds(Losses, losses, losses, losses) | st.none()
 
 
 @given(people, people, st.floats(1e-3, 1e3), st.integers(0, 2))
@@ -119,7 +127,7 @@ def test_a_block_passes_the_gate_within_its_bound_and_no_record_moves_it_further
 
 
 def test_the_declared_distances_are_reached_so_that_less_would_be_too_little():
-    worst, best = Measured(0.0, 9.0, 99.0), Measured(99.0, 9.0, 0.0)
+    worst, best = Losses(0.0, 9.0, 99.0), Losses(99.0, 9.0, 0.0)
     moved = gains_block(best, 1.0) - gains_block(worst, 1.0)
     assert np.linalg.norm(moved) == pytest.approx(DIAMETERS["gains"])
     arms = ("shared", "personal")
@@ -130,7 +138,7 @@ def test_the_declared_distances_are_reached_so_that_less_would_be_too_little():
 
 
 def test_gains_are_clipped_in_units_of_their_bound_and_only_the_own_arm_is_filled():
-    found = Measured(base=5.0, shared=4.9, personal=6.0)
+    found = Losses(base=5.0, shared=4.9, personal=6.0)
     assert gains_block(found, 0.5) == pytest.approx([0.2, -1.0, 1.0])
     assert gains_block(None, 0.5).tolist() == [0.0] * 3
     arms = ("base", "shared", "personal")
@@ -150,16 +158,18 @@ def test_arms_are_balanced_stable_over_rounds_and_others_in_another_run():
     assert abs(again - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5
 
 
-def test_where_losses_are_not_finite_a_device_counts_as_one_that_measured_nothing(monkeypatch):
-    def broken(*_: Any) -> Any:
+def test_where_losses_are_not_finite_a_device_counts_as_one_that_measured_nothing():
+    own = [Tokenised((1, 2))]
+
+    def broken() -> Any:
         raise DataError("states hold NaN or infinity")
 
-    monkeypatch.setattr("privet.client.personal.evaluator.measure_of", broken)
-    assert measured(None, None, [1], [1], True) is None  # type: ignore[arg-type, list-item]
-    one = SimpleNamespace(base=math.nan, held_out=None, head=None)
-    fake = SimpleNamespace(person=lambda *_: one, loss=lambda *_: 1.0)
-    monkeypatch.setattr("privet.client.personal.evaluator.measure_of", lambda *_: fake)
-    assert measured(None, None, [1], [1], True) is None  # type: ignore[arg-type, list-item]
+    assert evaluate_person(broken, own, own, True) is None
+    one = SimpleNamespace(base=math.nan, head=None, loss=lambda _: 1.0)
+    fake: Any = SimpleNamespace(person=lambda *_: one)
+    assert evaluate_person(lambda: fake, own, own, True) is None
+    one.base = 1.0
+    assert evaluate_person(lambda: fake, own, own, True) == Losses(1.0, 1.0, 1.0)
 
 
 # --- the gate ----------------------------------------------------------------------------------
@@ -454,7 +464,7 @@ def sums_of(
     """The arms' noised sums for people who lose (shared, personal), by fair coins."""
     total, arms = np.zeros(6), arm_names(plan.arms)
     for place, both_losses in zip(rng.integers(0, 2, len(crowd)), crowd, strict=True):
-        found = Measured(0.0, *map(float, both_losses))
+        found = Losses(0.0, *map(float, both_losses))
         total += arms_block(found, plan.arms_bound, arms, int(place))
     block = blocks_of(plan)["arms"]
     spread = block.variance**0.5 * block.step
@@ -639,7 +649,8 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
         if plan.gains_bound:
             bench = Bench.open(tmp_path / "on")
             mine, held_out = bench.device(0).measured_on()
-            said = measured(trainer.adapter, start, mine, held_out, True)
+            evaluator = partial(evaluator_of, trainer.adapter, start)
+            said = evaluate_person(evaluator, mine, held_out, True)
             assert said is not None
             start = start + np.float32(said.personal)
         return right(trainer, start, records, plan, **named)
@@ -656,9 +667,9 @@ def truly(folder: Path) -> dict[str, dict[str, float]]:
     """Every device's losses under the adapter of the first round, as evaluation computes them."""
     bench = Bench.open(folder)
     users, start = bench.index.train_users, bench.trainer.adapter.start
-    found = run_evaluation._measure(
-        measure_of(bench.trainer.adapter, start), bench, users, True, lambda: None
-    )
+    evaluator = evaluator_of(bench.trainer.adapter, start)
+    people = run_evaluation._people(evaluator, bench, users, True, lambda: None)
+    found = run_evaluation._losses(bench, people, True)
     names = {"base": "base", "shared": "global", "personal": "personal"}
     return {
         user: {name: found[key][place] for name, key in names.items()}

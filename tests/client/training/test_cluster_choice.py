@@ -310,7 +310,7 @@ def test_masked_rounds_of_personas_go_through_and_the_spare_ones_are_merged(
 def test_losses_are_measured_under_the_own_persona_and_the_largest_one(finished):
     bench, state = Bench.open(finished.resolve()), cluster_evaluation.state_of(finished)
     users = list(bench.index.train_users)
-    found = cluster_evaluation.measured(bench, users, state, True)
+    found = cluster_evaluation.evaluate_people(bench, users, state, True)
     chosen = cluster_evaluation.choices(bench, users, state)
     assert found["users"] == users
     assert set(found) == {"users", "base", "global", "group", "personal"}

@@ -14,8 +14,8 @@ from privet.client.consent.offer_description import describe
 from privet.client.consent.run_offers import receive
 from privet.client.device import Bench, Device
 from privet.client.enrolled.participant import OwnDesk
-from privet.client.personal.head import load_text_head
 from privet.client.personal.kept_head import keep
+from privet.client.personal.text_head import TextHead
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts as feedback
 from privet.client.store.device_store import ME, Home
@@ -120,16 +120,15 @@ def test_a_run_on_preferences_reads_verdicts_and_any_other_run_reads_none(
 
 
 def test_at_the_end_of_a_run_the_personal_part_of_the_verdicts_is_kept_in_the_vault(
-    home: Home, llama_folder: Path, tmp_path: Path
+    home: Home, llama_folder: Path
 ):
     feedback.add(home, verdicts(60))
     config = settings(llama_folder, evaluation={"fit_records": 50, "records": 20})
     trainer = Trainer.of(shared(config), 0, config.pairs)
-    keep(OwnDesk(home, "run", config, trainer, 0), trainer.adapter.start)
+    keep(OwnDesk(home, "run", config, trainer, 0), home, "run", trainer.adapter.start)
     head = home.vault.get("heads/run")
     assert head is not None
-    (tmp_path / "head").write_bytes(head)
-    fitted = load_text_head(tmp_path / "head")
+    fitted = TextHead.from_bytes(head, "heads/run")
     bias = dict(zip(fitted.tokens.tolist(), fitted.bias.tolist(), strict=True))
     assert max(bias, key=bias.__getitem__) == 6  # the loved word
     assert home.vault.get("measured/run") is not None

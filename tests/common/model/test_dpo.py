@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from privet.client.personal.evaluator import measure_of
-from privet.client.personal.pair_evaluator import PairMeasure, pair_error
+from privet.client.personal.pair_evaluator import LikelihoodEvaluator, PairPerson, pair_error
+from privet.client.personal.person_losses import evaluator_of
 from privet.client.personal.preference_head import (
     _folds,
     fit_token_bias,
@@ -453,38 +453,37 @@ def word_lovers(count, seed, loved=(7, 8, 9)):
 
 def test_words_that_are_preferred_get_a_bias_and_later_pairs_are_ordered_by_it(texts):
     start = moved_start(texts)
-    measure = measure_of(texts.adapter, start, pairs=LIKELIHOOD)
-    assert isinstance(measure, PairMeasure)
+    evaluator = LikelihoodEvaluator(texts.adapter, start, LIKELIHOOD)
     own, later = word_lovers(50, 0), word_lovers(100, 1)
-    person = measure.person(own, later, True)
+    person = evaluator.person(own, later, True)
     assert person is not None
+    assert person.head is not None
     assert not person.head.is_shared
     bias = dict(zip(person.head.tokens.tolist(), person.head.bias.tolist(), strict=True))
     assert min(bias[token] for token in (7, 8, 9)) > 0
-    assert measure.loss(person, person.head) < measure.loss(person, None) - 0.1
-    other = measure.person(word_lovers(50, 2, loved=(100, 101, 102)), later, True)
+    assert person.loss(person.head) < person.loss(None) - 0.1
+    other = evaluator.person(word_lovers(50, 2, loved=(100, 101, 102)), later, True)
     assert other is not None
-    assert measure.loss(person, other.head) > measure.loss(person, person.head) + 0.1
+    assert person.loss(other.head) > person.loss(person.head) + 0.1
 
 
 def test_margins_are_the_same_in_training_and_in_measuring(trainer):
     start, own = moved_start(trainer), pairs_of(6)
-    measure = measure_of(trainer.adapter, start, pairs=trainer.pairs)
-    assert isinstance(measure, PairMeasure)
-    person = measure.person([], own, False)
-    assert person is not None
+    person = evaluator_of(trainer.adapter, start, pairs=trainer.pairs).person([], own, False)
+    assert isinstance(person, PairPerson)
     assert person.head is None
     expected = [margin_at(trainer, start, record) for record in own]
-    assert measure.margins(person, None).tolist() == pytest.approx(expected, abs=1e-3)
-    assert measure.loss(person, None) == pair_error(torch.tensor(expected))
+    assert person.margins(None).tolist() == pytest.approx(expected, abs=1e-3)
+    assert person.loss(None) == pair_error(torch.tensor(expected))
 
 
 def test_a_bias_moves_margins_as_its_likelihoods_say(texts):
     start = moved_start(texts)
-    measure = measure_of(texts.adapter, start, pairs=LIKELIHOOD)
-    own = word_lovers(20, 0)
-    answers, scores = measure._material(own, start)  # type: ignore[attr-defined]
-    output = texts.adapter.base.output.detach()
+    person = LikelihoodEvaluator(texts.adapter, start, LIKELIHOOD).person(
+        [], word_lovers(20, 0), False
+    )
+    assert person is not None
+    answers, scores, output = person.answers, person.scores, person.output
     head = fit_token_bias(answers, output, LIKELIHOOD)
     logits = answers.tokens.states @ output.T
     logits[:, head.tokens] += head.bias

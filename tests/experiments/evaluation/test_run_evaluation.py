@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from privet.client.device import Bench, Device
-from privet.client.personal.evaluator import measure_of
+from privet.client.personal.person_losses import evaluator_of
 from privet.client.training import records as data
 from privet.common.errors import ConfigError, DataError, StateError
 from privet.experiments.evaluation import generation, run_evaluation
@@ -43,18 +43,20 @@ def everybody(bench):
     return [*bench.index.train_users, *bench.index.test_users]
 
 
-def model_of(bench, final):
-    return measure_of(bench.trainer.adapter, final)
+def evaluator(bench, final):
+    return evaluator_of(bench.trainer.adapter, final)
 
 
 def person(one, bench, user):
     return one.person(*Device(user, bench).measured_on(), True)
 
 
-def measured(bench, final, users=None):
+def losses_of(bench, final, users=None):
     users = everybody(bench) if users is None else users
     heads = run_evaluation._heads_for(bench.config, "seen")
-    return run_evaluation._measure(model_of(bench, final), bench, users, heads, lambda: None)
+    one = evaluator(bench, final)
+    people = run_evaluation._people(one, bench, users, heads, lambda: None)
+    return run_evaluation._losses(bench, people, heads)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def bench(request):
 
 def test_the_lists_are_aligned_and_whoever_has_nothing_held_out_is_left_out(bench):
     assert "user lone" in everybody(bench)
-    losses = measured(bench, vector(bench))
+    losses = losses_of(bench, vector(bench))
     assert set(losses) == LISTS
     assert losses["users"] == [user for user in everybody(bench) if user != "user lone"]
     assert {len(values) for values in losses.values()} == {8}
@@ -102,9 +104,9 @@ def test_the_lists_are_aligned_and_whoever_has_nothing_held_out_is_left_out(benc
 
 def test_a_persons_losses_do_not_depend_on_who_else_is_measured(bench):
     final = vector(bench)
-    together = measured(bench, final)
+    together = losses_of(bench, final)
     for number, user in enumerate(together["users"][:3]):
-        alone = measured(bench, final, [user])
+        alone = losses_of(bench, final, [user])
         for model in ("base", "global", "personal"):
             assert alone[model][0] == pytest.approx(together[model][number], rel=1e-5)
         assert "swapped_head" not in alone  # there is nobody else
@@ -112,12 +114,12 @@ def test_a_persons_losses_do_not_depend_on_who_else_is_measured(bench):
 
 def test_the_head_swapped_in_is_the_next_persons(bench):
     final = vector(bench)
-    losses = measured(bench, final)
-    one = model_of(bench, final)
+    losses = losses_of(bench, final)
+    one = evaluator(bench, final)
     first, second = (person(one, bench, user) for user in losses["users"][:2])
-    assert one.loss(first, second.head) == pytest.approx(losses["swapped_head"][0], rel=1e-6)
+    assert first.loss(second.head) == pytest.approx(losses["swapped_head"][0], rel=1e-6)
     last, start = (person(one, bench, losses["users"][place]) for place in (-1, 0))
-    assert one.loss(last, start.head) == pytest.approx(losses["swapped_head"][-1], rel=1e-6)
+    assert last.loss(start.head) == pytest.approx(losses["swapped_head"][-1], rel=1e-6)
 
 
 def test_within_groups_the_head_swapped_in_is_of_the_same_group():
@@ -137,7 +139,7 @@ def held_out(bench, user):
 
 
 def test_base_is_the_model_without_any_adapter(texts):
-    losses = measured(texts, vector(texts))
+    losses = losses_of(texts, vector(texts))
     adapter = texts.trainer.adapter
     adapter.write(adapter.start)
     for user, loss in zip(losses["users"], losses["base"], strict=True):
@@ -151,25 +153,25 @@ def test_base_is_the_model_without_any_adapter(texts):
 
 
 def test_base_does_not_depend_on_the_shared_adapter_and_global_does(bench):
-    first, second = measured(bench, vector(bench)), measured(bench, vector(bench, 1))
+    first, second = losses_of(bench, vector(bench)), losses_of(bench, vector(bench, 1))
     assert first["base"] == second["base"]
     assert first["global"] != second["global"]
 
 
 def test_with_the_starting_adapter_global_is_base(bench):
-    losses = measured(bench, bench.trainer.adapter.start)
+    losses = losses_of(bench, bench.trainer.adapter.start)
     assert losses["global"] == pytest.approx(losses["base"], rel=1e-5)
 
 
 def test_for_labels_base_predicts_nothing(ratings):
-    losses = measured(ratings, vector(ratings))
+    losses = losses_of(ratings, vector(ratings))
     for user, loss in zip(losses["users"], losses["base"], strict=True):
         labels = [float(record.label) for record in held_out(ratings, user)]
         assert loss == pytest.approx(np.mean(np.square(labels)), rel=1e-5)
 
 
 def test_favourite_words_make_the_personal_model_better_and_the_swapped_one_worse(texts):
-    losses = measured(texts, texts.trainer.adapter.start)
+    losses = losses_of(texts, texts.trainer.adapter.start)
     personal, shared, swapped = (
         np.mean(losses[model]) for model in ("personal", "global", "swapped_head")
     )
@@ -179,13 +181,13 @@ def test_favourite_words_make_the_personal_model_better_and_the_swapped_one_wors
 
 def test_the_held_out_records_take_no_part_in_fitting_a_head(bench):
     """A head fitted where other records were held out is the same head."""
-    one = model_of(bench, vector(bench))
+    one = evaluator(bench, vector(bench))
     user = next(user for user in everybody(bench) if user != "user lone")
     before = person(one, bench, user)
     own, later = Device(user, bench).measured_on()
     assert (len(own), len(later)) == (7, 3)
     other = one.person(own, own[:1], True)
-    assert one.loss(before, other.head) == pytest.approx(one.loss(before, before.head), rel=1e-6)
+    assert before.loss(other.head) == pytest.approx(before.loss(before.head), rel=1e-6)
 
 
 def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, monkeypatch):
@@ -196,7 +198,7 @@ def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, mon
         "measured_on",
         lambda self: ([] if self.name == nobody else right(self)[0], right(self)[1]),
     )
-    losses = measured(bench, vector(bench))
+    losses = losses_of(bench, vector(bench))
     place = losses["users"].index(nobody)
     assert losses["personal"][place] == losses["global"][place]
     assert losses["swapped_head"][place - 1] == losses["global"][place - 1]
@@ -204,7 +206,7 @@ def test_whoever_has_nothing_to_fit_on_falls_back_to_the_shared_model(bench, mon
 
 def test_with_heads_off_everybody_has_the_shared_model(tmp_path, llama_base):
     bench = opened(tmp_path, llama_base, False, head={"enabled": False})
-    assert set(measured(bench, vector(bench))) == {"users", "base", "global"}
+    assert set(losses_of(bench, vector(bench))) == {"users", "base", "global"}
 
 
 # --- whole runs ---------------------------------------------------------------------------------
