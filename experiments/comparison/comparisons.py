@@ -16,7 +16,7 @@ The experimenter reads this off simulated devices; nothing of it passes a server
 covers it.
 
 **Guarantee**: `OwnSide.of` sees a person's own records only. Head, weights and the choice of a
-model are made there, before the held-out records are looked at; `measure_text` only scores.
+model are made there, before the held-out records are looked at; `evaluate_text` only scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ from ...client.personal.text_head import (
 from ...common.model.adapter import Adapter, Vector
 from ..evaluation.contexts import Asked, History, Row, Scored, asked, states_of
 
-__all__ = ["CONTROLS", "OwnSide", "Ruler", "measure_text", "summed", "surest"]
+__all__ = ["CONTROLS", "ComparisonEvaluator", "OwnSide", "evaluate_text", "summed", "surest"]
 
 CONTROLS = (
     "retrieval_swapped",
@@ -58,8 +58,8 @@ Sums = dict[str, list[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Ruler:
-    """What everybody is measured with.
+class ComparisonEvaluator:
+    """What everybody is evaluated with: the models side by side.
 
     Attributes:
         adapter: overwritten.
@@ -124,30 +124,30 @@ class OwnSide:
     others: dict[str, int] = field(repr=False)
 
     @classmethod
-    def of(cls, ruler: Ruler, own: Sequence[Sequence[int]]) -> "OwnSide":
+    def of(cls, evaluator: ComparisonEvaluator, own: Sequence[Sequence[int]]) -> "OwnSide":
         """Fit and choose on own records (token ids, earliest first).
 
         Heads and histories that choose are made without the validation records, then everything
         is made again from all own records. With fewer than `MIN_RECORDS` there is nothing to
         choose on: texts in front when there is any, else the shared model.
         """
-        tokenizer = ruler.adapter.base.tokenizer
-        history = History.of(own, tokenizer, ruler.encoder)
-        nothing = no_text_head(ruler.adapter.base.width)
+        tokenizer = evaluator.adapter.base.tokenizer
+        history = History.of(own, tokenizer, evaluator.encoder)
+        nothing = no_text_head(evaluator.adapter.base.width)
         if len(own) < MIN_RECORDS:
             chosen = "retrieval" if own else "global"
-            return cls(history, nothing, nothing, {}, chosen, dict.fromkeys(ruler.others, 0))
-        questions = ruler.asked(own)
+            return cls(history, nothing, nothing, {}, chosen, dict.fromkeys(evaluator.others, 0))
+        questions = evaluator.asked(own)
         queries = [one.query(tokenizer) for one in questions]
         fronted = [
-            Row(history.context(query, ruler.budget, before=place), one)
+            Row(history.context(query, evaluator.budget, before=place), one)
             for place, (query, one) in enumerate(zip(queries, questions, strict=True))
         ]
         alone = [Row((), one) for one in questions]
         plain, with_texts = (
-            _Ready.of(ruler.states(rows)[0], ruler.output) for rows in (alone, fronted)
+            _Ready.of(evaluator.states(rows)[0], evaluator.output) for rows in (alone, fronted)
         )
-        cut = len(own) - max(2, round(len(own) * ruler.validation))
+        cut = len(own) - max(2, round(len(own) * evaluator.validation))
         validation = _validation(plain, with_texts, cut)
         return cls(
             history=history,
@@ -155,17 +155,22 @@ class OwnSide:
             hybrid=with_texts.fitted(),
             validation=validation,
             chosen=choice(validation),
-            others={name: _best(ruler, alone, found) for name, found in ruler.others.items()},
+            others={
+                name: _best(evaluator, alone, found) for name, found in evaluator.others.items()
+            },
         )
 
 
-def measure_text(
-    ruler: Ruler, own: OwnSide, other: OwnSide | None, held_out: Sequence[Sequence[int]]
+def evaluate_text(
+    evaluator: ComparisonEvaluator,
+    own: OwnSide,
+    other: OwnSide | None,
+    held_out: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
     """One person's nats per held-out record under every model and control.
 
     Args:
-        ruler: the same for everybody.
+        evaluator: the same for everybody.
         own: the person's side.
         other: another person's, for the controls; None: no controls.
         held_out: token ids, in the order of time; at least one with two tokens.
@@ -174,31 +179,31 @@ def measure_text(
         `{"tokens": [...], "bytes": [...], "nats": {model: [...]}, "chosen", "validation"}`; a list
         has one entry a record, tokens and bytes are those that are scored.
     """
-    tokenizer, output = ruler.adapter.base.tokenizer, ruler.output
-    questions = ruler.asked(held_out)
+    tokenizer, output = evaluator.adapter.base.tokenizer, evaluator.output
+    questions = evaluator.asked(held_out)
     queries = [one.query(tokenizer) for one in questions]
     alone = [Row((), one) for one in questions]
-    mine = _fronted(own.history, queries, questions, ruler.budget)
-    start = ruler.adapter.start
-    vectors = (ruler.shared, start) if ruler.trained else (ruler.shared,)
-    extra = [found[own.others[name]] for name, found in ruler.others.items()]
-    plain, *more = (_Ready.of(one, output) for one in ruler.states(alone, *vectors, *extra))
-    fronted, *base_fronted = (_Ready.of(one, output) for one in ruler.states(mine, *vectors))
+    mine = _fronted(own.history, queries, questions, evaluator.budget)
+    start = evaluator.adapter.start
+    vectors = (evaluator.shared, start) if evaluator.trained else (evaluator.shared,)
+    extra = [found[own.others[name]] for name, found in evaluator.others.items()]
+    plain, *more = (_Ready.of(one, output) for one in evaluator.states(alone, *vectors, *extra))
+    fronted, *base_fronted = (_Ready.of(one, output) for one in evaluator.states(mine, *vectors))
     nats: Sums = {}
-    if ruler.trained:
+    if evaluator.trained:
         nats |= {"base": more.pop(0).sums(), "prompt": base_fronted[0].sums()}
     nats |= {
-        ruler.name("global"): plain.sums(),
-        ruler.name("retrieval"): fronted.sums(),
+        evaluator.name("global"): plain.sums(),
+        evaluator.name("retrieval"): fronted.sums(),
         "head": plain.sums(own.head),
         "hybrid": fronted.sums(own.hybrid),
-        **{name: ready.sums() for name, ready in zip(ruler.others, more, strict=True)},
+        **{name: ready.sums() for name, ready in zip(evaluator.others, more, strict=True)},
     }
-    chosen = ruler.name(own.chosen)
+    chosen = evaluator.name(own.chosen)
     nats["personal"] = nats[chosen]
     if other is not None:
-        theirs = _fronted(other.history, queries, questions, ruler.budget)
-        swapped = _Ready.of(ruler.states(theirs)[0], output)
+        theirs = _fronted(other.history, queries, questions, evaluator.budget)
+        swapped = _Ready.of(evaluator.states(theirs)[0], output)
         nats |= {
             "retrieval_swapped": swapped.sums(),
             "head_swapped": plain.sums(other.head),
@@ -211,7 +216,7 @@ def measure_text(
         "bytes": [len(one.scored_text(tokenizer).encode()) for one in questions],
         "nats": nats,
         "chosen": chosen,
-        "validation": {ruler.name(model): sums for model, sums in own.validation.items()},
+        "validation": {evaluator.name(model): sums for model, sums in own.validation.items()},
     }
 
 
@@ -277,12 +282,12 @@ def _validation(plain: "_Ready", fronted: "_Ready", cut: int) -> Sums:
     }
 
 
-def _best(ruler: Ruler, rows: Sequence[Row], vectors: Sequence[Vector]) -> int:
+def _best(evaluator: ComparisonEvaluator, rows: Sequence[Row], vectors: Sequence[Vector]) -> int:
     """The adapter with the lowest loss on the own records."""
     if len(vectors) == 1:
         return 0
-    states = ruler.states(rows, *vectors)
-    losses = [sum(_Ready.of(one, ruler.output).sums()) for one in states]
+    states = evaluator.states(rows, *vectors)
+    losses = [sum(_Ready.of(one, evaluator.output).sums()) for one in states]
     return int(np.argmin(losses))
 
 

@@ -24,7 +24,7 @@ from ...common.files import (
 )
 from ..evaluation.label_evaluation import evaluate_labels
 from . import tables
-from .comparisons import measure_text
+from .comparisons import evaluate_text
 from .scenario import Scenario
 from .study import Study
 
@@ -51,7 +51,7 @@ def compare(scenario: Scenario, runs: Path) -> Line:
     from . import comparison_page, harm
 
     study = Study.open(scenario, runs)
-    rows = study.stage("users", study.users, measurer(study))
+    rows = study.stage("users", study.users, user_evaluation(study))
     if not rows:
         raise DataError(f"{study.folder}: nobody of {len(study.users)} people has a held-out text")
     rows = placed(study, rows)
@@ -110,20 +110,20 @@ def further(study: Study) -> Line:
         return found
     if wanted.cold_start.users:
         users = study.users[: wanted.cold_start.users]
-        lines = study.stage("newcomers", users, lambda user: newcomers.measured(study, user))
+        lines = study.stage("newcomers", users, lambda user: newcomers.evaluate_user(study, user))
         found["cold_start"] = newcomers.curve(lines, wanted.bootstrap)
     if wanted.answers.users and len(study.users) > 1:
         users = study.users[: wanted.answers.users]
-        lines = study.stage("answers", users, lambda user: answers.measured(study, user))
+        lines = study.stage("answers", users, lambda user: answers.evaluate_user(study, user))
         found["answers"] = answers.summarised(lines, wanted.bootstrap)
     if wanted.harm.memory_users:
         users = study.users[: wanted.harm.memory_users]
-        lines = study.stage("memory", users, lambda user: memorisation.measured(study, user))
+        lines = study.stage("memory", users, lambda user: memorisation.evaluate_user(study, user))
         found["memory"] = memorisation.summarised(lines, wanted.bootstrap)
     return found
 
 
-def measurer(study: Study) -> Callable[[str], Line | None]:
+def user_evaluation(study: Study) -> Callable[[str], Line | None]:
     """One person's line under every model, for texts or for labels."""
     if study.labelled:
         evaluator = LabelEvaluator(study.bench.trainer.adapter, study.shared)
@@ -137,5 +137,5 @@ def _text_line(study: Study, user: str) -> Line | None:
         return None
     partner = study.partner(user)
     own, other = study.side(user), None if partner is None else study.side(partner)
-    line = measure_text(study.ruler, own, other, held_out)
+    line = evaluate_text(study.evaluator, own, other, held_out)
     return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **line}

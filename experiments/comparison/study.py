@@ -28,7 +28,7 @@ from .. import progress, simulate
 from ..evaluation import run_evaluation
 from ..evaluation.cluster_evaluation import kept_state
 from ..named import configuration, run_folder
-from .comparisons import OwnSide, Ruler
+from .comparisons import ComparisonEvaluator, OwnSide
 from .scenario import Scenario
 
 __all__ = ["Study", "spread"]
@@ -88,10 +88,10 @@ class Study:
         }
 
     @cached_property
-    def ruler(self) -> Ruler:
-        """What texts are measured with."""
+    def evaluator(self) -> ComparisonEvaluator:
+        """What texts are evaluated with."""
         wanted = self.scenario
-        return Ruler(
+        return ComparisonEvaluator(
             self.bench.trainer.adapter,
             self.shared,
             self.trained,
@@ -136,7 +136,7 @@ class Study:
         if user not in sides:
             while len(sides) >= SIDES:
                 sides.pop(next(iter(sides)))
-            sides[user] = OwnSide.of(self.ruler, [one.ids for one in self.own(user)])
+            sides[user] = OwnSide.of(self.evaluator, [one.ids for one in self.own(user)])
         found: OwnSide = sides[user]
         return found
 

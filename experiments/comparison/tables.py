@@ -50,7 +50,7 @@ def summarised(rows: Sequence[Row], draws: int) -> dict[str, Any]:
     """The tables of a comparison.
 
     Args:
-        rows: a line for each person, of `measure_text` or `evaluate_labels`.
+        rows: a line for each person, of `evaluate_text` or `evaluate_labels`.
         draws: of the bootstrap.
     """
     measured = list(next(iter(rows))["nats"])

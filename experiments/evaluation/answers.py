@@ -25,7 +25,7 @@ from .user_statistics import bootstrap_mean
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["continued", "measured", "summarised"]
+__all__ = ["continued", "evaluate_user", "summarised"]
 
 Line = dict[str, Any]
 
@@ -81,10 +81,10 @@ def continued(
     return found
 
 
-def measured(study: "Study", user: str) -> Line | None:
-    """One person's answers under the four models, measured; the texts themselves are not kept."""
-    wanted, ruler = study.scenario.answers, study.ruler
-    base = ruler.adapter.base
+def evaluate_user(study: "Study", user: str) -> Line | None:
+    """One person's answers under the four models, evaluated; the texts themselves are not kept."""
+    wanted, evaluator = study.scenario.answers, study.evaluator
+    base = evaluator.adapter.base
     held_out, _ = study.held_out(user)
     if not held_out:
         return None
@@ -92,19 +92,19 @@ def measured(study: "Study", user: str) -> Line | None:
     if partner is None:
         return None
     own, other = study.side(user), study.side(partner)
-    questions = ruler.asked(held_out[: wanted.records])
+    questions = evaluator.asked(held_out[: wanted.records])
     openings = [list(one.ids[: one.given]) for one in questions]
     queries = [one.query(base.tokenizer) for one in questions]
     mine, theirs = (
-        [list(side.history.context(query, ruler.budget)) + start
+        [list(side.history.context(query, evaluator.budget)) + start
          for query, start in zip(queries, openings, strict=True)]
         for side in (own, other)
     )  # fmt: skip
-    ruler.adapter.write(ruler.shared)
+    evaluator.adapter.write(evaluator.shared)
     settings: Line = {
         "tokens": wanted.tokens,
         "temperature": wanted.temperature,
-        "half": ruler.half,
+        "half": evaluator.half,
     }
     made = {
         "shared": continued(base, openings, None, seed=1, **settings),
@@ -162,7 +162,7 @@ def _line(
     for name in ("swapped", "again", "shared"):
         overlap = text_overlap(texts[name], texts["hybrid"])["rougeL"]
         found[f"{name}_from_hybrid"] = 1.0 - overlap
-    encoder = study.ruler.encoder
+    encoder = study.evaluator.encoder
     if encoder is not None:
         for name in MODELS[:2]:
             rows = encoder(texts[name]).astype(np.float64)

@@ -40,7 +40,7 @@ def evaluate_labels(evaluator: LabelEvaluator, people: People, user: str) -> dic
     """One person's losses and predictions on held-out records; None where there is none.
 
     Returns:
-        As `comparisons.measure_text`, `nats` being losses, with `predicted` and `labels`.
+        As `comparisons.evaluate_text`, `nats` being losses, with `predicted` and `labels`.
     """
     held_out, time = people.labelled_held_out(user)
     if not held_out:

@@ -22,7 +22,7 @@ from .user_statistics import bootstrap_mean
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["exposure", "measured", "rare_runs", "summarised"]
+__all__ = ["evaluate_user", "exposure", "rare_runs", "summarised"]
 
 Line = dict[str, Any]
 
@@ -65,12 +65,12 @@ def rare_runs(
     return [(prefix, run) for rare, prefix, run in found[:count] if rare]
 
 
-def measured(study: "Study", user: str) -> Line | None:
+def evaluate_user(study: "Study", user: str) -> Line | None:
     """Mean exposure of a person's rare strings under base, shared and personal models.
 
     None: the person has none, or nobody else has texts to compare them with.
     """
-    ruler, adapter = study.ruler, study.ruler.adapter
+    evaluator, adapter = study.evaluator, study.evaluator.adapter
     own = [one.ids for one in study.own(user)]
     rest = [one.ids for other in study.users if other != user for one in study.own(other)]
     strings = rare_runs(own, Counter(token for ids in rest for token in ids), STRINGS)
@@ -82,15 +82,17 @@ def measured(study: "Study", user: str) -> Line | None:
     for prefix, run in strings:
         runs = [run, *(_drawn(rest, rng) for _ in range(RUNS - 1))]
         questions = [Asked(prefix + each, PREFIX) for each in runs]
-        context = side.history.context(questions[0].query(adapter.base.tokenizer), ruler.budget)
-        base, shared = ruler.states([Row((), q) for q in questions], adapter.start, ruler.shared)
-        (fronted,) = ruler.states([Row(context, q) for q in questions])
+        context = side.history.context(questions[0].query(adapter.base.tokenizer), evaluator.budget)
+        base, shared = evaluator.states(
+            [Row((), q) for q in questions], adapter.start, evaluator.shared
+        )
+        (fronted,) = evaluator.states([Row(context, q) for q in questions])
         models = {
             "base": (base, None), "shared": (shared, None), "head": (shared, side.head),
             "retrieval": (fronted, None), "hybrid": (fronted, side.hybrid),
         }  # fmt: skip
         for name, (states, head) in models.items():
-            found.setdefault(name, []).append(exposure(summed(states, ruler.output, head)))
+            found.setdefault(name, []).append(exposure(summed(states, evaluator.output, head)))
     return {"strings": len(strings), **{name: float(np.mean(bits)) for name, bits in found.items()}}
 
 

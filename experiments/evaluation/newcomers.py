@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..comparison.comparisons import OwnSide, measure_text
+from ..comparison.comparisons import OwnSide, evaluate_text
 from .user_statistics import bootstrap_mean, fraction_hurt
 
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["curve", "measured"]
+__all__ = ["curve", "evaluate_user"]
 
 Line = dict[str, Any]
 
 
-def measured(study: "Study", user: str) -> Line | None:
+def evaluate_user(study: "Study", user: str) -> Line | None:
     """One person's nats on the held-out records with each number of own records."""
     held_out, _ = study.held_out(user)
     own = [one.ids for one in study.own(user)]
@@ -31,9 +31,9 @@ def measured(study: "Study", user: str) -> Line | None:
         return None
     found: Line = {"counts": counts, "shared": None, "personal": [], "chosen": []}
     for count in counts:
-        side = OwnSide.of(study.ruler, own[len(own) - count :])
-        line = measure_text(study.ruler, side, None, held_out)
-        found["shared"] = sum(line["nats"][study.ruler.name("global")])
+        side = OwnSide.of(study.evaluator, own[len(own) - count :])
+        line = evaluate_text(study.evaluator, side, None, held_out)
+        found["shared"] = sum(line["nats"][study.evaluator.name("global")])
         found["bytes"] = sum(line["bytes"])
         found["personal"].append(sum(line["nats"]["personal"]))
         found["chosen"].append(line["chosen"])

@@ -11,7 +11,13 @@ from privet.client.assistant.retrieval import Index
 from privet.common.model.adapter import attach
 from privet.common.settings.config import AdapterSettings
 from privet.experiments.comparison import comparisons, tables
-from privet.experiments.comparison.comparisons import OwnSide, Ruler, choice, measure_text, surest
+from privet.experiments.comparison.comparisons import (
+    ComparisonEvaluator,
+    OwnSide,
+    choice,
+    evaluate_text,
+    surest,
+)
 from privet.experiments.evaluation import contexts
 from privet.experiments.evaluation.contexts import History, Row, asked, states_of
 
@@ -32,8 +38,8 @@ def shared(adapter):
 
 
 @pytest.fixture(scope="module")
-def ruler(adapter, shared):
-    return Ruler(adapter, shared, opening=2, budget=24)
+def evaluator(adapter, shared):
+    return ComparisonEvaluator(adapter, shared, opening=2, budget=24)
 
 
 def records(adapter, seed, count, length=10):
@@ -49,12 +55,14 @@ def records(adapter, seed, count, length=10):
 # --- what is given, what is scored --------------------------------------------------------------
 
 
-def test_every_model_is_scored_on_the_same_tokens_with_and_without_texts_in_front(adapter, ruler):
+def test_every_model_is_scored_on_the_same_tokens_with_and_without_texts_in_front(
+    adapter, evaluator
+):
     own, later = records(adapter, 0, 6), records(adapter, 0, 3)
-    side = OwnSide.of(ruler, own)
-    questions = ruler.asked(later)
-    (alone,) = ruler.states([Row((), one) for one in questions])
-    (fronted,) = ruler.states([Row(side.history.context("", 24), one) for one in questions])
+    side = OwnSide.of(evaluator, own)
+    questions = evaluator.asked(later)
+    (alone,) = evaluator.states([Row((), one) for one in questions])
+    (fronted,) = evaluator.states([Row(side.history.context("", 24), one) for one in questions])
     assert torch.equal(alone.states.targets[alone.scored], fronted.states.targets[fronted.scored])
     assert int(alone.scored.sum()) == 3 * 10 - 3  # start and one word given, the end has no bytes
 
@@ -103,26 +111,26 @@ def changed_end(adapter, one):
     return dataclasses.replace(one, ids=ids)
 
 
-def contexts_of(adapter, ruler, query):
-    own = OwnSide.of(ruler, records(adapter, 5, 12))
-    one = ruler.asked(records(adapter, 5, 14))[-1]
+def contexts_of(adapter, evaluator, query):
+    own = OwnSide.of(evaluator, records(adapter, 5, 12))
+    one = evaluator.asked(records(adapter, 5, 14))[-1]
     return [own.history.context(query(each), 24) for each in (one, changed_end(adapter, one))]
 
 
-def test_what_stands_in_front_depends_on_the_opening_only(adapter, ruler):
+def test_what_stands_in_front_depends_on_the_opening_only(adapter, evaluator):
     tokenizer = adapter.base.tokenizer
-    first, second = contexts_of(adapter, ruler, lambda one: one.query(tokenizer))
+    first, second = contexts_of(adapter, evaluator, lambda one: one.query(tokenizer))
     assert first == second
 
 
-def test_a_query_that_peeks_is_caught_by_the_test_above(adapter, ruler):
+def test_a_query_that_peeks_is_caught_by_the_test_above(adapter, evaluator):
     tokenizer = adapter.base.tokenizer
-    first, second = contexts_of(adapter, ruler, lambda one: tokenizer.decode(one.ids))
+    first, second = contexts_of(adapter, evaluator, lambda one: tokenizer.decode(one.ids))
     assert first != second
 
 
 def test_measure_text_searches_with_openings_and_never_finds_held_out_texts(
-    adapter, ruler, monkeypatch
+    adapter, evaluator, monkeypatch
 ):
     own, other, later = (records(adapter, seed, 8) for seed in (6, 7, 8))
     asked_for, right = [], Index.search
@@ -132,12 +140,12 @@ def test_measure_text_searches_with_openings_and_never_finds_held_out_texts(
         return right(self, query, *rest)
 
     monkeypatch.setattr(Index, "search", search)
-    sides = OwnSide.of(ruler, own), OwnSide.of(ruler, other)
+    sides = OwnSide.of(evaluator, own), OwnSide.of(evaluator, other)
     asked_for.clear()
-    measure_text(ruler, *sides, later)
+    evaluate_text(evaluator, *sides, later)
     tokenizer = adapter.base.tokenizer
-    assert set(asked_for) == {one.query(tokenizer) for one in ruler.asked(later)}
-    ends = [one.scored_text(tokenizer) for one in ruler.asked(later)]
+    assert set(asked_for) == {one.query(tokenizer) for one in evaluator.asked(later)}
+    ends = [one.scored_text(tokenizer) for one in evaluator.asked(later)]
     assert not any(end in query for end in ends for query in asked_for)
     assert set(sides[0].history.ids) == set(own)
 
@@ -184,14 +192,14 @@ def test_a_few_records_keep_the_own_texts_while_they_do_better_on_average():
     assert choice({**unsure, "hybrid": [8.0, 10.1]}) == "hybrid"  # which is sure
 
 
-def test_the_choice_does_not_see_the_test_records(adapter, ruler):
+def test_the_choice_does_not_see_the_test_records(adapter, evaluator):
     """The same person with quite other test records: the same choice, the same validation."""
     own, other = (
-        OwnSide.of(ruler, records(adapter, 0, 12)),
-        OwnSide.of(ruler, records(adapter, 1, 12)),
+        OwnSide.of(evaluator, records(adapter, 0, 12)),
+        OwnSide.of(evaluator, records(adapter, 1, 12)),
     )
     found = [
-        measure_text(ruler, own, other, later)
+        evaluate_text(evaluator, own, other, later)
         for later in (records(adapter, 0, 4), records(adapter, 1, 4))
     ]  # fmt: skip
     assert found[0]["chosen"] == found[1]["chosen"]
@@ -199,13 +207,13 @@ def test_the_choice_does_not_see_the_test_records(adapter, ruler):
     assert found[0]["nats"] != found[1]["nats"]
 
 
-def test_a_choice_on_test_records_would_flatter_and_is_told_apart(adapter, ruler):
+def test_a_choice_on_test_records_would_flatter_and_is_told_apart(adapter, evaluator):
     """Own words make the head sure; on a stranger's records it hurts, and it is still chosen."""
     own, other = (
-        OwnSide.of(ruler, records(adapter, 0, 16)),
-        OwnSide.of(ruler, records(adapter, 1, 16)),
+        OwnSide.of(evaluator, records(adapter, 0, 16)),
+        OwnSide.of(evaluator, records(adapter, 1, 16)),
     )
-    found = measure_text(ruler, own, other, records(adapter, 1, 6))
+    found = evaluate_text(evaluator, own, other, records(adapter, 1, 6))
     losses = {name: sum(found["nats"][name]) for name in ("global", "retrieval", "head", "hybrid")}
     assert own.chosen != "global"
     assert losses[found["chosen"]] > losses["global"]  # hurt, and said so
@@ -215,33 +223,33 @@ def test_a_choice_on_test_records_would_flatter_and_is_told_apart(adapter, ruler
     assert losses[on_test] < losses[own.chosen]
 
 
-def test_validation_records_take_no_part_in_the_heads_that_choose(adapter, ruler):
+def test_validation_records_take_no_part_in_the_heads_that_choose(adapter, evaluator):
     own = records(adapter, 0, 12)
     strange = records(adapter, 1, 12)
-    cut = 12 - max(2, round(12 * ruler.validation))
-    one = OwnSide.of(ruler, own).validation
-    two = OwnSide.of(ruler, [*own[:cut], own[cut], *strange[cut + 1 :]]).validation
+    cut = 12 - max(2, round(12 * evaluator.validation))
+    one = OwnSide.of(evaluator, own).validation
+    two = OwnSide.of(evaluator, [*own[:cut], own[cut], *strange[cut + 1 :]]).validation
     assert one["head"][0] == pytest.approx(two["head"][0], rel=1e-5)
 
 
-def test_with_too_few_records_to_choose_texts_go_in_front_and_with_none_nothing(adapter, ruler):
-    few, none = OwnSide.of(ruler, records(adapter, 0, 3)), OwnSide.of(ruler, [])
+def test_with_too_few_records_to_choose_texts_go_in_front_and_with_none_nothing(adapter, evaluator):
+    few, none = OwnSide.of(evaluator, records(adapter, 0, 3)), OwnSide.of(evaluator, [])
     assert (few.chosen, none.chosen) == ("retrieval", "global")
     assert few.head.is_shared
     assert none.hybrid.is_shared
-    found = measure_text(ruler, none, few, records(adapter, 0, 3))
+    found = evaluate_text(evaluator, none, few, records(adapter, 0, 3))
     assert found["nats"]["personal"] == found["nats"]["global"] == found["nats"]["retrieval"]
 
 
 # --- models and controls ------------------------------------------------------------------------
 
 
-def test_all_models_and_controls_are_there_and_own_words_help(adapter, ruler):
+def test_all_models_and_controls_are_there_and_own_words_help(adapter, evaluator):
     own, other = (
-        OwnSide.of(ruler, records(adapter, 0, 20)),
-        OwnSide.of(ruler, records(adapter, 1, 20)),
+        OwnSide.of(evaluator, records(adapter, 0, 20)),
+        OwnSide.of(evaluator, records(adapter, 1, 20)),
     )
-    found = measure_text(ruler, own, other, records(adapter, 0, 25)[20:])
+    found = evaluate_text(evaluator, own, other, records(adapter, 0, 25)[20:])
     assert set(found["nats"]) == {
         "base", "prompt", "global", "retrieval", "head", "hybrid", "personal",
         *comparisons.CONTROLS,
@@ -250,35 +258,38 @@ def test_all_models_and_controls_are_there_and_own_words_help(adapter, ruler):
     assert total["head"] < total["global"] - 5
     assert total["head_swapped"] > total["head"] + 5
     assert {len(values) for values in found["nats"].values()} == {5}
-    assert found["bytes"] == [len(t.encode()) for t in _ends(adapter, ruler)]
+    assert found["bytes"] == [len(t.encode()) for t in _ends(adapter, evaluator)]
 
 
-def _ends(adapter, ruler):
+def _ends(adapter, evaluator):
     return [
-        one.scored_text(adapter.base.tokenizer) for one in ruler.asked(records(adapter, 0, 25)[20:])
+        one.scored_text(adapter.base.tokenizer)
+        for one in evaluator.asked(records(adapter, 0, 25)[20:])
     ]
 
 
 def test_without_a_trained_adapter_the_base_model_is_the_shared_one(adapter):
-    ruler = Ruler(adapter, adapter.start, trained=False, opening=2, budget=24)
-    own = OwnSide.of(ruler, records(adapter, 0, 8))
-    found = measure_text(ruler, own, own, records(adapter, 0, 3))
+    evaluator = ComparisonEvaluator(adapter, adapter.start, trained=False, opening=2, budget=24)
+    own = OwnSide.of(evaluator, records(adapter, 0, 8))
+    found = evaluate_text(evaluator, own, own, records(adapter, 0, 3))
     assert set(found["nats"]) & {"global", "retrieval"} == set()
     assert found["chosen"] in {"base", "prompt", "head", "hybrid"}
 
 
 def test_an_adapter_of_another_run_is_measured_and_of_several_own_records_choose(adapter, shared):
     worse = (shared + 1.0).astype(np.float32)
-    ruler = Ruler(adapter, shared, others={"group": (worse, shared)}, opening=2, budget=24)
+    evaluator = ComparisonEvaluator(
+        adapter, shared, others={"group": (worse, shared)}, opening=2, budget=24
+    )
     mine = records(adapter, 0, 8)
-    own = OwnSide.of(ruler, mine)
-    rows = [Row((), one) for one in ruler.asked(mine)]
+    own = OwnSide.of(evaluator, mine)
+    rows = [Row((), one) for one in evaluator.asked(mine)]
     sums = [
-        sum(comparisons._Ready.of(x, ruler.output).sums())
-        for x in ruler.states(rows, worse, shared)
+        sum(comparisons._Ready.of(x, evaluator.output).sums())
+        for x in evaluator.states(rows, worse, shared)
     ]
     assert own.others == {"group": int(np.argmin(sums))}
-    found = measure_text(ruler, own, own, records(adapter, 0, 3))
+    found = evaluate_text(evaluator, own, own, records(adapter, 0, 3))
     same = found["nats"]["group"] == pytest.approx(found["nats"]["global"], rel=1e-5)
     assert same == (own.others["group"] == 1)
 

@@ -11,7 +11,7 @@ from privet.common.model.adapter import attach
 from privet.common.model.base_model import final_states
 from privet.common.settings.config import AdapterSettings
 from privet.experiments.comparison import harm, tables
-from privet.experiments.comparison.comparisons import OwnSide, Ruler, summed
+from privet.experiments.comparison.comparisons import ComparisonEvaluator, OwnSide, summed
 from privet.experiments.comparison.scenario import Scenario
 from privet.experiments.evaluation import answers, memorisation, newcomers
 from privet.experiments.evaluation.contexts import Asked, Row
@@ -28,8 +28,8 @@ def adapter(llama):
 
 
 @pytest.fixture(scope="module")
-def ruler(adapter):
-    return Ruler(adapter, adapter.start, opening=2, budget=24)
+def evaluator(adapter):
+    return ComparisonEvaluator(adapter, adapter.start, opening=2, budget=24)
 
 
 def found(rows, scenario=SCENARIO, **more):
@@ -155,19 +155,21 @@ def test_rare_runs_are_those_nobody_else_used():
     assert rare_runs([common], others, 2) == []
 
 
-def test_a_planted_string_is_exposed_by_texts_in_front_and_head_and_not_by_the_base(adapter, ruler):
+def test_a_planted_string_is_exposed_by_texts_in_front_and_head_and_not_by_the_base(
+    adapter, evaluator
+):
     """The canary: said often by the person, so whoever holds the personal model can ask for it."""
     own = records(adapter, 0, 12)
     word = adapter.base.tokenizer("gato gato gato kito kito kito kito", add_special_tokens=False)
     prefix, run = tuple(word["input_ids"][-8:-4]) or (), tuple(word["input_ids"][-4:])
     canary = (4, *own[0][1:3], *prefix, *run, 5)
-    side = OwnSide.of(ruler, [*own, *[canary] * 6])
+    side = OwnSide.of(evaluator, [*own, *[canary] * 6])
     rest = records(adapter, 1, 15)
     runs = [run, *(one[2:6] for one in rest)]
     questions = [Asked(prefix + each, len(prefix)) for each in runs]
-    (plain,) = ruler.states([Row((), q) for q in questions])
-    alone = exposure(summed(plain, ruler.output, None))
-    with_head = exposure(summed(plain, ruler.output, side.head))
+    (plain,) = evaluator.states([Row((), q) for q in questions])
+    alone = exposure(summed(plain, evaluator.output, None))
+    with_head = exposure(summed(plain, evaluator.output, side.head))
     assert with_head == 4.0 > alone
 
 
@@ -199,8 +201,8 @@ def test_half_precision_for_the_beginnings_makes_nearly_the_same_answers(adapter
     assert max(map(len, longer)) == 8
 
 
-def test_a_head_and_a_seed_change_answers(adapter, ruler):
-    side = OwnSide.of(ruler, records(adapter, 0, 20))
+def test_a_head_and_a_seed_change_answers(adapter, evaluator):
+    side = OwnSide.of(evaluator, records(adapter, 0, 20))
     assert not side.head.is_shared
     settings: dict[str, Any] = {"tokens": 12, "temperature": 0.8}
     starts = [list(one[:4]) for one in records(adapter, 0, 4)]

@@ -99,13 +99,13 @@ def test_a_second_call_measures_nobody_again_and_a_killed_one_goes_on(monkeypatc
     assert main.run(["evaluate", name]) == 0
     path = Path("runs/tiny/compared/again/users.jsonl")
     lines = path.read_text().splitlines(keepends=True)
-    calls, right = [], comparisons.measure_text
+    calls, right = [], comparisons.evaluate_text
 
     def counted(*arguments):
         calls.append(1)
         return right(*arguments)
 
-    monkeypatch.setattr(scenario_run, "measure_text", counted)
+    monkeypatch.setattr(scenario_run, "evaluate_text", counted)
     assert main.run(["evaluate", name]) == 0
     assert not calls
     path.write_text("".join(lines[:3]) + lines[3][:20])  # stopped in the middle of a line
