@@ -187,7 +187,7 @@ def test_personas_of_a_family_with_halves_are_refused(family):
         "rounds": {"count": 12},
         "privacy": {"example": {"enabled": False}},
     }
-    with pytest.raises(ConfigError, match="personas are built for tiny, ffa and lora"):
+    with pytest.raises(ConfigError, match="personas are built for lora_xs, ffa, lora"):
         parse(table)
 
 
