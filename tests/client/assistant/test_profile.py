@@ -177,7 +177,7 @@ def test_a_context_shows_no_text_in_its_repr():
 
 def test_the_profile_opens_no_file_and_no_connection():
     allowed = {"heapq", "json", "math", "re", "statistics", "collections", "dataclasses",
-               "itertools", "typing", "common.errors", "data", "prompts", "retrieval",
+               "itertools", "typing", "common.errors", "training.records", "templates", "retrieval",
                "collections.abc"}  # fmt: skip
     tree = ast.parse(Path(profiles.__file__).read_text())
     found = {
