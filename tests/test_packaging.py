@@ -15,9 +15,12 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from privet.common.errors import DataError
 from privet.experiments.commands import main
+
+from .tiny import population, tiny_config
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("common", "client", "server", "experiments")
@@ -80,6 +83,35 @@ def test_the_wheel_holds_every_module_configuration_and_typing_mark(tmp_path: Pa
     outside = {name for name in names if not name.startswith("privet")}
     assert outside == set(), "nothing but privet goes into site-packages"
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_an_installed_wheel_runs_an_experiment_without_the_repository(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    wheel(tmp_path)
+    with zipfile.ZipFile(next(tmp_path.glob("privet-*.whl"))) as archive:
+        archive.extractall(tmp_path / "installed")
+    people = population(tmp_path, 9, 10)
+    config = tiny_config(llama_folder, people).model_dump(mode="json", exclude_none=True)
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(config))
+    code = """
+import privet, sys
+from privet.client.assistant import templates
+from privet.experiments.commands.main import run
+print("FROM", privet.__file__)
+assert privet.load_config("demo").name == "demo"
+assert run(["--help"]) == 0
+assert run(["simulate", "tiny.toml"]) == 0
+assert privet.Run.open("tiny").privacy["lines"]
+print("TEMPLATES", len(templates.builtins()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, text=True, check=False, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")}, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"FROM {tmp_path / 'installed' / 'privet' / '__init__.py'}" in done.stdout
+    assert "TEMPLATES 0" not in done.stdout
 
 
 def test_a_folder_missing_from_the_packages_would_be_caught(tmp_path: Path) -> None:
