@@ -286,7 +286,8 @@ def test_the_traceback_is_printed_only_with_v(
 def test_ctrl_c_exits_130_with_a_sentence() -> None:
     code = """
 import os, signal
-from privet.experiments import cli, main
+from privet.experiments.commands import experiment as cli
+from privet.experiments.commands import main
 def report() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 cli.report = report

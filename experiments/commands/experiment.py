@@ -31,7 +31,7 @@ def simulate(
         str,
         typer.Argument(
             metavar="CONFIG",
-            help="A TOML file, or a name: demo, ratings, tiny; with --resume a run, too.",
+            help="A TOML file, or a name: demo, ratings, tastes; with --resume a run, too.",
         ),
     ],
     set_: Annotated[
