@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from ..common.ab_test import AbSettings, layout, run_settings
 from ..common.errors import ConfigError
-from ..common.privacy import noise
 from ..common.privacy.encoding import decode, unwrap
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
@@ -63,7 +62,7 @@ def plan_of(config: Config, settings: TrialSettings, run: str, look: int) -> Pla
 def _sized(settings: AbSettings) -> Config:
     plain = plan_of(run_settings(settings), settings, "", 1)
     dimension = layout(settings).dimension
-    near = noise.gaussian_closeness(plain.counted_variance, dimension, plain.adders)
+    near = plain.mechanism.closeness(plain.counted_variance, dimension, plain.adders)
     # more noise has a finer grid or the same one: the second plan is at least as close
     return run_settings(settings, near.slack, near.ratio)
 

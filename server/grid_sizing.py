@@ -15,13 +15,14 @@ from ..common.privacy.encoding import (
     choose_grid,
     rounded_sensitivity,
 )
+from ..common.privacy.mechanism import mechanism_of
 from ..common.privacy.rotation import flat_bound
 from ..common.privacy.statistics_blocks import Block
 from ..common.settings.config import ClientPrivacySettings
 
 __all__ = ["Sizing", "size", "sized", "sized_block"]
 
-FINE_ROUNDING, FINE_VARIANCE = 1.002, 2.0**21
+FINE_ROUNDING = 1.002
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int
     """The grid for a round; `shares` adders together carry the full noise.
 
     With `privacy.client.bits = 0` the smallest modulus is taken on which rounding lengthens a
-    contribution by at most 0.2 % and the noise is so fine that a log-likelihood ratio below 0.01
-    tells it from Gaussian noise; with a rotation where that saves bits.
+    contribution by at most 0.2 % and the noise is as fine as its mechanism wants it
+    (`Mechanism.fine_variance`); with a rotation where that saves bits.
 
     Raises:
         ConfigError: the modulus is too small for this cohort, clip and noise.
@@ -63,7 +64,9 @@ def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int
 
 def _fine(client: ClientPrivacySettings, shares: int, dimension: int, sizing: Sizing) -> bool:
     longer = rounded_sensitivity(client.clip, sizing.grid.step, dimension)[0] * sizing.grid.step
-    noise_is_fine = not sizing.deviation or shares * sizing.deviation**2 >= FINE_VARIANCE
+    mechanism = mechanism_of(client)
+    noise = mechanism.counted_variance(sizing.deviation**2, shares)
+    noise_is_fine = not noise or noise >= mechanism.fine_variance
     return longer <= FINE_ROUNDING * client.clip and noise_is_fine
 
 
@@ -80,7 +83,8 @@ def sized(
     One client's noise is measured against its norm after rounding, which is larger than the clip
     by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
     """
-    multiplier = client.noise_multiplier / shares**0.5 if client.enabled else 0.0
+    whole = client.noise_multiplier if client.enabled else 0.0
+    multiplier = mechanism_of(client).share(whole, shares)
     adders = 1 if client.noise_at == "server" else cohort
     largest = flat_bound(client.clip, dimension) if rotated else client.clip
     norm = client.clip

@@ -496,16 +496,14 @@ def _noised_mean(
     Returns:
         The adapter's mean over the public cohort, and the sums of each block.
     """
-    parts = [(len(total) - sum(block.size for block in plan.blocks), plan.step, plan.variance)]
-    parts += [(block.size, block.step, block.variance) for block in plan.blocks]
+    parts = plan.parts(len(total) - plan.length(0))
     if plan.noise_at == "server":
         source = noise.source(test_seed, f"server round {plan.round}")
-        drawn = [noise.skellam(noise.skellam_table(each), n, source) for n, _, each in parts]
+        drawn = [plan.mechanism.sample(part.variance, part.size, source) for part in parts]
         total = total + wrap(np.concatenate(drawn), plan.bits)
     centred = unwrap(wrap(total.astype(np.int64), plan.bits), plan.bits)
-    ends = np.cumsum([count for count, _, _ in parts])[:-1]
-    pieces = np.split(centred, ends)
-    adapter, *sums = (decode(piece, g) for piece, (_, g, _) in zip(pieces, parts, strict=True))
+    pieces = np.split(centred, np.cumsum([part.size for part in parts])[:-1])
+    adapter, *sums = (decode(piece, p.step) for piece, p in zip(pieces, parts, strict=True))
     mean = adapter / plan.cohort
     mean = unrotate(mean, plan.start) if plan.rotated else mean
     return mean, {block.name: found for block, found in zip(plan.blocks, sums, strict=True)}

@@ -15,16 +15,15 @@ Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...common.errors import GateRefused, PrivacyError
-from ...common.privacy import noise
 from ...common.privacy.accounting import Adjacency, Against, Charge
 from ...common.privacy.clipping import clip
-from ...common.privacy.encoding import pack, round_randomly, rounded_sensitivity, wrap
+from ...common.privacy.encoding import pack, round_randomly, wrap
+from ...common.privacy.noise import Source
 from ...common.privacy.release_facts import Asked
 from ...common.privacy.rotation import flat_bound, rotate
 from ...common.privacy.round_plan import Plan
@@ -49,7 +48,7 @@ def release(
     client: str,
     ledger: Ledger,
     privacy: PrivacySettings,
-    source: noise.Source,
+    source: Source,
     statistics: Statistics | None = None,
 ) -> bytes:
     """One contribution -> the bytes that leave.
@@ -77,10 +76,9 @@ def release(
     bounded = [clip(values, block.bound) for block, values in zip(plan.blocks, behind, strict=True)]
     cost = charges(plan, len(delta), privacy)
     ledger.check(client, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
-    integers = _noised(_clamped(clipped.vector, plan), plan.step, plan.variance, plan, source)
-    for block, values in zip(plan.blocks, bounded, strict=True):
-        drawn = _noised(values.vector, block.step, block.variance, plan, source)
-        integers = np.concatenate([integers, drawn])
+    vectors = [_clamped(clipped.vector, plan), *(values.vector for values in bounded)]
+    parts = zip(vectors, plan.parts(len(delta)), strict=True)
+    integers = np.concatenate([_noised(vector, part, plan, source) for vector, part in parts])
     payload = pack(wrap(integers, plan.bits), plan.bits)
     asked = Asked(plan, len(delta)).text
     ledger.commit(client, plan.run, plan.round, plan.digest, cost, payload, asked)
@@ -88,12 +86,12 @@ def release(
 
 
 def _noised(
-    vector: NDArray[np.float64], step: float, variance: float, plan: Plan, source: noise.Source
+    vector: NDArray[np.float64], part: Block, plan: Plan, source: Source
 ) -> NDArray[np.int64]:
     """Bounded reals -> integers on their grid, with the noise that is the device's to add."""
-    integers = round_randomly(vector, step, source.words)
+    integers = round_randomly(vector, part.step, source.words)
     if plan.noise_at in ("device", "distributed"):
-        integers += noise.skellam(noise.skellam_table(variance), len(integers), source)
+        integers += plan.mechanism.sample(part.variance, len(integers), source)
     return integers
 
 
@@ -123,8 +121,6 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     released = plan.noise_at != "none" and plan.variance > 0
     invented = plan.masked and privacy.directory == "open"
     everywhere = released and plan.noise_at != "server"
-    near = noise.gaussian_closeness(plan.counted_variance, dimension, plan.adders)
-    integer: dict[str, Any] = {"distance": near.slack, "ratio": near.ratio} if released else {}
     shares: dict[Against, int] = {"analyst": plan.adders, "server": plan.adders}
     shares |= {"server": 1} if invented else {}
     shares |= {"unmasked server": 1} if plan.masked else {}
@@ -142,10 +138,12 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
         )  # fmt: skip
         outside = inside
         if released and plan.local_steps == 1:
-            moved = min(plan.learning_rate * plan.record_clip / plan.batch_size, 2 * plan.clip)
-            multiplier = _multiplier(plan, moved, dimension)
-            if multiplier > plan.record_noise:
-                outside = dataclasses.replace(inside, noise_multiplier=multiplier, **integer)
+            adapter = plan.parts(dimension)[0]
+            noised = plan.mechanism.charge(
+                adapter, "example", "server", privacy.example.adjacency, plan.adders
+            )
+            if noised.noise_multiplier > plan.record_noise:
+                outside = dataclasses.replace(noised, sampling_rate=plan.rate)
         examples.append(dataclasses.replace(outside, against="analyst"))
         examples.append(outside if everywhere and not invented else inside)
         if plan.masked:
@@ -187,14 +185,12 @@ def _person(
     plan: Plan, dimension: int, adjacency: Adjacency, against: Against, shares: int
 ) -> Charge:
     """Adapter and blocks as one release about a person, hidden by `shares` adders' noise."""
-    variance = plan.variance * shares
-    near = noise.gaussian_closeness(variance, dimension, shares)
-    moved = rounded_sensitivity(plan.clip, plan.step, dimension)[0]
-    adapter = Charge(
-        "client", against, adjacency, float(variance**0.5 / moved),
-        distance=near.slack, ratio=near.ratio,
-    )  # fmt: skip
-    return _together([adapter, *(_of_block(one, adapter, plan, shares) for one in plan.blocks)])
+    return _together(
+        [
+            plan.mechanism.charge(part, "client", against, adjacency, shares)
+            for part in plan.parts(dimension)
+        ]
+    )
 
 
 def _together(parts: Sequence[Charge]) -> Charge:
@@ -222,16 +218,8 @@ def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
     later, and then nothing is hidden.
     """
     before = charge.against == "server" and plan.noise_at == "server"
-    variance = 0.0 if before else block.variance * shares
-    moved = block.bound if charge.unit == "client" else block.moved
-    near = noise.gaussian_closeness(variance, block.size, shares)
-    return Charge(
-        charge.unit,
-        charge.against,
-        charge.adjacency,
-        float(variance**0.5 / rounded_sensitivity(moved, block.step, block.size)[0]),
-        distance=near.slack if variance else 0.0,
-        ratio=near.ratio if variance else 0.0,
+    return plan.mechanism.charge(
+        block, charge.unit, charge.against, charge.adjacency, 0 if before else shares
     )
 
 
@@ -336,11 +324,6 @@ def _clamped(vector: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
         return vector
     most = flat_bound(plan.clip, len(vector))
     return np.clip(vector, -most, most)
-
-
-def _multiplier(plan: Plan, moved: float, dimension: int) -> float:
-    """Noise over what one unit can move the rounded sum, l2."""
-    return float(plan.counted_variance**0.5 / rounded_sensitivity(moved, plan.step, dimension)[0])
 
 
 def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:

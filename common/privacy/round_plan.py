@@ -16,6 +16,7 @@ from ..errors import ProtocolError
 from ..secure_aggregation.terms import MOST_PARTICIPANTS, Terms
 from ..settings.config import Config
 from .encoding import rounded_sensitivity
+from .mechanism import SKELLAM, Mechanism
 from .noise import MAX_VARIANCE
 from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
 
@@ -130,9 +131,14 @@ class Plan:
         return self.survivors - self.colluders if self.masked else 1
 
     @property
+    def mechanism(self) -> Mechanism:
+        """The kind of noise in this round; plans name none, for there is one so far."""
+        return SKELLAM
+
+    @property
     def counted_variance(self) -> float:
         """Of the noise that a claim may count, squared grid units."""
-        return self.variance * self.adders
+        return self.mechanism.counted_variance(self.variance, self.adders)
 
     @property
     def digest(self) -> str:
@@ -160,9 +166,19 @@ class Plan:
             if getattr(self, f"{name}_bound")
         )
 
+    def parts(self, dimension: int) -> tuple[Block, ...]:
+        """What a contribution is made of: `dimension` numbers of the adapter, then the blocks.
+
+        One local step lets a record move the adapter by at most learning_rate * record_clip /
+        batch_size, for clipping is a projection.
+        """
+        moved = min(self.learning_rate * self.record_clip / self.batch_size, 2 * self.clip)
+        adapter = Block("adapter", dimension, self.clip, moved, True, self.step, self.variance)
+        return (adapter, *self.blocks)
+
     def length(self, dimension: int) -> int:
         """Integers in a contribution: the adapter's and the blocks'."""
-        return dimension + sum(block.size for block in self.blocks)
+        return sum(part.size for part in self.parts(dimension))
 
     def terms(self, dimension: int) -> Terms:
         """What the masking protocol binds every key and signature of this attempt to."""
@@ -300,7 +316,7 @@ class Plan:
         for block in self.blocks:
             wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
             floor = wanted * rounded_sensitivity(block.bound, block.step, block.size)[0]
-            found = (block.variance * self.adders) ** 0.5
+            found = self.mechanism.counted_variance(block.variance, self.adders) ** 0.5
             checks += (
                 (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
                 (f"{block.name}_noise", found >= floor * (1 - 1e-9) or not wanted, wanted),

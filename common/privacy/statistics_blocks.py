@@ -46,10 +46,10 @@ DIAMETERS = {"gains": math.sqrt(8), "arms": 2.0}
 
 @dataclass(frozen=True)
 class Block:
-    """One block of one round.
+    """One block of one round, or the adapter as the first part of a contribution.
 
     Attributes:
-        name: `losses`, `gains` or `arms`.
+        name: `losses`, `gains`, `arms` or `adapter`.
         size: how many numbers.
         bound: l2 bound of one client's block.
         moved: the furthest one record moves it, l2.

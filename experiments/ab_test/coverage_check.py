@@ -45,7 +45,7 @@ def summed(vectors: NDArray[np.float64], plan: Plan, source: noise.Source) -> ND
     if plan.rotated or np.linalg.norm(vectors, axis=1).max(initial=0) > plan.clip * (1 + 1e-9):
         raise ConfigError("a look that is rotated, or a contribution above its clip: not this way")
     integers = round_randomly(vectors.ravel(), plan.step, source.words)
-    integers += noise.skellam(noise.skellam_table(plan.variance), len(integers), source)
+    integers += plan.mechanism.sample(plan.variance, len(integers), source)
     return wrap(integers.reshape(vectors.shape).sum(axis=0), plan.bits)
 
 
