@@ -28,10 +28,11 @@ from ..client.training import records
 from ..common.errors import ConfigError, RunExists, RunUnfinished
 from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
 from ..common.model.adapter import exchanged
+from ..common.privacy.plan_maker import make_plan
 from ..common.secure_aggregation.keys import Directory, Secret, write_directory
 from ..common.settings import config as settings
 from ..common.settings.config import Config
-from ..server.rounds import LOG, make_plan
+from ..server.rounds import LOG
 from ..server.run_folder import starting
 from ..server.run_folder.resuming import resumed
 from ..server.void_rounds import trained

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from ..common.ab_test import AbSettings, layout, run_settings
 from ..common.errors import ConfigError
 from ..common.privacy.encoding import decode, unwrap
+from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
 from ..common.settings.config import DEVICES, Config, TrialSettings, parse
-from .rounds import make_plan
 
 __all__ = [
     "device_settings",

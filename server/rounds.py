@@ -11,7 +11,6 @@ is decoded, and what the clients spent stays spent. It does not count, and is as
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import time
@@ -28,13 +27,13 @@ from ..common.files import append_line, read_lines, write_atomic
 from ..common.model.exchange_layout import Exchange
 from ..common.privacy import noise
 from ..common.privacy.encoding import decode, unpack, unwrap, wrap
+from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
-from ..common.privacy.round_plan import Plan, work
+from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.terms import Graph, sized_graph
 from ..common.settings.config import Config, MaskingSettings
 from . import aggregation, server_step, unmasking, void_rounds
 from .cohort import draw
-from .grid_sizing import size, sized_block
 from .round_statistics import told
 from .run_folder import checkpoint
 
@@ -44,7 +43,6 @@ __all__ = [
     "ask_again",
     "attempt",
     "begun_before",
-    "make_plan",
     "masked_sum",
     "run_rounds",
     "wait_or_end",
@@ -280,59 +278,6 @@ def _unmoved(
     if exchange is None or exchange.groups.count == 1:
         return state.adapter, dict(state.optimizer), {}
     return server_step.turned(config, exchange, number, state.adapter, state.optimizer)
-
-
-def make_plan(
-    config: Config,
-    run: str,
-    number: int,
-    layout: str,
-    adapter: Vector,
-    exchange: Exchange | None = None,
-) -> Plan:
-    """The public constants of one round, from the configuration and the state only.
-
-    Args:
-        layout: digest of what a contribution holds, where `exchange` does not say it.
-        adapter: the state that the round starts from.
-        exchange: what of it a contribution to this round holds; None: all of it.
-
-    Raises:
-        ConfigError: `privacy.client.bits` is too small for this cohort, clip and noise.
-    """
-    client = config.privacy.client
-    cohort = config.rounds.cohort
-    noise_at = client.noise_at if client.enabled else "none"
-    masked = noise_at == "distributed"
-    survivors = config.smallest_sum if masked else 0
-    colluders = config.colluders if masked else 0
-    shares = survivors - colluders if masked else 1
-    released = None if exchange is None else exchange.released(number)
-    dimension = len(adapter) if released is None else released.dimension
-    sizing = size(client, cohort, shares, dimension)
-    plan = Plan(
-        run=run,
-        round=number,
-        layout=layout if released is None else released.digest,
-        start=hashlib.sha256(adapter.tobytes()).hexdigest(),
-        cohort=cohort,
-        clip=client.clip,
-        step=sizing.grid.step,
-        bits=sizing.grid.bits,
-        rotated=sizing.rotated,
-        noise_at=noise_at,
-        variance=sizing.deviation**2,
-        survivors=survivors,
-        colluders=colluders,
-        **work(config),
-    )
-    grids: dict[str, Any] = {}
-    for block in plan.blocks:
-        multiplier = config.statistics.multiplier(block.name)
-        fine = sized_block(client, cohort, shares, plan.bits, block, multiplier)
-        grids[f"{block.name}_step"] = fine.grid.step
-        grids[f"{block.name}_variance"] = fine.deviation**2
-    return dataclasses.replace(plan, **grids)
 
 
 def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:

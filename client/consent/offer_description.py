@@ -5,11 +5,10 @@ Everything here is computed from the offered configuration: no model, no server,
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ...common.errors import PrivacyError
+from ...common.errors import ConfigError, PrivacyError
 from ...common.model.families import FAMILIES
 from ...common.settings.config import Config, TrialSettings
 from .policy import own_config, reasons, shown
@@ -17,18 +16,14 @@ from .policy_settings import Policy
 
 if TYPE_CHECKING:
     from ...common.privacy.accounting import Charge
-    from ...common.privacy.round_plan import Plan
     from ..privacy.affordable_rounds import Paid
     from .run_offers import Offer
 
 __all__ = ["describe", "expected", "refuse_short", "shortage"]
 
-TYPICAL_DIMENSION = 4096
-"""Numbers in an adapter whose model has not been loaded yet; epsilon hardly depends on it."""
-
-# the coarsest grid that a server chooses by itself (rounding lengthens a contribution by 0.2 %, a
-# sum's noise is 2^10.5 steps), so that what is shown is rather too much than too little
-FINE, DEVIATION = 500.0, 2.0**10.5
+TYPICAL_DIMENSIONS = (4096, 512, 64, 8, 1)
+"""Numbers in an adapter whose model has not been loaded yet, the first that the run's modulus has
+room for; epsilon hardly depends on it."""
 
 UNITS = {"client": "all your records together", "example": "any one of your records"}
 AGAINST = {
@@ -74,9 +69,9 @@ def describe(
             masked noise counts against the server.
         enrolled: how many devices the directory has, if known.
 
-    Epsilons are those of the configuration on the coarsest grid that a server takes by itself,
-    rounded up to two digits: the ledger will hold the exact ones, of each round's own plan. Of
-    names that the server chose, what a terminal would obey is replaced.
+    Epsilons are what the ledger will charge for the plan of the first round, made here as the
+    server makes it, and rounded up to two digits; without `dimension`, for an adapter of a usual
+    size. Of names that the server chose, what a terminal would obey is replaced.
     """
     config, trial = offer.config, offer.config.trial
     rows = [
@@ -94,31 +89,43 @@ def describe(
     else:
         dimension = trial.entries * len(trial.arms)
         rows += [("experiment", _experiment(trial)), ("looks", _rounds(config))]
-    rows += [
-        ("noise", _noise(config)),
-        *_epsilons(
-            config,
-            own_config(policy, config, closed),
-            dimension or TYPICAL_DIMENSION,
-            spent,
-            in_run,
-            enrolled,
-        ),
-        ("budget of", BUDGET_OF),
-        ("statistics", _statistics(config)),
-    ]
+    found, own = reasons(policy, config, offer.server), own_config(policy, config, closed)
+    rows.append(("noise", _noise(config)))
+    try:
+        rows += _epsilons(config, own, dimension, spent, in_run, enrolled)
+    except PrivacyError as unmade:
+        found = (*found, str(unmade))
+    rows += [("budget of", BUDGET_OF), ("statistics", _statistics(config))]
     if config.insecure_test_seed is not None:
         rows.insert(0, ("NOT PRIVATE", "a test: anybody can compute its noise and take it away"))
-    found = reasons(policy, config, offer.server)
     rows += [("refused", reason) for reason in found]
     return rows if found else [*rows, ("policy", "inside the limits of policy.toml")]
 
 
-def expected(config: Config, dimension: int = TYPICAL_DIMENSION) -> tuple["Charge", ...]:
-    """What one release of a run would cost, as the gate will charge it, on a usual grid."""
+def expected(config: Config, dimension: int | None = None) -> tuple["Charge", ...]:
+    """What one release of a run costs: the plan of its first round, as the gate will charge it.
+
+    Args:
+        config: the run's.
+        dimension: numbers in its adapter; None: not known before the model is loaded.
+
+    Raises:
+        PrivacyError: no plan can be made from it, so that no server could run it.
+    """
+    import numpy as np
+
+    from ...common.privacy.plan_maker import make_plan
     from ..privacy.gate import charges
 
-    return charges(_plan(config, dimension), dimension, config.privacy)
+    unmade = ""
+    for size in TYPICAL_DIMENSIONS if dimension is None else (dimension,):
+        try:
+            plan = make_plan(config, "", 1, "", np.zeros(size, np.float32))
+        except ConfigError as error:
+            unmade = str(error)
+        else:
+            return charges(plan, size, config.privacy)
+    raise PrivacyError(f"no round of this run can be planned: {unmade}")
 
 
 def shortage(
@@ -131,11 +138,14 @@ def shortage(
     """The limit that ends this device's part in the run early; None: it takes part in all rounds.
 
     Args: as for `describe`. Rounds are those that are left, were this device asked in each.
+
+    Raises:
+        PrivacyError: no round of it can be planned.
     """
     from ..privacy.affordable_rounds import fewest
 
     config, trial = offer.config, offer.config.trial
-    dimension = TYPICAL_DIMENSION if trial is None else trial.entries * len(trial.arms)
+    dimension = None if trial is None else trial.entries * len(trial.arms)
     left = config.rounds.count - len(in_run)
     mine = [charge for release in in_run for charge in release]
     own = own_config(policy, config, closed)
@@ -143,61 +153,16 @@ def shortage(
     return fewest(cost, own.privacy, left, spent, mine) if left > 0 else None
 
 
-def _counted(config: Config, own: Config, dimension: int) -> tuple["Charge", ...]:
+def _counted(config: Config, own: Config, dimension: int | None) -> tuple["Charge", ...]:
     """What one release costs as this device counts it: with its own share, if it must."""
     privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
     return expected(config.model_copy(update={"privacy": privacy}), dimension)
 
 
-def _plan(config: Config, dimension: int) -> "Plan":
-    """A plan as a server would make it from this configuration: noise calibrated after rounding."""
-    from ...common.privacy.round_plan import Plan, work
-
-    client = config.privacy.client
-    cohort, noised = config.rounds.cohort, client.enabled
-    masked = noised and client.noise_at == "distributed"
-    survivors = config.smallest_sum if masked else 0
-    colluders = config.colluders if masked else 0
-    shares = survivors - colluders if masked else 1
-    step, variance = _grid(client.noise_multiplier * noised, shares, client.clip, dimension)
-    plan = Plan(
-        run="",
-        round=1,
-        layout="",
-        start="",
-        cohort=cohort,
-        clip=client.clip,
-        step=step,
-        bits=client.bits or 32,
-        rotated=False,
-        noise_at=client.noise_at if noised else "none",
-        variance=variance,
-        survivors=survivors,
-        colluders=colluders,
-        **work(config),
-    )
-    grids: dict[str, float] = {}
-    for block in plan.blocks:
-        multiplier = config.statistics.multiplier(block.name) * noised
-        own, noise = _grid(multiplier, shares, block.bound, block.size)
-        grids |= {f"{block.name}_step": own, f"{block.name}_variance": noise}
-    return replace(plan, **grids)  # type: ignore[arg-type]
-
-
-def _grid(multiplier: float, shares: int, bound: float, dimension: int) -> tuple[float, float]:
-    """(step, variance of one adder): together the adders have `multiplier` after rounding."""
-    from ...common.privacy.encoding import rounded_sensitivity
-
-    one = multiplier / shares**0.5
-    steps = max(FINE * dimension**0.5, DEVIATION / multiplier if multiplier else 0.0)
-    step = bound / steps
-    return step, (one * rounded_sensitivity(bound, step, dimension)[0]) ** 2
-
-
 def _epsilons(
     config: Config,
     own: Config,
-    dimension: int,
+    dimension: int | None,
     spent: Sequence["Charge"],
     in_run: Sequence[Sequence["Charge"]],
     enrolled: int | None,

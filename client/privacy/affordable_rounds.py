@@ -79,8 +79,9 @@ def fewest(
 ) -> Paid | None:
     """The limit of a device that pays for the fewest of `count` releases; None: all are paid for.
 
-    A cost reckoned from an offer is up to 1 % above that of the rounds' own plans; a limit that is
-    passed by less pays, and the ledger has the last word.
+    A cost reckoned from an offer is that of an adapter of a usual size, and may be above that of
+    the rounds' own plans; a limit that is passed by less than 1 % pays, and the ledger has the last
+    word.
 
     Args:
         cost: of one release.
@@ -139,7 +140,7 @@ def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[st
 
 
 def needed(epsilon: float) -> str:
-    """A budget that is enough for it, also on the coarser grid that owners are shown."""
+    """A budget that is enough for it, also for an adapter of the size that owners reckon with."""
     return f"{math.ceil(101 * epsilon - 1e-9) / 100:g}"
 
 

@@ -53,7 +53,7 @@ class Mechanism:
 
     def share(self, multiplier: float, shares: int) -> float:
         """Noise multiplier of one adder, where `shares` of them together have `multiplier`."""
-        return multiplier / shares**0.5
+        return float(multiplier / shares**0.5)
 
     def charge(
         self, part: Block, unit: "Unit", against: "Against", adjacency: "Adjacency", shares: int

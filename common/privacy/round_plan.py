@@ -20,7 +20,7 @@ from .mechanism import SKELLAM, Mechanism
 from .noise import MAX_VARIANCE
 from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
 
-__all__ = ["VERSION", "Plan", "work"]
+__all__ = ["VERSION", "Plan"]
 
 VERSION = 4
 
@@ -333,17 +333,3 @@ class Plan:
                     f"round {self.round}: the server's plan is laxer than this device allows: "
                     f"{name} (own limit {limit})"
                 )
-
-
-def work(config: Config) -> dict[str, Any]:
-    """The fields of a plan that say how a device trains: straight from the run's settings."""
-    training, example = config.training, config.privacy.example
-    return {
-        "learning_rate": training.learning_rate,
-        "local_steps": training.steps,
-        "batch_size": training.batch_size,
-        "rate": config.sampling_rate,
-        "record_clip": example.clip if example.enabled else 0.0,
-        "record_noise": example.noise_multiplier if example.enabled else 0.0,
-        **config.statistics.asked(),
-    }

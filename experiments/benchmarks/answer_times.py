@@ -32,9 +32,9 @@ from ...client.training import records as data
 from ...client.training.local_training import Trainer
 from ...common.model.adapter import attach
 from ...common.model.base_model import load
+from ...common.privacy.plan_maker import make_plan
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.config import Config, parse
-from ...server.rounds import make_plan
 from .deployment import tiny_model
 
 WORDS = tuple(a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s"))

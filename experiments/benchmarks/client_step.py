@@ -24,8 +24,8 @@ from ...client.training.records import Tokenised
 from ...common.model.adapter import Adapter, attach
 from ...common.model.base_model import load
 from ...common.privacy.noise import SystemSource
+from ...common.privacy.plan_maker import make_plan
 from ...common.settings import config as settings
-from ...server.rounds import make_plan
 
 RECORDS, TOKENS = 8, 64
 

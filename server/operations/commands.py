@@ -460,8 +460,8 @@ def _try_out(
 ) -> tuple["Config", "Start | None"]:
     """Refuse what cannot run; the settings, and the adapter that the run starts from."""
     from ...common.model.adapter import exchanged
+    from ...common.privacy.plan_maker import make_plan
     from ..ab_estimates import plan_of
-    from ..rounds import make_plan
     from ..run_folder.starting import take
 
     if config.trial is not None:

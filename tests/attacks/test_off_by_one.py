@@ -17,6 +17,7 @@ from privet.client.device import Bench, masked_phase
 from privet.client.privacy import masked_upload as client
 from privet.client.privacy.ledger import Ledger
 from privet.common.errors import ConfigError, ProtocolError
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation import messages
 from privet.common.secure_aggregation.messages import (
@@ -29,7 +30,7 @@ from privet.common.secure_aggregation.messages import (
 )
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, Terms, default_graph
 from privet.experiments.simulate import prepare
-from privet.server.rounds import make_plan, masked_sum
+from privet.server.rounds import masked_sum
 
 from ..masking_party import Party, stream, terms
 from ..server.test_masked_rounds import EVERYBODY, Devices

@@ -26,11 +26,12 @@ from privet.common.errors import DataError, GateRefused, StateError
 from privet.common.privacy.accounting import epsilon
 from privet.common.privacy.clipping import clip
 from privet.common.privacy.noise import TestSource
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import Config
 from privet.experiments.grid import LocalGrid
 from privet.experiments.simulate import prepare
-from privet.server.rounds import Reply, make_plan, masked_sum
+from privet.server.rounds import Reply, masked_sum
 
 from ..masking_party import stream
 from ..tiny import VOCABULARY, population, tiny_config

@@ -31,6 +31,7 @@ from privet.common.files import read_lines
 from privet.common.privacy.accounting import Charge
 from privet.common.privacy.encoding import rounded_sensitivity, unpack, unwrap
 from privet.common.privacy.noise import TestSource
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Identity, Purpose, RoundKey, derive
 from privet.common.secure_aggregation.keystream import add_masks
@@ -43,7 +44,7 @@ from privet.experiments.engine import Loss
 from privet.experiments.simulate import prepare
 from privet.server import rounds
 from privet.server import unmasking as served
-from privet.server.rounds import Reply, make_plan, masked_sum, run_rounds
+from privet.server.rounds import Reply, masked_sum, run_rounds
 from privet.server.run_folder import checkpoint
 
 from ..tiny import population, tiny_config

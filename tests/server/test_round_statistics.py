@@ -35,6 +35,7 @@ from privet.common.privacy.encoding import (
     wrap,
 )
 from privet.common.privacy.noise import TestSource, skellam, skellam_table
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.privacy.statistics_blocks import BOUNDS
 from privet.common.settings.config import AdapterSettings, Config, parse
@@ -44,7 +45,7 @@ from privet.experiments.simulate import prepare
 from privet.server import round_statistics as statistics
 from privet.server import rounds
 from privet.server.cohort import draw
-from privet.server.rounds import Reply, make_plan, run_rounds
+from privet.server.rounds import Reply, run_rounds
 
 from ..client.test_gate_of_a_device import leaves_the_same, records
 from ..tiny import fresh, population, tiny_config

@@ -30,12 +30,13 @@ from privet.common.privacy.encoding import (
     wrap,
 )
 from privet.common.privacy.noise import TestSource, skellam, skellam_table
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.rotation import flat_bound
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import Config, parse
 from privet.server import void_rounds
 from privet.server.cohort import draw
-from privet.server.rounds import PLANS, Reply, make_plan, run_rounds
+from privet.server.rounds import PLANS, Reply, run_rounds
 from privet.server.run_folder import checkpoint
 
 LAYOUT, RUN, SIZE = "0" * 64, "run-1", 40

@@ -25,9 +25,9 @@ from privet.client.consent.policy import (
 from privet.client.consent.policy_settings import Allowed, Budget, Limits, Policy
 from privet.client.privacy.gate import budgets, caps, charges
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, StateError
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import PLACES
 from privet.common.settings.config import Config, parse, to_toml
-from privet.server.rounds import make_plan
 
 SERVER = "fl.example.org:9092"
 

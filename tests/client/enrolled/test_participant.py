@@ -30,6 +30,7 @@ from privet.common.errors import ConfigError, PrivacyError, ProtocolError, RunUn
 from privet.common.files import read_lines
 from privet.common.model.adapter import exchanged, shared
 from privet.common.privacy.encoding import unpack
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation import keys as common_keys
 from privet.common.secure_aggregation.keys import Directory, write_directory
@@ -37,7 +38,6 @@ from privet.common.settings.config import Config, to_toml
 from privet.experiments.grid import FIRST_NODE, LocalGrid
 from privet.server import rounds
 from privet.server.app import serve
-from privet.server.rounds import make_plan
 from privet.server.run_folder import checkpoint
 from privet.server.run_folder.resuming import resumed
 

@@ -27,6 +27,7 @@ from privet.common.errors import BudgetExceeded, PrivacyError
 from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.encoding import rounded_sensitivity
 from privet.common.privacy.noise import TestSource, gaussian_closeness
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.release_facts import Asked, restored
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Directory
@@ -34,7 +35,6 @@ from privet.common.settings.config import NEW_DEVICE, Config, parse, to_toml
 from privet.experiments.reports import figures, html_page, privacy_facts, report, terminal
 from privet.experiments.reports.claims import headline, line_name, main_line
 from privet.experiments.reports.privacy_facts import History, facts_of
-from privet.server.rounds import make_plan
 
 from ...experiments.reports.test_report import MEASURED, Reader
 

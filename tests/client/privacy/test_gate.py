@@ -23,10 +23,10 @@ from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.clipping import clip
 from privet.common.privacy.encoding import decode, rounded_sensitivity, unpack, unwrap
 from privet.common.privacy.noise import TestSource
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.rotation import flat_bound, unrotate
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import Config, parse
-from privet.server.rounds import make_plan
 
 LAYOUT = "0" * 64
 RUN = "run-1"

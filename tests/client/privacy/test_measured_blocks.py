@@ -39,6 +39,7 @@ from privet.common.files import read_lines
 from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.encoding import Grid, cannot_wrap, decode, pack, unpack, unwrap, wrap
 from privet.common.privacy.noise import TestSource, skellam_table
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.privacy.statistics_blocks import BOUNDS, DIAMETERS, Block, arm_names
 from privet.common.secure_aggregation.keys import Secret
@@ -48,7 +49,6 @@ from privet.experiments.evaluation import run_evaluation
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.experiments.simulate import prepare
 from privet.server.round_statistics import told
-from privet.server.rounds import make_plan
 
 from ...tiny import population, tiny_config
 from ..test_gate_of_a_device import DATA_SETS, leaves_the_same, masked_leave_the_same

@@ -14,9 +14,9 @@ import pytest
 from privet.client import device
 from privet.client.device import Bench, Device, exchange_at, take_part
 from privet.common.privacy.clipping import clip
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.experiments.simulate import prepare
-from privet.server.rounds import make_plan
 
 from ...tiny import population, tiny_config
 

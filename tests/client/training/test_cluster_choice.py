@@ -23,12 +23,12 @@ from privet.common.errors import ConfigError
 from privet.common.files import read_lines
 from privet.common.model.objective import collate, record_losses
 from privet.common.privacy.noise import TestSource
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.settings.config import Config, parse
 from privet.experiments import engine
 from privet.experiments.benchmarks.cluster_recovery import FLOOR, recovered
 from privet.experiments.evaluation import cluster_evaluation, run_evaluation
 from privet.experiments.simulate import prepare
-from privet.server.rounds import make_plan
 from privet.server.run_folder.saving import largest
 
 from ...common.model.test_adapter import READER

@@ -21,10 +21,10 @@ from privet.client.training.records import Record, Tokenised
 from privet.common.model import base_model, objective
 from privet.common.model.adapter import attach
 from privet.common.privacy.noise import TestSource
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Identity
 from privet.common.settings.config import Config, PreferenceSettings
-from privet.server.rounds import make_plan
 
 from ...tiny import VOCABULARY, WORDS, fresh, tiny_config
 

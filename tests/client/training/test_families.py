@@ -18,11 +18,11 @@ from privet.client.training.local_training import Trained
 from privet.common.errors import ConfigError, GateRefused, StateError
 from privet.common.files import read_lines
 from privet.common.privacy.encoding import unpack
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.settings.config import Config, parse
 from privet.experiments import engine
 from privet.experiments.evaluation.cluster_evaluation import state_of
 from privet.experiments.simulate import prepare
-from privet.server.rounds import make_plan
 from privet.server.run_folder import checkpoint
 
 from ...tiny import population, tiny_config

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from privet.common.errors import ProtocolError
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import Config, parse
-from privet.server.rounds import make_plan
 
 
 def settings(**sections: Any) -> Config:

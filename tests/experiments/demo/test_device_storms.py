@@ -30,11 +30,12 @@ from privet.client.training.local_training import Trainer
 from privet.common.files import read_lines
 from privet.common.model.adapter import shared
 from privet.common.privacy.encoding import unpack
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings import config as settings
 from privet.common.settings.config import Config
 from privet.server import aggregation
-from privet.server.rounds import LOG, _noised_mean, make_plan
+from privet.server.rounds import LOG, _noised_mean
 from privet.server.run_folder import checkpoint
 from privet.server.void_rounds import trained
 

@@ -13,10 +13,10 @@ from privet.client.privacy.gate import charges as real_charges
 from privet.client.privacy.ledger import Declined
 from privet.common.errors import LedgerCorrupt, PrivacyError, StateError
 from privet.common.privacy.accounting import Charge, epsilon
+from privet.common.privacy.plan_maker import make_plan
 from privet.experiments.reports import privacy_facts as privacy
 from privet.experiments.reports.claims import headline, main_line
 from privet.experiments.reports.privacy_facts import History, facts_of, privacy_facts
-from privet.server.rounds import make_plan
 
 from ...fake_run import DISTANCE, fake_charges, fake_config, fake_run
 

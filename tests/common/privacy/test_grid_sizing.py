@@ -1,4 +1,4 @@
-"""server/grid_sizing.py: the modulus is chosen, and a rotation where it saves bits."""
+"""common/privacy/grid_sizing.py: the modulus is chosen, and a rotation where it saves bits."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.privacy.encoding import cannot_wrap, rounded_sensitivity
+from privet.common.privacy.grid_sizing import size
 from privet.common.privacy.noise import TestSource, skellam_table
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.rotation import flat_bound
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import ClientPrivacySettings, parse
-from privet.server.grid_sizing import size
-from privet.server.rounds import make_plan
 
 
 @settings(deadline=None, max_examples=60)

@@ -6,8 +6,9 @@ From public numbers only: cohort, clip, noise, dimension.
 import math
 from dataclasses import dataclass
 
-from ..common.errors import ConfigError
-from ..common.privacy.encoding import (
+from ..errors import ConfigError
+from ..settings.config import ClientPrivacySettings
+from .encoding import (
     NOISE_DEVIATIONS,
     NOISE_EXTRA,
     Grid,
@@ -15,10 +16,9 @@ from ..common.privacy.encoding import (
     choose_grid,
     rounded_sensitivity,
 )
-from ..common.privacy.mechanism import mechanism_of
-from ..common.privacy.rotation import flat_bound
-from ..common.privacy.statistics_blocks import Block
-from ..common.settings.config import ClientPrivacySettings
+from .mechanism import mechanism_of
+from .rotation import flat_bound
+from .statistics_blocks import Block
 
 __all__ = ["Sizing", "size", "sized", "sized_block"]
 
