@@ -12,6 +12,7 @@ from typing import Any
 
 from ...client.privacy.collusion import conditions
 from ...common.privacy.accounting import Charge
+from ...common.privacy.mechanism import mechanism_of
 from ...common.privacy.statistics_blocks import BOUNDS
 from ...common.settings.config import DEVICES, Config, StatisticsSettings
 
@@ -283,17 +284,20 @@ def from_training(charge: Charge) -> bool:
 
 
 def noise_counted(
-    at: str | None, charges: Sequence[Charge], statistics: bool = False, alone: bool = False
+    config: Config, at: str | None, charges: Sequence[Charge], alone: bool = False
 ) -> str:
     """A sentence on which noise a line rests on, from what the ledger says of it.
 
     With statistics a charge is that of adapter and block together; `alone`: it counts the
     device's own share.
     """
-    said = _both_counted if statistics else _one_counted
+    noise = f"the {mechanism_of(config.privacy.client).name}"
+    said = _both_counted if config.statistics.enabled else _one_counted
     at = "alone" if alone else at
     return "; ".join(
-        _measured_counted(charge, n, alone) if measured(charge, charges) else said(at, charge, n)
+        _measured_counted(noise, charge, n, alone)
+        if measured(charge, charges)
+        else said(noise, at, charge, n)
         for charge, n in Counter(charges).items()
     )
 
@@ -308,17 +312,17 @@ def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
     )
 
 
-def _measured_counted(charge: Charge, times: int, alone: bool) -> str:
+def _measured_counted(noise: str, charge: Charge, times: int, alone: bool) -> str:
     often = f"in {times} releases" if times > 1 else "in one release"
     whose = "the device's own share of " if alone else ""
     return (
-        f"{whose}the Skellam noise on gains and A/B outcomes, which every record of a person "
+        f"{whose}{noise} on gains and A/B outcomes, which every record of a person "
         f"enters in every round, {charge.noise_multiplier:.3g} times the most that one record can "
         f"move them ({often})"
     )
 
 
-def _both_counted(at: str | None, charge: Charge, times: int) -> str:
+def _both_counted(noise: str, at: str | None, charge: Charge, times: int) -> str:
     often = f"in {times} releases" if times > 1 else "in one release"
     subject = "person" if charge.unit == "client" else "record"
     drawn = (
@@ -326,8 +330,7 @@ def _both_counted(at: str | None, charge: Charge, times: int) -> str:
         if charge.sampling_rate < 1
         else ""
     )
-    skellam = f"the Skellam noise {_adder(at)}"
-    adapter = f"{skellam} on the adapter"
+    adapter = f"{noise} {_adder(at)} on the adapter"
     if charge.unit == "example":
         adapter += " or, where that is more, the Gaussian noise in the training step (DP-SGD)"
     block = "on the statistics"
@@ -336,13 +339,13 @@ def _both_counted(at: str | None, charge: Charge, times: int) -> str:
         if charge.unit == "example":
             adapter = "the Gaussian noise in the training step (DP-SGD, Opacus)"
     return (
-        f"{adapter}, and the Skellam noise {block}, as one release: together "
+        f"{adapter}, and {noise} {block}, as one release: together "
         f"{charge.noise_multiplier:.3g} times the most that one {subject} can move it{drawn} "
         f"({often})"
     )
 
 
-def _one_counted(at: str | None, charge: Charge, times: int) -> str:
+def _one_counted(noise: str, at: str | None, charge: Charge, times: int) -> str:
     often = f"in {times} releases" if times > 1 else "in one release"
     steps = f", {charge.steps} steps each" if charge.steps > 1 else ""
     size, rate = f"{charge.noise_multiplier:.3g} times", f"public rate {charge.sampling_rate:g}"
@@ -354,7 +357,7 @@ def _one_counted(at: str | None, charge: Charge, times: int) -> str:
     subject = "person" if charge.unit == "client" else "record"
     drawn = f", record drawn at the {rate}" if charge.sampling_rate < 1 else ""
     return (
-        f"the Skellam noise {_adder(at)}, {size} the most that one {subject} can move it{drawn} "
+        f"{noise} {_adder(at)}, {size} the most that one {subject} can move it{drawn} "
         f"({often}{steps})"
     )
 
@@ -454,11 +457,12 @@ def promised(config: Config) -> dict[str, Any]:
 def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
     privacy = config.privacy
     client, example = privacy.client, privacy.example
+    noise = mechanism_of(client).name
     said = ["To each person: text, profile and personal head stay on the device."]
     if client.enabled:
         said.append(
             f"To each person: whatever leaves the device is clipped to norm {client.clip:g} first, "
-            f"and Skellam noise of {client.noise_multiplier:g} times that clip is added "
+            f"and {noise} of {client.noise_multiplier:g} times that clip is added "
             + _PLACES[client.noise_at]
         )
     if client.enabled and config.groups.count > 1:
@@ -479,11 +483,11 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             "To each person: the sum of a batch's losses, each clipped to "
             f"{config.statistics.loss_bound:g}, and its number of records leave in the same "
             f"vector, clipped to norm {BOUNDS['losses']:g} in shares of the public batch size; "
-            f"Skellam noise of {config.statistics.noise_multiplier:g} times that is added "
+            f"{noise} of {config.statistics.noise_multiplier:g} times that is added "
             + _PLACES[client.noise_at]
         )
     if config.statistics.enabled and client.enabled:
-        said += _measured_promises(config.statistics, _PLACES[client.noise_at])
+        said += _measured_promises(noise, config.statistics, _PLACES[client.noise_at])
     if config.trial is not None:
         said.append(
             "Of each device: it writes down what it spends before it answers, answers each of "
@@ -513,7 +517,7 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
     return said
 
 
-def _measured_promises(own: StatisticsSettings, place: str) -> list[str]:
+def _measured_promises(noise: str, own: StatisticsSettings, place: str) -> list[str]:
     whats = {
         "gains": "what adapter and head gain on the person's own held-out records, each gain "
         f"clipped to {own.gain_bound:g}",
@@ -521,7 +525,7 @@ def _measured_promises(own: StatisticsSettings, place: str) -> list[str]:
         f"{', '.join(own.arms)}, clipped to {own.loss_bound:g}",
     }
     return [
-        f"To each person: {what}, leaves in the same vector, with Skellam noise of "
+        f"To each person: {what}, leaves in the same vector, with {noise} of "
         f"{own.multiplier(name):g} times the norm it can have added {place}"
         for name, what in whats.items()
         if (own.gains if name == "gains" else own.arms)

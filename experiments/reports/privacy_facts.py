@@ -24,6 +24,7 @@ from ...client.privacy.run_ledger import LEDGERS, run_id, run_ledger
 from ...common.errors import PrivacyError, ProtocolError, StateError
 from ...common.files import read_lines
 from ...common.privacy.accounting import Charge, epsilon
+from ...common.privacy.mechanism import mechanism_of
 from ...common.privacy.release_facts import Asked
 from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config, read
@@ -109,7 +110,7 @@ def facts_of(
         "clients": _clients(names, spent, totals, lines, declined, delta),
         "histories": _distinct(totals, spent, lines, delta),
         "rounds": _rounds(histories, lines, delta),
-        "mechanisms": _mechanisms(totals, delta, config.statistics.enabled),
+        "mechanisms": _mechanisms(totals, config),
         "declined": reasons(declined),
         "not_covered": claims.not_covered(config),
         "adversaries": list(claims.ADVERSARIES),
@@ -239,9 +240,7 @@ def _describe(
         "holds_against": list(holds),
         "does_not_hold_against": [who for who in claims.ADVERSARIES if who not in holds],
         "assumptions": claims.assumptions(config, charges, by_device, at),
-        "noise_counted": claims.noise_counted(
-            at, charges, config.statistics.enabled, claims.alone(config, line, at)
-        ),
+        "noise_counted": claims.noise_counted(config, at, charges, claims.alone(config, line, at)),
         "amplified": None,
         "amplified_note": claims.NO_AMPLIFICATION,
         "cross_check": _checked(
@@ -341,10 +340,11 @@ def _rounds(
     return rows
 
 
-def _mechanisms(
-    totals: Mapping[str, tuple[Charge, ...]], delta: float, statistics: bool
-) -> list[dict[str, Any]]:
-    release = "adapter and statistics as one" if statistics else "Skellam noise on the release"
+def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], config: Config) -> list[dict[str, Any]]:
+    delta = config.privacy.delta
+    release = f"{mechanism_of(config.privacy.client).name} on the release"
+    if config.statistics.enabled:
+        release = "adapter and statistics as one"
 
     def name(charge: Charge) -> str:
         if claims.from_training(charge):
