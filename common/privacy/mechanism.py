@@ -39,7 +39,8 @@ class Mechanism:
 
     **Guarantee**: what an instance must keep. Variance 0 is no noise. No draw is beyond
     `encoding.NOISE_DEVIATIONS` standard deviations plus `NOISE_EXTRA`, so that no sum wraps. Shares
-    of several adders add up, in the sense of `closeness`, which counts the sampler's errors too.
+    of several adders add up, in the sense of `closeness`, which counts the sampler's errors too and
+    is never zero: reports tell a release's noise from that inside training by it.
     """
 
     name: str

@@ -26,7 +26,7 @@ from ...tiny import population, tiny_config
 def shown(config: Config, dimension: int | None = None) -> dict[tuple[str, str], float]:
     """The figures of the consent text: unit and adversary -> epsilon after one release."""
     offer = Offer("run", "fl.example.org:9092", 0.0, to_toml(config))
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for label, text in describe(offer, Policy(), dimension=dimension, closed=True):
         if label.startswith("epsilon"):
             who, figures = text.split(": about ", 1)

@@ -45,7 +45,7 @@ def irwin_hall(variance: float, count: int, source: Source) -> NDArray[np.int64]
     """A toy: twelve uniform numbers less their mean, rounded; never beyond 6 deviations."""
     words = source.words(12 * count).reshape(12, count)
     drawn = variance**0.5 * (words.astype(np.float64) / 2.0**64 - 0.5).sum(axis=0)
-    return np.rint(drawn).astype(np.int64)
+    return np.asarray(np.rint(drawn), np.int64)
 
 
 TOY = Mechanism("toy noise", irwin_hall, lambda *_: Closeness(0.01, 1e-9), fine_variance=2.0**24)
