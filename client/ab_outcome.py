@@ -7,18 +7,18 @@ that returns is all that leaves. The arm is a keyed hash (`arm_of`) and is not s
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.ab_test import AbSettings, layout, run_settings
+from ..common.ab_test import AbTestSettings, layout, run_settings
 from ..common.errors import DataError, PrivacyError, ProtocolError
 from ..common.privacy import noise
 from ..common.privacy.round_plan import Plan
-from ..common.settings.config import Config, TrialSettings
+from ..common.settings.config import AbRunSettings, Config
 from .privacy.gate import refuse_more, release
 from .privacy.ledger import Ledger
 
 __all__ = ["answered", "outcome_vector", "take_part"]
 
 
-def outcome_vector(settings: TrialSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
+def outcome_vector(settings: AbRunSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
     """(1, y) or (1, y, y^2) in the slots of the own arm, zeros elsewhere; zeros for None.
 
     Args:
@@ -44,7 +44,7 @@ def outcome_vector(settings: TrialSettings, arm: int, outcome: float | None) -> 
 
 
 def take_part(
-    settings: AbSettings,
+    settings: AbTestSettings,
     plan: Plan,
     client: str,
     arm: int,
@@ -76,7 +76,7 @@ def take_part(
 
 
 def answered(
-    settings: TrialSettings,
+    settings: AbRunSettings,
     own: Config,
     plan: Plan,
     client: str,

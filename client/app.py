@@ -27,7 +27,7 @@ from .privacy import upload_state
 if TYPE_CHECKING:
     from .device import Device
 
-__all__ = ["Seat", "Simulated", "answer", "app", "greet", "nothing"]
+__all__ = ["Participant", "Simulated", "answer", "app", "greet", "nothing"]
 
 app = ClientApp()
 
@@ -35,7 +35,7 @@ BEGINS = ("keys", "round")
 FAILED = "this device could not take part; the reason is in its own log"
 
 
-class Seat(Protocol):
+class Participant(Protocol):
     """Where a message finds its device."""
 
     @property
@@ -84,7 +84,7 @@ def phase(message: Message, context: Context) -> Message:
     return answer(message, Simulated(context))
 
 
-def greet(message: Message, seat: Seat) -> Message:
+def greet(message: Message, seat: Participant) -> Message:
     """Who is there, with which version, and whether this device takes part in the run offered."""
     try:
         offer, identity = dict(message.content["offer"]), seat.identity
@@ -100,7 +100,7 @@ def greet(message: Message, seat: Seat) -> Message:
     return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
 
 
-def answer(message: Message, seat: Seat) -> Message:
+def answer(message: Message, seat: Participant) -> Message:
     """One phase of a round, or the end of the run (`keep`): the reply says `released` or not."""
     name = message.metadata.message_type.partition(".")[2]
     number = -1
@@ -136,7 +136,7 @@ def _reply(message: Message, number: int, payload: bytes | None) -> Message:
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 
 
-def _phase(name: str, message: Message, start: Any, seat: Seat, number: int) -> bytes | None:
+def _phase(name: str, message: Message, start: Any, seat: Participant, number: int) -> bytes | None:
     from .device import masked_phase, take_part  # loads torch, which a greeting does not need
 
     plan = Plan.from_dict(dict(message.content["plan"]))
@@ -167,10 +167,10 @@ class Simulated:
         self._context = context
 
     def _own(self) -> "Device":
-        from .device import Bench
+        from .device import SimulatedContext
 
         number = int(self._context.node_config["partition-id"])
-        return Bench.open(run_folder(self._context)).device(number)
+        return SimulatedContext.open(run_folder(self._context)).device(number)
 
     @property
     def identity(self) -> Identity:

@@ -1,8 +1,8 @@
 """One device: what it owns, and what it does in a round.
 
-`take_part` is a client's whole round, read downwards. What a device works with is its `Desk`: a
-person's own (`client/store/device_store.py`), or a `Bench`, which all devices simulated by one
-process share.
+`take_part` is a client's whole round, read downwards. What a device works with is its
+`DeviceContext`: a person's own (`client/store/device_store.py`), or a `SimulatedContext`, which all
+devices simulated by one process share.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from ..common.secure_aggregation.keys import (
 )
 from ..common.secure_aggregation.terms import MaskingPolicy
 from ..common.settings import config as settings
-from ..common.settings.config import Config, TrialSettings
+from ..common.settings.config import AbRunSettings, Config
 from . import ab_outcome
 from .ab_arm import arm_of
 from .personal.person_losses import (
@@ -63,9 +63,9 @@ from .training.local_training import Trainer, train
 from .training.preference_pairs import tokenize_pairs
 
 __all__ = [
-    "Bench",
-    "Desk",
     "Device",
+    "DeviceContext",
+    "SimulatedContext",
     "exchange_at",
     "kept_half",
     "masked_phase",
@@ -87,7 +87,7 @@ def simulated_identity(secret: Secret, name: str) -> Identity:
     return Identity.of(derive(secret, Purpose.SIMULATED_IDENTITY, name.encode()).value)
 
 
-class Desk(Protocol):
+class DeviceContext(Protocol):
     """What a device works with in one run."""
 
     @property
@@ -151,7 +151,7 @@ def tokenised(
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class SimulatedContext:
     """A run folder, opened by one process: the desk of every simulated device."""
 
     folder: Path
@@ -165,7 +165,7 @@ class Bench:
 
     @classmethod
     @lru_cache(maxsize=1)
-    def open(cls, folder: Path) -> "Bench":
+    def open(cls, folder: Path) -> "SimulatedContext":
         """Load what a run folder names; once per process."""
         config = settings.read(folder / "config.toml")
         torch.set_num_threads(config.speed.threads)
@@ -233,7 +233,7 @@ class Device:
     """One person's device."""
 
     name: str
-    desk: Desk
+    desk: DeviceContext
 
     def is_empty(self) -> bool:
         """Whether there are no own records at all, whatever is learnt of them."""
@@ -369,7 +369,7 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
         _evaluated(device, personas[place], own, ([], []), work)
 
 
-def _look(device: Device, plan: Plan, trial: TrialSettings) -> bytes:
+def _look(device: Device, plan: Plan, trial: AbRunSettings) -> bytes:
     """One look of an A/B experiment: the own outcome in the slots of the own arm."""
     desk, name = device.desk, device.name
     if desk.pace is not None:
@@ -390,13 +390,13 @@ def _nothing() -> None:
     """What there is to rehearse of a look: no model takes part in it."""
 
 
-def _released(desk: Desk, number: int) -> Layout:
+def _released(desk: DeviceContext, number: int) -> Layout:
     """Layout of a contribution to round `number`; of an experiment's without loading a model."""
     trial = desk.config.trial
     return exchange_at(desk).released(number) if trial is None else layout(trial)
 
 
-def exchange_at(desk: Desk) -> Exchange:
+def exchange_at(desk: DeviceContext) -> Exchange:
     """What this device and its server exchange, by the device's own settings."""
     adapter = desk.trainer.adapter
     return Exchange(adapter.layout, adapter.start, desk.config.groups)

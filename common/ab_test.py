@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import ConfigError
 from .model.vector_layout import Layout
 from .privacy.statistics_blocks import MOST_ARMS
-from .settings.config import Adjacency, Config, MaskingSettings, TrialSettings, faults, parse
+from .settings.config import AbRunSettings, Adjacency, Config, MaskingSettings, faults, parse
 
-__all__ = ["AbSettings", "OnDevices", "layout", "read", "run_settings"]
+__all__ = ["AbTestSettings", "OnDevices", "layout", "read", "run_settings"]
 
 OWN_NAMES = {
     "data.clients": "clients",
@@ -71,7 +71,7 @@ class OnDevices(_Settings):
     wait_s: float = Field(120.0, ge=0, description="longest wait after one; 1, 2, 4 s first")
 
 
-class AbSettings(TrialSettings):
+class AbTestSettings(AbRunSettings):
     """One experiment: arms, outcome, looks, and what it may cost."""
 
     name: str = Field("ab", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -83,9 +83,9 @@ class AbSettings(TrialSettings):
     made: Made = Field(default_factory=Made)
 
     @property
-    def trial(self) -> TrialSettings:
+    def trial(self) -> AbRunSettings:
         """What devices are told of it."""
-        return TrialSettings(**{name: getattr(self, name) for name in TrialSettings.model_fields})
+        return AbRunSettings(**{name: getattr(self, name) for name in AbRunSettings.model_fields})
 
     @model_validator(mode="after")
     def _a_truth_for_each_arm(self) -> Self:
@@ -111,7 +111,7 @@ class AbSettings(TrialSettings):
         return self
 
 
-def read(path: Path) -> AbSettings:
+def read(path: Path) -> AbTestSettings:
     """The experiment in a TOML file.
 
     Raises:
@@ -124,21 +124,21 @@ def read(path: Path) -> AbSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     try:
-        settings = AbSettings.model_validate(table)
+        settings = AbTestSettings.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(f"{path} does not fit:\n{faults(error, AbSettings)}") from None
+        raise ConfigError(f"{path} does not fit:\n{faults(error, AbTestSettings)}") from None
     run_settings(settings)
     return settings
 
 
-def layout(settings: TrialSettings) -> Layout:
+def layout(settings: AbRunSettings) -> Layout:
     """What the numbers mean; the gate compares its digest with the plan's."""
     meant = f"{settings.outcome} from {settings.low!r} to {settings.high!r}"
     return Layout("ab", meant, tuple((arm, (settings.entries,)) for arm in settings.arms))
 
 
 @functools.lru_cache(maxsize=16)
-def run_settings(settings: AbSettings, slack: float = 0.0, ratio: float = 0.0) -> Config:
+def run_settings(settings: AbTestSettings, slack: float = 0.0, ratio: float = 0.0) -> Config:
     """The experiment as settings of a run in which each look is a round.
 
     Args:

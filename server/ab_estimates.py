@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.ab_test import AbSettings, layout, run_settings
+from ..common.ab_test import AbTestSettings, layout, run_settings
 from ..common.errors import ConfigError
 from ..common.privacy.encoding import decode, unwrap
 from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
-from ..common.settings.config import DEVICES, Config, TrialSettings, parse
+from ..common.settings.config import DEVICES, AbRunSettings, Config, parse
 
 __all__ = [
     "device_settings",
@@ -44,7 +44,7 @@ SOUND = 10.0
 """Devices over the noise of their count, below which a quotient says nothing."""
 
 
-def look_plan(settings: AbSettings, run: str, look: int) -> Plan:
+def look_plan(settings: AbTestSettings, run: str, look: int) -> Plan:
     """The public constants of one look; the noise pays for its own distance from Gaussian noise.
 
     Raises:
@@ -53,13 +53,13 @@ def look_plan(settings: AbSettings, run: str, look: int) -> Plan:
     return plan_of(_sized(settings), settings, run, look)
 
 
-def plan_of(config: Config, settings: TrialSettings, run: str, look: int) -> Plan:
+def plan_of(config: Config, settings: AbRunSettings, run: str, look: int) -> Plan:
     """The plan of one look of an experiment whose noise `config` has."""
     start = np.zeros(layout(settings).dimension, np.float32)
     return make_plan(config, run, look, layout(settings).digest, start)
 
 
-def _sized(settings: AbSettings) -> Config:
+def _sized(settings: AbTestSettings) -> Config:
     plain = plan_of(run_settings(settings), settings, "", 1)
     dimension = layout(settings).dimension
     near = plain.mechanism.closeness(plain.counted_variance, dimension, plain.adders)
@@ -67,7 +67,7 @@ def _sized(settings: AbSettings) -> Config:
     return run_settings(settings, near.slack, near.ratio)
 
 
-def device_settings(settings: AbSettings, enrolled: int) -> Config:
+def device_settings(settings: AbTestSettings, enrolled: int) -> Config:
     """The experiment as a run on devices: what they are offered, and what they agree to.
 
     Raises:
@@ -94,7 +94,7 @@ def sums_of(total: NDArray[np.uint32], plan: Plan) -> NDArray[np.float64]:
     return unrotate(sums, plan.start) if plan.rotated else sums
 
 
-def spent_alpha(settings: TrialSettings, look: int) -> float:
+def spent_alpha(settings: AbRunSettings, look: int) -> float:
     """The part of alpha that one look may spend; over all looks they add up to alpha.
 
     >>> settings = AbSettings(looks=4, spending="late")
@@ -118,7 +118,7 @@ def told(
     sums: NDArray[np.float64],
     plan: Plan,
     answered: int,
-    settings: TrialSettings,
+    settings: AbRunSettings,
     alpha: float | None = None,
 ) -> dict[str, Any]:
     """What one look says.

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
-from ..common.settings.config import Config, TrialSettings
+from ..common.settings.config import AbRunSettings, Config
 from . import ab_estimates, void_rounds
 from .rounds import LOG, Ask, Present, Show, Vector, ask_again, attempt, begun_before, wait_or_end
 
@@ -31,7 +31,7 @@ GREET_S = 30.0
 def run_looks(
     ask: Ask,
     config: Config,
-    trial: TrialSettings,
+    trial: AbRunSettings,
     run: str,
     folder: Path,
     show: Show,

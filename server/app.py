@@ -17,7 +17,7 @@ from ..common.settings import config as settings
 from ..common.settings.config import DEVICES
 from .operations.attendance import of_run
 from .operations.directory_listing import Listing
-from .participants import Crowd
+from .participants import Participants
 from .replies import addressed, enough_s, replies
 from .rounds import Reply, Show
 from .run_folder.run import whole
@@ -69,7 +69,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
             yield node, reply
 
     listing = Listing(folder)
-    crowd = Crowd(
+    crowd = Participants(
         grid.get_node_ids,
         hello,
         listing.directory(),

@@ -12,7 +12,7 @@ from ..common.secure_aggregation.keys import Directory, greeting, verify
 from ..common.settings.config import DEVICES, Config
 from .operations.attendance import Attendance
 
-__all__ = ["Crowd"]
+__all__ = ["Participants"]
 
 POLL_S = 0.1
 AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
@@ -24,7 +24,7 @@ Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]
 
 
 @dataclass(eq=False)
-class Crowd:
+class Participants:
     """The devices of a run: number in the directory -> Flower's node id.
 
     Args:

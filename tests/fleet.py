@@ -26,7 +26,7 @@ from privet.client.consent.policy_settings import Policy
 from privet.client.enrolled import join
 from privet.client.import_texts import watched_folders
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import POLICY, Home
+from privet.client.store.device_store import POLICY, DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.common.errors import StateError
 from privet.common.files import write_atomic
@@ -247,9 +247,9 @@ class Person:
         found = children(self.process.pid)
         return next((pid for pid in found if words in command_line(pid)), None)
 
-    def open(self) -> Home:
+    def open(self) -> DeviceStore:
         """The home, also while its worker runs."""
-        return Home.open(self.home, Passphrase(PASSPHRASE))
+        return DeviceStore.open(self.home, Passphrase(PASSPHRASE))
 
 
 @dataclass
@@ -407,7 +407,7 @@ def make(folder: Path, base: Path, people: int = 4) -> Fleet:
         words.mkdir()
         for place, text in enumerate(texts):
             (words / f"{place:02}.txt").write_text(text)
-        with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
+        with DeviceStore.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
             (home / POLICY).write_text(own_policy(base))
             listed = server.folder / "directory"  # of nobody yet: the rest comes by itself
             asked = join.Asked(f"127.0.0.1:{wire.port}", authority, listed, insecure=False)

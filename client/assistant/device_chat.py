@@ -21,7 +21,7 @@ from ...common.model.base_model import BaseModel, load
 from ..enrolled.ab_assignment import Trial, current
 from ..personal.text_head import TextHead
 from ..store import verdicts
-from ..store.device_store import Home
+from ..store.device_store import DeviceStore
 from . import template_store
 from .profile import profile_of, public_chances
 from .retrieval import Encoder, Index
@@ -40,7 +40,7 @@ TEMPLATE = "memory"
 class VaultRecorder:
     """Verdicts into the vault, where `privet client feedback` and preference runs find them."""
 
-    def __init__(self, home: Home, run: str = "") -> None:
+    def __init__(self, home: DeviceStore, run: str = "") -> None:
         """`run`: the experiment whose arm answers (`Assistant.trial`)."""
         self._home, self._run = home, run
 
@@ -62,7 +62,7 @@ class VaultRecorder:
 
 
 def assistant_of(
-    home: Home, run: str | None, template: str | None, encoder: str, sampling: Sampling
+    home: DeviceStore, run: str | None, template: str | None, encoder: str, sampling: Sampling
 ) -> Assistant:
     """What this device knows: the adapter and head of a run it took part in, its own records.
 
@@ -105,7 +105,7 @@ def assistant_of(
     return Assistant(base, chosen or "", head, index, profile, used, sampling, name)
 
 
-def _template(home: Home, asked: str | None) -> tuple[Template, Trial | None]:
+def _template(home: DeviceStore, asked: str | None) -> tuple[Template, Trial | None]:
     """The template, and the experiment it is an arm of.
 
     An arm whose template this device has not, or trusts no more, is not taken part in: the chat is
@@ -121,7 +121,7 @@ def _template(home: Home, asked: str | None) -> tuple[Template, Trial | None]:
     return template_store.in_use(home, asked or TEMPLATE), trial
 
 
-def index_of(home: Home, texts: Sequence[str], encoder: str) -> Index:
+def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
     """The index over the device's records; vectors made once are in the vault."""
     found = encoder_of(encoder)
     if found is None or not texts:
@@ -156,7 +156,7 @@ def loaded(name: str) -> BaseModel:
     return load(name)
 
 
-def _ended(home: Home, run: str | None) -> str | None:
+def _ended(home: DeviceStore, run: str | None) -> str | None:
     """The run whose adapter is used; None: none has ended here and none was asked for."""
     kept = {name.partition("/")[2] for name in home.vault.names("adapters/")}
     offered = [offer.run for offer, _ in home.runs() if offer.run in kept]

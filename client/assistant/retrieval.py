@@ -98,7 +98,7 @@ class Index:
         """Index a history.
 
         Args:
-            texts: earliest first, as `Home.records` and `data.read_user` give them.
+            texts: earliest first, as `DeviceStore.records` and `data.read_user` give them.
             encoder: None for words and recency only.
             vectors: the encoder's rows for `texts`, where they are known already.
 

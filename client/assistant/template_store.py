@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...common.errors import ConfigError, PrivacyError
-from ..store.device_store import Home
+from ..store.device_store import DeviceStore
 from .templates import Template, builtins, claimed, read
 
 __all__ = [
@@ -44,7 +44,7 @@ class Kept:
     refused: str = ""
 
 
-def kept(home: Home) -> list[Kept]:
+def kept(home: DeviceStore) -> list[Kept]:
     """Every version of every template, by name, the newest first."""
     trusted = home.policy.prompts.publishers
     found = [Kept(template, used=True) for template in builtins().values()]
@@ -59,7 +59,7 @@ def kept(home: Home) -> list[Kept]:
     return sorted(found, key=lambda one: one.template.name)
 
 
-def find(home: Home, name: str, version: str | None = None) -> Kept:
+def find(home: DeviceStore, name: str, version: str | None = None) -> Kept:
     """One of them: the version in use, or the one named.
 
     Raises:
@@ -76,7 +76,7 @@ def find(home: Home, name: str, version: str | None = None) -> Kept:
     return chosen[0]
 
 
-def in_use(home: Home, name: str) -> Template:
+def in_use(home: DeviceStore, name: str) -> Template:
     """The template that is used under this name.
 
     Raises:
@@ -86,7 +86,7 @@ def in_use(home: Home, name: str) -> Template:
     return trusted(home, name)
 
 
-def trusted(home: Home, name: str, version: str | None = None) -> Template:
+def trusted(home: DeviceStore, name: str, version: str | None = None) -> Template:
     """A version that is kept, or the one in use (None).
 
     Raises:
@@ -98,7 +98,7 @@ def trusted(home: Home, name: str, version: str | None = None) -> Template:
     return found.template
 
 
-def weigh(home: Home, content: bytes, where: str) -> tuple[Template, Template | None]:
+def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
     """What adding this file would mean: the new template, and the one it takes the place of.
 
     Raises:
@@ -121,7 +121,7 @@ def weigh(home: Home, content: bytes, where: str) -> tuple[Template, Template | 
     return new, next((one.template for one in same if one.used), None)
 
 
-def add(home: Home, content: bytes, where: str) -> Template:
+def add(home: DeviceStore, content: bytes, where: str) -> Template:
     """Take a template in and use it.
 
     Raises:
@@ -138,7 +138,7 @@ def add(home: Home, content: bytes, where: str) -> Template:
     return new
 
 
-def earlier(home: Home, name: str, version: str | None = None) -> tuple[Template, Template]:
+def earlier(home: DeviceStore, name: str, version: str | None = None) -> tuple[Template, Template]:
     """The version in use, and the one `rollback` would use: the one before, or the one named.
 
     Raises:
@@ -159,7 +159,7 @@ def earlier(home: Home, name: str, version: str | None = None) -> tuple[Template
     return present, chosen.template
 
 
-def rollback(home: Home, name: str, version: str | None = None) -> Template:
+def rollback(home: DeviceStore, name: str, version: str | None = None) -> Template:
     """Use an earlier version again.
 
     Raises:

@@ -19,7 +19,7 @@ from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from ..consent.run_offers import Offer
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
 
 __all__ = ["app"]
 
@@ -44,7 +44,7 @@ def init(
 ) -> None:
     """Make this device's home: identities, vault, policy.toml with safe limits."""
     from ..enrolled.access import folder_of, from_environment, new_unlock
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
     from ..store.key_file import KEY_FILE
     from ..store.vault import FILE
 
@@ -55,7 +55,7 @@ def init(
             "looks at it, --home names another"
         )
     file = passphrase or (None if keyring else from_environment())
-    with Home.create(folder, new_unlock(file, keyring, "New passphrase"), name) as made:
+    with DeviceStore.create(folder, new_unlock(file, keyring, "New passphrase"), name) as made:
         card = made.card
     if as_json:
         printing.dump({"home": str(folder), "card": json.loads(card)})
@@ -120,12 +120,12 @@ def passphrase(
 ) -> None:
     """Change how the home is opened; nothing else in it changes."""
     from ..enrolled.access import folder_of, new_unlock, unlock_of
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
     from ..store.vault import rewrap, unlock_kind
 
     folder = folder_of(home)
     old = unlock_of(folder, passphrase)
-    Home.open(folder, old).close()  # a wrong one is said before the new one is asked for
+    DeviceStore.open(folder, old).close()  # a wrong one is said before the new one is asked for
     rewrap(folder, old, new_unlock(new_file, keyring, "New passphrase"))
     kind = unlock_kind(folder)
     printing.say(
@@ -405,7 +405,7 @@ def runs(
             _decide(found, _offer(found, run), agree, partly, decline, as_json)
 
 
-def _offer(home: "Home", run: str) -> "Offer":
+def _offer(home: "DeviceStore", run: str) -> "Offer":
     offers = [offer for offer, _ in home.runs()]
     found = [one for one in offers if one.run == run] or [
         one for one in offers if one.run.startswith(run)
@@ -418,7 +418,7 @@ def _offer(home: "Home", run: str) -> "Offer":
 
 
 def _decide(
-    home: "Home", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
+    home: "DeviceStore", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
 ) -> None:
     """Show one run in full, then record what the owner said."""
     from ..consent import offer_description
@@ -465,7 +465,7 @@ def _decide(
         print(_STATES[state["state"]].format(run=offer.run))
 
 
-def _own_part(home: "Home", offer: "Offer") -> "list[tuple[str, str]]":
+def _own_part(home: "DeviceStore", offer: "Offer") -> "list[tuple[str, str]]":
     """Of an experiment: which arm is this device's, what it lacks for it, and the outcome so far.
 
     It is the owner's own device: nothing on it is hidden from them, though knowing an arm may sway.
@@ -565,7 +565,7 @@ def outbox(
     printing.outbox(every, as_json)
 
 
-def _show_sent(home: "Home", seq: int, path: Path | None, as_json: bool) -> None:
+def _show_sent(home: "DeviceStore", seq: int, path: Path | None, as_json: bool) -> None:
     from . import device_status as statuses
 
     sent, row = statuses.release_of(home, seq)
@@ -574,7 +574,7 @@ def _show_sent(home: "Home", seq: int, path: Path | None, as_json: bool) -> None
     printing.sent(sent, row, path, as_json)
 
 
-def _write_payload(home: "Home", seq: int, path: Path) -> None:
+def _write_payload(home: "DeviceStore", seq: int, path: Path) -> None:
     from ...common.files import explain_os_errors
 
     content = home.payload(seq)

@@ -18,7 +18,7 @@ from ..consent import device_conditions
 from ..enrolled import pinned_directory
 from ..import_texts import watched_folders
 from ..runtime import connection
-from ..store.device_store import ME, Home, Sent
+from ..store.device_store import ME, DeviceStore, Sent
 from ..store.erase import LOCK
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
 
 
-def facts(home: Home) -> dict[str, Any]:
+def facts(home: DeviceStore) -> dict[str, Any]:
     """How this device is: everything but epsilon, whose accountant takes a second to load."""
     joined, held, note = home.joined, watched_folders.read(home), home.last_note
     running = worker(home.folder)
@@ -56,7 +56,7 @@ def facts(home: Home) -> dict[str, Any]:
     return found
 
 
-def _connection(home: Home, server: str, running: int | None) -> dict[str, Any]:
+def _connection(home: DeviceStore, server: str, running: int | None) -> dict[str, Any]:
     """Whether the server is reached, since when not, what failed, and a sentence of it."""
     found = connection.read(home.folder, server)
     reached, said = connection.sentence(found, running is not None, time.time())
@@ -64,7 +64,7 @@ def _connection(home: Home, server: str, running: int | None) -> dict[str, Any]:
     return {"ok": reached, "reached": found.reached or None, "failed": kind, "sentence": said}
 
 
-def runs(home: Home) -> list[dict[str, Any]]:
+def runs(home: DeviceStore) -> list[dict[str, Any]]:
     """Every offer kept, oldest first, and what became of it.
 
     `state`: agreed, declined, changed (since the owner agreed), or waits.
@@ -82,7 +82,7 @@ def runs(home: Home) -> list[dict[str, Any]]:
     ]
 
 
-def _state(home: Home, run: str) -> str:
+def _state(home: DeviceStore, run: str) -> str:
     if home.declined(run):
         return "declined"
     return "waits" if home.agreed(run) is None else "changed"
@@ -103,21 +103,21 @@ def worker(folder: Path) -> int | None:
     return None
 
 
-def budget(home: Home) -> dict[str, Any]:
+def budget(home: DeviceStore) -> dict[str, Any]:
     """What was spent, composed from the ledger (`client/privacy/spending.py`)."""
     from ..privacy.spending import spending
 
     return spending(home)
 
 
-def outbox(home: Home) -> list[dict[str, Any]]:
+def outbox(home: DeviceStore) -> list[dict[str, Any]]:
     """Every byte-string that left, oldest first, each with the release it belongs to, if any."""
     sent = home.outbox()
     rows = _rows(home) if sent else {}
     return [{**asdict(one), "release": _number(rows, one)} for one in sent]
 
 
-def release_of(home: Home, seq: int) -> tuple[Sent, "Row | None"]:
+def release_of(home: DeviceStore, seq: int) -> tuple[Sent, "Row | None"]:
     """One byte-string and the ledger's row it belongs to.
 
     Raises:
@@ -129,7 +129,7 @@ def release_of(home: Home, seq: int) -> tuple[Sent, "Row | None"]:
     return found, _row(_rows(home), found)
 
 
-def _rows(home: Home) -> Mapping[tuple[str, int], "Row"]:
+def _rows(home: DeviceStore) -> Mapping[tuple[str, int], "Row"]:
     return {(row.run, row.round): row for row in home.ledger.rows(ME)}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
 
 __all__ = ["AsJson", "HomeFolder", "PassphraseFile", "opened"]
 
@@ -22,7 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 
 
 @contextmanager
-def opened(home: Path | None, passphrase: Path | None) -> Iterator["Home"]:
+def opened(home: Path | None, passphrase: Path | None) -> Iterator["DeviceStore"]:
     """As `access.opened`, which loads what a `--help` does not need."""
     from ..enrolled.access import opened
 

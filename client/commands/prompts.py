@@ -16,7 +16,7 @@ from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from ..assistant.template_store import Kept
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
 
 __all__ = ["app"]
 
@@ -174,7 +174,7 @@ def sign(
     )
 
 
-def _between(home: "Home", name: str, versions: Sequence[str]) -> Sequence[str]:
+def _between(home: "DeviceStore", name: str, versions: Sequence[str]) -> Sequence[str]:
     from ..assistant import template_store
 
     if len(versions) > 2:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError, PrivacyError
 from ...common.model.families import FAMILIES
-from ...common.settings.config import Config, TrialSettings
+from ...common.settings.config import AbRunSettings, Config
 from .policy import own_config, reasons, shown
 from .policy_settings import Policy
 
@@ -343,7 +343,7 @@ def _adapter(config: Config, dimension: int | None) -> str:
     return said
 
 
-def _experiment(trial: TrialSettings) -> str:
+def _experiment(trial: AbRunSettings) -> str:
     said = (
         f"A/B: for at most {trial.days:g} days `privet chat --device` answers with one of "
         f"{', '.join(map(shown, trial.arms))}, which of them is drawn on this device and not sent; "

@@ -12,11 +12,11 @@ hands the outcome to the gate, and nothing else reads it.
 import time
 from dataclasses import dataclass
 
-from ...common.settings.config import TrialSettings
+from ...common.settings.config import AbRunSettings
 from ..ab_arm import arm_of
 from ..consent.run_offers import Offer
 from ..store import verdicts
-from ..store.device_store import Home
+from ..store.device_store import DeviceStore
 
 __all__ = ["HEADS", "Trial", "current", "of", "outcome"]
 
@@ -31,7 +31,7 @@ class Trial:
     """One experiment and this device's arm in it."""
 
     run: str
-    settings: TrialSettings
+    settings: AbRunSettings
     arm: str
 
     @property
@@ -41,7 +41,7 @@ class Trial:
         return None if self.arm in HEADS else (name, version or None)
 
 
-def current(home: Home) -> Trial | None:
+def current(home: DeviceStore) -> Trial | None:
     """The experiment agreed to last that has not ended; None: this device is in none."""
     agreed = [(one.time, offer) for offer, one in home.runs()
               if one is not None and one.digest == offer.digest]  # fmt: skip
@@ -54,7 +54,7 @@ def current(home: Home) -> Trial | None:
     return None
 
 
-def of(home: Home, offer: Offer) -> Trial | None:
+def of(home: DeviceStore, offer: Offer) -> Trial | None:
     """This device's part in the experiment that is offered; None: it is none."""
     trial = offer.config.trial
     if trial is None:
@@ -63,7 +63,7 @@ def of(home: Home, offer: Offer) -> Trial | None:
     return Trial(offer.run, trial, trial.arms[place])
 
 
-def outcome(home: Home, run: str, trial: TrialSettings) -> float | None:
+def outcome(home: DeviceStore, run: str, trial: AbRunSettings) -> float | None:
     """0 to 1: the share that was taken; binary: 1 for more than half. None without a verdict."""
     taken = [one.taken for one in verdicts.kept(home).values() if one.run == run]
     if not taken:

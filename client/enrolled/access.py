@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...common.errors import ConfigError, StateError
 from ...common.files import explain_os_errors
-from ..store.device_store import Home
+from ..store.device_store import DeviceStore
 from ..store.key_file import KEY_FILE, Keyring, Passphrase, Unlock, unlock_kind
 from ..store.vault import FILE, Vault
 
@@ -35,7 +35,7 @@ def folder_of(home: Path | None) -> Path:
     return user_data_path("privet")
 
 
-def opened(home: Path | None, passphrase: Path | None) -> Home:
+def opened(home: Path | None, passphrase: Path | None) -> DeviceStore:
     """The home a command means, open; the caller closes it.
 
     Raises:
@@ -43,7 +43,7 @@ def opened(home: Path | None, passphrase: Path | None) -> Home:
         ConfigError: the passphrase is wrong, or there is nowhere to ask for it.
     """
     folder = folder_of(home)
-    return Home.open(folder, unlock_of(folder, passphrase))
+    return DeviceStore.open(folder, unlock_of(folder, passphrase))
 
 
 def unlock_of(folder: Path, passphrase: Path | None) -> Unlock:

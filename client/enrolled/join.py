@@ -18,7 +18,7 @@ from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain
 from ...common.secure_aggregation.keys import Directory
 from ..consent.policy import matches
-from ..store.device_store import Home, Joined
+from ..store.device_store import DeviceStore, Joined
 
 __all__ = ["Asked", "join"]
 
@@ -46,7 +46,7 @@ class Asked:
     open: bool = False
 
 
-def join(home: Home, asked: Asked, now: datetime | None = None) -> list[str]:
+def join(home: DeviceStore, asked: Asked, now: datetime | None = None) -> list[str]:
     """Joins, after everything was checked.
 
     Returns:
@@ -136,7 +136,7 @@ def _certificates(path: Path, now: datetime) -> str:
     return b"".join(one.public_bytes(Encoding.PEM) for one in found).decode("ascii")
 
 
-def _directory(home: Home, asked: Asked) -> Directory | Chain:
+def _directory(home: DeviceStore, asked: Asked) -> Directory | Chain:
     """What this device holds from now on: signed, a list as it is, or open."""
     joined = home.joined
     again = joined is not None and joined.server == asked.server
@@ -205,7 +205,7 @@ def _beside(ca: Path | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def _left_open(home: Home, asked: Asked, directory: Directory | Chain) -> list[str]:
+def _left_open(home: DeviceStore, asked: Asked, directory: Directory | Chain) -> list[str]:
     said = []
     if asked.insecure:
         said.append("WITHOUT TLS: for tests on this machine; nothing that is sent is protected.")
@@ -233,7 +233,7 @@ def _left_open(home: Home, asked: Asked, directory: Directory | Chain) -> list[s
     return said
 
 
-def _signed(home: Home, asked: Asked, chain: Chain) -> list[str]:
+def _signed(home: DeviceStore, asked: Asked, chain: Chain) -> list[str]:
     known = chain.directory.known
     who = "the key you named" if asked.key else "the key that came with it"
     if not chain.fleet:

@@ -1,4 +1,4 @@
-"""Where a server's message finds a person's own device: `Seat` of `client/app.py`, over a home.
+"""Where a server's message finds a person's own device: `Participant` of `app.py`, over a home.
 
 The state between the phases of a masked round, the base model and the adapter stay in this
 process; everything else is in the vault. **Guarantee**: as `client/store/device_store.py`.
@@ -16,7 +16,7 @@ from ..consent.device_conditions import threads
 from ..consent.policy import own_config
 from ..consent.run_offers import waiting
 from ..runtime.answer_pace import Pace
-from ..store.device_store import ME, Home
+from ..store.device_store import ME, DeviceStore
 from . import pinned_directory
 
 if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no SciPy, no model
@@ -29,17 +29,17 @@ if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no Sc
     from ..training.local_training import Trainer
     from ..training.records import Record, Tokenised
 
-__all__ = ["OwnDesk", "OwnSeat"]
+__all__ = ["EnrolledContext", "EnrolledParticipant"]
 
 NOBODY = -1
 """The device's number before a round has told it."""
 
 
 @dataclass(frozen=True, eq=False)
-class OwnDesk:
+class EnrolledContext:
     """What the device works with in one run (`client/device.py` says what each is)."""
 
-    home: Home
+    home: DeviceStore
     run: str
     config: Config
     trainer: "Trainer"
@@ -109,7 +109,7 @@ class OwnDesk:
         )
 
 
-class OwnSeat:
+class EnrolledParticipant:
     """One person's device, for as long as its worker lives.
 
     Args:
@@ -118,10 +118,10 @@ class OwnSeat:
             another server that the owner has joined since. None: tests.
     """
 
-    def __init__(self, home: Home, server: str | None = None) -> None:
+    def __init__(self, home: DeviceStore, server: str | None = None) -> None:
         self._home, self._server = home, server
         self._state: Any = None
-        self._desk: OwnDesk | None = None
+        self._desk: EnrolledContext | None = None
         self.pace = Pace()
 
     @property
@@ -163,7 +163,7 @@ class OwnSeat:
 
         return Device(ME, self._desk_of(plan.run, number, begins))
 
-    def _desk_of(self, run: str, number: int, begins: bool) -> OwnDesk:
+    def _desk_of(self, run: str, number: int, begins: bool) -> EnrolledContext:
         self._refuse_other_server()
         offer = self._home.taking_part(run, begins)
         joined = self._home.joined
@@ -182,7 +182,7 @@ class OwnSeat:
                 f"serve {self._server}: stop it and start it again"
             )
 
-    def _opened(self, run: str, config: Config, number: int) -> OwnDesk:
+    def _opened(self, run: str, config: Config, number: int) -> EnrolledContext:
         import torch
 
         from ...common.model.adapter import shared
@@ -191,9 +191,11 @@ class OwnSeat:
 
         torch.set_num_threads(threads(self._home.policy.resources))
         if config.trial is not None:  # nothing is trained: no model is loaded
-            return OwnDesk(self._home, run, config, cast("Trainer", None), number, self.pace)
+            return EnrolledContext(
+                self._home, run, config, cast("Trainer", None), number, self.pace
+            )
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
-        return OwnDesk(self._home, run, config, trainer, number, self.pace)
+        return EnrolledContext(self._home, run, config, trainer, number, self.pace)
 
     def recall(self) -> Any:
         """What the phase before left, once."""

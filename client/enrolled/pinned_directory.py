@@ -16,7 +16,7 @@ from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain, Head
 
 if TYPE_CHECKING:
-    from ..store.device_store import Home
+    from ..store.device_store import DeviceStore
 
 __all__ = ["compared", "facts", "heard", "history"]
 
@@ -26,7 +26,7 @@ LATEST = 1000
 FEW = 8
 
 
-def heard(home: "Home", offer: Mapping[str, Any]) -> int:
+def heard(home: "DeviceStore", offer: Mapping[str, Any]) -> int:
     """What a greeting says of the directory: taken over, or refused and written down.
 
     Returns:
@@ -65,18 +65,18 @@ def _added(before: Chain, after: Chain) -> str:
     return f"{said}; {len(after.directory.known)} devices are enrolled"
 
 
-def _recorded(home: "Home", chain: Chain, sentence: str) -> bytes:
+def _recorded(home: "DeviceStore", chain: Chain, sentence: str) -> bytes:
     line = [time.time(), chain.version, chain.hash.hex(), sentence]
     return json.dumps([*history(home), line][-LATEST:]).encode()
 
 
-def history(home: "Home") -> list[tuple[float, int, str, str]]:
+def history(home: "DeviceStore") -> list[tuple[float, int, str, str]]:
     """When (seconds since 1970), version and hash held then, what happened; oldest first."""
     kept = home.vault.get("directory-log")
     return [] if kept is None else [(t, v, h, said) for t, v, h, said in json.loads(kept)]
 
 
-def facts(home: "Home") -> dict[str, Any] | None:
+def facts(home: "DeviceStore") -> dict[str, Any] | None:
     """For `privet client status`: None with an open directory, or where none was joined."""
     joined = home.joined
     if joined is None or not joined.closed:
@@ -92,7 +92,7 @@ def facts(home: "Home") -> dict[str, Any] | None:
     return found
 
 
-def compared(home: "Home", path: Path) -> str:
+def compared(home: "DeviceStore", path: Path) -> str:
     """This device's directory beside the one another device exported: one continues the other.
 
     Raises:

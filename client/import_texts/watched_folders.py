@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...common.errors import StateError
-from ..store.device_store import ME, Home
+from ..store.device_store import ME, DeviceStore
 
 if TYPE_CHECKING:  # the readers and numpy, which `privet client status` has no time to load
     from ..training.records import Record
@@ -79,7 +79,7 @@ class Scanned:
     records: int
 
 
-def read(home: Home) -> Sources:
+def read(home: DeviceStore) -> Sources:
     """What is watched, from the vault.
 
     Raises:
@@ -99,7 +99,7 @@ def read(home: Home) -> Sources:
 
 
 def rescan(
-    home: Home,
+    home: DeviceStore,
     *,
     roots: Iterable[str] | None = None,
     me: Iterable[str] | None = None,
@@ -148,7 +148,11 @@ def rescan(
 
 
 def _scanned(
-    home: Home, before: Sources, roots: Sequence[str], me: Sequence[str], limits: "Limits | None"
+    home: DeviceStore,
+    before: Sources,
+    roots: Sequence[str],
+    me: Sequence[str],
+    limits: "Limits | None",
 ) -> Iterator["Item"]:
     from ..training.records import parse_line
     from .scan import key_of, path_of, scan
@@ -163,7 +167,11 @@ def _scanned(
 
 
 def _write(
-    home: Home, version: int | None, before: Sources, after: Sources, fresh: Mapping[str, bytes]
+    home: DeviceStore,
+    version: int | None,
+    before: Sources,
+    after: Sources,
+    fresh: Mapping[str, bytes],
 ) -> int:
     """Everything at once; how many files have no records any more."""
     wanted = {_entry(key) for key, held in after.files.items() if held.records}

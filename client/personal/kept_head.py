@@ -13,8 +13,8 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ...common.errors import PrivetError
-from ..device import Desk, Device, exchange_at, kept_half, persona_of
-from ..store.device_store import ME, Home
+from ..device import Device, DeviceContext, exchange_at, kept_half, persona_of
+from ..store.device_store import ME, DeviceStore
 from ..training.cluster_choice import choose
 from ..training.constant_work import choice_of, missing
 from .person_losses import evaluator_of
@@ -22,7 +22,7 @@ from .person_losses import evaluator_of
 __all__ = ["keep"]
 
 
-def keep(desk: Desk, home: Home, run: str, state: NDArray[np.float32]) -> None:
+def keep(desk: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.float32]) -> None:
     """Fit the head on the own records under the run's last adapter, and keep both.
 
     Of several personas the one that fits the own records is chosen here, and kept: its adapter
@@ -64,7 +64,7 @@ def keep(desk: Desk, home: Home, run: str, state: NDArray[np.float32]) -> None:
     home.keep(run, entries)
 
 
-def _rehearsal(desk: Desk, state: NDArray[np.float32]) -> None:
+def _rehearsal(desk: DeviceContext, state: NDArray[np.float32]) -> None:
     """The most that `keep` may have to do, on made-up records; nothing of it is kept."""
     adapter, config, exchange = desk.trainer.adapter, desk.config, exchange_at(desk)
     personas, live = exchange.personas(state), exchange.groups.live(config.rounds.count + 1)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...common.privacy.accounting import Adjacency, Charge, epsilon
-from ..store.device_store import ME, Home
+from ..store.device_store import ME, DeviceStore
 from .collusion import Release, completed, conditions, known, reckoned, table
 from .ledger import Row
 
@@ -23,7 +23,7 @@ OWN_SHARE = ("client", "unmasked server")
 INVENTED = "nobody on the roster was invented"
 
 
-def spending(home: Home) -> dict[str, Any]:
+def spending(home: DeviceStore) -> dict[str, Any]:
     """The content of `privet client budget --json`.
 
     `lines` have `epsilon` (None: no bound, or not known; of the own share also where it is no

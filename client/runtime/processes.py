@@ -19,7 +19,7 @@ from ..consent import policy as policies
 from ..consent.device_conditions import limit_process
 from ..enrolled.access import unlock_of
 from ..import_texts import watched_folders
-from ..store.device_store import POLICY, Home
+from ..store.device_store import POLICY, DeviceStore
 from ..store.erase import exclusive
 from ..store.key_file import Passphrase, Unlock
 from .supervisor import (
@@ -52,14 +52,14 @@ def start(folder: Path, passphrase: Path | None, port: int | None, say: Say) -> 
     """
     keep_to_itself()
     unlock = unlock_of(folder, passphrase)
-    with exclusive(folder), Home.open(folder, unlock) as home:
+    with exclusive(folder), DeviceStore.open(folder, unlock) as home:
         _ = home.policy  # a wrong one is said here, not by a worker that ends again and again
         children = specs(home, unlock, port or free_port())
         say(f"{home.folder} serves {home.joined.server if home.joined else ''}; stop with Ctrl-C")
     supervise(children, stop_on_signals(), say=say)
 
 
-def specs(home: Home, unlock: Unlock, port: int) -> list[Spec]:
+def specs(home: DeviceStore, unlock: Unlock, port: int) -> list[Spec]:
     """The SuperNode and the worker that asks it on `port`.
 
     Raises:
@@ -107,7 +107,7 @@ def work(
     Raises:
         StateError: another worker has this home.
     """
-    from ..enrolled.participant import OwnSeat
+    from ..enrolled.participant import EnrolledParticipant
     from . import worker
 
     keep_to_itself()
@@ -116,8 +116,8 @@ def work(
         resources = policies.read(folder / POLICY).resources
         limit_process(resources)
         shared = _secret(secret)
-        with Home.open(folder, unlock_of(folder, passphrase)) as home:
-            seat = OwnSeat(home, server)
+        with DeviceStore.open(folder, unlock_of(folder, passphrase)) as home:
+            seat = EnrolledParticipant(home, server)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
             watcher.start()
             try:
@@ -163,7 +163,7 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
     return handle
 
 
-def watch(home: Home, stop: threading.Event, busy: threading.Lock, say: Say) -> None:
+def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: Say) -> None:
     """Looks for new records every `intake.rescan_minutes`, and waits while a message is answered.
 
     What is wrong is said and tried again the next time; nothing ends this but `stop`.

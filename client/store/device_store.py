@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # the accountant and numpy, which `privet client status` has 
     from ..privacy.ledger import Ledger
     from ..training.records import Record
 
-__all__ = ["ME", "POLICY", "Home", "Joined", "Sent"]
+__all__ = ["ME", "POLICY", "DeviceStore", "Joined", "Sent"]
 
 ME = "me"
 """The one client in a device's own ledger."""
@@ -93,11 +93,11 @@ class Sent:
     sha256: str
 
 
-class Home:
+class DeviceStore:
     """An open home: the vault and the policy of one device."""
 
     def __init__(self, folder: Path, vault: Vault) -> None:
-        """Use `Home.create` or `Home.open`."""
+        """Use `DeviceStore.create` or `DeviceStore.open`."""
         self.folder, self.vault = folder, vault
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class Home:
         self.close()
 
     @classmethod
-    def create(cls, folder: Path, unlock: Unlock, name: str = "") -> "Home":
+    def create(cls, folder: Path, unlock: Unlock, name: str = "") -> "DeviceStore":
         """A new home: vault, identities, the default policy.
 
         Raises:
@@ -154,7 +154,7 @@ class Home:
         return home
 
     @classmethod
-    def open(cls, folder: Path, unlock: Unlock) -> "Home":
+    def open(cls, folder: Path, unlock: Unlock) -> "DeviceStore":
         """The home in `folder`.
 
         Raises:

@@ -18,7 +18,7 @@ from ...common.errors import DataError, StateError
 
 if TYPE_CHECKING:
     from ..training.records import Record
-    from .device_store import Home
+    from .device_store import DeviceStore
 
 __all__ = [
     "LONGEST",
@@ -115,7 +115,7 @@ def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
     return Verdict(cast(Kind, kind), prompt, answer, over, edited, time)
 
 
-def add(home: "Home", verdicts: Iterable[Verdict]) -> list[int]:
+def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
     """Keep verdicts, all or none; their numbers.
 
     Raises:
@@ -136,7 +136,7 @@ def add(home: "Home", verdicts: Iterable[Verdict]) -> list[int]:
     return [_number(name) for name in entries]
 
 
-def kept(home: "Home") -> dict[int, Verdict]:
+def kept(home: "DeviceStore") -> dict[int, Verdict]:
     """Number -> verdict, in the order they were kept.
 
     Raises:
@@ -147,7 +147,7 @@ def kept(home: "Home") -> dict[int, Verdict]:
     return {number: _restored(number, content or b"{}") for number, content in found.items()}
 
 
-def forget(home: "Home", numbers: Sequence[int] | None) -> int:
+def forget(home: "DeviceStore", numbers: Sequence[int] | None) -> int:
     """Erase these verdicts, or all of them (None); how many there were.
 
     Raises:
@@ -180,7 +180,7 @@ def pairs(verdicts: Iterable[Verdict]) -> tuple[Pair, ...]:
     return tuple(sorted(found.values(), key=lambda pair: pair.time))
 
 
-def own_records(home: "Home") -> "list[Record]":
+def own_records(home: "DeviceStore") -> "list[Record]":
     """The owner's pairs as records, which training and the personal part read."""
     from ..training.records import Record
 

@@ -320,7 +320,7 @@ class SimulationSettings(_Settings):
     )
 
 
-class TrialSettings(_Settings):
+class AbRunSettings(_Settings):
     """An A/B experiment (`common/ab_test.py`): arms, an outcome for each person, and looks at
     it."""
 
@@ -392,7 +392,7 @@ class Config(_Settings):
     rounds: RoundSettings = Field(default_factory=RoundSettings)
     masking: MaskingSettings = Field(default_factory=MaskingSettings)
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings)
-    ab: TrialSettings = Field(default_factory=TrialSettings)
+    ab: AbRunSettings = Field(default_factory=AbRunSettings)
     head: HeadSettings = Field(default_factory=HeadSettings)
     simulation: SimulationSettings = Field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -510,7 +510,7 @@ class Config(_Settings):
                 "and the gradient of A exactly zero, so noise alone would leave; take at least 2"
             )
 
-    def _refuse_wrong_trial(self, trial: TrialSettings) -> None:
+    def _refuse_wrong_trial(self, trial: AbRunSettings) -> None:
         if self.data.source != DEVICES:
             raise ValueError(
                 f"ab.arms with data.source = {self.data.source!r}: a run with arms is one on "
@@ -673,7 +673,7 @@ class Config(_Settings):
         return self.preference if self.data.task == "preference" else None
 
     @property
-    def trial(self) -> TrialSettings | None:
+    def trial(self) -> AbRunSettings | None:
         """The A/B experiment that this run is; None where it trains an adapter."""
         return self.ab if self.ab.arms else None
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...client.ab_arm import arm_of
 from ...client.ab_outcome import outcome_vector
-from ...common.ab_test import AbSettings
+from ...common.ab_test import AbTestSettings
 from ...common.errors import ConfigError
 from ...common.privacy import noise
 from ...common.privacy.encoding import round_randomly, wrap
@@ -50,7 +50,7 @@ def summed(vectors: NDArray[np.float64], plan: Plan, source: noise.Source) -> ND
 
 
 def contributions(
-    settings: AbSettings, arms: NDArray[np.int64], outcomes: NDArray[np.float64]
+    settings: AbTestSettings, arms: NDArray[np.int64], outcomes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """`outcome_vector` of everybody, shape (devices, d); an outcome that is NaN is none."""
     rows = [
@@ -60,7 +60,7 @@ def contributions(
     return np.array(rows, dtype=np.float64)
 
 
-def check(settings: AbSettings, repetitions: int, folder: Path) -> dict[str, Any]:
+def check(settings: AbTestSettings, repetitions: int, folder: Path) -> dict[str, Any]:
     """The experiment `repetitions` times with its made truth, and as often without any effect.
 
     Args:
@@ -105,7 +105,7 @@ class _Tally:
     covered_at_every_look: int = 0
     null_covered_last: int = 0
 
-    def add(self, null: bool, looks: list[dict[str, Any]], settings: AbSettings) -> None:
+    def add(self, null: bool, looks: list[dict[str, Any]], settings: AbTestSettings) -> None:
         truth = [mean - settings.made.means[0] for mean in settings.made.means[1:]]
         covered = [
             all(
@@ -126,7 +126,7 @@ class _Tally:
 
 
 def _repetition(
-    settings: AbSettings, run_id: str, keys: list[Secret], rng: np.random.Generator
+    settings: AbTestSettings, run_id: str, keys: list[Secret], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
     """All planned looks of one experiment; each with what the whole alpha would have called."""
     run_id = f"{run_id} {secrets.token_hex(4)}"

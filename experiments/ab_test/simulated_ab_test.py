@@ -24,7 +24,7 @@ from ...client.ab_outcome import take_part
 from ...client.privacy.collusion import known
 from ...client.privacy.ledger import Ledger
 from ...client.privacy.run_ledger import LEDGERS
-from ...common.ab_test import AbSettings, run_settings
+from ...common.ab_test import AbTestSettings, run_settings
 from ...common.errors import RoundVoid, RunExists, StateError
 from ...common.files import append_line, explain_os_errors, read_lines, write_atomic
 from ...common.files import write_json_atomic as write_json
@@ -55,7 +55,7 @@ class People:
         return float(self.outcomes[number]) if self.since[number] <= look else None
 
 
-def made_people(settings: AbSettings, run_id: str, rng: np.random.Generator) -> People:
+def made_people(settings: AbTestSettings, run_id: str, rng: np.random.Generator) -> People:
     """People with fresh keys; arms by the keyed hash of the run, outcomes by the made truth."""
     identities = tuple(Identity.create(secrets.token_bytes) for _ in range(settings.clients))
     arms = np.array([arm_of(one.seed, run_id, len(settings.arms)) for one in identities])
@@ -65,7 +65,7 @@ def made_people(settings: AbSettings, run_id: str, rng: np.random.Generator) -> 
 
 
 def outcomes(
-    settings: AbSettings, arms: NDArray[np.int64], rng: np.random.Generator
+    settings: AbTestSettings, arms: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """One outcome a person, shape (clients,), with the arm's made mean."""
     means = np.array(settings.made.means)[arms]
@@ -79,7 +79,7 @@ def outcomes(
     return settings.low + width * rng.beta(mean * size, (1 - mean) * size)
 
 
-def run(settings: AbSettings, folder: Path) -> dict[str, Any]:
+def run(settings: AbTestSettings, folder: Path) -> dict[str, Any]:
     """The experiment to its end; the content of `ab.json`.
 
     Raises:
@@ -120,7 +120,7 @@ def run(settings: AbSettings, folder: Path) -> dict[str, Any]:
 
 
 def _look(
-    settings: AbSettings, plan: Plan, people: People, ledger: Ledger, rng: np.random.Generator
+    settings: AbTestSettings, plan: Plan, people: People, ledger: Ledger, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint32], int]:
     """One look: every device that is there passes the gate; the sum mod 2**bits, and of how many.
 
@@ -154,7 +154,7 @@ def _look(
 
 
 def _unmasked(
-    settings: AbSettings, plan: Plan, people: People, vectors: Mapping[int, NDArray[np.uint32]]
+    settings: AbTestSettings, plan: Plan, people: People, vectors: Mapping[int, NDArray[np.uint32]]
 ) -> tuple[NDArray[np.uint32], int]:
     """The masking protocol with every party (`experiments/protocol.py`)."""
     policy = MaskingPolicy.agreed(run_settings(settings), plan.cohort)
@@ -170,7 +170,7 @@ def _unmasked(
     return outcome.total, len(outcome.survivors)
 
 
-def spent(settings: AbSettings, ledger: Ledger) -> list[dict[str, Any]]:
+def spent(settings: AbTestSettings, ledger: Ledger) -> list[dict[str, Any]]:
     """The worst device's epsilons, from the ledgers: unit, adjacency, delta, where, against whom.
 
     Raises:

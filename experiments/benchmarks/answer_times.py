@@ -56,7 +56,7 @@ class _Free:
 
 
 @dataclass(frozen=True, eq=False)
-class Desk:
+class DeviceContext:
     """What a device works with; its records are in memory."""
 
     config: Config
@@ -156,7 +156,7 @@ def _mode(config: Config, trainer: Trainer, rounds: int, paced: bool) -> dict[st
     texts = [" ".join(drawn.choice(WORDS, 40)) for _ in range(RECORDS + 1)]  # one is held out
     people = {"without records": (), "full batch": tuple(map(data.Record, texts))}
     devices = {
-        role: Device(role, Desk(config, trainer, own, Pace() if paced else None))
+        role: Device(role, DeviceContext(config, trainer, own, Pace() if paced else None))
         for role, own in people.items()
     }
     adapter = trainer.adapter

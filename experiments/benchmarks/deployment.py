@@ -15,7 +15,7 @@ from ...client.consent import policy as policies
 from ...client.consent.policy_settings import Policy
 from ...client.enrolled import join
 from ...client.import_texts import watched_folders
-from ...client.store.device_store import POLICY, Home
+from ...client.store.device_store import POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.errors import StateError
 from ...common.model.assets import cache_folder
@@ -108,7 +108,7 @@ def homes(folder: Path, up: Up, count: int, models: list[str]) -> list[Path]:
         draw = random.Random(number)
         lines = [" ".join(draw.choices(WORDS, k=40)) for _ in range(40)]
         (texts / "notes.txt").write_text("\n\n".join(lines))
-        with Home.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
+        with DeviceStore.create(home, Passphrase(PASSPHRASE), f"device {number}") as made:
             (home / POLICY).write_text(policies.text(allowed))
             join.join(made, join.Asked(up.address, up.authority, None, insecure=False))
             watched_folders.rescan(made, roots=[str(texts)])

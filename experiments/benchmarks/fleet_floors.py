@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ...client.store.device_store import Home
+from ...client.store.device_store import DeviceStore
 from ...client.store.key_file import Passphrase
 from ...server.operations import control, services
 from .deployment import (
@@ -244,7 +244,7 @@ def status(times: int) -> str:
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pass").write_text(PASSPHRASE)
-        with Home.create(folder / "home", Passphrase(PASSPHRASE), ""):
+        with DeviceStore.create(folder / "home", Passphrase(PASSPHRASE), ""):
             pass
         command = [sys.executable, "-c", ENTRY, "client", "status", "--home", f"{folder}/home"]
         command += ["--passphrase-file", f"{folder}/pass"]

@@ -54,7 +54,7 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
         config = _prepare(Path(folder), clients, rounds, base, rank)
         run = Path(folder) / "run"
         config = simulate.prepare(config, run, resume=False)
-        device.Bench.open(run)  # loading the model is not a message
+        device.SimulatedContext.open(run)  # loading the model is not a message
         grid = LocalGrid(client_app.app, clients, str(run))
         rng = np.random.default_rng(0)
 

@@ -9,7 +9,7 @@ from ...client.assistant.profile import profile_of, public_chances
 from ...client.assistant.retrieval import Index
 from ...client.assistant.templates import builtins
 from ...client.assistant.text_generation import Assistant, Sampling
-from ...client.device import Bench
+from ...client.device import SimulatedContext
 from ...client.training import records
 from ...common.errors import ConfigError, DataError
 from ...common.files import append_line
@@ -44,7 +44,7 @@ def assistant_of(
             "for a device (privet prompts add)"
         )
     loaded(read(folder / "config.toml").model.base)
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     if bench.config.outputs:
         raise ConfigError(f"{folder} predicts labels; a chat needs a run that makes text")
     if user not in bench.index.blocks:

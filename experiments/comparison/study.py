@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...client.assistant.retrieval import Encoder
-from ...client.device import Bench
+from ...client.device import SimulatedContext
 from ...client.privacy.run_ledger import run_id
 from ...client.training import records
 from ...common.errors import ConfigError, StateError
@@ -50,7 +50,7 @@ class Study:
     """
 
     scenario: Scenario
-    bench: Bench
+    bench: SimulatedContext
     folder: Path
     users: list[str]
     shared: Vector
@@ -62,7 +62,7 @@ class Study:
         run = run_of(scenario, runs)
         if settings.read(run / "config.toml").data.source == DEVICES:
             raise ConfigError(f"{run} is a run on real devices: nobody's records can be read here")
-        bench = Bench.open(run.resolve())
+        bench = SimulatedContext.open(run.resolve())
         kept = _adapter(bench)
         if kept is None and scenario.run:
             raise StateError(
@@ -196,12 +196,12 @@ def spread(count: int, wanted: int) -> list[int]:
     return [count * place // wanted for place in range(wanted)]
 
 
-def _adapter(bench: Bench) -> Vector | None:
+def _adapter(bench: SimulatedContext) -> Vector | None:
     layout = bench.trainer.adapter.layout.digest
     return kept_state(bench.folder, bench.run, bench.config, layout)
 
 
-def _of_other_run(bench: Bench, run: str) -> Vector:
+def _of_other_run(bench: SimulatedContext, run: str) -> Vector:
     """The shared adapter of another run, which must have the same layout."""
     folder = Path(run)
     config = settings.read(folder / "config.toml")
@@ -222,7 +222,7 @@ def _settings_of(path: Path) -> Any:
         ) from None
 
 
-def _drawn(scenario: Scenario, bench: Bench) -> list[str]:
+def _drawn(scenario: Scenario, bench: SimulatedContext) -> list[str]:
     """Who is measured, by public seed; whole groups where there are groups."""
     index, people = bench.index, scenario.people
     if people.whom == "unseen":

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from ...client.commands import device_status
 from ...client.runtime.processes import free_port
-from ...client.store.device_store import ME, POLICY, Home
+from ...client.store.device_store import ME, POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.errors import AssetError, RunExists, StateError
 from ...common.files import explain_os_errors, read_lines, write_atomic
@@ -78,10 +78,10 @@ class Person:
         """Which home a command means, and how it is opened."""
         return "--home", self.folder / "home", "--passphrase-file", self.folder / "passphrase"
 
-    def open(self) -> Home:
+    def open(self) -> DeviceStore:
         """The home, as its owner opens it."""
         words = (self.folder / "passphrase").read_text("utf-8").strip()
-        return Home.open(self.folder / "home", Passphrase(words))
+        return DeviceStore.open(self.folder / "home", Passphrase(words))
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def follow(people: Sequence[Person], place: Path, processes: Processes, show: Sh
     """The run until its end, with two deaths; the most memory that all took together, MB."""
     first, second = killed(people)
     with ExitStack() as stack:
-        dying: Home | None = stack.enter_context(first.open())
+        dying: DeviceStore | None = stack.enter_context(first.open())
         waiting, most, measured, said = True, 0.0, 0.0, 0
         while processes.code("run") is None:
             if dying is not None and _trains(dying):
@@ -332,7 +332,7 @@ def killed(people: Sequence[Person]) -> tuple[Person, Person]:
     return people[FIRST], people[SECOND]
 
 
-def _trains(home: Home) -> bool:
+def _trains(home: DeviceStore) -> bool:
     """Whether the shares of its masks have left a while ago, and its contribution has not."""
     sent = [one for one in home.outbox() if one.round == ROUND_OF_THE_FIRST][-1:]
     return any(one.phase == "shares" and time.time() - one.time > DEALT_S for one in sent)

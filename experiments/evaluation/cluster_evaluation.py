@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...client.device import Bench, Device, exchange_at, kept_half, persona_of
+from ...client.device import Device, SimulatedContext, exchange_at, kept_half, persona_of
 from ...client.personal.person_losses import evaluator_of
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
@@ -40,7 +40,7 @@ def state_of(folder: Path) -> Vector:
     Raises:
         StateError: no round was finished.
     """
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     layout = exchange_at(bench).state.digest
     kept = kept_state(folder, bench.run, bench.config, layout)
     if kept is None:
@@ -58,19 +58,19 @@ def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | 
     return kept.adapter
 
 
-def adapter_of(bench: Bench, user: str, state: Vector) -> Vector:
+def adapter_of(bench: SimulatedContext, user: str, state: Vector) -> Vector:
     """The adapter vector of a person's own persona, shape (d,); with one persona everybody's."""
     return persona_of(Device(user, bench), state)[1]
 
 
-def largest_persona(bench: Bench, state: Vector) -> Vector:
+def largest_persona(bench: SimulatedContext, state: Vector) -> Vector:
     """The adapter vector for somebody without records: of the persona with most members."""
     return np.asarray(
         exchange_at(bench).personas(state)[largest(bench.folder, bench.config.groups.count)]
     )
 
 
-def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
+def choices(bench: SimulatedContext, users: Sequence[str], state: Vector) -> list[int]:
     """Each person's persona."""
     with progress.counting("choosing", len(users), "people") as one:
         found = []
@@ -81,7 +81,7 @@ def choices(bench: Bench, users: Sequence[str], state: Vector) -> list[int]:
 
 
 def evaluate_people(
-    bench: Bench, users: Sequence[str], state: Vector, heads: bool
+    bench: SimulatedContext, users: Sequence[str], state: Vector, heads: bool
 ) -> dict[str, list[Any]]:
     """Losses on held-out records as in `run_evaluation.py`, and of what is one's own.
 
@@ -121,10 +121,10 @@ def recovered(folder: Path) -> dict[str, Any]:
         `ari`: adjusted Rand index over everybody who was trained on; `people`: how many these are;
         `choices`: of each true group, how many picked each persona.
     """
-    return _recovered(Bench.open(folder.resolve()), state_of(folder))
+    return _recovered(SimulatedContext.open(folder.resolve()), state_of(folder))
 
 
-def _recovered(bench: Bench, state: Vector) -> dict[str, Any]:
+def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
     from sklearn.metrics import adjusted_rand_score
 
     count, train = bench.config.groups.count, bench.index.train_users
@@ -152,13 +152,13 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
         was trained on; `seen` and `unseen`: mean gain of each model over another in nats, each
         with a bootstrap interval over people.
     """
-    bench, state = Bench.open(folder.resolve()), state_of(folder)
+    bench, state = SimulatedContext.open(folder.resolve()), state_of(folder)
     found = _recovered(bench, state)
     train = bench.index.train_users
     limit = bench.config.evaluation.users
     people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
     grouped = {name: evaluate_people(bench, users, state, False) for name, users in people.items()}
-    alone, single = Bench.open(other.resolve()), state_of(other)
+    alone, single = SimulatedContext.open(other.resolve()), state_of(other)
     if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
         raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
     shared = {name: evaluate_people(alone, users, single, False) for name, users in people.items()}

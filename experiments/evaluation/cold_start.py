@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...client.device import Bench
+from ...client.device import SimulatedContext
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses
 from ...client.personal.person_losses import evaluator_of
@@ -60,7 +60,7 @@ def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> 
     """
     if not config.outputs:
         raise ConfigError(f"{folder} makes text; a cold start by labels needs a run with labels")
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     evaluator = evaluator_of(bench.trainer.adapter, global_adapter(folder))
     if not isinstance(evaluator, LabelEvaluator):
         raise ConfigError(f"{folder} has no shared head; a cold start by labels needs one")
@@ -76,7 +76,7 @@ def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> 
 
 
 def _newcomer(
-    user: str, bench: Bench, evaluator: LabelEvaluator, config: Config
+    user: str, bench: SimulatedContext, evaluator: LabelEvaluator, config: Config
 ) -> Newcomer | None:
     """A person's material; None for somebody without own or held-out records."""
     own, held = records.split(bench.records(user), config.data.holdout)

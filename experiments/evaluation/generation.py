@@ -8,7 +8,7 @@ import torch
 
 from ...client.assistant.terminal_chat import as_text
 from ...client.assistant.text_generation import Sampling
-from ...client.device import Bench, Device, kept_half
+from ...client.device import Device, SimulatedContext, kept_half
 from ...client.personal.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
 from ...client.training import records as data
 from ...common.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ def side_by_side(
         DataError: nobody of that name; a prompt that is no text.
     """
     drawn = Sampling(tokens, temperature, seed)
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     if bench.config.outputs:
         raise ConfigError(f"{folder} predicts labels; privet generate needs a run that makes text")
     if user not in bench.index.blocks:
@@ -53,7 +53,7 @@ def side_by_side(
     return found
 
 
-def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
+def kept_head(bench: SimulatedContext, user: str, final: Vector) -> TextHead:
     """The person's head under this adapter; from the device's file when fitted before."""
     name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
     path = bench.folder / "heads" / f"{name}.safetensors"
@@ -66,7 +66,7 @@ def kept_head(bench: Bench, user: str, final: Vector) -> TextHead:
     return head
 
 
-def _head(bench: Bench, user: str) -> TextHead:
+def _head(bench: SimulatedContext, user: str) -> TextHead:
     """The person's head, fitted on all own records that were not held out."""
     base = bench.trainer.adapter.base
     own, _ = data.split(data.read_user(bench.folder, user, bench.index), bench.config.data.holdout)
@@ -80,7 +80,9 @@ def _head(bench: Bench, user: str) -> TextHead:
     return fit_text_head(mine, base.output)
 
 
-def _continue(bench: Bench, ids: list[int], head: TextHead | None, drawn: Sampling) -> str:
+def _continue(
+    bench: SimulatedContext, ids: list[int], head: TextHead | None, drawn: Sampling
+) -> str:
     base: Any = bench.trainer.adapter.base
     generator, ids = torch.Generator().manual_seed(drawn.seed), list(ids)
     for _ in range(drawn.tokens):

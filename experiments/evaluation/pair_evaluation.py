@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...client.device import Bench
+from ...client.device import SimulatedContext
 from ...client.personal.head import PersonalHead
 from ...client.personal.pair_evaluator import PairPerson, pair_error
 from ...client.personal.preference_head import length_bias
@@ -31,7 +31,7 @@ SUSPICIOUS = 0.1
 """A correlation of margins with length this much beyond the people's own is a finding."""
 
 
-def best_losses(bench: Bench, users: Sequence[str]) -> list[float]:
+def best_losses(bench: SimulatedContext, users: Sequence[str]) -> list[float]:
     """Share of each person's held-out pairs that who knows best orders wrongly."""
     worth = _worth(bench)
     return [
@@ -41,7 +41,7 @@ def best_losses(bench: Bench, users: Sequence[str]) -> list[float]:
 
 
 def rows(
-    bench: Bench,
+    bench: SimulatedContext,
     group: str,
     people: Mapping[str, PairPerson],
     losses: Mapping[str, Sequence[Any]],
@@ -106,7 +106,7 @@ def _length_rows(
 
 
 def _gap_rows(
-    bench: Bench,
+    bench: SimulatedContext,
     group: str,
     names: Sequence[str],
     losses: Mapping[str, Sequence[Any]],
@@ -138,7 +138,7 @@ def _gap_rows(
     return found
 
 
-def _worth(bench: Bench) -> Callable[[str], list[tuple[float, float]]]:
+def _worth(bench: SimulatedContext) -> Callable[[str], list[tuple[float, float]]]:
     """Of each held-out pair of a person: what chosen and rejected are worth to who knows best."""
     config = bench.config
     known = config.data.source == "tastes"

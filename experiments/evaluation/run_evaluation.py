@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ...client.device import Bench, Device
+from ...client.device import Device, SimulatedContext
 from ...client.personal.evaluator import EvaluatedPerson, Evaluator
 from ...client.personal.pair_evaluator import PairPerson
 from ...client.personal.person_losses import evaluator_of
@@ -45,7 +45,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     Each group has the lists `users`, `base`, `global`, `personal` and `swapped_head`, aligned;
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     several = config.groups.count > 1 or bool(bench.trainer.adapter.own.pieces)
     final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
@@ -83,7 +83,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _of_pairs(
-    bench: Bench,
+    bench: SimulatedContext,
     people: dict[str, dict[str, EvaluatedPerson]],
     found: dict[str, LossesByModel],
 ) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def global_adapter(folder: Path) -> Vector:
         StateError: no round was finished.
     """
     return cluster_evaluation.largest_persona(
-        Bench.open(folder.resolve()), cluster_evaluation.state_of(folder)
+        SimulatedContext.open(folder.resolve()), cluster_evaluation.state_of(folder)
     )
 
 
@@ -123,7 +123,7 @@ def _heads_for(config: Config, group: str) -> bool:
 
 def _people(
     evaluator: Evaluator,
-    bench: Bench,
+    bench: SimulatedContext,
     users: Sequence[str],
     heads: bool,
     counted: Callable[[], None],
@@ -138,7 +138,9 @@ def _people(
     return people
 
 
-def _losses(bench: Bench, people: dict[str, EvaluatedPerson], heads: bool) -> LossesByModel:
+def _losses(
+    bench: SimulatedContext, people: dict[str, EvaluatedPerson], heads: bool
+) -> LossesByModel:
     """Everybody's losses under each model."""
     names = list(people)
     models = (MODELS if len(names) > 1 else MODELS[:3]) if heads else MODELS[:2]

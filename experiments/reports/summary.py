@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...common.errors import StateError
-from ...common.settings.config import Config, TrialSettings
+from ...common.settings.config import AbRunSettings, Config
 from ..evaluation.user_statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
 
 __all__ = ["MEASURED", "build_summary"]
@@ -209,5 +209,5 @@ def _spoken(name: str) -> str:
     return f"{left} over {right}, {group} people"
 
 
-def _arms(trial: TrialSettings) -> str:
+def _arms(trial: AbRunSettings) -> str:
     return f"A/B of {', '.join(trial.arms)}"

@@ -15,6 +15,7 @@ import pytest
 
 from privet.client.privacy import masked_upload as client
 from privet.common.errors import ProtocolError
+from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation import messages
 from privet.common.secure_aggregation.keys import RoundKey
@@ -29,7 +30,6 @@ from privet.common.secure_aggregation.terms import (
 )
 from privet.common.settings.config import Config, parse
 from privet.server import unmasking as server
-from privet.server.rounds import make_plan
 
 from ..masking_party import Party, identity, stream, terms
 from .hostile import Seen, found, ideal_twin, idealise, masked, schedule, twin, without

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from privet.client.device import Bench, masked_phase
+from privet.client.device import SimulatedContext, masked_phase
 from privet.client.privacy import masked_upload as client
 from privet.client.privacy.ledger import Ledger
 from privet.common.errors import ConfigError, ProtocolError
@@ -66,7 +66,7 @@ def one_off(value: Any, up: bool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def bench(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def bench(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimulatedContext:
     """Twelve devices of a run with masks, DP-SGD and all statistics."""
     folder = tmp_path_factory.mktemp("one-off")
     people = population(folder / "people", 15, 8)
@@ -80,7 +80,7 @@ def bench(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Bench
         statistics={"enabled": True, "gains": True, "arms": ["base", "shared"]},
     )
     prepare(config, folder / "run", resume=False)
-    return Bench.open(folder / "run")
+    return SimulatedContext.open(folder / "run")
 
 
 LAST = 120
@@ -125,7 +125,7 @@ PLAN: Mapping[str, Row] = {
 }  # fmt: skip
 
 
-def plan_of(bench: Bench) -> Plan:
+def plan_of(bench: SimulatedContext) -> Plan:
     adapter = bench.trainer.adapter
     return make_plan(bench.config, bench.run, 1, adapter.layout.digest, adapter.start)
 
@@ -161,7 +161,7 @@ def test_a_plan_one_off_is_refused_by_name_or_no_weaker(bench, tmp_path, name, u
         assert ledger.clients() == []  # no vector was released
 
 
-def first_phase(desk: Bench, plan: Plan, name: str, up: bool) -> None:
+def first_phase(desk: SimulatedContext, plan: Plan, name: str, up: bool) -> None:
     """Keys, as `client/app.py` has them made; the refusal is what the device's ledger has."""
     other, device = other_plan(plan, name, up), desk.device(0)
     state, sent = masked_phase(device, "keys", other, b"", None, None)

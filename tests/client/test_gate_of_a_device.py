@@ -18,7 +18,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from numpy.typing import NDArray
 
 from privet.client.app import app
-from privet.client.device import Bench, Device, exchange_at, take_part
+from privet.client.device import Device, SimulatedContext, exchange_at, take_part
 from privet.client.privacy.gate import charges
 from privet.client.training.local_training import Trained, train
 from privet.client.training.records import Tokenised
@@ -53,8 +53,8 @@ def prepared(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.fixture
-def bench(prepared: tuple[Path, Config], tmp_path: Path) -> Bench:
-    return Bench.open(Path(shutil.copytree(prepared[0], tmp_path / "run")))
+def bench(prepared: tuple[Path, Config], tmp_path: Path) -> SimulatedContext:
+    return SimulatedContext.open(Path(shutil.copytree(prepared[0], tmp_path / "run")))
 
 
 def records(count: int, seed: int = 0) -> Records:
@@ -66,7 +66,7 @@ def records(count: int, seed: int = 0) -> Records:
     )
 
 
-def plan_of(bench: Bench, number: int = 1, **changes: Any) -> Plan:
+def plan_of(bench: SimulatedContext, number: int = 1, **changes: Any) -> Plan:
     sent = exchange_at(bench)
     plan = make_plan(bench.config, bench.run, number, sent.state.digest, sent.start, sent)
     return dataclasses.replace(plan, **changes)
@@ -77,7 +77,7 @@ def plan_of(bench: Bench, number: int = 1, **changes: Any) -> Plan:
 
 def asked(folder: Path, client: Any, kind: str = "train.round") -> Message:
     """The reply of device 0 to the first round's message."""
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     grid = LocalGrid(client, bench.config.data.clients, str(folder))
     content = RecordDict(
         {
@@ -168,7 +168,7 @@ class Watched(LocalGrid):
 def masked_replies(folder: Path, monkeypatch: pytest.MonkeyPatch, client: Any) -> list[Message]:
     """Device 0's replies in a whole masked round, with repeatable keys and nonces."""
     monkeypatch.setattr("privet.client.device.os", SimpleNamespace(urandom=stream("gate")))
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     grid = Watched(client, 12, str(folder))
     grid.seen = []
     nodes = list(grid.get_node_ids())
@@ -227,7 +227,7 @@ def masked_leave_the_same(
 def test_in_every_phase_of_a_masked_round_only_the_masked_vector_depends_on_private_data(
     masked, tmp_path, monkeypatch
 ):
-    assert Bench.open(masked).device(0).name == "user 000"
+    assert SimulatedContext.open(masked).device(0).name == "user 000"
     assert masked_leave_the_same(masked, tmp_path, monkeypatch, app)
 
 
@@ -239,7 +239,7 @@ def test_an_app_that_hides_a_count_in_any_phase_of_a_masked_round_is_caught(
         """Tells the count of records in the node that the reply is said to be for."""
         reply = app(message, context)
         if message.metadata.message_type == f"train.{phase}":
-            own = Bench.open(Path(str(context.run_config["run"]))).device(
+            own = SimulatedContext.open(Path(str(context.run_config["run"]))).device(
                 int(context.node_config["partition-id"])
             )
             reply.metadata.group_id = f"{len(own.records())}"
@@ -375,7 +375,7 @@ def test_a_delta_that_is_not_finite_stays_on_the_device_and_costs_nothing(bench,
 # --- two levels, one noise ---------------------------------------------------------------------
 
 
-def trained(bench: Bench, own: Records, plan: Plan, start: NDArray[np.float32]) -> Any:
+def trained(bench: SimulatedContext, own: Records, plan: Plan, start: NDArray[np.float32]) -> Any:
     """The clipped delta; the randomness is the same in every call."""
     batches, source = np.random.default_rng(5), TestSource(1, "training")
     return clip(
@@ -383,7 +383,9 @@ def trained(bench: Bench, own: Records, plan: Plan, start: NDArray[np.float32]) 
     ).vector
 
 
-def moved_by_one_record(bench: Bench, steps: int, learning_rate: float) -> tuple[float, float]:
+def moved_by_one_record(
+    bench: SimulatedContext, steps: int, learning_rate: float
+) -> tuple[float, float]:
     """How far one record more moves the clipped delta, at most over a few; and lr C / B."""
     plan = plan_of(
         bench, local_steps=steps, learning_rate=learning_rate, rate=1.0, record_noise=0.0,

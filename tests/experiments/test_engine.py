@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from privet.client.device import Bench
+from privet.client.device import SimulatedContext
 from privet.client.privacy.run_ledger import LEDGERS
 from privet.common.errors import ConfigError, LedgerCorrupt, StateError
 from privet.common.files import read_lines
@@ -37,7 +37,7 @@ def copied(prepared: tuple[Path, Config], folder: Path) -> Path:
 
 
 def adapter(folder: Path) -> bytes:
-    bench = Bench.open(folder.resolve())
+    bench = SimulatedContext.open(folder.resolve())
     kept = checkpoint.load(
         folder,
         run=bench.run,
@@ -49,7 +49,7 @@ def adapter(folder: Path) -> bytes:
 
 
 def spent(folder: Path) -> dict[str, Any]:
-    ledger = Bench.open(folder.resolve()).ledger
+    ledger = SimulatedContext.open(folder.resolve()).ledger
     return {name: ledger.charges(name) for name in ledger.clients()}
 
 

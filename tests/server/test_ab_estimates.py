@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from privet.client import ab_outcome as device
 from privet.client.privacy.ledger import Ledger
-from privet.common.ab_test import AbSettings, Made, read, run_settings
+from privet.common.ab_test import AbTestSettings, Made, read, run_settings
 from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.privacy.accounting import epsilon
 from privet.common.privacy.encoding import unpack
@@ -25,11 +25,11 @@ from privet.server.ab_estimates import _mean, look_plan, spent_alpha, sums_of, t
 CONFIG = Path(simulated_ab_test.__file__).parent / "ab.toml"
 
 
-def experiment(**changes) -> AbSettings:
-    return AbSettings.model_validate({"clients": 24, "privacy": {"epsilon": 20.0}, **changes})
+def experiment(**changes) -> AbTestSettings:
+    return AbTestSettings.model_validate({"clients": 24, "privacy": {"epsilon": 20.0}, **changes})
 
 
-def three_arms(outcome: str) -> AbSettings:
+def three_arms(outcome: str) -> AbTestSettings:
     made = Made(means=(0.5, 0.5, 0.6))
     return experiment(arms=("a", "b", "c"), outcome=outcome, made=made)
 
@@ -177,7 +177,9 @@ def test_a_device_makes_no_more_releases_than_looks_whatever_their_numbers(ledge
 # --- what the server concludes -----------------------------------------------------------------
 
 
-def simulated(settings: AbSettings, repetitions: int, seed: int = 1, alpha: float | None = None):
+def simulated(
+    settings: AbTestSettings, repetitions: int, seed: int = 1, alpha: float | None = None
+):
     """Looks of many experiments; arms by a generator, which is faster than the keyed hash."""
     rng = np.random.default_rng(seed)
     plans = [look_plan(settings, "run", look + 1) for look in range(settings.looks)]
@@ -211,7 +213,7 @@ def test_standard_errors_are_those_of_sampling_and_noise_together(kind):
     """At this epsilon noise is three quarters of the variance, so neither part can be left out."""
     made = Made(means=(0.5, 0.8), spread=0.4)
     privacy = {"epsilon": 0.6}
-    settings = AbSettings(clients=400, outcome=kind, made=made, privacy=privacy)
+    settings = AbTestSettings(clients=400, outcome=kind, made=made, privacy=privacy)
     found = [looks[0]["differences"][0] for looks in simulated(settings, 300)]
     values = np.array([one["difference"] for one in found if one["difference"] is not None])
     errors = np.array([one["error"] for one in found if one["difference"] is not None])
@@ -229,7 +231,7 @@ def test_an_arm_whose_devices_all_agree_is_not_called_certain():
 
 @pytest.mark.parametrize("spending", ["equal", "late"])
 def test_peeking_passes_the_error_rate_and_the_corrected_looks_do_not(spending):
-    settings = AbSettings(
+    settings = AbTestSettings(
         clients=300, looks=5, spending=spending, made=Made(means=(0.5, 0.5)),
         privacy={"epsilon": 8.0},
     )  # fmt: skip

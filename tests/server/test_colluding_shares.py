@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.device import Bench
+from privet.client.device import SimulatedContext
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.files import read_lines
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, sized_graph
@@ -58,7 +58,7 @@ def run(llama_folder: Path, people: Path, tmp_path: Path, monkeypatch: pytest.Mo
         engine.run("local", folder, prepare(config, folder, resume=False))
         monkeypatch.setattr(served, "unmask", unmask)
         (outcome,), (line,) = seen, read_lines(folder / "rounds.jsonl")
-        bench = Bench.open(folder)
+        bench = SimulatedContext.open(folder)
         plan = plan_of(bench)
         found = [one for one in privacy_facts(folder)["lines"] if one.get("colluding")]
         return {

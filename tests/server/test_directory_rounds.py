@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from privet.client.enrolled import pinned_directory
-from privet.client.enrolled.participant import OwnSeat
-from privet.client.store.device_store import ME, Home, Joined
+from privet.client.enrolled.participant import EnrolledParticipant
+from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.common.errors import PrivacyError, StateError
 from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.fleet_directory import Chain, Entry
@@ -21,13 +21,13 @@ SIGNER = Identity.of(bytes([200]) * 32)
 FLEET = "fl.example.org-1"
 
 
-def chain_of(homes: list[Home]) -> Chain:
+def chain_of(homes: list[DeviceStore]) -> Chain:
     entries = tuple(Entry(n, home.identity.public) for n, home in enumerate(homes))
     return Chain(FLEET, SIGNER.public, entries).sign(SIGNER)
 
 
 @pytest.fixture
-def early(homes_of_four: list[Home]) -> list[Home]:
+def early(homes_of_four: list[DeviceStore]) -> list[DeviceStore]:
     """Four homes that joined under the signed directory when only two were enrolled."""
     listed = chain_of(homes_of_four[:2])
     joined = Joined(SERVER, "PEM", closed=True, key=SIGNER.public.hex(), fleet=FLEET)
@@ -37,11 +37,13 @@ def early(homes_of_four: list[Home]) -> list[Home]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, llama_folder: Path, early: list[Home]) -> World:
+def world(tmp_path: Path, llama_folder: Path, early: list[DeviceStore]) -> World:
     """A run in the server's `runs`, begun with three devices; the fourth was enrolled since."""
     config = config_of(llama_folder, rounds={"count": 2})
     (tmp_path / "server" / "runs").mkdir(parents=True)
-    made = World(tmp_path / "server" / "runs" / "run", config, [OwnSeat(home) for home in early])
+    made = World(
+        tmp_path / "server" / "runs" / "run", config, [EnrolledParticipant(home) for home in early]
+    )
     fleet_directory.write(made.folder / "directory", chain_of(early[:3]))
     fleet_directory.write(tmp_path / "server" / "directory", chain_of(early))
     for home in early:
@@ -50,7 +52,7 @@ def world(tmp_path: Path, llama_folder: Path, early: list[Home]) -> World:
 
 
 def test_devices_that_joined_early_take_part_with_those_enrolled_later(
-    world: World, early: list[Home]
+    world: World, early: list[DeviceStore]
 ):
     shown = world.serve()
     assert [(one["answered"], one["declined"], one["void"]) for one in shown] == [(4, 0, False)] * 2
@@ -63,7 +65,7 @@ def test_devices_that_joined_early_take_part_with_those_enrolled_later(
 
 
 def test_a_directory_that_does_not_continue_the_runs_own_ends_it_in_a_sentence(
-    world: World, early: list[Home]
+    world: World, early: list[DeviceStore]
 ):
     other = chain_of([early[0], early[3], early[2]])
     fleet_directory.write(world.folder.parent.parent / "directory", other)
@@ -73,7 +75,7 @@ def test_a_directory_that_does_not_continue_the_runs_own_ends_it_in_a_sentence(
 
 
 def test_a_device_shown_another_history_declines_and_says_what_happened(
-    world: World, early: list[Home]
+    world: World, early: list[DeviceStore]
 ):
     """Client 0 was shown another client 2 than the run's server shows now."""
     stranger = Entry(2, Identity.of(bytes([77]) * 32).public)
@@ -88,7 +90,7 @@ def test_a_device_shown_another_history_declines_and_says_what_happened(
 
 
 def test_more_colluders_than_leave_two_honest_devices_are_refused_in_a_sentence(
-    early: list[Home], llama_folder: Path
+    early: list[DeviceStore], llama_folder: Path
 ):
     masking = {"smallest_cohort": 3, "survivors": 1.0, "colluding": 2}
     config = config_of(llama_folder, masking=masking)

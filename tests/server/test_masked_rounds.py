@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from privet.client.device import Bench, _answer, masked_phase, take_part
+from privet.client.device import SimulatedContext, _answer, masked_phase, take_part
 from privet.client.privacy import masked_upload
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
@@ -76,16 +76,16 @@ def folder(prepared: tuple[Path, Config], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(folder: Path) -> Bench:
-    return Bench.open(folder)
+def bench(folder: Path) -> SimulatedContext:
+    return SimulatedContext.open(folder)
 
 
-def without_seed(bench: Bench) -> Bench:
+def without_seed(bench: SimulatedContext) -> SimulatedContext:
     config = bench.config.model_copy(update={"insecure_test_seed": None})
     return dataclasses.replace(bench, config=config)
 
 
-def plan_of(bench: Bench, number: int = 1, **changes: Any) -> Plan:
+def plan_of(bench: SimulatedContext, number: int = 1, **changes: Any) -> Plan:
     adapter = bench.trainer.adapter
     plan = make_plan(bench.config, bench.run, number, adapter.layout.digest, adapter.start)
     return dataclasses.replace(plan, **changes)
@@ -98,7 +98,7 @@ Lost = Mapping[tuple[str, Loss], Collection[int]]
 class Devices:
     """Twelve devices and what each keeps; `lost` die before or after a phase."""
 
-    bench: Bench
+    bench: SimulatedContext
     lost: Lost = field(default_factory=dict)
     states: dict[int, masked_upload.State | None] = field(default_factory=dict)
 
@@ -131,31 +131,31 @@ def same(left: NDArray[np.uint32] | None, right: NDArray[np.uint32]) -> bool:
     return left is not None and left.tobytes() == right.tobytes()
 
 
-def payload(bench: Bench, number: int, plan: Plan) -> NDArray[np.uint32] | None:
+def payload(bench: SimulatedContext, number: int, plan: Plan) -> NDArray[np.uint32] | None:
     """What a device's ledger says it let out in this round."""
     name = bench.device(number).name
     kept = bench.ledger.resend(name, plan.run, plan.round, plan.digest)
     return None if kept is None else unpack(kept, bench.trainer.adapter.layout.dimension, plan.bits)
 
 
-def sum_of(bench: Bench, numbers: Collection[int], plan: Plan) -> NDArray[np.uint32]:
+def sum_of(bench: SimulatedContext, numbers: Collection[int], plan: Plan) -> NDArray[np.uint32]:
     found = [payload(bench, number, plan) for number in numbers]
     assert all(one is not None for one in found)
     total = np.sum(np.array(found, np.uint64), axis=0) % (1 << plan.bits)
     return np.asarray(total, np.uint32)
 
 
-def releasing(bench: Bench, plan: Plan) -> set[int]:
+def releasing(bench: SimulatedContext, plan: Plan) -> set[int]:
     return {number for number in EVERYBODY if payload(bench, number, plan) is not None}
 
 
-def reason(bench: Bench, number: int) -> str:
+def reason(bench: SimulatedContext, number: int) -> str:
     (found,) = bench.ledger.declined(bench.device(number).name)
     return found.reason
 
 
 def kept(folder: Path) -> checkpoint.Checkpoint:
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     found = checkpoint.load(
         folder,
         run=bench.run,
@@ -169,7 +169,7 @@ def kept(folder: Path) -> checkpoint.Checkpoint:
 # --- the sum -----------------------------------------------------------------------------------
 
 
-def plain_sum(bench: Bench) -> Any:
+def plain_sum(bench: SimulatedContext) -> Any:
     """`rounds._sum` without masks: the same contributions, added as they are."""
 
     def found(
@@ -186,9 +186,9 @@ def test_the_adapter_after_masked_rounds_is_that_of_the_unmasked_sums_bit_for_bi
 ):
     plain = Path(shutil.copytree(prepared[0], tmp_path / "plain"))
     engine.run("local", folder, prepared[1])
-    masked, bench = kept(folder), Bench.open(folder)
+    masked, bench = kept(folder), SimulatedContext.open(folder)
     spent = {name: bench.ledger.charges(name) for name in bench.ledger.clients()}
-    bench = Bench.open(plain)
+    bench = SimulatedContext.open(plain)
     monkeypatch.setattr(rounds, "_sum", plain_sum(bench))
     start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
     run_rounds(Devices(bench).ask, prepared[1], bench.run, layout, start, plain, lambda _: None)
@@ -225,7 +225,7 @@ def test_with_simulated_dropout_the_sum_is_over_the_survivors(prepared, folder, 
 
     monkeypatch.setattr(served, "unmask", watched)
     engine.run("local", folder, config)
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     plan = plan_of(bench)
     ((terms, outcome),) = seen
     assert terms == plan.terms(terms.dimension)
@@ -260,7 +260,7 @@ def changed(config: Config, **sections: Any) -> Config:
 def test_below_the_smallest_sum_nothing_is_opened_and_what_was_spent_stays_spent(
     prepared, folder, monkeypatch
 ):
-    bench, config = Bench.open(folder), changed(prepared[1], rounds={"patience": 1})
+    bench, config = SimulatedContext.open(folder), changed(prepared[1], rounds={"patience": 1})
     devices = Devices(bench, {("vector", "after"): range(5)})
     for name in ("_noised_mean", "decode"):
         monkeypatch.setattr(rounds, name, None)
@@ -280,7 +280,7 @@ def test_below_the_smallest_sum_nothing_is_opened_and_what_was_spent_stays_spent
 def test_void_before_anybody_was_asked_for_a_vector_nothing_is_spent_and_the_number_is_kept(
     prepared, folder
 ):
-    bench, config = Bench.open(folder), changed(prepared[1], rounds={"patience": 2})
+    bench, config = SimulatedContext.open(folder), changed(prepared[1], rounds={"patience": 2})
     devices = Devices(bench, {("keys", "before"): range(6)})
     start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
     with pytest.raises(RunUnfinished, match=r"6 no answer \[keys\]: 0, 1, .*nothing was spent"):
@@ -325,7 +325,7 @@ def test_no_sum_is_opened_that_the_quorum_would_then_call_void(
 ):
     sections = {"rounds": {"quorum": quorum}, "masking": {"survivors": survivors}}
     config = changed(prepared[1], **sections)
-    bench = dataclasses.replace(Bench.open(folder), config=config)
+    bench = dataclasses.replace(SimulatedContext.open(folder), config=config)
     plan = plan_of(bench)
     assert plan.survivors == config.smallest_sum == smallest
     assert smallest >= quorum * 12 - 1e-9
@@ -520,7 +520,7 @@ BAD = (0, 1, 2, 3)
 """As many as the owners of `wary` reckon with: three tenths of twelve, rounded up."""
 
 
-def wary(bench: Bench, **sections: Any) -> Bench:
+def wary(bench: SimulatedContext, **sections: Any) -> SimulatedContext:
     """The devices of owners who agreed to a cohort of twelve with four colluders; no test seed."""
     agreed: dict[str, Any] = {
         "rounds": {"cohort": 12},
@@ -531,7 +531,7 @@ def wary(bench: Bench, **sections: Any) -> Bench:
     return without_seed(dataclasses.replace(bench, config=changed(bench.config, **agreed)))
 
 
-def offered(bench: Bench, cohort: int, attempt: int = 1) -> Plan:
+def offered(bench: SimulatedContext, cohort: int, attempt: int = 1) -> Plan:
     """A plan that is right for a smaller cohort, of which one device colludes: its noise is whole.
 
     Of the agreed settings nothing but the cohort, and what follows from it, is different.
@@ -714,11 +714,11 @@ def test_with_a_test_seed_a_round_asked_again_gives_the_same_bits(bench):
 
 
 def test_an_attempt_not_larger_than_the_last_is_refused_also_by_a_new_process(folder):
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     assert Devices(bench).phase(0, "keys", plan_of(bench, attempt=3)) is not None
     bench.ledger.close()
-    Bench.open.cache_clear()
-    bench = Bench.open(folder)
+    SimulatedContext.open.cache_clear()
+    bench = SimulatedContext.open(folder)
     for attempt in (3, 2):
         assert Devices(bench).phase(0, "keys", plan_of(bench, attempt=attempt)) is None
         assert "this device has taken part in round 3 already" in reason(bench, 0)
@@ -733,7 +733,7 @@ def test_attempts_are_remembered_for_every_run(bench):
     assert ledger.announce("ann", "one", 6) == 5
 
 
-def until(bench: Bench, last: str, plan: Plan) -> tuple[Devices, dict[int, bytes]]:
+def until(bench: SimulatedContext, last: str, plan: Plan) -> tuple[Devices, dict[int, bytes]]:
     """Everybody through the phases before `last`, and the messages of `last`."""
     devices, out = Devices(bench), dict[int, bytes]()
 
@@ -901,6 +901,6 @@ def test_flowers_ray_engine_gives_the_same_bits_under_masking(prepared, folder, 
     assert [line["answered"] for line in lines] == [12, 12]
     ledgers = []
     for one in (folder, ray):
-        bench = Bench.open(one)
+        bench = SimulatedContext.open(one)
         ledgers.append({name: bench.ledger.charges(name) for name in bench.ledger.clients()})
     assert ledgers[0] == ledgers[1]

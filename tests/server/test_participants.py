@@ -11,7 +11,7 @@ import pytest
 from privet.common.errors import ProtocolError, StateError
 from privet.common.secure_aggregation.keys import Directory, Identity, greeting
 from privet.common.settings.config import Config, parse
-from privet.server.participants import Crowd
+from privet.server.participants import Participants
 
 RUN = "run-1"
 DEVICES = [Identity.of(bytes([number]) * 32) for number in range(1, 5)]
@@ -49,8 +49,8 @@ class Fleet:
             yield node, self.changed.get(node, lambda reply, _: reply)(reply, nonce)
 
 
-def crowd(fleet: Fleet, config: Config | None = None) -> Crowd:
-    return Crowd(lambda: fleet.nodes, fleet.hello, DIRECTORY, config or settings(), RUN)
+def crowd(fleet: Fleet, config: Config | None = None) -> Participants:
+    return Participants(lambda: fleet.nodes, fleet.hello, DIRECTORY, config or settings(), RUN)
 
 
 def test_devices_that_sign_for_their_identity_are_there_and_greeted_once():
@@ -140,7 +140,7 @@ def test_an_answer_that_comes_late_counts():
         for node, before in earlier:
             yield node, signed(DEVICES[node - 10], before, node)
 
-    here = Crowd(lambda: fleet.nodes, slow, DIRECTORY, settings(timeout_s=10.0), RUN)
+    here = Participants(lambda: fleet.nodes, slow, DIRECTORY, settings(timeout_s=10.0), RUN)
     assert here.present() == [0, 1, 2, 3]
 
 
@@ -151,7 +151,7 @@ def test_a_device_that_does_not_answer_is_not_flooded_with_greetings():
         asked.extend(nodes)
         return iter(())
 
-    here = Crowd(lambda: [10, 11], deaf, DIRECTORY, settings(), RUN)
+    here = Participants(lambda: [10, 11], deaf, DIRECTORY, settings(), RUN)
     with pytest.raises(StateError):
         here.present()
     assert asked == [10, 11]

@@ -21,7 +21,7 @@ from privet.client.assistant.text_generation import Assistant, Sampling, continu
 from privet.client.personal.text_head import TextHead, no_text_head
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts
-from privet.client.store.device_store import Home, Joined
+from privet.client.store.device_store import DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
 from privet.client.training.records import tokenize
 from privet.common.errors import AssetError, ConfigError, StateError
@@ -213,10 +213,10 @@ def test_what_a_model_says_cannot_drive_the_terminal():
 
 
 @pytest.fixture
-def home(tmp_path: Path, llama_folder: Path) -> Iterator[Home]:
+def home(tmp_path: Path, llama_folder: Path) -> Iterator[DeviceStore]:
     """A device on which one run has ended."""
     (tmp_path / "pass").write_text("own\n")
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         made.join(
             Joined(SERVER, "PEM", closed=True),
             Directory({n: bytes([n]) * 32 for n in range(1, 65)}, closed=True),
@@ -231,7 +231,7 @@ def home(tmp_path: Path, llama_folder: Path) -> Iterator[Home]:
         yield made
 
 
-def command(home: Home, *words: str) -> list[str]:
+def command(home: DeviceStore, *words: str) -> list[str]:
     return ["chat", "--device", "--home", str(home.folder), "--passphrase-file",
             str(home.folder.parent / "pass"), "--temperature", "0", "--tokens", "4",
             "--budget", "40", *words]  # fmt: skip

@@ -17,10 +17,10 @@ import tomli_w
 from privet.client.assistant import template_store
 from privet.client.assistant.device_chat import VaultRecorder, assistant_of
 from privet.client.assistant.templates import render, sign
-from privet.client.enrolled.participant import OwnSeat
+from privet.client.enrolled.participant import EnrolledParticipant
 from privet.client.store import device_store as homes
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import Home, Joined
+from privet.client.store.device_store import DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
 from privet.client.training.records import Record
 from privet.common.secure_aggregation.keys import Directory, Identity
@@ -54,7 +54,7 @@ def prepared(
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
     place = tmp_path / "prepared"
-    made = [Home.create(place / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
+    made = [DeviceStore.create(place / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
     directory = Directory({n: home.identity.public for n, home in enumerate(made)}, closed=True)
     config = config_of(llama_folder, rounds={"count": 1}, insecure_test_seed=1)
     for number, home in enumerate(made):
@@ -81,11 +81,11 @@ def left(
     """What left the first device in a whole run, phase by phase."""
     place, config = prepared
     shutil.copytree(place, folder)
-    opened = [Home.open(folder / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
+    opened = [DeviceStore.open(folder / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
     try:
         change(opened[0])
         patch.setattr("privet.client.device.os", SimpleNamespace(urandom=stream("templates")))
-        world = World(folder / "run", config, [OwnSeat(home) for home in opened])
+        world = World(folder / "run", config, [EnrolledParticipant(home) for home in opened])
         (shown,) = world.serve()
         assert (shown["answered"], shown["void"]) == (PEOPLE, False)
         first = opened[0]
@@ -95,16 +95,16 @@ def left(
             home.close()
 
 
-def as_it_is(_: Home) -> None:
+def as_it_is(_: DeviceStore) -> None:
     """A device without templates of its own."""
 
 
-def taken(home: Home) -> None:
+def taken(home: DeviceStore) -> None:
     """The hostile template is in use."""
     template_store.add(home, sign(tomli_w.dumps(table(text=HOSTILE)).encode(), "f", PUBLISHER), "f")
 
 
-def with_a_hostile_template(home: Home) -> None:
+def with_a_hostile_template(home: DeviceStore) -> None:
     """One that has taken a hostile template, chatted with it, and kept a verdict."""
     taken(home)
     found = assistant_of(home, None, "letters", "none", SHORT).reply("ba da")
@@ -134,9 +134,9 @@ def test_a_device_that_trains_on_a_rendered_template_is_caught(prepared, tmp_pat
     """The fault that the test above is for."""
     with monkeypatch.context() as patch:
         before = left(prepared, tmp_path / "plain", patch, as_it_is)
-    real = homes.Home.records
+    real = homes.DeviceStore.records
 
-    def faulty(home: Home) -> Any:
+    def faulty(home: DeviceStore) -> Any:
         own = list(real(home))
         if home.folder.name != "home-0":
             return own
@@ -144,6 +144,6 @@ def test_a_device_that_trains_on_a_rendered_template_is_caught(prepared, tmp_pat
         return [Record(said, time=0.0), *own]
 
     with monkeypatch.context() as patch:
-        patch.setattr(homes.Home, "records", faulty)
+        patch.setattr(homes.DeviceStore, "records", faulty)
         after = left(prepared, tmp_path / "faulty", patch, taken)
     assert [p for p, one in zip(PHASES, before, strict=True) if one not in after] == ["vector"]

@@ -21,7 +21,7 @@ from privet.client.assistant.templates import (
     unsigned,
 )
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.common.errors import ConfigError, PrivacyError
 from privet.common.secure_aggregation.keys import Identity
@@ -48,15 +48,15 @@ def file(version: str = "1.0.0", publisher: Identity = PUBLISHER, **changes: Any
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceStore]:
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         trust(made, TRUSTED)
         yield made
 
 
-def trust(home: Home, publishers: tuple[str, ...]) -> None:
+def trust(home: DeviceStore, publishers: tuple[str, ...]) -> None:
     """The owner's policy names exactly these."""
     path = home.folder / "policy.toml"
     head, mark, _ = path.read_text().partition("[prompts]")

@@ -27,7 +27,7 @@ from privet.client.enrolled import access
 from privet.client.import_texts import watched_folders
 from privet.client.runtime import connection, processes, supervisor
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import ME, Home, Joined
+from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.client.store.erase import exclusive
 from privet.client.store.key_file import Passphrase
 from privet.common.errors import PrivacyError, StateError
@@ -66,8 +66,8 @@ class Device:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def __enter__(self) -> Home:
-        self._home = Home.open(self.folder, Passphrase("own words"))
+    def __enter__(self) -> DeviceStore:
+        self._home = DeviceStore.open(self.folder, Passphrase("own words"))
         return self._home
 
     def __exit__(self, *_: object) -> None:

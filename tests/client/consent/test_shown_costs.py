@@ -10,9 +10,9 @@ from privet.client.ab_outcome import answered
 from privet.client.consent.offer_description import AGAINST, UNITS, describe, expected
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import Offer
-from privet.client.device import Bench, exchange_at
+from privet.client.device import SimulatedContext, exchange_at
 from privet.client.privacy.ledger import Ledger
-from privet.common.ab_test import AbPrivacy, AbSettings, layout
+from privet.common.ab_test import AbPrivacy, AbTestSettings, layout
 from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.noise import TestSource
 from privet.common.settings.config import Config, to_toml
@@ -61,7 +61,7 @@ def test_the_figures_of_the_consent_text_are_those_of_the_first_ledger_row_of_a_
     )
     config = prepare(table, tmp_path / "run", resume=False)
     engine.run("local", tmp_path / "run", config)
-    bench = Bench.open(tmp_path / "run")
+    bench = SimulatedContext.open(tmp_path / "run")
     dimension = exchange_at(bench).released(1).dimension
     row = bench.ledger.rows(bench.ledger.clients()[0])[0]
     assert expected(config, dimension) == row.charges
@@ -73,7 +73,7 @@ def test_the_figures_of_the_consent_text_are_those_of_the_first_ledger_row_of_a_
 
 def test_the_figures_of_an_ab_offer_are_those_of_its_first_ledger_row(tmp_path: Path):
     asked = AbPrivacy(epsilon=0.5, noise_at="device")
-    settings = AbSettings(arms=("memory", "shared"), clients=40, looks=4, privacy=asked)
+    settings = AbTestSettings(arms=("memory", "shared"), clients=40, looks=4, privacy=asked)
     config = device_settings(settings, enrolled=40)
     assert config.trial is not None
     plan = plan_of(config, config.trial, "run", 1)

@@ -10,7 +10,7 @@ from privet.client.assistant.device_chat import VaultRecorder, assistant_of
 from privet.client.enrolled import ab_assignment
 from privet.client.store import device_store as homes
 from privet.client.store import verdicts
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.common.settings.config import Config, to_toml
 from privet.experiments.commands import main
 
@@ -24,7 +24,7 @@ __all__ = ["cheap", "home"]
 RUN = "templates-1"
 
 
-def agreed(home: Home, arms: tuple[str, ...], run: str = RUN) -> Config:
+def agreed(home: DeviceStore, arms: tuple[str, ...], run: str = RUN) -> Config:
     """The owner has said yes to an experiment with these arms."""
     config = config_of(arms=list(arms))
     for before, after in (
@@ -46,7 +46,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("second")
-def test_the_chat_answers_with_the_arms_template_from_the_yes_until_the_end(home: Home):
+def test_the_chat_answers_with_the_arms_template_from_the_yes_until_the_end(home: DeviceStore):
     def used() -> tuple[str, str]:
         found = assistant_of(home, TRAINED, None, "none", SHORT)
         return found.template.name, found.trial
@@ -63,7 +63,7 @@ def test_the_chat_answers_with_the_arms_template_from_the_yes_until_the_end(home
 
 @pytest.mark.usefixtures("second")
 def test_an_arm_is_in_use_for_the_days_that_were_agreed_to_and_no_longer(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
     agreed(home, ("memory", "notes"))
     since = time.time()
@@ -77,7 +77,7 @@ def test_an_arm_is_in_use_for_the_days_that_were_agreed_to_and_no_longer(
         assert (ab_assignment.current(home) is not None) == there
 
 
-def test_the_experiment_agreed_to_last_counts(home: Home):
+def test_the_experiment_agreed_to_last_counts(home: DeviceStore):
     agreed(home, ("memory", "notes"), "first")
     agreed(home, ("memory", "portrait"), "second")
     home.withdraw(home.run("first")[0])
@@ -88,7 +88,7 @@ def test_the_experiment_agreed_to_last_counts(home: Home):
 
 
 @pytest.mark.usefixtures("second")
-def test_the_arm_without_the_head_is_the_shared_model_with_the_same_template(home: Home):
+def test_the_arm_without_the_head_is_the_shared_model_with_the_same_template(home: DeviceStore):
     assert assistant_of(home, TRAINED, None, "none", SHORT).head is not None
     agreed(home, ("personal", "shared"))
     found = assistant_of(home, TRAINED, None, "none", SHORT)
@@ -99,7 +99,7 @@ def test_the_arm_without_the_head_is_the_shared_model_with_the_same_template(hom
 
 
 @pytest.mark.usefixtures("second")
-def test_a_template_this_device_has_not_and_one_the_owner_asks_for_are_no_arm(home: Home):
+def test_a_template_this_device_has_not_and_one_the_owner_asks_for_are_no_arm(home: DeviceStore):
     agreed(home, ("memory", "letters"))
     found = assistant_of(home, TRAINED, None, "none", SHORT)
     assert (found.template.name, found.trial) == ("memory", "")
@@ -110,7 +110,7 @@ def test_a_template_this_device_has_not_and_one_the_owner_asks_for_are_no_arm(ho
 
 @pytest.mark.usefixtures("second")
 def test_verdicts_of_a_chat_in_an_arm_are_its_outcome_and_no_others(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: DeviceStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = agreed(home, ("memory", "notes"))
     assert ab_assignment.outcome(home, RUN, config.ab) is None
@@ -137,7 +137,7 @@ def test_verdicts_of_a_chat_in_an_arm_are_its_outcome_and_no_others(
     assert ab_assignment.outcome(home, "another", config.ab) is None
 
 
-def test_a_verdict_kept_by_an_earlier_privet_is_of_no_experiment(home: Home):
+def test_a_verdict_kept_by_an_earlier_privet_is_of_no_experiment(home: DeviceStore):
     old = {"format": 1, "kind": "accept", "prompt": "", "answer": "ba", "over": None,
            "edited": None, "time": 1.0}  # fmt: skip
     home.vault.put("feedback/00000001", json.dumps(old).encode())
@@ -146,7 +146,7 @@ def test_a_verdict_kept_by_an_earlier_privet_is_of_no_experiment(home: Home):
 
 @pytest.mark.usefixtures("second")
 def test_the_owner_sees_what_an_experiment_asks_and_costs_and_the_own_arm_before_the_yes(
-    home: Home, capsys: pytest.CaptureFixture[str]
+    home: DeviceStore, capsys: pytest.CaptureFixture[str]
 ):
     config = config_of(arms=["memory", "letters"], looks=2, hours=12.0)
     home.receive(RUN, to_toml(config))

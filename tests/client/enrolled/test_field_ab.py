@@ -14,12 +14,12 @@ from rich.console import Console
 
 from privet.client.ab_arm import arm_of
 from privet.client.enrolled import ab_assignment
-from privet.client.enrolled.participant import OwnSeat
+from privet.client.enrolled.participant import EnrolledParticipant
 from privet.client.privacy.gate import release
 from privet.client.store import verdicts
-from privet.client.store.device_store import ME, Home, Joined
+from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
-from privet.common.ab_test import AbSettings, layout
+from privet.common.ab_test import AbTestSettings, layout
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, RunUnfinished, StateError
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import epsilon
@@ -53,7 +53,7 @@ __all__ = ["cheap", "homes_of_four"]
 EPSILON = 8.0
 
 
-def experiment(**changes: Any) -> AbSettings:
+def experiment(**changes: Any) -> AbTestSettings:
     table: dict[str, Any] = {
         "name": "templates",
         "arms": ["memory", "notes"],
@@ -69,28 +69,30 @@ def experiment(**changes: Any) -> AbSettings:
             "wait_s": 0.01,
         },
     }
-    return AbSettings.model_validate({**table, **changes})
+    return AbTestSettings.model_validate({**table, **changes})
 
 
 def config_of(**changes: Any) -> Config:
     return ab_estimates.device_settings(experiment(**changes), PEOPLE)
 
 
-def owners_who_agree(world: World, homes: list[Home]) -> None:
+def owners_who_agree(world: World, homes: list[DeviceStore]) -> None:
     for home in homes:
         allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
         agree(home, world.config)
 
 
 @pytest.fixture
-def world(tmp_path: Path, homes_of_four: list[Home]) -> World:
+def world(tmp_path: Path, homes_of_four: list[DeviceStore]) -> World:
     """Four devices whose owners have agreed to an experiment with two looks."""
-    made = World(tmp_path / "run", config_of(looks=2), [OwnSeat(home) for home in homes_of_four])
+    made = World(
+        tmp_path / "run", config_of(looks=2), [EnrolledParticipant(home) for home in homes_of_four]
+    )
     owners_who_agree(made, homes_of_four)
     return made
 
 
-def judged(home: Home, *taken: bool, run: str = RUN) -> None:
+def judged(home: DeviceStore, *taken: bool, run: str = RUN) -> None:
     """Verdicts on answers of the arm."""
     verdicts.add(
         home,
@@ -107,7 +109,7 @@ def plan_of(config: Config, look: int = 1, **changes: Any) -> Plan:
 
 
 def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     judged(homes_of_four[0], True, True, True, False)
     judged(homes_of_four[1], False)
@@ -123,7 +125,7 @@ def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released
 
 
 def test_the_outcome_is_in_the_slots_of_the_own_arm_and_leaves_with_noise_only(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     for home in homes_of_four:
         judged(home, True, True, True, False)
@@ -150,7 +152,7 @@ def test_the_outcome_is_in_the_slots_of_the_own_arm_and_leaves_with_noise_only(
 
 
 def test_every_look_is_in_the_ledger_and_all_together_cost_the_epsilon(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     world.serve()
     for home in homes_of_four:
@@ -166,14 +168,14 @@ def test_the_server_finds_what_is_true_of_the_people(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     people = 16
-    homes = [Home.create(tmp_path / f"home-{n}", Passphrase("own")) for n in range(people)]
+    homes = [DeviceStore.create(tmp_path / f"home-{n}", Passphrase("own")) for n in range(people)]
     places = {home.identity.seed: n % 2 for n, home in enumerate(homes)}
     monkeypatch.setattr("privet.client.device.arm_of", lambda seed, *_: places[seed])
     known = {n: home.identity.public for n, home in enumerate(homes)}
     settings = experiment(outcome="binary", clients=people, privacy={"epsilon": 16.0},
                           masking={"survivors": 1.0, "colluding": 0.0})  # fmt: skip
     config = ab_estimates.device_settings(settings, people)
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes])
     for number, home in enumerate(homes):
         home.join(Joined(SERVER, "PEM", closed=True), Directory(known, closed=True))
         allow(home, "colluding = 0.1", "colluding = 0.0")
@@ -211,10 +213,10 @@ def test_the_report_of_an_experiment_has_what_its_looks_said_and_the_most_they_c
 
 
 def test_an_experiment_that_has_found_a_difference_takes_no_further_look(
-    tmp_path: Path, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     config = config_of(looks=3, stop=True)
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     owners_who_agree(world, homes_of_four)
     real = ab_estimates.told
 
@@ -258,8 +260,10 @@ def test_a_look_waits_for_its_time_also_when_the_server_was_started_again(
 # --- what the owner allows -----------------------------------------------------------------------
 
 
-def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: list[Home]):
-    world = World(tmp_path / "run", config_of(), [OwnSeat(home) for home in homes_of_four])
+def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: list[DeviceStore]):
+    world = World(
+        tmp_path / "run", config_of(), [EnrolledParticipant(home) for home in homes_of_four]
+    )
     for home in homes_of_four:
         allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
     with pytest.raises(StateError, match="have accepted the run, and 0 of 4"):
@@ -271,7 +275,7 @@ def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: lis
 
 
 def test_a_budget_that_is_spent_declines_the_look_and_the_owners_no_ends_it(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     allow(homes_of_four[0], "client = 10.0", f"client = {0.7 * EPSILON}")
     shown = world.serve()
@@ -295,10 +299,10 @@ def test_a_budget_that_is_spent_declines_the_look_and_the_owners_no_ends_it(
     ],
 )
 def test_what_is_laxer_than_the_policy_is_not_even_begun(
-    tmp_path: Path, homes_of_four: list[Home], before: str, after: str, reason: str
+    tmp_path: Path, homes_of_four: list[DeviceStore], before: str, after: str, reason: str
 ):
     config = config_of()
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     home = homes_of_four[0]
     allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
     allow(home, "ask = true", "ask = false")
@@ -314,7 +318,7 @@ def test_what_is_laxer_than_the_policy_is_not_even_begun(
 
 
 def test_what_training_is_limited_by_is_no_reason_to_refuse_an_experiment(
-    homes_of_four: list[Home],
+    homes_of_four: list[DeviceStore],
 ):
     """No gradient, no clip in units of an adapter, no model: the default policy has all three."""
     home, config = homes_of_four[0], config_of(privacy={"epsilon": 1.0})
@@ -334,7 +338,7 @@ LAXER: tuple[dict[str, Any], ...] = (
 
 
 def test_a_plan_that_asks_for_more_than_the_owner_agreed_to_is_declined(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     for changes in LAXER:
         left = answered_alone(world, 0, plan_of(world.config, **changes))
@@ -369,9 +373,11 @@ def asking(clients: int) -> Config:
 
 
 @pytest.fixture
-def among_many(tmp_path: Path, homes_of_four: list[Home]) -> World:
+def among_many(tmp_path: Path, homes_of_four: list[DeviceStore]) -> World:
     """Four of two thousand devices, of which 200 may work with the server, by their owners' yes."""
-    made = World(tmp_path / "run", asking(AGREED), [OwnSeat(home) for home in homes_of_four])
+    made = World(
+        tmp_path / "run", asking(AGREED), [EnrolledParticipant(home) for home in homes_of_four]
+    )
     known = {n: home.identity.public for n, home in enumerate(homes_of_four)}
     known |= {n: n.to_bytes(32, "big") for n in range(PEOPLE, AGREED)}
     for home in homes_of_four:
@@ -389,7 +395,7 @@ def fewer(among_many: World, **changes: Any) -> Plan:
 
 @pytest.mark.parametrize("clients", [10, 200, AGREED - 1])
 def test_a_look_agreed_to_for_many_devices_is_refused_by_name_among_fewer(
-    among_many: World, homes_of_four: list[Home], clients: int
+    among_many: World, homes_of_four: list[DeviceStore], clients: int
 ):
     plan = plan_of(asking(clients))
     assert answered_alone(among_many, 0, plan) == []
@@ -410,7 +416,7 @@ def test_a_look_agreed_to_for_many_devices_is_refused_by_name_among_fewer(
     ],
 )
 def test_a_look_with_a_smaller_sum_or_fewer_colluders_than_agreed_is_refused_by_name(
-    among_many: World, homes_of_four: list[Home], changes: dict[str, Any], named: str
+    among_many: World, homes_of_four: list[DeviceStore], changes: dict[str, Any], named: str
 ):
     assert answered_alone(among_many, 0, fewer(among_many, **changes)) == []
     (left_out,) = homes_of_four[0].ledger.declined(ME)
@@ -425,7 +431,7 @@ def test_a_look_with_a_smaller_sum_or_fewer_colluders_than_agreed_is_refused_by_
 @pytest.mark.parametrize(("part", "epsilon_of"), [(0.01, 1.2), (0.03, 3.1), (0.05, 7.0)])
 def test_a_look_on_a_coarser_grid_costs_more_than_agreed_and_is_refused_by_name(
     among_many: World,
-    homes_of_four: list[Home],
+    homes_of_four: list[DeviceStore],
     part: float,
     epsilon_of: float,
     monkeypatch: pytest.MonkeyPatch,
@@ -453,7 +459,7 @@ def test_a_look_on_a_coarser_grid_costs_more_than_agreed_and_is_refused_by_name(
 
 
 def test_by_the_old_rule_a_look_for_two_thousand_was_answered_among_ten(
-    among_many: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    among_many: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     """Of ten, six open a device's shares, and two hundred may work with the server."""
     policy, few = MaskingPolicy.agreed, asking(10)
@@ -470,7 +476,7 @@ def test_by_the_old_rule_a_look_for_two_thousand_was_answered_among_ten(
 
 
 def test_the_layout_of_another_experiment_is_refused_by_the_gate(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     other = layout(experiment(arms=["memory", "portrait"])).digest
     assert answered_alone(world, 0, plan_of(world.config, layout=other)) == ["keys"]
@@ -486,7 +492,7 @@ def ended_unfinished(world: World) -> list[dict[str, Any]]:
 
 
 def test_a_look_asked_again_is_not_paid_twice_and_the_ledger_says_it_was_asked(
-    world: World, tmp_path: Path, homes_of_four: list[Home]
+    world: World, tmp_path: Path, homes_of_four: list[DeviceStore]
 ):
     world.serve()
     before = [everything_sent(home) for home in homes_of_four]
@@ -502,7 +508,9 @@ def test_a_look_asked_again_is_not_paid_twice_and_the_ledger_says_it_was_asked(
         assert ["not kept any more" in one for one in reasons] == [True]
 
 
-def test_too_few_devices_open_nothing_and_nothing_is_told(world: World, homes_of_four: list[Home]):
+def test_too_few_devices_open_nothing_and_nothing_is_told(
+    world: World, homes_of_four: list[DeviceStore]
+):
     for home in homes_of_four[:2]:
         allow(home, "client = 10.0", "client = 0.01")
     shown = ended_unfinished(world)

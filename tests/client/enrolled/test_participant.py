@@ -18,12 +18,12 @@ import safetensors.numpy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from privet.client.consent import run_offers
-from privet.client.enrolled.participant import OwnSeat
+from privet.client.enrolled.participant import EnrolledParticipant
 from privet.client.privacy import ledger as ledgers
 from privet.client.runtime import processes
 from privet.client.store import device_store as homes
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import ME, Home, Joined
+from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
 from privet.client.training import local_factor
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, RunUnfinished, StateError
@@ -57,9 +57,9 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def homes_of_four(tmp_path: Path, llama_folder: Path) -> Iterator[list[Home]]:
+def homes_of_four(tmp_path: Path, llama_folder: Path) -> Iterator[list[DeviceStore]]:
     """Four people who know each other's identities, with twelve records each."""
-    made = [Home.create(tmp_path / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
+    made = [DeviceStore.create(tmp_path / f"home-{n}", Passphrase("own")) for n in range(PEOPLE)]
     directory = Directory({n: home.identity.public for n, home in enumerate(made)}, closed=True)
     for number, home in enumerate(made):
         home.join(Joined(SERVER, "PEM", closed=True), directory)
@@ -74,7 +74,7 @@ def homes_of_four(tmp_path: Path, llama_folder: Path) -> Iterator[list[Home]]:
         home.close()
 
 
-def allow(home: Home, before: str, after: str) -> None:
+def allow(home: DeviceStore, before: str, after: str) -> None:
     """Change the owner's policy."""
     path = home.folder / "policy.toml"
     assert before in path.read_text()
@@ -118,7 +118,7 @@ class World:
 
     folder: Path
     config: Config
-    seats: list[OwnSeat]
+    seats: list[EnrolledParticipant]
     before: Callable[[int, Message], None] = lambda _number, _message: None
 
     def __post_init__(self) -> None:
@@ -151,17 +151,19 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]) -> World:
+def world(tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]) -> World:
     """Four devices whose owners have agreed to the run."""
     made = World(
-        tmp_path / "run", config_of(llama_folder), [OwnSeat(home) for home in homes_of_four]
+        tmp_path / "run",
+        config_of(llama_folder),
+        [EnrolledParticipant(home) for home in homes_of_four],
     )
     for home in homes_of_four:
         agree(home, made.config)
     return made
 
 
-def agree(home: Home, config: Config, partly: bool = False) -> None:
+def agree(home: DeviceStore, config: Config, partly: bool = False) -> None:
     home.receive(RUN, to_toml(config))
     home.agree(home.run(RUN)[0], "owner", partly)
 
@@ -176,7 +178,7 @@ def plan_of(config: Config, number: int = 1, **changes: Any) -> Plan:
 
 
 def released_and_opened(
-    world: World, homes: list[Home], dimension: int, monkeypatch: pytest.MonkeyPatch
+    world: World, homes: list[DeviceStore], dimension: int, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Mapping[str, Any]], Plan, Any]:
     """A run of two rounds whose opened sum is that of what the gates released.
 
@@ -209,7 +211,7 @@ def released_and_opened(
 
 
 def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     dimension = shared(world.config).layout.dimension
     released_and_opened(world, homes_of_four, dimension, monkeypatch)
@@ -218,13 +220,13 @@ def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
 
 
 def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_which(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     groups = {"count": 2, "spare": 0}
     config = config_of(llama_folder, groups=groups)
     for home in homes_of_four:
         agree(home, config)
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     assert [one["answered"] for one in world.serve()] == [4, 4]
     state, sent = _state(world), exchanged(config)
     for home in homes_of_four:
@@ -237,12 +239,12 @@ def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_whi
 
 
 def test_fedsas_b_is_in_the_vault_and_in_nothing_that_was_sent(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     config = config_of(llama_folder, adapter={"family": "fedsa"}, training={"steps": 2})
     for home in homes_of_four:
         agree(home, config)
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     assert [one["answered"] for one in world.serve()] == [4, 4]
     adapter = shared(config)
     for home in homes_of_four:
@@ -267,15 +269,15 @@ def _state(world: World) -> Any:
 # --- what the owner allows -----------------------------------------------------------------------
 
 
-def everything_sent(home: Home) -> list[str]:
+def everything_sent(home: DeviceStore) -> list[str]:
     return [f"{one.round} {one.phase}" for one in home.outbox()]
 
 
 def test_without_an_owners_yes_nothing_leaves_and_no_round_begins(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     config = config_of(llama_folder, rounds={"timeout_s": 0.3})
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     with pytest.raises(StateError, match="have accepted the run, and 0 of 4"):
         world.serve()
     for home in homes_of_four:
@@ -306,7 +308,10 @@ def from_round_two(change: Callable[[], None]) -> Callable[[int, Message], None]
     ],
 )
 def test_what_the_owner_forbids_in_a_run_counts_from_the_next_round_on(
-    world: World, homes_of_four: list[Home], change: Callable[[Home], None], reason: str
+    world: World,
+    homes_of_four: list[DeviceStore],
+    change: Callable[[DeviceStore], None],
+    reason: str,
 ):
     first = homes_of_four[0]
     world.before = from_round_two(lambda: change(first))
@@ -319,11 +324,11 @@ def test_what_the_owner_forbids_in_a_run_counts_from_the_next_round_on(
 
 
 def test_a_budget_that_is_spent_ends_a_run(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     budget = {"budget": {"client": 6.0, "example": 1.0}}
     config = config_of(llama_folder, privacy=budget)
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     for home in homes_of_four:
         agree(home, config, partly=True)
     with pytest.raises(
@@ -338,7 +343,7 @@ def test_a_budget_that_is_spent_ends_a_run(
 
 
 def test_an_extended_run_is_a_changed_offer_and_goes_on_after_another_yes(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     world.serve()
     rounds = world.config.rounds.model_copy(update={"count": 3})
@@ -361,7 +366,7 @@ def test_an_extended_run_is_a_changed_offer_and_goes_on_after_another_yes(
 
 
 def test_another_version_is_refused_by_name_and_nothing_is_kept(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     offer = {"version": "9.9", "run": "another", "config": to_toml(world.config), "nonce": b"n"}
     reply = world.tell(0, "query.hello", offer=ConfigRecord(offer))
@@ -381,7 +386,7 @@ def hello(world: World, number: int, config: Config, name: str = RUN) -> bool:
 
 
 def test_an_offer_that_has_changed_waits_for_another_yes(
-    world: World, llama_folder: Path, homes_of_four: list[Home]
+    world: World, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     assert hello(world, 0, world.config)
     assert not hello(world, 0, config_of(llama_folder, rounds={"count": 3}))
@@ -405,7 +410,7 @@ def declined(reply: Message) -> bool:
 
 
 def test_a_device_answers_one_round_of_one_run_once_whatever_the_server_forgets(
-    world: World, tmp_path: Path, homes_of_four: list[Home]
+    world: World, tmp_path: Path, homes_of_four: list[DeviceStore]
 ):
     world.serve()
     before = [everything_sent(home) for home in homes_of_four]
@@ -439,7 +444,7 @@ LAXER: tuple[dict[str, Any], ...] = (
 
 
 def test_a_plan_that_asks_for_more_than_the_owner_agreed_to_is_declined(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     for changes in LAXER:
         assert declined(keys(world, 0, plan_of(world.config, **changes))), changes
@@ -448,7 +453,7 @@ def test_a_plan_that_asks_for_more_than_the_owner_agreed_to_is_declined(
 
 
 def test_two_devices_whose_numbers_are_swapped_take_no_part(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     known = {n: homes_of_four[(1, 0, 2, 3)[n]].identity.public for n in range(PEOPLE)}
     write_directory(world.folder / "directory", Directory(known, closed=True))
@@ -460,7 +465,7 @@ def test_two_devices_whose_numbers_are_swapped_take_no_part(
 
 
 def test_an_adapter_that_does_not_fit_is_declined_whatever_its_hash(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     """The plan names the hash of what comes, so a hash alone proves nothing."""
     right = shared(world.config).start
@@ -499,7 +504,7 @@ def end(world: World, adapter: Any, name: str = RUN) -> Mapping[str, Any]:
 
 
 def test_the_end_of_a_run_is_answered_in_one_way_and_keeps_a_usable_adapter_once(
-    world: World, homes_of_four: list[Home]
+    world: World, homes_of_four: list[DeviceStore]
 ):
     home, right = homes_of_four[0], shared(world.config).start
     answer = {"client": -1, "released": True, "vector": b""}
@@ -534,7 +539,7 @@ def test_the_end_of_a_run_is_answered_in_one_way_and_keeps_a_usable_adapter_once
 )
 @pytest.mark.parametrize("task", ["generation", "regression", "classification"])
 def test_whatever_a_person_holds_or_lacks_the_device_answers_the_same_phases(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home], own: bytes, task: str
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore], own: bytes, task: str
 ):
     """A device that failed over its records would say something about them, for nothing."""
     classes = ["bad", "good"] if task == "classification" else []
@@ -542,7 +547,7 @@ def test_whatever_a_person_holds_or_lacks_the_device_answers_the_same_phases(
         llama_folder, data={"task": task, "classes": classes}, rounds={"count": 1},
         statistics={"enabled": True, "gains": True},
     )  # fmt: skip
-    world = World(tmp_path / "run", config, [OwnSeat(home) for home in homes_of_four])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     for home in homes_of_four:
         agree(home, config)
     homes_of_four[0].vault.put("records/own", own)
@@ -551,7 +556,7 @@ def test_whatever_a_person_holds_or_lacks_the_device_answers_the_same_phases(
 
 
 def test_a_device_that_fails_answers_as_one_that_declines(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     plan = plan_of(world.config)
     homes_of_four[1].pause(True)
@@ -560,7 +565,7 @@ def test_a_device_that_fails_answers_as_one_that_declines(
     def fails(*_: Any) -> Any:
         raise MemoryError("the words of somebody")
 
-    monkeypatch.setattr(OwnSeat, "device", fails)
+    monkeypatch.setattr(EnrolledParticipant, "device", fails)
     failed = keys(world, 0, plan)
     assert declined(failed)
     assert declined(refused)
@@ -570,7 +575,7 @@ def test_a_device_that_fails_answers_as_one_that_declines(
 
 
 def test_what_cannot_be_written_down_does_not_leave(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     def full(*_: Any) -> None:
         raise StateError("the disk is full")
@@ -580,7 +585,7 @@ def test_what_cannot_be_written_down_does_not_leave(
 
 
 def test_a_server_that_asks_for_ever_fills_no_disk(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(ledgers, "MOST_DECLINED", 5)
     home = homes_of_four[0]
@@ -597,7 +602,7 @@ def test_a_server_that_asks_for_ever_fills_no_disk(
 
 
 def test_a_no_outlives_a_flood_of_offers_and_leaving(
-    world: World, homes_of_four: list[Home], monkeypatch: pytest.MonkeyPatch
+    world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(homes, "MOST_RUNS", 3)
     home = homes_of_four[0]
@@ -615,7 +620,9 @@ def test_a_no_outlives_a_flood_of_offers_and_leaving(
     assert not hello(world, 0, world.config)
 
 
-def test_a_greeting_that_says_nothing_new_writes_nothing(world: World, homes_of_four: list[Home]):
+def test_a_greeting_that_says_nothing_new_writes_nothing(
+    world: World, homes_of_four: list[DeviceStore]
+):
     home = homes_of_four[0]
     home.withdraw(home.run(RUN)[0])
     home.agree(home.run(RUN)[0], "owner")
@@ -627,11 +634,11 @@ def test_a_greeting_that_says_nothing_new_writes_nothing(world: World, homes_of_
 
 
 def test_a_worker_of_one_server_does_not_speak_for_the_next_one(
-    tmp_path: Path, llama_folder: Path, homes_of_four: list[Home]
+    tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
     config = config_of(llama_folder)
     home = homes_of_four[0]
-    world = World(tmp_path / "run", config, [OwnSeat(home, SERVER)])
+    world = World(tmp_path / "run", config, [EnrolledParticipant(home, SERVER)])
     agree(home, config)
     directory = home.directory
     home.leave()

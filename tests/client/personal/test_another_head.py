@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from privet.client.enrolled.participant import OwnDesk
+from privet.client.enrolled.participant import EnrolledContext
 from privet.client.personal.evaluator import Evaluator
 from privet.client.personal.head import PersonalHead, head_of_kind, number_of, pack, unpack
 from privet.client.personal.kept_head import keep
 from privet.client.personal.person_losses import Losses, evaluate_person, gains_block
 from privet.client.personal.text_head import no_text_head
 from privet.client.store import key_file
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.client.training.local_training import Trainer
 from privet.client.training.records import Tokenised
@@ -118,9 +118,9 @@ def test_at_the_end_of_a_run_it_is_kept_in_the_vault_and_opens_again(
     config = tiny_config(llama_folder, data={"source": "devices", "task": "generation"})
     trainer = Trainer.of(shared(config), 0, None)
     line = json.dumps({"user": "me", "text": " ".join(WORDS[:9])}) + "\n"
-    with Home.create(tmp_path / "home", Passphrase("own")) as home:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as home:
         home.vault.put("records/own", 6 * line.encode())
-        keep(OwnDesk(home, "run", config, trainer, 0), home, "run", trainer.adapter.start)
+        keep(EnrolledContext(home, "run", config, trainer, 0), home, "run", trainer.adapter.start)
         content, figures = home.vault.get("heads/run"), home.vault.get("measured/run")
     assert content is not None
     assert figures is not None

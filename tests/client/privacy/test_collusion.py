@@ -21,7 +21,7 @@ from privet.client.privacy.collusion import Release, completed, points, reckoned
 from privet.client.privacy.gate import budgets, charges, colluding, release
 from privet.client.privacy.ledger import Ledger
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import ME, Home, Joined
+from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
 from privet.common.errors import BudgetExceeded, PrivacyError
 from privet.common.privacy.accounting import Charge, epsilon
@@ -352,10 +352,10 @@ def test_an_old_ledger_is_shown_right_with_its_plans_and_said_to_lack_them_witho
 @pytest.fixture
 def homes(tmp_path: Path) -> Iterator[Any]:
     """Makes a home that joined and released two rounds through the gate."""
-    made: list[Home] = []
+    made: list[DeviceStore] = []
 
-    def make(closed: bool, **policy: Any) -> Home:
-        home = Home.create(tmp_path / f"home-{len(made)}", Passphrase("own"))
+    def make(closed: bool, **policy: Any) -> DeviceStore:
+        home = DeviceStore.create(tmp_path / f"home-{len(made)}", Passphrase("own"))
         made.append(home)
         known = {n: bytes([n, n // 256]) * 16 for n in range(ENROLLED - 1)}
         known[ENROLLED] = home.identity.public

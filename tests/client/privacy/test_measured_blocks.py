@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from privet.client.ab_arm import arm_of
 from privet.client.app import app
-from privet.client.device import Bench, Device, take_part
+from privet.client.device import Device, SimulatedContext, take_part
 from privet.client.personal.person_losses import (
     Losses,
     arms_block,
@@ -604,7 +604,7 @@ def test_under_masks_too_only_the_masked_vector_depends_on_what_was_measured(
 
 def adapter_part(folder: Path, private: Any = None, **changes: Any) -> bytes:
     """What device 0 releases of its adapter in the first round."""
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     config = bench.config.model_copy(
         update={"statistics": bench.config.statistics.model_copy(update=changes)}
     )
@@ -647,7 +647,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
 
     def faulty(trainer: Any, start: Any, records: Any, plan: Plan, **named: Any) -> Any:
         if plan.gains_bound:
-            bench = Bench.open(tmp_path / "on")
+            bench = SimulatedContext.open(tmp_path / "on")
             mine, held_out = bench.device(0).measured_on()
             evaluator = partial(evaluator_of, trainer.adapter, start)
             said = evaluate_person(evaluator, mine, held_out, True)
@@ -665,7 +665,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
 
 def truly(folder: Path) -> dict[str, dict[str, float]]:
     """Every device's losses under the adapter of the first round, as evaluation computes them."""
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     users, start = bench.index.train_users, bench.trainer.adapter.start
     evaluator = evaluator_of(bench.trainer.adapter, start)
     people = run_evaluation._people(evaluator, bench, users, True, lambda: None)
@@ -719,7 +719,7 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
     folder = tmp_path / "run"
     engine.run("local", folder, config)
     (kept,) = read_lines(folder / "rounds.jsonl")
-    truth, bench = truly(folder), Bench.open(folder)
+    truth, bench = truly(folder), SimulatedContext.open(folder)
     said, whose = kept["statistics"], in_the_sum(config, bench.index.train_users)
     assert not kept["void"]
     assert (kept["answered"] < 12) == (dropout > 0)

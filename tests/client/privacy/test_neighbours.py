@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from privet.client import device
-from privet.client.device import Bench, Device, exchange_at, take_part
+from privet.client.device import Device, SimulatedContext, exchange_at, take_part
 from privet.common.privacy.clipping import clip
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
@@ -27,14 +27,14 @@ MEASURED_BLOCKS = ("losses", "gains", "arms")
 Parts = dict[str, Any]
 
 
-class Emptied(Bench):
+class Emptied(SimulatedContext):
     """A bench whose people have no records."""
 
     def records(self, _: str) -> tuple[()]:
         return ()
 
 
-class Swapped(Bench):
+class Swapped(SimulatedContext):
     """A bench whose people have somebody else's records each."""
 
     def records(self, name: str) -> Any:
@@ -47,7 +47,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return population(tmp_path_factory.mktemp("neighbours"), 10, 12)
 
 
-def opened(base: Path, people: Path, folder: Path, family: str, **changes: Any) -> Bench:
+def opened(base: Path, people: Path, folder: Path, family: str, **changes: Any) -> SimulatedContext:
     """A prepared run whose deltas are past the clip; with Opacus's noise where it may be."""
     private = family != "fedsa" and "groups" not in changes
     config = tiny_config(
@@ -61,10 +61,12 @@ def opened(base: Path, people: Path, folder: Path, family: str, **changes: Any) 
         **changes,
     )  # fmt: skip
     prepare(config, folder, resume=False)
-    return Bench.open(folder)
+    return SimulatedContext.open(folder)
 
 
-def given(bench: Bench, kind: type[Bench], number: int, state: Any = None) -> Parts:
+def given(
+    bench: SimulatedContext, kind: type[SimulatedContext], number: int, state: Any = None
+) -> Parts:
     """What device 0 hands to the gate in a round, each part over its declared bound, clipped."""
     seen: list[Parts] = []
 
@@ -75,7 +77,7 @@ def given(bench: Bench, kind: type[Bench], number: int, state: Any = None) -> Pa
             seen[0][block.name] = clip(statistics[block.name], block.bound).vector / block.bound
         return b""
 
-    own = {field.name: getattr(bench, field.name) for field in dataclasses.fields(Bench)}
+    own = {field.name: getattr(bench, field.name) for field in dataclasses.fields(SimulatedContext)}
     sent, person = exchange_at(bench), Device(bench.index.train_users[0], kind(**own))
     start = sent.start if state is None else state
     plan = make_plan(bench.config, bench.run, number, sent.state.digest, start, sent)
@@ -90,20 +92,22 @@ def moved(one: Parts, two: Parts) -> dict[str, float]:
     return {name: float(np.linalg.norm(one[name] - two[name])) for name in one}
 
 
-def apart(bench: Bench, seed: int) -> Any:
+def apart(bench: SimulatedContext, seed: int) -> Any:
     """A state whose personas differ."""
     sent = exchange_at(bench)
     drawn = 0.5 * np.random.default_rng(seed).normal(size=sent.state.dimension)
     return (sent.start + drawn).astype(np.float32)
 
 
-def holds(bench: Bench, number: int, state: Any = None) -> bool:
+def holds(bench: SimulatedContext, number: int, state: Any = None) -> bool:
     """Whether each part moves within what each adjacency that may be printed charges for it.
 
     add_remove: the person's records or none. zero_out: the contribution or zero. replace_one:
     other records instead, for twice the bound.
     """
-    full, none, other = (given(bench, k, number, state) for k in (Bench, Emptied, Swapped))
+    full, none, other = (
+        given(bench, k, number, state) for k in (SimulatedContext, Emptied, Swapped)
+    )
     zero = {name: np.zeros_like(values) for name, values in full.items()}
     assert np.linalg.norm(full["adapter"]) > 0.5, "nothing was contributed: the test shows nothing"
     within = 1 + 1e-6
@@ -146,7 +150,7 @@ def test_all_records_of_one_person_move_the_contribution_by_one_clip_whichever_p
     for seed in range(8):
         state = apart(bench, seed)
         assert holds(bench, 2, state)
-        marks = given(bench, Bench, 2, state)["adapter"][-2:]
+        marks = given(bench, SimulatedContext, 2, state)["adapter"][-2:]
         picked.add(int(marks.argmax()))
         assert not given(bench, Emptied, 2, state)["adapter"].any()
         if marks.argmax() == 0:
@@ -154,7 +158,7 @@ def test_all_records_of_one_person_move_the_contribution_by_one_clip_whichever_p
         # the fault: who has no records is a member of the first
         with monkeypatch.context() as patch:
             patch.setattr(Device, "is_empty", lambda _: False)
-            found = moved(given(bench, Bench, 2, state), given(bench, Emptied, 2, state))
+            found = moved(given(bench, SimulatedContext, 2, state), given(bench, Emptied, 2, state))
         assert found["adapter"] == pytest.approx(past, rel=1e-3)
         if picked == {0, 1}:
             return

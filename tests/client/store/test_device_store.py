@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privet.client.enrolled.participant import OwnSeat
+from privet.client.enrolled.participant import EnrolledParticipant
 from privet.client.import_texts import watched_folders
 from privet.client.import_texts.scan import Limits, key_of
 from privet.client.store import device_store as homes
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import ME, Home, Joined, _above, _when
+from privet.client.store.device_store import ME, DeviceStore, Joined, _above, _when
 from privet.client.store.key_file import Passphrase
 from privet.client.training.records import Record
 from privet.common.errors import PrivacyError, StateError
@@ -36,8 +36,8 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+def home(tmp_path: Path) -> Iterator[DeviceStore]:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         ask_for_no_example_noise(made.folder)
         made.join(Joined(SERVER, "PEM", closed=True), OTHERS)
         yield made
@@ -59,7 +59,7 @@ def ask_for_no_example_noise(folder: Path) -> None:
     path.write_text(path.read_text().replace(f"{key} 0.5", f"{key} 0.0"))
 
 
-def ask_nobody(home: Home) -> None:
+def ask_nobody(home: DeviceStore) -> None:
     path = home.folder / "policy.toml"
     path.write_text(path.read_text().replace("ask = true", "ask = false"))
 
@@ -71,29 +71,31 @@ def charge() -> Charge:
 # --- making and opening -------------------------------------------------------------------------
 
 
-def test_what_a_home_is_survives_a_restart(tmp_path: Path, home: Home):
+def test_what_a_home_is_survives_a_restart(tmp_path: Path, home: DeviceStore):
     identity, card = home.identity.public, home.card
     home.close()
-    with Home.open(tmp_path / "home", Passphrase("own")) as again:
+    with DeviceStore.open(tmp_path / "home", Passphrase("own")) as again:
         assert (again.identity.public, again.card) == (identity, card)
         assert json.loads(card)["identity"] == identity.hex()
         assert again.joined == Joined(SERVER, "PEM", closed=True)
         assert again.directory == OTHERS
 
 
-def test_a_second_home_in_one_folder_is_refused_and_the_first_stays(tmp_path: Path, home: Home):
+def test_a_second_home_in_one_folder_is_refused_and_the_first_stays(
+    tmp_path: Path, home: DeviceStore
+):
     card = home.card
     with pytest.raises(StateError, match="left as it is"):
-        Home.create(tmp_path / "home", Passphrase("other"))
+        DeviceStore.create(tmp_path / "home", Passphrase("other"))
     assert home.card == card
 
 
-def test_the_folder_and_its_files_are_for_the_owner_alone(home: Home):
+def test_the_folder_and_its_files_are_for_the_owner_alone(home: DeviceStore):
     assert home.folder.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o077 == 0 for path in home.folder.iterdir())
 
 
-def test_a_home_whose_making_was_interrupted_says_so(home: Home):
+def test_a_home_whose_making_was_interrupted_says_so(home: DeviceStore):
     home.vault.put_all({"card": None})
     with pytest.raises(StateError, match=r"interrupted.*privet client forget"):
         _ = home.card
@@ -102,7 +104,7 @@ def test_a_home_whose_making_was_interrupted_says_so(home: Home):
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_answered_before_the_owner_agrees_and_after_the_offer_changes(home: Home):
+def test_nothing_is_answered_before_the_owner_agrees_and_after_the_offer_changes(home: DeviceStore):
     assert not home.receive("run-1", text())
     with pytest.raises(PrivacyError, match="waits for your yes"):
         home.taking_part("run-1", begins=False)
@@ -117,7 +119,7 @@ def test_nothing_is_answered_before_the_owner_agrees_and_after_the_offer_changes
     assert before[0].config.rounds.count != 99
 
 
-def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: Home):
+def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: DeviceStore):
     ask_nobody(home)
     assert home.receive("run-1", text())
     offer = home.run("run-1")[0]
@@ -132,9 +134,9 @@ def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: Home):
     assert home.receive("run-1", text())
 
 
-def test_a_declined_run_is_not_said_to_wait(home: Home):
+def test_a_declined_run_is_not_said_to_wait(home: DeviceStore):
     offer = {"version": version("privet"), "run": "run-1", "config": text()}
-    seat = OwnSeat(home)
+    seat = EnrolledParticipant(home)
     seat.hello(offer)
     assert "waits for your yes" in str(home.last_note)
     home.withdraw(home.run("run-1")[0])
@@ -143,9 +145,9 @@ def test_a_declined_run_is_not_said_to_wait(home: Home):
     assert "another" in str(home.last_note)
 
 
-def test_a_run_that_was_agreed_to_is_not_said_to_wait_any_more(home: Home):
+def test_a_run_that_was_agreed_to_is_not_said_to_wait_any_more(home: DeviceStore):
     offer = {"version": version("privet"), "run": "run-1", "config": text()}
-    OwnSeat(home).hello(offer)
+    EnrolledParticipant(home).hello(offer)
     home.agree(home.run("run-1")[0], "owner")
     assert home.last_note is None
     home.note("another")
@@ -154,7 +156,7 @@ def test_a_run_that_was_agreed_to_is_not_said_to_wait_any_more(home: Home):
 
 
 def test_a_server_that_floods_a_device_with_offers_fills_no_disk(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(homes, "MOST_RUNS", 3)
     home.receive("agreed", text())
@@ -168,7 +170,7 @@ def test_a_server_that_floods_a_device_with_offers_fills_no_disk(
         home.receive("one-more", text())
 
 
-def test_a_paused_device_begins_no_round_and_finishes_the_one_it_is_in(home: Home):
+def test_a_paused_device_begins_no_round_and_finishes_the_one_it_is_in(home: DeviceStore):
     home.receive("run-1", text())
     home.agree(home.run("run-1")[0], "owner")
     home.pause(True)
@@ -177,7 +179,7 @@ def test_a_paused_device_begins_no_round_and_finishes_the_one_it_is_in(home: Hom
         home.taking_part("run-1", begins=True)
 
 
-def test_leaving_ends_every_run_and_keeps_what_was_spent(home: Home):
+def test_leaving_ends_every_run_and_keeps_what_was_spent(home: DeviceStore):
     home.receive("run-1", text())
     home.agree(home.run("run-1")[0], "owner")
     home.ledger.check(ME, [charge()], {"client": 10.0}, 1e-5)
@@ -189,7 +191,7 @@ def test_leaving_ends_every_run_and_keeps_what_was_spent(home: Home):
     assert home.ledger.participations(ME) == home.releases == 1
 
 
-def test_another_server_is_joined_after_leaving_the_first_only(home: Home):
+def test_another_server_is_joined_after_leaving_the_first_only(home: DeviceStore):
     with pytest.raises(StateError, match="privet client leave"):
         home.join(Joined("other:1", "PEM", closed=True), OTHERS)
     home.leave()
@@ -199,7 +201,9 @@ def test_another_server_is_joined_after_leaving_the_first_only(home: Home):
 # --- the outbox ----------------------------------------------------------------------------------
 
 
-def test_the_outbox_has_everything_that_left_and_the_newest_bytes(home: Home, tmp_path: Path):
+def test_the_outbox_has_everything_that_left_and_the_newest_bytes(
+    home: DeviceStore, tmp_path: Path
+):
     path = home.folder / "policy.toml"
     path.write_text(path.read_text().replace("keep_mb = 64.0", "keep_mb = 0.000019"))  # 19 bytes
     for number in range(4):
@@ -208,7 +212,7 @@ def test_the_outbox_has_everything_that_left_and_the_newest_bytes(home: Home, tm
     assert [home.payload(seq) for seq in (1, 2, 3)] == [None] * 3
     assert home.payload(4) == b"0000000003"
     home.close()
-    with Home.open(tmp_path / "home", Passphrase("own")) as again:
+    with DeviceStore.open(tmp_path / "home", Passphrase("own")) as again:
         again.sent("run-1", 9, "vector", b"x" * 9)
         assert [one.seq for one in again.outbox()] == [1, 2, 3, 4, 5]
         assert again.payload(4) is not None
@@ -229,11 +233,11 @@ def test_what_is_kept_fits_and_is_the_newest(sizes: dict[int, int], limit: int):
 # --- own records ---------------------------------------------------------------------------------
 
 
-def scan(home: Home, *roots: Path, **given: Any) -> watched_folders.Scanned:
+def scan(home: DeviceStore, *roots: Path, **given: Any) -> watched_folders.Scanned:
     return watched_folders.rescan(home, roots=[key_of(root) for root in roots], **given)
 
 
-def texts(home: Home) -> list[str]:
+def texts(home: DeviceStore) -> list[str]:
     return [record.text for record in home.records()]
 
 
@@ -244,7 +248,7 @@ def write(path: Path, content: str, time: float) -> Path:
     return path
 
 
-def test_records_come_earliest_first_by_number_and_not_by_digits(home: Home, tmp_path: Path):
+def test_records_come_earliest_first_by_number_and_not_by_digits(home: DeviceStore, tmp_path: Path):
     write(tmp_path / "own" / "late.txt", "Written later.", 1_000_000_000)
     write(tmp_path / "own" / "early.txt", "Written first.", 999_999_999)
     scan(home, tmp_path / "own")
@@ -263,7 +267,7 @@ def test_times_of_every_kind_are_sorted():
     assert [record.text for record in sorted(records, key=_when)] == ["c", "b", "d", "a"]
 
 
-def test_a_rescan_holds_what_is_there_now(home: Home, tmp_path: Path):
+def test_a_rescan_holds_what_is_there_now(home: DeviceStore, tmp_path: Path):
     one = write(tmp_path / "own" / "one.txt", "The first text.", 1e9)
     two = write(tmp_path / "own" / "two.txt", "The second text.", 1e9 + 1)
     assert scan(home, tmp_path / "own").records == 2
@@ -278,14 +282,14 @@ def test_a_rescan_holds_what_is_there_now(home: Home, tmp_path: Path):
     assert texts(home) == ["Another second text."]
 
 
-def test_a_text_in_two_sources_is_held_once(home: Home, tmp_path: Path):
+def test_a_text_in_two_sources_is_held_once(home: DeviceStore, tmp_path: Path):
     write(tmp_path / "a" / "one.txt", "The same words.", 1e9)
     write(tmp_path / "b" / "one.txt", "The same words.", 1e9)
     assert scan(home, tmp_path / "a", tmp_path / "b", tmp_path / "a").records == 1
     assert texts(home) == ["The same words."]
 
 
-def test_a_source_that_is_not_watched_any_more_leaves_no_records(home: Home, tmp_path: Path):
+def test_a_source_that_is_not_watched_any_more_leaves_no_records(home: DeviceStore, tmp_path: Path):
     write(tmp_path / "a" / "one.txt", "In a.", 1e9)
     write(tmp_path / "b" / "one.txt", "In b.", 1e9)
     scan(home, tmp_path / "a", tmp_path / "b")
@@ -296,7 +300,9 @@ def test_a_source_that_is_not_watched_any_more_leaves_no_records(home: Home, tmp
     assert home.records() == []
 
 
-def test_what_was_ignored_says_why_at_every_scan_and_is_read_once(home: Home, tmp_path: Path):
+def test_what_was_ignored_says_why_at_every_scan_and_is_read_once(
+    home: DeviceStore, tmp_path: Path
+):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "binary.txt").write_bytes(bytes(range(256)) * 20)
     first = scan(home, tmp_path / "own")
@@ -304,7 +310,7 @@ def test_what_was_ignored_says_why_at_every_scan_and_is_read_once(home: Home, tm
     assert watched_folders.rescan(home).ignored == first.ignored
 
 
-def test_a_scan_that_is_interrupted_changes_nothing(home: Home, tmp_path: Path):
+def test_a_scan_that_is_interrupted_changes_nothing(home: DeviceStore, tmp_path: Path):
     write(tmp_path / "own" / "one.txt", "The first text.", 1e9)
     scan(home, tmp_path / "own")
     write(tmp_path / "own" / "two.txt", "The second text.", 1e9)
@@ -317,7 +323,7 @@ def test_a_scan_that_is_interrupted_changes_nothing(home: Home, tmp_path: Path):
     assert texts(home) == ["The first text."]
 
 
-def test_of_two_scans_at_once_the_second_to_end_changes_nothing(home: Home, tmp_path: Path):
+def test_of_two_scans_at_once_the_second_to_end_changes_nothing(home: DeviceStore, tmp_path: Path):
     write(tmp_path / "a" / "one.txt", "In a.", 1e9)
     write(tmp_path / "b" / "one.txt", "In b.", 1e9)
     scan(home, tmp_path / "a")
@@ -335,7 +341,7 @@ def test_of_two_scans_at_once_the_second_to_end_changes_nothing(home: Home, tmp_
     assert len(watched_folders.read(home).roots) == 2  # what the other one added is not lost
 
 
-def test_a_limit_is_kept_over_scans(home: Home, tmp_path: Path):
+def test_a_limit_is_kept_over_scans(home: DeviceStore, tmp_path: Path):
     limits = Limits(records=2)
     for number in range(4):
         write(tmp_path / "own" / f"{number}.txt", f"Text number {number}.", 1e9 + number)
@@ -344,7 +350,7 @@ def test_a_limit_is_kept_over_scans(home: Home, tmp_path: Path):
         assert texts(home) == ["Text number 2.", "Text number 3."]
 
 
-def test_sources_of_a_newer_privet_are_left_alone(home: Home):
+def test_sources_of_a_newer_privet_are_left_alone(home: DeviceStore):
     home.vault.put("sources", json.dumps({"format": 2}).encode())
     with pytest.raises(StateError, match="format 2"):
         watched_folders.rescan(home, roots=[])
@@ -357,7 +363,7 @@ def test_any_order_of_adding_and_removing_ends_the_same(
     tmp_path_factory: pytest.TempPathFactory, words: list[str]
 ):
     folder = tmp_path_factory.mktemp("order")
-    with Home.create(folder / "home", Passphrase("own")) as home:
+    with DeviceStore.create(folder / "home", Passphrase("own")) as home:
         for word in words:
             path = folder / "own" / f"{word}.txt"
             if path.exists():

@@ -12,7 +12,7 @@ import pytest
 from privet.client.device import AT_HOME, DEVICE_SECRET, DIRECTORY
 from privet.client.privacy.run_ledger import LEDGERS
 from privet.client.store import key_file
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.client.training.records import RECORDS_FILE
 from privet.common.files import append_line, write_atomic, write_json_atomic
@@ -104,7 +104,7 @@ def test_a_programs_own_files_such_as_the_state_database_are_its_owners_alone(tm
 def test_the_files_of_a_devices_home_are_its_owners_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(key_file, "_ARGON2ID", {"iterations": 1, "lanes": 1, "memory_kib": 1024})
     folder = tmp_path / "home"
-    with Home.create(folder, Passphrase("own"), "Ann's laptop") as home:
+    with DeviceStore.create(folder, Passphrase("own"), "Ann's laptop") as home:
         home.note("something")
         assert readable_by_others(folder) == []
     assert {"vault.sqlite", "key.json", "policy.toml"} <= {p.name for p in folder.iterdir()}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts as feedback
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.client.store.erase import destroy
 from privet.client.store.key_file import Passphrase
 from privet.client.store.vault import FILE
@@ -20,10 +20,10 @@ NOW = 1_800_000_000.0
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceStore]:
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         yield made
 
 
@@ -140,12 +140,12 @@ def test_pairs_are_in_order_of_time_and_never_contradict_each_other(verdicts: li
 # --- kept on the device -------------------------------------------------------------------------
 
 
-def test_verdicts_survive_a_restart_with_their_numbers(home: Home):
+def test_verdicts_survive_a_restart_with_their_numbers(home: DeviceStore):
     given_ = [accept("green", 1, "black"), reject("white", 2), edit("warm", "warm, please", 3)]
     assert feedback.add(home, given_[:2]) == [1, 2]
     assert feedback.add(home, given_[2:]) == [3]
     home.close()
-    with Home.open(home.folder, Passphrase("own")) as again:
+    with DeviceStore.open(home.folder, Passphrase("own")) as again:
         assert feedback.kept(again) == dict(enumerate(given_, start=1))
         records = feedback.own_records(again)
     assert [(r.prompt, r.text, r.rejected) for r in records] == [
@@ -155,7 +155,7 @@ def test_verdicts_survive_a_restart_with_their_numbers(home: Home):
     ]
 
 
-def test_some_or_all_verdicts_are_forgotten_and_numbers_are_not_mixed_up(home: Home):
+def test_some_or_all_verdicts_are_forgotten_and_numbers_are_not_mixed_up(home: DeviceStore):
     feedback.add(home, [reject("a", 1), reject("b", 2), reject("c", 3)])
     assert feedback.forget(home, [2]) == 1
     assert list(feedback.kept(home)) == [1, 3]
@@ -167,7 +167,7 @@ def test_some_or_all_verdicts_are_forgotten_and_numbers_are_not_mixed_up(home: H
 
 
 def test_more_verdicts_than_are_kept_are_refused_as_a_whole(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(feedback, "MOST", 2)
     feedback.add(home, [reject("a", 1)])
@@ -176,7 +176,9 @@ def test_more_verdicts_than_are_kept_are_refused_as_a_whole(
     assert list(feedback.kept(home)) == [1]
 
 
-def test_on_the_disk_no_verdict_can_be_read_and_forgetting_the_device_erases_them(home: Home):
+def test_on_the_disk_no_verdict_can_be_read_and_forgetting_the_device_erases_them(
+    home: DeviceStore,
+):
     feedback.add(home, [accept("quite unmistakable", 1, "something else entirely")])
     home.close()
     for path in home.folder.iterdir():

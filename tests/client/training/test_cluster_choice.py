@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from privet.client.app import app
-from privet.client.device import Bench, Device, exchange_at, persona_of, take_part
+from privet.client.device import Device, SimulatedContext, exchange_at, persona_of, take_part
 from privet.client.privacy.gate import charges
 from privet.client.training import cluster_choice
 from privet.client.training.cluster_choice import choose, mean_losses
@@ -67,11 +67,11 @@ def finished(prepared: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(prepared: Run, tmp_path: Path) -> Bench:
-    return Bench.open(Path(shutil.copytree(prepared[0], tmp_path / "run")))
+def bench(prepared: Run, tmp_path: Path) -> SimulatedContext:
+    return SimulatedContext.open(Path(shutil.copytree(prepared[0], tmp_path / "run")))
 
 
-def apart(bench: Bench, seed: int = 0) -> Any:
+def apart(bench: SimulatedContext, seed: int = 0) -> Any:
     """A state whose personas differ."""
     sent = exchange_at(bench)
     drawn = 0.5 * np.random.default_rng(seed).normal(size=sent.state.dimension)
@@ -118,7 +118,7 @@ def test_a_persona_that_is_not_there_yet_is_not_picked(bench):
 # --- the privacy of the choice ------------------------------------------------------------------
 
 
-def contribution(bench: Bench, state: Any, own: tuple[Tokenised, ...]) -> Any:
+def contribution(bench: SimulatedContext, state: Any, own: tuple[Tokenised, ...]) -> Any:
     """What the gate is given, before clip and noise, with the same randomness in every call."""
     sent, adapter = exchange_at(bench), bench.trainer.adapter
     plan = make_plan(bench.config, bench.run, 2, sent.state.digest, state, sent)
@@ -246,7 +246,7 @@ def test_a_run_says_noised_members_and_splits_and_saves_a_folder_for_each_person
     log = read_lines(finished / "rounds.jsonl")
     assert [len(line["members"]) for line in log] == [1, 2, 2, 2]
     assert log[0]["split"] == 2
-    bench, state = Bench.open(finished.resolve()), cluster_evaluation.state_of(finished)
+    bench, state = SimulatedContext.open(finished.resolve()), cluster_evaluation.state_of(finished)
     one, two = exchange_at(bench).personas(state)
     assert not np.array_equal(one, two)
     base = bench.config.model.base
@@ -303,12 +303,12 @@ def test_masked_rounds_of_personas_go_through_and_the_spare_ones_are_merged(
     assert [len(line.get("merged", ())) for line in log] == [0, 2, 0]
     saved = sorted(path.name for path in (folder / "adapter").glob("persona-*"))
     assert saved == ["persona-0", "persona-1"]
-    bench, state = Bench.open(folder.resolve()), cluster_evaluation.state_of(folder)
+    bench, state = SimulatedContext.open(folder.resolve()), cluster_evaluation.state_of(folder)
     assert set(cluster_evaluation.choices(bench, bench.index.train_users, state)) <= {0, 1}
 
 
 def test_losses_are_measured_under_the_own_persona_and_the_largest_one(finished):
-    bench, state = Bench.open(finished.resolve()), cluster_evaluation.state_of(finished)
+    bench, state = SimulatedContext.open(finished.resolve()), cluster_evaluation.state_of(finished)
     users = list(bench.index.train_users)
     found = cluster_evaluation.evaluate_people(bench, users, state, True)
     chosen = cluster_evaluation.choices(bench, users, state)
@@ -326,7 +326,7 @@ def test_losses_are_measured_under_the_own_persona_and_the_largest_one(finished)
 
 
 def test_a_persons_own_adapter_is_that_of_the_persona_it_picks(finished):
-    bench, state = Bench.open(finished.resolve()), cluster_evaluation.state_of(finished)
+    bench, state = SimulatedContext.open(finished.resolve()), cluster_evaluation.state_of(finished)
     for user in bench.index.train_users:
         place, vector = persona_of(Device(user, bench), state)
         assert np.array_equal(vector, exchange_at(bench).personas(state)[place])

@@ -227,7 +227,7 @@ class _Free:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Desk:
+class DeviceContext:
     """As far as one round needs it."""
 
     config: Config
@@ -275,7 +275,7 @@ def answers(config: Config, people: Sequence[Sequence[Record]], **desk: Any) -> 
     state: NDArray[np.float32] = exchange.start
     given = make_plan(config, "run", 2, "", state, exchange)
     return [
-        take_part(Device("me", Desk(config, trainer, own, **desk)), given, state)  # type: ignore[arg-type]
+        take_part(Device("me", DeviceContext(config, trainer, own, **desk)), given, state)  # type: ignore[arg-type]
         for own in people
     ]
 

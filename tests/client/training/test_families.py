@@ -11,7 +11,7 @@ import pytest
 
 from privet.client import device
 from privet.client.app import app
-from privet.client.device import AT_HOME, Bench, exchange_at, take_part
+from privet.client.device import AT_HOME, SimulatedContext, exchange_at, take_part
 from privet.client.training import local_factor
 from privet.client.training import local_training as training
 from privet.client.training.local_training import Trained
@@ -59,7 +59,7 @@ def copied(prepared: tuple[Path, Config], folder: Path) -> Path:
     return Path(shutil.copytree(prepared[0], folder))
 
 
-def plan_of(bench: Bench, number: int, state: Any = None) -> Any:
+def plan_of(bench: SimulatedContext, number: int, state: Any = None) -> Any:
     sent = exchange_at(bench)
     start = sent.start if state is None else state
     return make_plan(bench.config, bench.run, number, sent.state.digest, start, sent)
@@ -115,7 +115,7 @@ def test_the_local_and_the_ray_engine_agree_for_each_family(prepared, tmp_path):
 
 
 def test_a_rounds_release_has_the_length_and_layout_of_what_it_trains(prepared, tmp_path):
-    bench = Bench.open(copied(prepared, tmp_path / "run"))
+    bench = SimulatedContext.open(copied(prepared, tmp_path / "run"))
     sent = exchange_at(bench)
     for number in (1, 2):
         plan = plan_of(bench, number)
@@ -126,7 +126,7 @@ def test_a_rounds_release_has_the_length_and_layout_of_what_it_trains(prepared, 
 
 
 def test_a_device_trains_exactly_the_half_of_the_round(prepared, tmp_path, monkeypatch):
-    bench = Bench.open(copied(prepared, tmp_path / "run"))
+    bench = SimulatedContext.open(copied(prepared, tmp_path / "run"))
     family, adapter, sent = bench.config.adapter.family, bench.trainer.adapter, exchange_at(bench)
     right, seen = training.train, []
 
@@ -156,7 +156,7 @@ def test_a_device_that_would_release_both_halves_is_stopped_before_anything_is_s
     prepared, tmp_path, monkeypatch
 ):
     """rolora with both halves, fedsvd with A, fedsa with B: longer than the round's layout."""
-    bench = Bench.open(copied(prepared, tmp_path / "run"))
+    bench = SimulatedContext.open(copied(prepared, tmp_path / "run"))
     adapter = bench.trainer.adapter
 
     def both(*_: Any, **__: Any) -> Trained:
@@ -175,7 +175,7 @@ def test_a_device_that_would_release_both_halves_is_stopped_before_anything_is_s
 def test_a_plan_of_the_other_half_is_declined(llama_folder, people, tmp_path):
     config = configured(llama_folder, people, "rolora", rounds={"count": 4})
     prepare(config, tmp_path / "run", resume=False)
-    bench = Bench.open(tmp_path / "run")
+    bench = SimulatedContext.open(tmp_path / "run")
     odd, even = plan_of(bench, 1), plan_of(bench, 2)
     swapped = dataclasses.replace(odd, layout=even.layout)
     assert take_part(bench.device(0), swapped, exchange_at(bench).start) is None
@@ -185,7 +185,7 @@ def test_a_plan_of_the_other_half_is_declined(llama_folder, people, tmp_path):
 def test_a_of_fedsvd_is_covered_by_the_hash_of_the_plan(llama_folder, people, tmp_path):
     config = configured(llama_folder, people, "fedsvd", rounds={"count": 4})
     prepare(config, tmp_path / "run", resume=False)
-    bench = Bench.open(tmp_path / "run")
+    bench = SimulatedContext.open(tmp_path / "run")
     other = exchange_at(bench).start.copy()
     other[0] += 1  # a number of A
     assert take_part(bench.device(0), plan_of(bench, 1), other) is None
@@ -213,7 +213,7 @@ def test_fedsa_makes_no_example_level_claim_and_wants_two_steps():
 
 
 def test_b_is_kept_at_home_and_the_next_round_goes_on_from_it(llama_folder, people, tmp_path):
-    bench = Bench.open(fedsa(llama_folder, people, tmp_path / "run"))
+    bench = SimulatedContext.open(fedsa(llama_folder, people, tmp_path / "run"))
     one, sent = bench.device(0), exchange_at(bench)
     size = bench.trainer.adapter.own.dimension
     assert take_part(one, plan_of(bench, 1), sent.start) is not None
@@ -240,7 +240,7 @@ def test_the_vector_of_fedsa_has_room_for_a_only_and_b_is_in_no_file_of_the_serv
     llama_folder, people, tmp_path
 ):
     folder = fedsa(llama_folder, people, tmp_path / "run")
-    bench = Bench.open(folder)
+    bench = SimulatedContext.open(folder)
     engine.run("local", folder, bench.config)
     own = [
         local_factor.before(path.read_bytes(), 99, bench.trainer.adapter.own.dimension)

@@ -12,13 +12,13 @@ from flwr.app import MetricRecord
 from privet.client.app import app
 from privet.client.consent.offer_description import describe
 from privet.client.consent.run_offers import receive
-from privet.client.device import Bench, Device
-from privet.client.enrolled.participant import OwnDesk
+from privet.client.device import Device, SimulatedContext
+from privet.client.enrolled.participant import EnrolledContext
 from privet.client.personal.kept_head import keep
 from privet.client.personal.text_head import TextHead
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts as feedback
-from privet.client.store.device_store import ME, Home
+from privet.client.store.device_store import ME, DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.client.store.verdicts import Verdict
 from privet.client.training.local_training import Trainer
@@ -43,10 +43,10 @@ DATA_SETS: dict[str, list[Tokenised]] = {
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceStore]:
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         made.vault.put("records/own", b'{"user": "me", "text": "a text of mine"}\n')
         yield made
 
@@ -89,14 +89,14 @@ def test_replies_on_different_pairs_differ_in_nothing_but_the_vector(
     people = people_who_love_words(tmp_path / "people")
     config = tiny_config(llama_folder, people, privacy=privacy)
     prepare(config, tmp_path / "run", resume=False)
-    assert Bench.open(tmp_path / "run").trainer.pairs is not None
+    assert SimulatedContext.open(tmp_path / "run").trainer.pairs is not None
     seen = fields_of_replies(tmp_path / "run", tmp_path / "good", monkeypatch, app)
     assert all(fields == seen[0] for fields in seen)
 
     def telling(message: Any, context: Any) -> Any:
         reply = app(message, context)
         folder = Path(str(context.run_config["run"]))
-        count = len(Bench.open(folder).device(0).records())
+        count = len(SimulatedContext.open(folder).device(0).records())
         reply.content["accuracy"] = MetricRecord({"pairs": count})
         return reply
 
@@ -108,24 +108,24 @@ def test_replies_on_different_pairs_differ_in_nothing_but_the_vector(
 
 
 def test_a_run_on_preferences_reads_verdicts_and_any_other_run_reads_none(
-    home: Home, llama_folder: Path
+    home: DeviceStore, llama_folder: Path
 ):
     feedback.add(home, verdicts(3))
     asks: Any = None
-    pairs = OwnDesk(home, "run", settings(llama_folder), asks, 0).records(ME)
+    pairs = EnrolledContext(home, "run", settings(llama_folder), asks, 0).records(ME)
     assert [record.rejected is not None for record in pairs] == [True] * 3
     other = settings(llama_folder).model_copy(update={"data": tiny_config(llama_folder).data})
-    texts = OwnDesk(home, "run", other, asks, 0).records(ME)
+    texts = EnrolledContext(home, "run", other, asks, 0).records(ME)
     assert texts == [Record("a text of mine")]
 
 
 def test_at_the_end_of_a_run_the_personal_part_of_the_verdicts_is_kept_in_the_vault(
-    home: Home, llama_folder: Path
+    home: DeviceStore, llama_folder: Path
 ):
     feedback.add(home, verdicts(60))
     config = settings(llama_folder, evaluation={"fit_records": 50, "records": 20})
     trainer = Trainer.of(shared(config), 0, config.pairs)
-    keep(OwnDesk(home, "run", config, trainer, 0), home, "run", trainer.adapter.start)
+    keep(EnrolledContext(home, "run", config, trainer, 0), home, "run", trainer.adapter.start)
     head = home.vault.get("heads/run")
     assert head is not None
     fitted = TextHead.from_bytes(head, "heads/run")
@@ -134,7 +134,7 @@ def test_at_the_end_of_a_run_the_personal_part_of_the_verdicts_is_kept_in_the_va
     assert home.vault.get("measured/run") is not None
 
 
-def test_the_owner_is_told_that_a_run_learns_from_verdicts(home: Home, llama_folder: Path):
+def test_the_owner_is_told_that_a_run_learns_from_verdicts(home: DeviceStore, llama_folder: Path):
     offer = receive("run", "server:1", to_toml(settings(llama_folder)), 1.0)
     said = " ".join(text for _, text in describe(offer, home.policy, spent=[]))
     assert "from your verdicts (privet client feedback)" in said

@@ -11,7 +11,7 @@ import pytest
 from privet.client.enrolled import join
 from privet.client.enrolled import pinned_directory as fleet
 from privet.client.store import key_file as unlock_module
-from privet.client.store.device_store import Home
+from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.common.errors import ConfigError, DataError, ProtocolError, StateError
 from privet.common.secure_aggregation import fleet_directory, keys
@@ -206,8 +206,8 @@ def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    with Home.create(tmp_path / "home", Passphrase("own")) as made:
+def home(tmp_path: Path) -> Iterator[DeviceStore]:
+    with DeviceStore.create(tmp_path / "home", Passphrase("own")) as made:
         yield made
 
 
@@ -225,7 +225,9 @@ def offer(chain: Chain, since: int) -> Mapping[str, Any]:
     return {"directory": str(chain.head), "since": since, "entries": lines}
 
 
-def test_a_device_fetches_what_it_lacks_shows_it_and_keeps_a_record(home: Home, tmp_path: Path):
+def test_a_device_fetches_what_it_lacks_shows_it_and_keeps_a_record(
+    home: DeviceStore, tmp_path: Path
+):
     said = " ".join(join.join(home, asked(tmp_path, OWN)))
     assert f"{FLEET} has 3 devices, version 3, signed by the key that came with it" in said
     assert OWN.hash.hex() in said
@@ -244,7 +246,9 @@ def test_a_device_fetches_what_it_lacks_shows_it_and_keeps_a_record(home: Home, 
     assert {name: home.vault.version(name) for name in home.vault.names()} == before
 
 
-def test_what_is_refused_is_told_recorded_and_said_with_every_decline(home: Home, tmp_path: Path):
+def test_what_is_refused_is_told_recorded_and_said_with_every_decline(
+    home: DeviceStore, tmp_path: Path
+):
     join.join(home, asked(tmp_path, OWN))
     other = grown(REWRITTEN, Entry(3, person(3)))
     assert fleet.heard(home, offer(other, 4)) == 3
@@ -274,7 +278,7 @@ def test_what_is_refused_is_told_recorded_and_said_with_every_decline(home: Home
     ],
 )  # fmt: skip
 def test_a_malformed_offer_changes_nothing_and_is_told(
-    home: Home, tmp_path: Path, changes: dict[str, Any]
+    home: DeviceStore, tmp_path: Path, changes: dict[str, Any]
 ):
     join.join(home, asked(tmp_path, OWN))
     newer = grown(OWN, Entry(3, person(3)))
@@ -285,7 +289,9 @@ def test_a_malformed_offer_changes_nothing_and_is_told(
     assert "a part of it is missing" in home.directory_refused
 
 
-def test_a_third_partys_key_is_pinned_with_or_without_a_first_directory(home: Home, tmp_path: Path):
+def test_a_third_partys_key_is_pinned_with_or_without_a_first_directory(
+    home: DeviceStore, tmp_path: Path
+):
     with pytest.raises(ConfigError, match="not the directory that you trust"):
         join.join(home, asked(tmp_path, OWN, key=STRANGER.public.hex()))
     for wrong in ("", "zz", "AB" * 32, str(tmp_path / "nowhere")):
@@ -305,7 +311,9 @@ def test_a_third_partys_key_is_pinned_with_or_without_a_first_directory(home: Ho
     assert home.chain == OWN
 
 
-def test_joining_again_keeps_the_newer_and_refuses_another_history(home: Home, tmp_path: Path):
+def test_joining_again_keeps_the_newer_and_refuses_another_history(
+    home: DeviceStore, tmp_path: Path
+):
     newer = grown(OWN, Entry(3, person(3)))
     for given in (OWN, newer, OWN, None):
         join.join(home, asked(tmp_path, given))
@@ -327,7 +335,7 @@ def test_the_directory_beside_the_certificate_is_taken(tmp_path: Path):
 
 
 def test_two_owners_who_compare_find_out_that_they_were_shown_two_directories(
-    home: Home, tmp_path: Path
+    home: DeviceStore, tmp_path: Path
 ):
     join.join(home, asked(tmp_path, OWN))
     for other, said in ((OWN, "the same"), (chain_of(0, 1), "is the older one, version 2 of 3")):

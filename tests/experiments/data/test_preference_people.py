@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import Bench, Device
+from privet.client.device import Device, SimulatedContext
 from privet.client.personal.preference_head import length_bias
 from privet.client.training.records import Record, parse_line, read_index, read_user, split
 from privet.common.errors import ConfigError, DataError
@@ -245,7 +245,7 @@ def test_pairs_of_a_run_are_laid_down_whole_and_read_back(tmp_path):
     records = read_user(tmp_path / "run", "user 0", index)
     assert len(records) == 24
     assert records[0].prompt == WORDS[30]
-    bench = Bench.open(tmp_path / "run")
+    bench = SimulatedContext.open(tmp_path / "run")
     assert all(one.rejected for one in Device("user 0", bench).records())
 
 

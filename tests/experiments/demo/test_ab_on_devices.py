@@ -8,7 +8,7 @@ import pytest
 
 from privet.client.assistant.device_chat import VaultRecorder
 from privet.client.enrolled import ab_assignment
-from privet.client.store.device_store import ME, Home
+from privet.client.store.device_store import ME, DeviceStore
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import epsilon
 from privet.common.secure_aggregation.keys import Directory, write_directory
@@ -41,7 +41,7 @@ gather_s = 120.0
 """
 
 
-def ended(home: Home) -> bool:
+def ended(home: DeviceStore) -> bool:
     """Whether no arm is in use any more."""
     return ab_assignment.current(home) is None
 

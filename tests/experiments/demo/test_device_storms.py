@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from privet.client import device as devices
 from privet.client.consent.policy import own_config
-from privet.client.enrolled.participant import OwnDesk
-from privet.client.store.device_store import ME, Home
+from privet.client.enrolled.participant import EnrolledContext
+from privet.client.store.device_store import ME, DeviceStore
 from privet.client.training.local_training import Trainer
 from privet.common.files import read_lines
 from privet.common.model.adapter import shared
@@ -59,7 +59,7 @@ class Unspent:
 
 
 @dataclass(frozen=True, eq=False)
-class Again(OwnDesk):
+class Again(EnrolledContext):
     """The device's desk, with nothing spent."""
 
     @property
@@ -67,14 +67,16 @@ class Again(OwnDesk):
         return Unspent()
 
 
-def contribution(home: Home, config: Config, plan: Plan, start: NDArray[np.float32]) -> bytes:
+def contribution(
+    home: DeviceStore, config: Config, plan: Plan, start: NDArray[np.float32]
+) -> bytes:
     """What this device gives to a round, with the test seed; before the masks."""
     own = own_config(home.policy, config)
     desk = Again(home, plan.run, own, Trainer.of(shared(own), own.speed.cache_mb), 0)
     return devices._answer(devices.Device(ME, desk), plan, start)
 
 
-def written(home: Home, plan: Plan) -> str | None:
+def written(home: DeviceStore, plan: Plan) -> str | None:
     """SHA-256 of what the ledger says this device has given to a round; None: nothing."""
     rows = [row for row in home.ledger.rows(ME) if (row.run, row.round) == (plan.run, plan.round)]
     return rows[0].payload_sha256 if rows else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import Bench
+from privet.client.device import SimulatedContext
 from privet.client.personal.label_head import LabelHead, fit_label_head, label_losses
 from privet.client.training import records
 from privet.common.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def rated(tmp_path, bert_folder, monkeypatch):
     source = population(tmp_path, 12, 12, True)
     config = tiny_config(bert_folder, source, data={"test_clients": 5, "records_per_client": 8})
     prepare(config, tmp_path / "run", resume=False)
-    start = Bench.open(tmp_path / "run").trainer.adapter.start
+    start = SimulatedContext.open(tmp_path / "run").trainer.adapter.start
     monkeypatch.setattr(cold_start, "global_adapter", lambda _: start)
     return tmp_path / "run"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import Bench, Device
+from privet.client.device import Device, SimulatedContext
 from privet.client.personal.person_losses import evaluator_of
 from privet.client.training import records as data
 from privet.common.errors import ConfigError, DataError, StateError
@@ -30,7 +30,7 @@ def opened(folder, base, labels, **changes):
         file.write(json.dumps(lone) + "\n")
     config = tiny_config(base, source, **{"data": {"clients": 6}} | changes)
     prepare(config, folder / "run", resume=False)
-    return Bench.open(folder / "run")
+    return SimulatedContext.open(folder / "run")
 
 
 def vector(bench, seed=0):

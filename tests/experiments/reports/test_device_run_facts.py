@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from rich.console import Console
 
 from privet.client.app import app as client_app
-from privet.client.device import Bench
+from privet.client.device import SimulatedContext
 from privet.client.privacy.ledger import Ledger
 from privet.client.privacy.run_ledger import LEDGERS
 from privet.common.errors import ConfigError, StateError
@@ -65,7 +65,7 @@ def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     real["data"] |= {"source": "devices"}
     (run / "config.toml").write_text(to_toml(parse(real)))
     serve(LocalGrid(died, CLIENTS, str(run)), run, lambda _: None)
-    Bench.open.cache_clear()
+    SimulatedContext.open.cache_clear()
     return run
 
 

@@ -10,7 +10,7 @@ import pytest
 from privet.server.operations.attendance import FILE, Attendance, Heard, of_run, read, table
 from privet.server.operations.control import Node
 from privet.server.operations.enrolment import Card, Device
-from privet.server.participants import Crowd
+from privet.server.participants import Participants
 
 from ..test_participants import DIRECTORY, RUN, Fleet, settings
 
@@ -38,7 +38,7 @@ def test_a_run_keeps_what_each_device_said_signed(tmp_path: Path):
         13: lambda reply, _: {**reply, "signature": b"\0" * 64},
     }
     kept = Attendance(tmp_path / FILE, RUN, lambda: NOW)
-    here = Crowd(lambda: fleet.nodes, fleet.hello, DIRECTORY, settings(), RUN, kept)
+    here = Participants(lambda: fleet.nodes, fleet.hello, DIRECTORY, settings(), RUN, kept)
     assert here.greet() == [0]
     assert read(tmp_path / FILE) == {
         0: Heard(MINE, RUN, True, NOW),
