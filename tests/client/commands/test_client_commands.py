@@ -759,7 +759,7 @@ def test_a_worker_looks_for_new_records_waits_for_its_node_and_ends_at_sigterm(
         assert f"process {process.pid}" in second.stderr.replace("\n", " ")
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(300) == 0
         reader.join()
         process.stdout.close()
         for descriptor in given:

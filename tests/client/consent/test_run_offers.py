@@ -118,7 +118,7 @@ def test_a_run_is_told_in_plain_words():
     found = said(offered(run(rounds={"cohort": 16, "count": 1})))
     assert found["run"] == "run-1"
     assert found["received"] == "2023-11-14 22:13 UTC"
-    assert found["adapter"] == "tiny, rank 4, in the last 12 blocks"
+    assert found["adapter"] == "lora_xs, rank 4, in the last 12 blocks"
     assert "3 at most, should rounds come to nothing" in found["rounds"]
     assert "opened from 10 devices on, and holds if at most 2" in found["rounds"]
     assert "1 training steps of about 8 records" in found["work"]

@@ -94,7 +94,7 @@ def shown(facts: dict[str, Any], width: int = 100) -> str:
 def test_the_summary_has_every_key_that_was_agreed(facts):
     summary = facts["summary"]
     assert summary["schema"] == 1
-    assert summary["adapter"] == {"family": "tiny", "dimension": 768}
+    assert summary["adapter"] == {"family": "lora_xs", "dimension": 768}
     wanted = {"dataset", "base_model", "clients", "rounds", "cohort", "metrics", "privacy"}
     wanted |= {"upload_bytes_per_client_round", "seconds", "peak_rss_bytes", "versions"}
     assert wanted <= set(summary)
