@@ -85,7 +85,7 @@ _TIMES = (
     "its records are, and answers at a moment that it found on dummies (docs/privacy.md). What "
     "another program on the device sees of its work, and power and heat, are not covered; nor are "
     "answers that are late because reading records or fitting a head outlasted the wait. That the "
-    "wait hides all differences of answers' times is not shown yet by measurement."
+    "times tell nothing was measured with a small model only (docs/numbers.md)."
 )
 _EVALUATION = (
     "The evaluation figures below: in a simulation the experimenter reads them off the simulated "
