@@ -79,7 +79,7 @@ lock:  ## requirements.lock anew, from a clean environment
 	@folder=$$(mktemp -d)
 	trap 'rm -rf "$$folder"' EXIT
 	$(or $(PYTHON),python3.11) -m venv "$$folder/venv"
-	cp -r pyproject.toml README.md LICENSE __init__.py py.typed common client server experiments "$$folder"
+	cp -r pyproject.toml README.md LICENSE __init__.py commands.py py.typed common client server experiments "$$folder"
 	"$$folder/venv/bin/pip" install -qq "$$folder[dev]"
 	echo "# Written by 'make lock'. Everything '.[dev]' needs, exactly." >"$$folder/lock"
 	"$$folder/venv/bin/pip" freeze --all --exclude pip --exclude privet \

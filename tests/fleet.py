@@ -36,9 +36,7 @@ from privet.server.operations.server_folder import Server
 
 from .tiny import WORDS
 
-ENTRY = (
-    "import sys; sys.argv[0] = 'privet'; from privet.experiments.commands.main import main; main()"
-)
+ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.commands import main; main()"
 UP = (
     "import sys; from pathlib import Path\n"
     "from privet.server.operations import commands, services, setup\n"

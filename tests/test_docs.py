@@ -12,7 +12,7 @@ import click
 import pytest
 
 import privet
-from privet.experiments.commands import main
+from privet import commands as main
 
 from .tiny import population, tiny_config
 

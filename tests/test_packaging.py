@@ -17,15 +17,17 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from privet import commands as main
 from privet.common.errors import DataError
-from privet.experiments.commands import main
 
 from .tiny import population, tiny_config
 
 ROOT = Path(__file__).parent.parent
+ROOT_FILES = ("__init__.py", "commands.py", "py.typed")
 PACKAGES = ("common", "client", "server", "experiments")
 MODULES = [
     "privet",
+    "privet.commands",
     *sorted(
         module.name
         for package in PACKAGES
@@ -40,7 +42,7 @@ def privet(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     command = [
         sys.executable,
         "-c",
-        "from privet.experiments.commands.main import main; main()",
+        "from privet.commands import main; main()",
         *arguments,
     ]
     variables = {**os.environ, **environment}
@@ -63,14 +65,14 @@ def wheel(folder: Path) -> set[str]:
 def _unshipped(folder: Path, names: list[str]) -> set[str]:
     if folder != ROOT:
         return {name for name in names if name == "__pycache__"}
-    shipped = {"pyproject.toml", "README.md", "LICENSE", "__init__.py", "py.typed", *PACKAGES}
+    shipped = {"pyproject.toml", "README.md", "LICENSE", *ROOT_FILES, *PACKAGES}
     return set(names) - shipped
 
 
 def expected(root: Path) -> set[str]:
     """Every module, configuration and typing mark of the package."""
     found = [path for package in PACKAGES for path in (root / package).rglob("*")]
-    found += [path for path in (root / "__init__.py", root / "py.typed") if path.exists()]
+    found += [path for path in (root / name for name in ROOT_FILES) if path.exists()]
     kinds = (".py", ".toml", ".typed")
     paths = (path.relative_to(root).as_posix() for path in found if path.suffix in kinds)
     return {f"privet/{path}" for path in paths}
@@ -79,7 +81,7 @@ def expected(root: Path) -> set[str]:
 def test_the_wheel_holds_every_module_configuration_and_typing_mark(tmp_path: Path) -> None:
     names = wheel(tmp_path)
     assert expected(ROOT) - names == set()
-    assert {"privet/__init__.py", "privet/py.typed"} <= names
+    assert {f"privet/{name}" for name in ROOT_FILES} <= names
     outside = {name for name in names if not name.startswith("privet")}
     assert outside == set(), "nothing but privet goes into site-packages"
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -97,7 +99,7 @@ def test_an_installed_wheel_runs_an_experiment_without_the_repository(
     code = """
 import privet, sys
 from privet.client.assistant import templates
-from privet.experiments.commands.main import run
+from privet.commands import run
 print("FROM", privet.__file__)
 assert privet.load_config("demo").name == "demo"
 assert run(["--help"]) == 0
@@ -166,7 +168,7 @@ def test_help_costs_little_more_than_the_libraries_it_is_made_of_and_never_loads
     heavy = "{'torch', 'flwr', 'opacus', 'transformers', 'peft', 'matplotlib', 'scipy'}"
     code = f"""
 import os, sys
-from privet.experiments.commands.main import run
+from privet.commands import run
 code = run(["--help"])
 print("LOADED", sorted({heavy} & set(sys.modules)), code)
 print("SECONDS", sum(os.times()[:2]))
@@ -211,7 +213,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = [
         sys.executable,
         "-c",
-        "from privet.experiments.commands.main import main; main()",
+        "from privet.commands import main; main()",
         "--help",
     ]
     reading, writing = os.pipe()
@@ -287,7 +289,7 @@ def test_ctrl_c_exits_130_with_a_sentence() -> None:
     code = """
 import os, signal
 from privet.experiments.commands import experiment as cli
-from privet.experiments.commands import main
+from privet import commands as main
 def report() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 cli.report = report

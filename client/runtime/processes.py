@@ -34,7 +34,7 @@ from .supervisor import (
 
 __all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
 
-ENTRY = "from privet.experiments.commands.main import main; main()"
+ENTRY = "from privet.commands import main; main()"
 """What the command `privet` calls."""
 SECRET_BYTES = 32
 LONGEST_SECRET = 1024

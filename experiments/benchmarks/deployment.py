@@ -37,9 +37,7 @@ __all__ = [
     "tiny_model",
 ]
 
-ENTRY = (
-    "import sys; sys.argv[0] = 'privet'; from privet.experiments.commands.main import main; main()"
-)
+ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.commands import main; main()"
 PASSPHRASE = "own"
 WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
 OWNER: Mapping[str, Mapping[str, Any]] = {

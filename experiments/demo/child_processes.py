@@ -21,7 +21,7 @@ from ...common.files import explain_os_errors, owners_own
 
 __all__ = ["ENTRY", "Processes", "below", "call", "memory_mb", "privet", "stopped_by_signals"]
 
-ENTRY = "from privet.experiments.commands.main import main; main()"
+ENTRY = "from privet.commands import main; main()"
 """What the command `privet` calls."""
 GRACE_S = 25.0  # a SuperNode is given 1.5 s for its last replies, a worker finishes its message
 PR_SET_PDEATHSIG = 1

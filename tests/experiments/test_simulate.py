@@ -33,7 +33,7 @@ from ..tiny import population, tiny_config
 
 NURSERY = """
 import json, os, resource, sys, time
-from privet.experiments.commands import main
+from privet import commands as main
 os.chdir(sys.argv[1])
 said = os.dup(1)
 os.dup2(2, 1)

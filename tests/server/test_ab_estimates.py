@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from privet.client import ab_outcome as device
 from privet.client.privacy.ledger import Ledger
+from privet.commands import run as command
 from privet.common.ab_test import AbTestSettings, Made, read, run_settings
 from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.privacy.accounting import epsilon
@@ -19,7 +20,6 @@ from privet.common.privacy.encoding import unpack
 from privet.common.privacy.noise import TestSource
 from privet.common.settings.config import BudgetSettings
 from privet.experiments.ab_test import coverage_check, simulated_ab_test
-from privet.experiments.commands.main import run as command
 from privet.server.ab_estimates import _mean, look_plan, spent_alpha, sums_of, told
 
 CONFIG = Path(simulated_ab_test.__file__).parent / "ab.toml"

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from privet import commands as main
 from privet.client.assistant import terminal_chat as chats
 from privet.client.assistant.device_chat import assistant_of
 from privet.client.assistant.profile import profile_of, public_chances
@@ -29,7 +30,6 @@ from privet.common.model.adapter import shared
 from privet.common.model.base_model import final_states
 from privet.common.secure_aggregation.keys import Directory
 from privet.common.settings.config import to_toml
-from privet.experiments.commands import main
 from privet.experiments.simulate import simulate
 
 from ...tiny import WORDS, fresh, population, tiny_config

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from privet import commands as main
 from privet.client.commands import client
 from privet.client.enrolled import access
 from privet.client.import_texts import watched_folders
@@ -34,7 +35,6 @@ from privet.common.errors import PrivacyError, StateError
 from privet.common.privacy.accounting import Charge
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.experiments.benchmarks.worker_start import wait_for
-from privet.experiments.commands import main
 
 from ..store.test_device_store import SERVER, ask_for_no_example_noise, text
 
@@ -595,7 +595,7 @@ def test_status_loads_nothing_heavy(place: Path):
         "privet.common.model.assets",
     }
     code = (
-        "import sys; from privet.experiments.commands.main import run\n"
+        "import sys; from privet.commands import run\n"
         "run(['client', 'status', '--json'])\n"
         f"print('HEAVY', sorted({heavy!r} & set(sys.modules)))"
     )

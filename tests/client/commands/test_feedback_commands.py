@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from privet import commands as main
 from privet.client.store import key_file as unlock_module
-from privet.experiments.commands import main
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_no_command_loads_torch(made: Path):
     """Texts go through readers and the vault; a model is not needed to keep an opinion."""
     del made
     program = (
-        "import sys; from privet.experiments.commands import main\n"
+        "import sys; from privet import commands as main\n"
         "assert main.run(['client', 'feedback', 'add', '--reject', 'x']) == 0\n"
         "assert main.run(['client', 'feedback', 'list', '--pairs']) == 0\n"
         "assert main.run(['client', 'feedback', 'forget', '--all']) == 0\n"

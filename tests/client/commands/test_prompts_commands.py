@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from privet import commands as main
 from privet.client.store import key_file as unlock_module
-from privet.experiments.commands import main
 
 from ..assistant.test_templates import table
 
@@ -120,7 +120,7 @@ def test_a_publishers_key_is_for_its_owners_eyes_and_made_once():
 
 def test_the_commands_load_no_torch():
     code = (
-        "import sys; from privet.experiments.commands.main import run; run(['prompts', 'list']);"
+        "import sys; from privet.commands import run; run(['prompts', 'list']);"
         "print('HEAVY', {'torch', 'transformers', 'flwr', 'scipy', 'bm25s'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

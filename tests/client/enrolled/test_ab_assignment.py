@@ -6,13 +6,13 @@ import time
 
 import pytest
 
+from privet import commands as main
 from privet.client.assistant.device_chat import VaultRecorder, assistant_of
 from privet.client.enrolled import ab_assignment
 from privet.client.store import device_store as homes
 from privet.client.store import verdicts
 from privet.client.store.device_store import DeviceStore
 from privet.common.settings.config import Config, to_toml
-from privet.experiments.commands import main
 
 from ..assistant.test_chat import SHORT, command, home
 from .test_field_ab import config_of

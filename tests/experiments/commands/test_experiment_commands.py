@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from privet import commands as main
 from privet.common.files import read_lines
 from privet.common.settings.config import to_toml
-from privet.experiments.commands import main
 
 from ...tiny import population, tiny_config
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from privet import commands as main
 from privet.common.settings import config as settings
-from privet.experiments.commands import main
 from privet.experiments.comparison import (
     comparison_page,
     comparisons,

@@ -9,11 +9,11 @@ import pytest
 from privet.client.assistant.device_chat import VaultRecorder
 from privet.client.enrolled import ab_assignment
 from privet.client.store.device_store import ME, DeviceStore
+from privet.commands import run as command
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import epsilon
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.common.settings.config import parse, to_toml
-from privet.experiments.commands.main import run as command
 from privet.server.ab_estimates import device_settings
 from privet.server.operations import setup
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from privet import commands as main
 from privet.client.consent.policy import DEFAULT, Policy, read, reasons
 from privet.common.errors import RunExists, StateError
 from privet.common.files import read_lines
 from privet.common.settings import config as configs
-from privet.experiments.commands import main
 from privet.experiments.demo import demo_devices
 from privet.experiments.demo.demo_devices import MARK, POLICY_CHANGES, adapted, claimed
 

@@ -9,9 +9,9 @@ import torch
 from privet.client.device import SimulatedContext
 from privet.client.personal.label_head import LabelHead, fit_label_head, label_losses
 from privet.client.training import records
+from privet.commands import run as command
 from privet.common.errors import ConfigError, DataError
 from privet.common.settings.config import read
-from privet.experiments.commands.main import run as command
 from privet.experiments.evaluation import cold_start
 from privet.experiments.evaluation.cold_start import Newcomer, curve, picture
 from privet.experiments.simulate import prepare

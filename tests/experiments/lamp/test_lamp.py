@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from privet.commands import run as command
 from privet.common.errors import ConfigError, DataError, ModelError
-from privet.experiments.commands.main import run as command
 from privet.experiments.lamp import answering
 from privet.experiments.lamp.answering import Settings, answers, compare, files_of, scored
 from privet.experiments.lamp.scores import score

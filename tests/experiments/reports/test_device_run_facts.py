@@ -13,6 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from rich.console import Console
 
+from privet import commands as main
 from privet.client.app import app as client_app
 from privet.client.device import SimulatedContext
 from privet.client.privacy.ledger import Ledger
@@ -21,7 +22,7 @@ from privet.common.errors import ConfigError, StateError
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import epsilon
 from privet.common.settings.config import parse, read, to_toml
-from privet.experiments.commands import experiment, main
+from privet.experiments.commands import experiment
 from privet.experiments.grid import LocalGrid
 from privet.experiments.reports import device_run_facts, html_page, privacy_facts, report, terminal
 from privet.experiments.simulate import prepare

@@ -15,6 +15,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from privet import commands as main
 from privet.common.errors import (
     AssetError,
     ConfigError,
@@ -27,7 +28,6 @@ from privet.common.files import append_line
 from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.common.settings.config import parse, read
-from privet.experiments.commands import main
 from privet.server.operations import (
     commands,
     control,

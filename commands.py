@@ -1,5 +1,8 @@
 """The one command `privet`: sub-commands put together, and every error told in one place.
 
+Belongs to no side and imports each only when it is asked for: `privet client` and `privet server`
+run where nothing of the experiments is installed.
+
 Exit codes: 0 done; 1 a fault of privet's, or a run that ended without its rounds; 2 a sentence
 about the call, the settings or the files; 130 stopped by Ctrl-C.
 """
@@ -16,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
-from ...common.errors import PrivetError
+from .common.errors import PrivetError
 
 if TYPE_CHECKING:
-    from ...common.privacy.round_plan import Plan
-    from ...common.settings.config import Config
+    from .common.privacy.round_plan import Plan
+    from .common.settings.config import Config
 
 __all__ = ["main", "run"]
 
@@ -84,7 +87,13 @@ def _command(arguments: Sequence[str]) -> click.Command:
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
     if asked is None:
-        from . import ab_command, chat_command, cold_start_command, experiment, lamp_command
+        from .experiments.commands import (
+            ab_command,
+            chat_command,
+            cold_start_command,
+            experiment,
+            lamp_command,
+        )
 
         found = (
             experiment.simulate,
@@ -104,13 +113,13 @@ def _command(arguments: Sequence[str]) -> click.Command:
 
 def _group(name: str) -> typer.Typer:
     if name == "assets":
-        from .assets_command import app
+        from .experiments.commands.assets_command import app
     elif name == "client":
-        from ...client.commands.client import app
+        from .client.commands.client import app
     elif name == "prompts":
-        from ...client.commands.prompts import app
+        from .client.commands.prompts import app
     else:
-        from ...server.operations.commands import app
+        from .server.operations.commands import app
     return app
 
 
@@ -119,13 +128,13 @@ class _Reports:
 
     def __call__(self, run_folder: Path) -> None:
         """At the end: the report."""
-        from . import experiment
+        from .experiments.commands import experiment
 
         experiment.reported(run_folder)
 
     def refuse_unpaid(self, config: "Config", plan: "Plan", dimension: int) -> None:
         """At the beginning: a run that its own cap does not pay for is refused."""
-        from ...client.privacy.affordable_rounds import refuse_unpaid
+        from .client.privacy.affordable_rounds import refuse_unpaid
 
         refuse_unpaid(
             config, plan, dimension, lambda said: print(f"warning: {said}", file=sys.stderr)
