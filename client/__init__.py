@@ -1,1 +1,4 @@
-"""Runs on one person's device; text and personal head never leave."""
+"""The part of privet that runs on one person's device.
+
+The person's texts and personal head never leave it.
+"""

@@ -6,7 +6,9 @@ __all__ = ["arm_of"]
 
 
 def arm_of(key: Secret, run: str, count: int) -> int:
-    """The place of a device's arm in a run: 0 .. count - 1, each as likely, over all its rounds.
+    """Return the index of this device's arm in an A/B run, the same in all rounds of the run.
+
+    It lies in 0 .. count - 1, each as likely as the others.
 
     **Guarantee**: a keyed hash (HKDF with HMAC-SHA256) of the run's public id under a key of the
     device's own. Neither the server nor the device's records decide it, and it is not sent.

@@ -19,7 +19,10 @@ __all__ = ["answered", "outcome_vector", "take_part"]
 
 
 def outcome_vector(settings: AbRunSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
-    """(1, y) or (1, y, y^2) in the slots of the own arm, zeros elsewhere; zeros for None.
+    """Return a vector that holds the outcome in the entries of the device's own arm.
+
+    With y the outcome scaled to -1 .. 1, these entries are (1, y) or, where the settings have three
+    entries an arm, (1, y, y^2). All others are zero, and all of them are where the outcome is None.
 
     Args:
         settings: the experiment the owner has accepted.
@@ -52,7 +55,7 @@ def take_part(
     ledger: Ledger,
     source: noise.Source,
 ) -> bytes | None:
-    """One look, run by the device.
+    """Answer one look of an A/B experiment, or decline it.
 
     Args:
         settings: the device's own: a plan may be stricter, never laxer.
@@ -85,7 +88,9 @@ def answered(
     ledger: Ledger,
     source: noise.Source,
 ) -> bytes:
-    """One look, as `take_part`; `own` are the settings that the plan is held against.
+    """Answer one look of an A/B experiment, or raise the reason to decline it.
+
+    Run by the device, from `take_part`. `own` are the settings that the plan is held against.
 
     Raises:
         PrivacyError, ProtocolError: why this device declines; nothing was spent.

@@ -5,7 +5,7 @@ that declines says so and nothing else; the reason stays in its ledger. A device
 one fixed sentence: Flower would send the text of its error, which may quote private records.
 
 The same two functions, `greet` and `answer`, serve a simulated device (`Simulated`) and a person's
-own (`client/store/device_store.py`, called by `client/runtime/worker.py`).
+own (`client/enrolled/participant.py`, called by `client/runtime/processes.py`).
 """
 
 import os
@@ -36,40 +36,44 @@ FAILED = "this device could not take part; the reason is in its own log"
 
 
 class Participant(Protocol):
-    """Where a message finds its device."""
+    """A device as the two functions that answer messages see it."""
 
     @property
     def identity(self) -> Identity:
-        """The device's long-lived key."""
+        """The long-lived key pair of the device."""
 
     def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Whether the device takes part in what is offered: `accepted`."""
+        """Return whether the device takes part in the run that is offered, as `accepted`."""
 
     def device(self, plan: Plan, number: int, begins: bool, /) -> "Device":
-        """The device, known to the server by `number`; PrivacyError where it does not take part.
+        """Return the device that is to answer a plan.
 
-        `begins`: whether this is the first phase of a round.
+        `number` is its number at the server. `begins` says whether this is the first phase of a
+        round. PrivacyError where the device does not take part.
         """
 
     def recall(self) -> Any:
-        """What the phase before left, once; None at the first."""
+        """Return what the phase before kept, and forget it.
+
+        None at the first phase of a round.
+        """
 
     def keep(self, state: Any) -> None:
-        """What the next phase needs."""
+        """Keep what the next phase of the round needs."""
 
     def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
-        """Bytes that are about to leave."""
+        """Record the bytes that are about to leave."""
 
     def decline(self, plan: Plan, reason: str) -> None:
-        """Nothing leaves; the reason stays."""
+        """Record why the device sends nothing."""
 
     def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
-        """The run is over; this is its adapter."""
+        """Take over the adapter that a run has ended with."""
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """The first message of a run, to a simulated device."""
+    """Answer the first message of a run for a simulated device."""
     return greet(message, Simulated(context))
 
 
@@ -80,12 +84,15 @@ def hello(message: Message, context: Context) -> Message:
 @app.train("confirm")
 @app.train("unmask")
 def phase(message: Message, context: Context) -> Message:
-    """One phase of one simulated device; without masking a round has one, `round`."""
+    """Answer one phase of a round for a simulated device.
+
+    Without masking a round has one phase, `round`.
+    """
     return answer(message, Simulated(context))
 
 
 def greet(message: Message, seat: Participant) -> Message:
-    """Who is there, with which version, and whether this device takes part in the run offered."""
+    """Answer a server's greeting with version, identity, and whether the device takes part."""
     try:
         offer, identity = dict(message.content["offer"]), seat.identity
         said = greeting(str(offer["run"]), offer.pop("nonce"), message.metadata.dst_node_id)
@@ -101,7 +108,10 @@ def greet(message: Message, seat: Participant) -> Message:
 
 
 def answer(message: Message, seat: Participant) -> Message:
-    """One phase of a round, or the end of the run (`keep`): the reply says `released` or not."""
+    """Answer one phase of a round, or the message that ends a run (`keep`).
+
+    The reply says in `released` whether the device released anything.
+    """
     name = message.metadata.message_type.partition(".")[2]
     number = -1
     try:
@@ -119,7 +129,9 @@ def answer(message: Message, seat: Participant) -> Message:
 
 
 def nothing(message: Message) -> Message:
-    """What a person's own device answers that declines or has failed, which nobody can tell apart.
+    """Return the answer of a person's own device that has declined or failed.
+
+    Nobody can tell which of the two it was.
 
     The end of a run is answered in one way only, whatever became of it.
     """
@@ -174,39 +186,42 @@ class Simulated:
 
     @property
     def identity(self) -> Identity:
-        """Derived from the run's one secret."""
+        """The key pair derived from the one secret of the run's devices."""
         own = self._own()
         return own.desk.identity(own.name)
 
     def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Every simulated device takes part."""
+        """Accept the run, as every simulated device does."""
         return {"accepted": True}
 
     def device(self, _plan: Plan, _number: int, _begins: bool) -> "Device":
-        """The one of this partition."""
+        """Return the device of this Flower partition."""
         return self._own()
 
     def recall(self) -> Any:
-        """From Flower's node state."""
+        """Return what the phase before kept in Flower's node state, and remove it there."""
         kept = self._context.state.pop("masking", None)
         return None if kept is None else upload_state.decode(kept["state"])
 
     def keep(self, state: Any) -> None:
-        """Into Flower's node state; a device that declined has none."""
+        """Keep the state for the next phase in Flower's node state.
+
+        A device that declined has none to keep.
+        """
         if state is not None:
             kept = ConfigRecord({"state": upload_state.encode(state)})
             self._context.state["masking"] = kept
 
     def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
-        """The ledger has it."""
+        """Record nothing here, because the ledger has the release."""
 
     def decline(self, plan: Plan, reason: str) -> None:
-        """The ledger has it."""
+        """Record nothing here, because the ledger has the reason."""
 
     def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
-        """The experimenter fits the heads."""
+        """Do nothing, because the experimenter fits the heads."""
 
 
 def run_folder(context: Context) -> Path:
-    """Where a simulated device finds its run: the run's configuration, or `PRIVET_RUN`."""
+    """Return the run folder of a simulated device, from the run's configuration or `PRIVET_RUN`."""
     return Path(str(context.run_config.get("run") or os.environ["PRIVET_RUN"]))

@@ -1,8 +1,8 @@
-"""One device: what it owns, and what it does in a round.
+"""One person's device in a run: what it owns, and what it does in a round.
 
 `take_part` is a client's whole round, read downwards. What a device works with is its
-`DeviceContext`: a person's own (`client/store/device_store.py`), or a `SimulatedContext`, which all
-devices simulated by one process share.
+`DeviceContext`: a person's own (`client/enrolled/participant.py`), or a `SimulatedContext`, which
+all devices simulated by one process share.
 """
 
 import dataclasses
@@ -83,7 +83,10 @@ _WORK = (
 
 
 def simulated_identity(secret: Secret, name: str) -> Identity:
-    """Identity of a simulated device; a real one keeps its own in its vault."""
+    """Derive the identity of a simulated device from the run's secret.
+
+    A real device keeps its own in its vault.
+    """
     return Identity.of(derive(secret, Purpose.SIMULATED_IDENTITY, name.encode()).value)
 
 
@@ -92,7 +95,7 @@ class DeviceContext(Protocol):
 
     @property
     def config(self) -> Config:
-        """The device's own floor: a plan may be stricter."""
+        """The device's own settings, which a plan may tighten and never loosen."""
 
     @property
     def trainer(self) -> Trainer:
@@ -100,46 +103,54 @@ class DeviceContext(Protocol):
 
     @property
     def ledger(self) -> Ledger:
-        """What was spent."""
+        """The record of the privacy budget that was spent."""
 
     @property
     def directory(self) -> Directory:
-        """The identities this device knows."""
+        """The identities of the devices this device knows."""
 
     def pin(self, directory: Directory) -> None:
         """Keep the identities that were seen first in this round."""
 
     def identity(self, name: str) -> Identity:
-        """The device's long-lived key."""
+        """Return the device's long-lived key pair."""
 
     def number(self, name: str) -> int:
-        """The device's number in the directory."""
+        """Return the device's number in the directory."""
 
     def records(self, name: str) -> Sequence[data.Record]:
-        """All records of the person, earliest first."""
+        """Return all records of the person, earliest first."""
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
-        """Records as token ids."""
+        """Return records as token ids."""
 
     def outcome(self, name: str) -> float | None:
-        """The person's own in the A/B experiment that the run is; None: none yet."""
+        """Return the person's outcome in the A/B experiment that the run is.
+
+        None where there is none yet.
+        """
 
     def at_home(self, name: str) -> bytes | None:
-        """What a family trains that never leaves (`client/training/local_factor.py`); None: nothing
-        yet."""
+        """Return the part of the adapter that is trained here and never leaves.
+
+        `client/training/local_factor.py` says what that is. None where there is nothing yet.
+        """
 
     def keep_at_home(self, name: str, kept: bytes) -> None:
-        """Keep it, durably."""
+        """Keep that part of the adapter durably."""
 
     @property
     def pace(self) -> Pace | None:
-        """When this device's answers leave; None where nobody sees that."""
+        """The times at which this device's answers leave.
+
+        None where nobody sees when they do.
+        """
 
 
 def tokenised(
     records: Sequence[data.Record], config: Config, trainer: Trainer, task: data.Task
 ) -> list[data.Tokenised]:
-    """Records as token ids; a class name becomes its number."""
+    """Return records as token ids, each class name replaced by its number."""
     tokenizer = trainer.adapter.base.tokenizer
     if config.pairs is not None:
         return tokenize_pairs(records, tokenizer, config.data.max_tokens, config.pairs.score)
@@ -152,7 +163,7 @@ def tokenised(
 
 @dataclass(frozen=True, eq=False)
 class SimulatedContext:
-    """A run folder, opened by one process: the desk of every simulated device."""
+    """A run folder opened by one process, which all simulated devices in it share."""
 
     folder: Path
     run: str
@@ -166,7 +177,7 @@ class SimulatedContext:
     @classmethod
     @lru_cache(maxsize=1)
     def open(cls, folder: Path) -> "SimulatedContext":
-        """Load what a run folder names; once per process."""
+        """Load what a run folder names, once per process."""
         config = settings.read(folder / "config.toml")
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
@@ -181,31 +192,31 @@ class SimulatedContext:
         return cls(folder, run, config, index, trainer, ledger, secret, directory)
 
     def records(self, name: str) -> Sequence[data.Record]:
-        """Read from the run folder, one block of it."""
+        """Read one person's records from the run folder."""
         return data.read_user(self.folder, name, self.index)
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
-        """As `tokenised`, for the run's task."""
+        """Return records as token ids, for the run's task."""
         return tokenised(records, self.config, self.trainer, self.index.task)
 
     def outcome(self, _: str) -> None:
-        """None: `privet ab` simulates experiments, without Flower."""
+        """Return None, because `privet ab` simulates experiments without Flower."""
 
     def at_home(self, name: str) -> bytes | None:
-        """From the simulated device's own file in the run folder."""
+        """Read the part of the adapter that stays with the device from its file."""
         path = self._home_of(name)
         with explain_os_errors(path, "read"):
             return path.read_bytes() if path.exists() else None
 
     def keep_at_home(self, name: str, kept: bytes) -> None:
-        """Into that file."""
+        """Write the part of the adapter that stays with the device into its file."""
         path = self._home_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, kept)
 
     @property
     def pace(self) -> None:
-        """A simulated device answers when it has done its work."""
+        """None, because a simulated device answers when it has done its work."""
 
     def _home_of(self, name: str) -> Path:
         return (
@@ -213,34 +224,34 @@ class SimulatedContext:
         )
 
     def number(self, name: str) -> int:
-        """Place among the train users."""
+        """Return the person's place among the train users."""
         return self.index.train_users.index(name)
 
     def pin(self, directory: Directory) -> None:
-        """Nothing to keep: the directory of a simulation is whole."""
+        """Keep nothing, because the directory of a simulation is whole."""
 
     def identity(self, name: str) -> Identity:
-        """A simulated device's long-lived key, from the one secret of the run's devices."""
+        """Derive a simulated device's long-lived key pair from the secret of the run's devices."""
         return simulated_identity(self.secret, name)
 
     def device(self, number: int) -> "Device":
-        """The simulated device of train user `number`."""
+        """Return the simulated device of train user `number`."""
         return Device(self.index.train_users[number], self)
 
 
 @dataclass(frozen=True, eq=False)
 class Device:
-    """One person's device."""
+    """One person's device in a run, by its name and the context it works in."""
 
     name: str
     desk: DeviceContext
 
     def is_empty(self) -> bool:
-        """Whether there are no own records at all, whatever is learnt of them."""
+        """Return whether the person has no records at all, whatever is learnt of them."""
         return not self.desk.records(self.name)
 
     def records(self) -> Sequence[data.Tokenised]:
-        """Own records for training: neither held out nor above the public cap."""
+        """Return the person's training records, neither held out nor above the public cap."""
         desk, config = self.desk, self.desk.config
         mine, _ = data.split(desk.records(self.name), config.data.holdout)
         found = desk.tokenised(data.capped(mine, config.data.records_per_client))
@@ -250,7 +261,10 @@ class Device:
         return data.lessons(found, end, config.training)
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
-        """The latest own records, which the head is fitted on, and the first ones held out."""
+        """Return the records that the head is fitted on, and those it is measured on.
+
+        These are the latest of the person's own training records, and the first of those held out.
+        """
         desk, limits = self.desk, self.desk.config.evaluation
         own, held_out = data.split(desk.records(self.name), desk.config.data.holdout)
         return desk.tokenised(own[-limits.fit_records :]), desk.tokenised(
@@ -259,7 +273,7 @@ class Device:
 
 
 def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes | None:
-    """A client's round: check the plan, train, pass the gate.
+    """Answer a round as one device: check the plan, train, pass the gate.
 
     Returns:
         The bytes that leave, or None when the device declines. Why it declined stays in its own
@@ -279,7 +293,7 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
 
 
 def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
-    """The gate's bytes for this round, or why there are none.
+    """Return the gate's bytes for this round, or raise the reason for having none.
 
     **Guarantee**: without any records the contribution is zero before the release's noise, in the
     adapter, in `members` and in the statistics, whatever noise training adds. So "all records of
@@ -350,7 +364,10 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
 
 
 def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: Work) -> None:
-    """A round's work on dummies alone; nothing of it is kept."""
+    """Do a round's work on dummy records alone, to learn how long it takes.
+
+    Nothing of it is kept.
+    """
     desk, exchange = device.desk, exchange_at(device.desk)
     adapter, live = desk.trainer.adapter, exchange.groups.live(plan.round)
     place = choose(adapter, personas, live, (), work.choice)
@@ -370,7 +387,7 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
 
 
 def _look(device: Device, plan: Plan, trial: AbRunSettings) -> bytes:
-    """One look of an A/B experiment: the own outcome in the slots of the own arm."""
+    """Answer one look of an A/B experiment, with the outcome in the entries of the device's arm."""
     desk, name = device.desk, device.name
     if desk.pace is not None:
         desk.pace.rehearse(("look", plan.run), desk.config.rounds.tick_s, _nothing)
@@ -387,23 +404,26 @@ def _look(device: Device, plan: Plan, trial: AbRunSettings) -> bytes:
 
 
 def _nothing() -> None:
-    """What there is to rehearse of a look: no model takes part in it."""
+    """Do nothing, because no model takes part in a look that is rehearsed."""
 
 
 def _released(desk: DeviceContext, number: int) -> Layout:
-    """Layout of a contribution to round `number`; of an experiment's without loading a model."""
+    """Return the layout of a contribution to round `number`.
+
+    That of an A/B experiment is known without loading a model.
+    """
     trial = desk.config.trial
     return exchange_at(desk).released(number) if trial is None else layout(trial)
 
 
 def exchange_at(desk: DeviceContext) -> Exchange:
-    """What this device and its server exchange, by the device's own settings."""
+    """Return what this device and its server exchange, by the device's own settings."""
     adapter = desk.trainer.adapter
     return Exchange(adapter.layout, adapter.start, desk.config.groups)
 
 
 def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
-    """The persona that fits this device's own training records after a run, and its adapter.
+    """Return the persona that fits this device's training records after a run, and its adapter.
 
     Private: it is for this device alone, or for an experimenter who reads simulated devices.
     """
@@ -415,7 +435,9 @@ def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
 
 
 def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
-    """What this device keeps of its adapter (fedsa's B) before round `number`, or after the last.
+    """Return the half of the adapter that this device keeps (fedsa's B), as a round begins.
+
+    That is before round `number`, or after the last one.
 
     None: nothing, or nothing yet. It never leaves.
     """
@@ -435,7 +457,10 @@ def _statistics(
     losses: NDArray[np.float64],
     work: Work | None,
 ) -> Statistics:
-    """The blocks that the plan asks for; the delta is made before a head is fitted."""
+    """Return the blocks of statistics that the plan asks for.
+
+    The delta is made before a head is fitted.
+    """
     desk, found = device.desk, dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
         found["losses"] = losses
@@ -458,7 +483,7 @@ def _evaluated(
     person: tuple[list[data.Tokenised], list[data.Tokenised]],
     work: Work | None,
 ) -> Losses | None:
-    """The losses of the person's held-out records.
+    """Return the losses of the person's held-out records.
 
     With constant work those of made-up records, in place of those that are not there, are computed
     as well; they are nobody's and go nowhere.
@@ -482,7 +507,7 @@ def masked_phase(
     start: NDArray[np.float32] | None,
     state: masked_upload.State | None,
 ) -> tuple[masked_upload.State | None, bytes | None]:
-    """One phase of a masked round: keys, shares, vector, confirm, unmask.
+    """Answer one phase of a masked round: keys, shares, vector, confirm, unmask.
 
     Args:
         device: whose round.
@@ -521,7 +546,7 @@ def masked_phase(
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
-    """Keys for one attempt, after everything that can be refused beforehand."""
+    """Announce keys for one attempt, after everything that can be refused beforehand."""
     desk, name = device.desk, device.name
     dimension = _released(desk, plan.round).dimension
     plan.refuse_if_laxer(desk.config, dimension)
@@ -540,14 +565,16 @@ def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """The gate's integers, to be masked."""
+    """Return the gate's integers for this round, to be masked."""
     _answered(device, plan)
     dimension = _released(device.desk, plan.round).dimension
     return unpack(_answer(device, plan, start), plan.length(dimension), plan.bits)
 
 
 def _answered(device: Device, plan: Plan) -> bool:
-    """Whether this device has released this round; with a test seed only it may do so again.
+    """Refuse a round that was answered before, except under a test seed.
+
+    Returns whether it was answered before.
 
     The same contribution is never masked twice: two sums over different survivors would differ by
     single contributions. A test seed, which protects nobody, repeats a round.
@@ -565,7 +592,10 @@ def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:
 
 
 def _batches(seed: int | None, label: str) -> np.random.Generator:
-    """Which records are drawn: 128 bits of the operating system, or the test seed."""
+    """Return the generator that draws the records of a batch.
+
+    Its seed is 128 bits of the operating system, or the test seed.
+    """
     if seed is None:
         return np.random.default_rng(int.from_bytes(os.urandom(16)))
     return np.random.default_rng([seed, *label.encode()])

@@ -1,4 +1,7 @@
-"""What a chat on a person's own device knows: adapter, head, records; and where its verdicts go.
+"""A chat on a person's own device, made from what is in the vault.
+
+It answers with the adapter and head of a run, and with the person's records. The owner's verdicts
+on the answers go back into the vault.
 
     profile               the summary, made anew with each chat
     retrieval/<encoder>   sentence vectors of the records
@@ -38,17 +41,20 @@ TEMPLATE = "memory"
 
 
 class VaultRecorder:
-    """Verdicts into the vault, where `privet client feedback` and preference runs find them."""
+    """Writes verdicts into the vault for `privet client feedback` and preference runs."""
 
     def __init__(self, home: DeviceStore, run: str = "") -> None:
-        """`run`: the experiment whose arm answers (`Assistant.trial`)."""
+        """Record verdicts in the vault of `home`.
+
+        `run`: the experiment whose arm answers (`Assistant.trial`).
+        """
         self._home, self._run = home, run
 
     def __call__(
         self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
         taken: bool = False,
     ) -> int:  # fmt: skip
-        """Keep one; its number.
+        """Keep one verdict and return its number.
 
         Raises:
             DataError: nothing was preferred to anything: the edit is the answer itself.
@@ -64,7 +70,9 @@ class VaultRecorder:
 def assistant_of(
     home: DeviceStore, run: str | None, template: str | None, encoder: str, sampling: Sampling
 ) -> Assistant:
-    """What this device knows: the adapter and head of a run it took part in, its own records.
+    """Build the assistant that answers from what this device knows.
+
+    That is the adapter and the head of a run it took part in, and its own records.
 
     Args:
         home: open.
@@ -106,7 +114,7 @@ def assistant_of(
 
 
 def _template(home: DeviceStore, asked: str | None) -> tuple[Template, Trial | None]:
-    """The template, and the experiment it is an arm of.
+    """Return the template to use, and the A/B experiment it is an arm of.
 
     An arm whose template this device has not, or trusts no more, is not taken part in: the chat is
     as ever, and its verdicts are no outcome.
@@ -122,7 +130,10 @@ def _template(home: DeviceStore, asked: str | None) -> tuple[Template, Trial | N
 
 
 def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
-    """The index over the device's records; vectors made once are in the vault."""
+    """Build the retrieval index over the device's records.
+
+    Sentence vectors that were made before are read from the vault.
+    """
     found = encoder_of(encoder)
     if found is None or not texts:
         return Index.build(texts)
@@ -137,7 +148,10 @@ def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
 
 
 def encoder_of(name: str) -> Encoder | None:
-    """The encoder of this name, from the cache only; None for "none"."""
+    """Load a sentence encoder by name, from the cache only.
+
+    None for the name "none".
+    """
     if name == "none":
         return None
     loaded(name)
@@ -145,7 +159,10 @@ def encoder_of(name: str) -> Encoder | None:
 
 
 def loaded(name: str) -> BaseModel:
-    """A base model, without a network: what the catalogue has must be in the cache."""
+    """Load a base model from the cache, without a network.
+
+    A model of the catalogue must be in the cache already.
+    """
     if name in CATALOGUE:
         state = next(one.state for one in status() if one.name == name)
         if state != "ready":
@@ -157,7 +174,10 @@ def loaded(name: str) -> BaseModel:
 
 
 def _ended(home: DeviceStore, run: str | None) -> str | None:
-    """The run whose adapter is used; None: none has ended here and none was asked for."""
+    """Find the run whose adapter the chat uses.
+
+    None where no run has ended here and none was asked for.
+    """
     kept = {name.partition("/")[2] for name in home.vault.names("adapters/")}
     offered = [offer.run for offer, _ in home.runs() if offer.run in kept]
     if run is None:

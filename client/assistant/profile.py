@@ -42,7 +42,7 @@ _WORD_STARTS = "\u0120\u2581"
 
 @dataclass(frozen=True)
 class Profile:
-    """A summary of one person's records; private.
+    """A private summary of how one person writes, made from their records.
 
     Attributes:
         records: how many it was made from.
@@ -64,12 +64,12 @@ class Profile:
     label: float | str | None = field(repr=False)
 
     def to_bytes(self) -> bytes:
-        """As the vault keeps it."""
+        """Return the summary as the JSON bytes that the vault keeps."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Profile":
-        """What `to_bytes` wrote.
+        """Read a summary that `to_bytes` wrote.
 
         Raises:
             StateError: it is something else.
@@ -85,7 +85,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Context:
-    """What goes to the model, and what it was made from.
+    """The text that goes to the model, and what it was made from.
 
     Attributes:
         text: the template, filled in, with the prompt.
@@ -101,7 +101,9 @@ class Context:
 
 
 def public_chances(tokenizer: Any) -> dict[str, float]:
-    """How likely each word is among people: Zipf's law over a tokenizer's order; sums to 1.
+    """Estimate how likely each word is in public text, from the order of a tokenizer's vocabulary.
+
+    The chances follow Zipf's law and sum to 1.
 
     Byte-pair and WordPiece vocabularies list what is frequent first. Only tokens that begin a word
     count, where the vocabulary marks them.
@@ -119,7 +121,7 @@ def public_chances(tokenizer: Any) -> dict[str, float]:
 
 
 def profile_of(records: Sequence[Record], public: Mapping[str, float]) -> Profile:
-    """The summary of somebody's records.
+    """Summarise how somebody writes, from their records.
 
     A favourite is used at least three times, in two records at least, and its log-odds against
     the public chances, shrunken by a Dirichlet prior of `PRIOR` words, lie `SURE` standard errors
@@ -165,7 +167,10 @@ def profile_of(records: Sequence[Record], public: Mapping[str, float]) -> Profil
 
 
 def describe(profile: Profile) -> str:
-    """The summary in a few short sentences of English; empty without records."""
+    """Describe a summary in a few short English sentences.
+
+    Empty where there were no records.
+    """
     if not profile.records:
         return ""
     said = [f"Writes about {profile.words:.0f} words at a time."]
@@ -203,7 +208,7 @@ def context(
     shown: Sequence[str] | None = None,
     before: int | None = None,
 ) -> Context:
-    """The prompt with what the template puts around it: summary first, then texts that fit.
+    """Put a template around a prompt, with the summary and the retrieved texts that fit a budget.
 
     What fits the prompt best stands nearest to it. Summary and texts are left out of a template
     that has no place for them.
@@ -258,7 +263,7 @@ def _surest(
     chances: Mapping[Any, float],
     spread: Mapping[Any, int],
 ) -> list[Any]:
-    """What is used more than its chance, the surest first."""
+    """Return what is used surely more often than its chance, the surest first."""
     found = []
     for one, used in counts.items():
         chance = chances[one]

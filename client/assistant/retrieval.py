@@ -98,7 +98,7 @@ class Index:
         """Index a history.
 
         Args:
-            texts: earliest first, as `DeviceStore.records` and `data.read_user` give them.
+            texts: earliest first, as `DeviceStore.records` and `records.read_user` give them.
             encoder: None for words and recency only.
             vectors: the encoder's rows for `texts`, where they are known already.
 
@@ -118,7 +118,10 @@ class Index:
         return cls(texts, encoder, vectors, _sparse(texts))
 
     def extended(self, texts: Sequence[str]) -> "Index":
-        """The index with later texts added; only they are encoded, the words are indexed again."""
+        """Return the index with later texts added.
+
+        Only these are encoded, but the words of all texts are indexed again.
+        """
         if not texts:
             return self
         vectors = self.vectors
@@ -130,7 +133,9 @@ class Index:
     def search(
         self, query: str, k: int, ways: Ways | None = None, before: int | None = None
     ) -> list[Hit]:
-        """The texts that fit a query best, best first; ties go to the later text.
+        """Find the texts that fit a query best, best first.
+
+        Ties go to the later text.
 
         Args:
             query: a text; one that matches nothing gets the latest texts, where recency counts.
@@ -153,7 +158,10 @@ class Index:
         return _fused(by_words, by_meaning, sorted(found, reverse=True), ways)[:k]
 
     def alike(self, places: Sequence[int]) -> NDArray[np.float64]:
-        """How alike these texts are, (places, places) in [0, 1]: cosines, or shared words."""
+        """Return how alike each two of these texts are, in [0, 1].
+
+        (places, places): cosines of their vectors, or shared words where there are none.
+        """
         if self.vectors is not None:
             rows = self.vectors[list(places)].astype(np.float64)
             return np.clip(rows @ rows.T, 0.0, 1.0)
@@ -177,7 +185,7 @@ class Index:
 def pick(
     index: Index, hits: Sequence[Hit], lengths: Sequence[int], budget: int, diversity: float = 0.3
 ) -> list[Hit]:
-    """What is put before a prompt: the best hits that fit, without saying one thing twice.
+    """Choose hits to put before a prompt, so that they fit a budget and do not repeat one thing.
 
     At each step the hit with the largest (1 - diversity) * score / best score - diversity * (how
     alike it is to what was picked) among those that still fit. A text is never picked twice.
@@ -224,12 +232,12 @@ def pick(
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case, in order: runs of letters, digits and underscores."""
+    """Return the words of a text in lower case: runs of letters, digits and underscores."""
     return _WORD.findall(text.lower())
 
 
 def _sparse(texts: Sequence[str]) -> Any:
-    """BM25 over the texts' words, or None when there is no word at all."""
+    """Index the words of texts for BM25, or return None when there is no word at all."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell the terminal of each index
@@ -242,7 +250,7 @@ def _sparse(texts: Sequence[str]) -> Any:
 
 
 def _best(scores: NDArray[np.float32], count: int) -> list[int]:
-    """Places of the largest scores, largest first, the later place first among equals."""
+    """Return the places of the largest scores, largest first, and of equals the later first."""
     count = min(count, len(scores))
     places = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
     return [int(place) for place in places[np.lexsort((-places, -scores[places]))]]
@@ -265,5 +273,5 @@ def _fused(
 
 
 def _shared(one: set[str], other: set[str]) -> float:
-    """Jaccard's index; two texts without words are alike."""
+    """Return Jaccard's index of two sets of words, which is 1 for two empty sets."""
     return len(one & other) / len(one | other) if one or other else 1.0

@@ -1,4 +1,4 @@
-"""Sentence vectors on the device: a small encoder, and what it said about texts seen before.
+"""Sentence vectors of a person's texts, made on the device by a small encoder and kept for reuse.
 
 **Guarantee**: vectors are as private as the texts they were made from; they are kept in the vault
 (`kept_bytes`) and nothing sends them.
@@ -29,7 +29,9 @@ Step = Callable[[int], object]
 
 
 def sentence_encoder(name: str = "minilm") -> Encoder:
-    """The encoder of the catalogue, or any encoder whose mean state means something.
+    """Load an encoder that turns texts into sentence vectors.
+
+    Any encoder will do whose mean final state means something, in the catalogue or not.
 
     Raises:
         ModelError: a decoder, or no such model.
@@ -43,7 +45,9 @@ def sentence_encoder(name: str = "minilm") -> Encoder:
 
 @torch.inference_mode()
 def embed(base: BaseModel, texts: Sequence[str], step: Step | None = None) -> NDArray[np.float32]:
-    """Mean over the final states of a text's tokens, to length 1; (texts, width).
+    """Return a sentence vector for each text, (texts, width).
+
+    It is the mean of the final states of the text's tokens, scaled to length 1.
 
     Batches hold texts of about one length. A text of which nothing is left is a row of zeros.
 
@@ -70,7 +74,7 @@ def embed(base: BaseModel, texts: Sequence[str], step: Step | None = None) -> ND
 
 
 def embed_new(texts: Sequence[str], encoder: Encoder, known: Known) -> NDArray[np.float32]:
-    """Vectors of `texts`; those known already are not made again.
+    """Return the sentence vectors of texts, encoding only those that are not known already.
 
     Returns:
         (texts, width); (0, 0) without texts.
@@ -83,7 +87,10 @@ def embed_new(texts: Sequence[str], encoder: Encoder, known: Known) -> NDArray[n
 
 
 def kept_bytes(texts: Sequence[str], vectors: NDArray[np.float32]) -> bytes:
-    """Vectors as the vault keeps them: a safetensors file, two bytes a number, no text."""
+    """Return sentence vectors as the safetensors file that the vault keeps.
+
+    It has two bytes a number, and no text.
+    """
     digests = np.frombuffer(b"".join(map(_digest, texts)), np.uint8).reshape(len(texts), _DIGEST)
     found: bytes = safetensors.numpy.save(
         {"digests": digests, "vectors": vectors.astype(np.float16)}
@@ -92,7 +99,9 @@ def kept_bytes(texts: Sequence[str], vectors: NDArray[np.float32]) -> bytes:
 
 
 def read_kept(content: bytes | None, width: int) -> dict[bytes, NDArray[np.float32]]:
-    """What `kept_bytes` wrote, by text; nothing kept, or by another encoder: nothing known.
+    """Read the sentence vectors that `kept_bytes` wrote, by the digest of their text.
+
+    Empty where nothing was kept, or another encoder made them.
 
     Raises:
         StateError: it is not such a file.

@@ -31,7 +31,7 @@ _KEPT, _USED = "prompts/", "prompts-in-use/"
 
 @dataclass(frozen=True)
 class Kept:
-    """One version on this device.
+    """One version of a template on this device, and whether it is used.
 
     Attributes:
         template: its content.
@@ -45,7 +45,7 @@ class Kept:
 
 
 def kept(home: DeviceStore) -> list[Kept]:
-    """Every version of every template, by name, the newest first."""
+    """Return every version of every template, by name, the newest first."""
     trusted = home.policy.prompts.publishers
     found = [Kept(template, used=True) for template in builtins().values()]
     for name in home.vault.names(_KEPT):
@@ -60,7 +60,7 @@ def kept(home: DeviceStore) -> list[Kept]:
 
 
 def find(home: DeviceStore, name: str, version: str | None = None) -> Kept:
-    """One of them: the version in use, or the one named.
+    """Find one version of a template, or the version in use.
 
     Raises:
         ConfigError: there is none.
@@ -77,7 +77,7 @@ def find(home: DeviceStore, name: str, version: str | None = None) -> Kept:
 
 
 def in_use(home: DeviceStore, name: str) -> Template:
-    """The template that is used under this name.
+    """Return the version of a template that is in use.
 
     Raises:
         ConfigError: there is none.
@@ -87,7 +87,9 @@ def in_use(home: DeviceStore, name: str) -> Template:
 
 
 def trusted(home: DeviceStore, name: str, version: str | None = None) -> Template:
-    """A version that is kept, or the one in use (None).
+    """Return a version of a template if its publisher is still trusted.
+
+    `version` None means the one in use.
 
     Raises:
         As `in_use`.
@@ -99,7 +101,9 @@ def trusted(home: DeviceStore, name: str, version: str | None = None) -> Templat
 
 
 def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
-    """What adding this file would mean: the new template, and the one it takes the place of.
+    """Check a template file, and say which version it would replace.
+
+    Nothing is changed. Returned are the new template and the one in use now, if there is one.
 
     Raises:
         ConfigError: malformed.
@@ -122,7 +126,7 @@ def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Temp
 
 
 def add(home: DeviceStore, content: bytes, where: str) -> Template:
-    """Take a template in and use it.
+    """Keep the template in a file and use it from now on.
 
     Raises:
         As `weigh`.
@@ -139,7 +143,9 @@ def add(home: DeviceStore, content: bytes, where: str) -> Template:
 
 
 def earlier(home: DeviceStore, name: str, version: str | None = None) -> tuple[Template, Template]:
-    """The version in use, and the one `rollback` would use: the one before, or the one named.
+    """Return the version in use and the one that `rollback` would use instead.
+
+    That is the version before it, or the one named.
 
     Raises:
         ConfigError: there is no such version.
@@ -173,7 +179,10 @@ def rollback(home: DeviceStore, name: str, version: str | None = None) -> Templa
 
 
 def changes(before: Template | None, after: Template) -> Sequence[str]:
-    """Line by line, as `diff -u`; all of it is new where there was none."""
+    """Return the lines that differ between two versions of a template, as `diff -u` does.
+
+    Where there is no version before, every line is new.
+    """
     old = [] if before is None else before.lines()
     names = ("nothing" if before is None else before.version, after.version)
     return list(difflib.unified_diff(old, after.lines(), *names, lineterm="", n=2))

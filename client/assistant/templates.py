@@ -1,4 +1,4 @@
-"""Prompt templates: TOML files with a name, a version, whom they are for, and a signature.
+"""Prompt templates, as signed TOML files with a name, a version and an audience.
 
 A template says where a person's profile summary and earlier texts stand around a prompt. It is text
 with three placeholders, `{profile}`, `{history}` and `{prompt}`, and nothing else: no code, no
@@ -59,7 +59,7 @@ class _Part(BaseModel):
 
 
 class Segment(_Part):
-    """Whom a template is for."""
+    """The people a template is for, by task and number of records."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")] = "everyone"
     task: Literal["any", "generation", "regression", "classification"] = "any"
@@ -76,14 +76,14 @@ class Segment(_Part):
         return self
 
     def suits(self, task: str, records: int) -> bool:
-        """Whether somebody with so many records, in a run of this task, is meant."""
+        """Return whether a person with so many records, in a run of this task, is meant."""
         most = self.most_records
         few_enough = most is None or records <= most
         return self.task in ("any", task) and self.fewest_records <= records and few_enough
 
 
 class Template(_Part):
-    """One version of one template, checked."""
+    """One version of a prompt template, checked."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
     version: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}$")]
@@ -95,7 +95,7 @@ class Template(_Part):
 
     @property
     def number(self) -> tuple[int, ...]:
-        """The version, to be compared: major, minor, patch."""
+        """The version as numbers that compare: major, minor, patch."""
         return tuple(map(int, self.version.split(".")))
 
     @field_validator("text")
@@ -122,7 +122,7 @@ class Template(_Part):
         return self
 
     def lines(self) -> list[str]:
-        """As a person reads it, and as two versions are compared."""
+        """Return the template as lines for a person to read and for comparing versions."""
         segment = self.segment
         most = "any" if segment.most_records is None else segment.most_records
         return [
@@ -138,7 +138,7 @@ class Template(_Part):
 
 
 def unsigned(content: bytes, where: str) -> Template:
-    """A template file's content, whatever its signature.
+    """Read a template file without looking at its signature.
 
     Raises:
         ConfigError: too large, not text, not TOML, unknown keys, wrong values: what is wrong.
@@ -149,7 +149,7 @@ def unsigned(content: bytes, where: str) -> Template:
 
 
 def read(content: bytes, where: str, trusted: Collection[str]) -> Template:
-    """A template from a publisher that this device trusts.
+    """Read a template file, which must be signed by a publisher that this device trusts.
 
     Args:
         content: of the file.
@@ -181,7 +181,9 @@ def read(content: bytes, where: str, trusted: Collection[str]) -> Template:
 
 
 def claimed(content: bytes, where: str) -> str:
-    """The public key that a file says it is signed by; empty when it says none.
+    """Return the public key that a file says it is signed by, without checking it.
+
+    Empty where the file names none.
 
     Raises:
         ConfigError: malformed.
@@ -191,7 +193,9 @@ def claimed(content: bytes, where: str) -> str:
 
 
 def sign(content: bytes, where: str, publisher: Identity) -> bytes:
-    """The file with its publisher's signature; an earlier one is replaced.
+    """Sign a template file with a publisher's key.
+
+    A signature that it has already is replaced.
 
     Raises:
         ConfigError: malformed.
@@ -204,7 +208,10 @@ def sign(content: bytes, where: str, publisher: Identity) -> bytes:
 
 
 def builtins() -> dict[str, Template]:
-    """The templates that come with privet, by name; as trusted as the program itself."""
+    """Load the templates that come with privet, by name.
+
+    They are trusted as the program itself is.
+    """
     found = {}
     for file in sorted(files(__package__).joinpath("prompts").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".toml"):
@@ -214,7 +221,7 @@ def builtins() -> dict[str, Template]:
 
 
 def render(template: Template, *, prompt: str, profile: str = "", history: str = "") -> str:
-    """The text that goes to the model.
+    """Fill in a template, which gives the text that goes to the model.
 
     A paragraph (blank lines stand between two) whose placeholders are all empty is left out, with
     its heading; that of the prompt never is. Braces in what is filled in stay as they are.
@@ -261,7 +268,7 @@ def _signature(table: object, where: str) -> tuple[bytes, bytes]:
 
 
 def _signed(template: Template) -> bytes:
-    """What the signature is over: every field, in one spelling."""
+    """Return the digest that a signature is over, made of every field in one spelling."""
     fields = template.model_dump(mode="json", exclude={"publisher"})
     spelled = json.dumps(fields, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return digest(Purpose.TEMPLATE, spelled.encode())

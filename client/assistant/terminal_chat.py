@@ -1,4 +1,4 @@
-"""The terminal side of the chat: prompts in, two answers beside each other, verdicts kept.
+"""The chat in a terminal, which takes prompts, shows two answers side by side and keeps verdicts.
 
 A line is a prompt, or begins with a colon and says what to do with the answers before it. The same
 lines work from a terminal and from a file, so that a chat can be scripted.
@@ -34,7 +34,7 @@ def talk(
     once: str | None,
     as_json: bool,
 ) -> None:
-    """The conversation, until its lines end.
+    """Hold a conversation until its lines end.
 
     Args:
         assistant: what answers.
@@ -75,7 +75,10 @@ def talk(
 
 
 def as_text(prompt: str) -> str:
-    """The prompt; DataError where its bytes were no UTF-8."""
+    """Return the prompt if its bytes were UTF-8.
+
+    DataError otherwise.
+    """
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
@@ -182,7 +185,7 @@ class _Shown:
 
 
 def facts(reply: "Reply", assistant: "Assistant") -> dict[str, Any]:
-    """A reply as JSON has it."""
+    """Return a reply as the object that is printed as JSON."""
     return {
         "prompt": reply.prompt,
         "global": reply.shared.text,
@@ -237,7 +240,7 @@ def _origin(reply: "Reply", assistant: "Assistant") -> str:
 
 
 def _printable(text: str) -> str:
-    """Without control characters: a model may have learnt a terminal's."""
+    """Remove control characters, because a model may have learnt some that a terminal obeys."""
     return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 

@@ -1,4 +1,4 @@
-"""The chat's engine: one prompt, answered by the shared model and by the person's own, offline.
+"""The chat's engine, which answers each prompt twice: as the shared and as the personal model.
 
     global    the shared adapter, the prompt alone
     personal  the shared adapter, the prompt with what a template puts before it (profile summary,
@@ -32,21 +32,22 @@ Heard = Callable[[str, str], object]
 
 
 class Recorder(Protocol):
-    """Keeps what the person thought of an answer."""
+    """A function that keeps what the person thought of an answer."""
 
     def __call__(
         self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
         taken: bool = False,
     ) -> object:  # fmt: skip
-        """Keep one verdict: accept (`over`: the other answer), reject, or edit (`edited`).
+        """Keep one verdict, which is accept, reject or edit.
 
-        `taken`: whether the personal answer was the one accepted.
+        `over`: with accept, the other answer. `edited`: with edit, the text it became. `taken`:
+        whether the personal answer was the one accepted.
         """
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How the tokens of an answer are drawn.
 
     Attributes:
         tokens: at most, of one answer.
@@ -70,7 +71,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer.
+    """One model's answer, with its timings.
 
     Attributes:
         text: without the prompt.
@@ -104,7 +105,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reply:
-    """Both answers, and what the personal one came from."""
+    """Both answers to one prompt, and what the personal one was made from."""
 
     prompt: str = field(repr=False)
     shared: Answer
@@ -141,7 +142,7 @@ class Assistant:
     trial: str = ""
 
     def reply(self, prompt: str, heard: Heard | None = None) -> Reply:
-        """Both answers to one prompt.
+        """Answer one prompt with the shared and with the personal model.
 
         Raises:
             ConfigError: the prompt is empty, or longer than the model reads.
@@ -196,7 +197,7 @@ class Clock:
 
     @classmethod
     def now(cls) -> "Clock":
-        """This one."""
+        """Return the present moment."""
         return cls(time.perf_counter(), time.process_time())
 
 
@@ -209,7 +210,7 @@ def continued(
     began: Clock | None = None,
     told: Callable[[str], object] | None = None,
 ) -> Answer:
-    """A text continued, token by token, with the keys and values of earlier ones kept.
+    """Continue a text token by token, reusing the keys and values of earlier tokens.
 
     It ends at the end token, at an empty line, or after `sampling.tokens`.
 
@@ -259,7 +260,7 @@ def _draw(scores: torch.Tensor, temperature: float, generator: torch.Generator) 
 
 
 def _ids(tokenizer: Any, text: str) -> Sequence[int]:
-    """As records are tokenised: the beginning token where there is one, and no other mark."""
+    """Tokenise a text as records are: a beginning token where there is one, and no other mark."""
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[int] = (
         before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -86,7 +86,7 @@ def policy(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Where policy.toml is, and the limits in force."""
+    """Say where policy.toml is, and which limits are in force."""
     from ..consent import policy as policies
     from ..enrolled.access import folder_of
     from ..store.device_store import POLICY
@@ -118,7 +118,7 @@ def passphrase(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Change how the home is opened; nothing else in it changes."""
+    """Change how the home is opened, and nothing else in it."""
     from ..enrolled.access import folder_of, new_unlock, unlock_of
     from ..store.device_store import DeviceStore
     from ..store.vault import rewrap, unlock_kind
@@ -163,7 +163,7 @@ def forget(
 
 
 def _erase(folder: Path) -> Any:
-    """The vault with its proof, then the policy, then the folder where nothing else is in it."""
+    """Erase the vault with its proof, then the policy, then the folder if nothing else is in it."""
     from contextlib import suppress
     from dataclasses import replace
 
@@ -237,7 +237,7 @@ def sources_(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is watched; with --remove, forget one with all its records."""
+    """List what is watched, or with --remove forget a source and all its records."""
     from ..import_texts import watched_folders
     from ..import_texts.scan import key_of
 
@@ -261,7 +261,10 @@ def sources_(
 
 
 def _below(root: str, files: Mapping[str, Any]) -> int:
-    """Records of the files in a source; a file in two sources counts in both."""
+    """Count the records of the files in a source.
+
+    A file in two sources counts in both.
+    """
     from ..import_texts.scan import key_of, path_of
 
     real = key_of(Path(os.path.realpath(path_of(root))))
@@ -330,7 +333,7 @@ def directory(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """The signed list of devices that this one holds, and what became of it since it joined."""
+    """Show the signed list of devices that this one holds, and how it changed since it joined."""
     from ...common.secure_aggregation import fleet_directory as directories
     from ..enrolled import pinned_directory
 
@@ -357,7 +360,7 @@ def directory(
 def leave(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
-    """Belong to no server; records, heads and the ledger stay."""
+    """Belong to no server any more, but keep records, heads and the ledger."""
     from .device_status import worker
 
     with opened(home, passphrase) as found:
@@ -387,7 +390,7 @@ def runs(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the server asks for; nothing is answered before you agree."""
+    """Show the runs that the server offers, none of which is answered before you agree."""
     from . import device_status as status
 
     if agree and decline:
@@ -466,7 +469,9 @@ def _decide(
 
 
 def _own_part(home: "DeviceStore", offer: "Offer") -> "list[tuple[str, str]]":
-    """Of an experiment: which arm is this device's, what it lacks for it, and the outcome so far.
+    """Describe this device's part in an A/B experiment.
+
+    That is its arm, what the device lacks for it, and the outcome so far.
 
     It is the owner's own device: nothing on it is hidden from them, though knowing an arm may sway.
     """
@@ -506,7 +511,7 @@ def pause(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take part in no round until `pause --off`; a round that has begun is finished."""
+    """Take part in no new round until `pause --off`, but finish one that has begun."""
     with opened(home, passphrase) as found:
         found.pause(not off)
     said = "This device takes part again." if off else "This device takes part in no new round."
@@ -520,7 +525,7 @@ def pause(
 def status(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
-    """How this device is."""
+    """Show how this device is."""
     from . import device_status as statuses
 
     with opened(home, passphrase) as found:
@@ -532,9 +537,12 @@ def status(
 def budget(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
-    """What this home has spent of its privacy budget, and against whom it holds.
+    """Show what this home has spent of its privacy budget, and against whom it holds.
 
-    A budget is one home's: another device, or a home begun after `forget`, has its own."""
+    A budget is one home's: another device, or a home begun after `forget`, has its own.
+
+    A budget is one home's: another device, or a home begun after `forget`, has its own.
+    """
     from . import device_status as statuses
 
     with opened(home, passphrase) as found:
@@ -552,7 +560,7 @@ def outbox(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every byte-string that has left this device: when, to whom, under which release."""
+    """List every byte-string that has left this device: when, to whom, under which release."""
     from . import device_status as statuses
 
     if payload is not None and seq is None:
@@ -616,7 +624,7 @@ def work(
     home: HomeFolder = None,
     passphrase: PassphraseFile = None,
 ) -> None:
-    """The worker behind the SuperNode on `port`; `start` calls it."""
+    """Run the worker behind the SuperNode on `port` (used by `start`)."""
     from ..enrolled.access import folder_of
     from ..runtime import processes as run
 

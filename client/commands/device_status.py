@@ -1,4 +1,4 @@
-"""What the owner may ask of a device at any time: how it is, what it has spent, what has left.
+"""What an owner can ask of a device at any time: its state, its spending, and what has left it.
 
 `facts` answers at once: it loads neither a model nor an accountant. Nothing here quotes a record.
 """
@@ -28,7 +28,7 @@ __all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
 
 
 def facts(home: DeviceStore) -> dict[str, Any]:
-    """How this device is: everything but epsilon, whose accountant takes a second to load."""
+    """Return everything about the device's state but epsilon, whose accountant is slow to load."""
     joined, held, note = home.joined, watched_folders.read(home), home.last_note
     running = worker(home.folder)
     found: dict[str, Any] = {
@@ -57,7 +57,7 @@ def facts(home: DeviceStore) -> dict[str, Any]:
 
 
 def _connection(home: DeviceStore, server: str, running: int | None) -> dict[str, Any]:
-    """Whether the server is reached, since when not, what failed, and a sentence of it."""
+    """Return whether the server is reached, since when not, and why, with a sentence on it."""
     found = connection.read(home.folder, server)
     reached, said = connection.sentence(found, running is not None, time.time())
     kind = None if reached else found.kind or "not heard"
@@ -65,7 +65,7 @@ def _connection(home: DeviceStore, server: str, running: int | None) -> dict[str
 
 
 def runs(home: DeviceStore) -> list[dict[str, Any]]:
-    """Every offer kept, oldest first, and what became of it.
+    """Return every offer that is kept, oldest first, with what was decided about it.
 
     `state`: agreed, declined, changed (since the owner agreed), or waits.
     """
@@ -89,7 +89,10 @@ def _state(home: DeviceStore, run: str) -> str:
 
 
 def worker(folder: Path) -> int | None:
-    """The process that holds the worker's place in a home; None: nobody does."""
+    """Return the id of the process that is the worker of a home.
+
+    None where there is no such process.
+    """
     with suppress(OSError, ValueError):
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -104,21 +107,21 @@ def worker(folder: Path) -> int | None:
 
 
 def budget(home: DeviceStore) -> dict[str, Any]:
-    """What was spent, composed from the ledger (`client/privacy/spending.py`)."""
+    """Return what was spent, composed from the ledger (`client/privacy/spending.py`)."""
     from ..privacy.spending import spending
 
     return spending(home)
 
 
 def outbox(home: DeviceStore) -> list[dict[str, Any]]:
-    """Every byte-string that left, oldest first, each with the release it belongs to, if any."""
+    """Return every byte-string that left, oldest first, each with its release, if it has one."""
     sent = home.outbox()
     rows = _rows(home) if sent else {}
     return [{**asdict(one), "release": _number(rows, one)} for one in sent]
 
 
 def release_of(home: DeviceStore, seq: int) -> tuple[Sent, "Row | None"]:
-    """One byte-string and the ledger's row it belongs to.
+    """Return one byte-string that left, and the row of the ledger it belongs to.
 
     Raises:
         StateError: nothing with that number has left.
@@ -134,7 +137,10 @@ def _rows(home: DeviceStore) -> Mapping[tuple[str, int], "Row"]:
 
 
 def _row(rows: Mapping[tuple[str, int], "Row"], sent: Sent) -> "Row | None":
-    """Keys, shares and signatures cost nothing: only a contribution is a release."""
+    """Return the row of the ledger for a byte-string, if it is a contribution.
+
+    Keys, shares and signatures cost nothing, so they are no releases.
+    """
     return rows.get((sent.run, sent.round)) if sent.phase in ("round", "vector") else None
 
 

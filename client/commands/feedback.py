@@ -1,4 +1,4 @@
-"""`privet client feedback`: what the owner thought of answers; it stays on the device.
+"""`privet client feedback`, which records what the owner thought of answers, on the device alone.
 
 No command here loads torch. Texts are printed only where the owner asks for them (`list --texts`),
 and are better given in a file than on the command line, which other programs can read.
@@ -56,7 +56,7 @@ def add(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Record a verdict on an answer, or a file of them; all are kept, or none."""
+    """Record a verdict on an answer, or all verdicts of a file (all of them, or none)."""
     from ..store import verdicts as feedback
 
     options = {"accept": accept, "reject": reject, "edit": edit}
@@ -89,7 +89,7 @@ def list_(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what is kept: number, day, kind; with --texts also what was said."""
+    """List the verdicts kept with number, day and kind, and with --texts also what was said."""
     from ..store import verdicts as feedback
 
     with opened(home, passphrase) as found:
@@ -114,7 +114,7 @@ def forget(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Erase verdicts from this device; what was trained on them is not undone."""
+    """Erase verdicts from this device, which does not undo what was trained on them."""
     from ..store import verdicts as feedback
 
     if bool(numbers) == every:
@@ -127,7 +127,7 @@ def forget(
 
 
 def _read(file: Path, now: float) -> "list[Verdict]":
-    """A verdict a line; the error names the line.
+    """Read a file with a verdict a line, naming the line in every error.
 
     Raises:
         DataError: unreadable, too large, or a line that is no verdict.

@@ -1,4 +1,7 @@
-"""The options that every command about a home has, and how such a command opens it; light."""
+"""The options that every command about a home shares, and how such a command opens the home.
+
+It loads little, so that a `--help` is quick.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +26,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 
 @contextmanager
 def opened(home: Path | None, passphrase: Path | None) -> Iterator["DeviceStore"]:
-    """As `access.opened`, which loads what a `--help` does not need."""
+    """Open the home for a command, as `access.opened` does.
+
+    That module is imported here, because a `--help` does not need what it loads.
+    """
     from ..enrolled.access import opened
 
     with opened(home, passphrase) as found:

@@ -39,7 +39,10 @@ FEW = 12
 
 
 def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
-    """What a scan took and what it left out, with the reasons; `every`: however many."""
+    """Print what a scan took and what it left out, with the reasons.
+
+    `every`: all lines, however many there are.
+    """
     if as_json:
         found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
         ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
@@ -61,7 +64,7 @@ def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
 
 
 def _reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
-    """A line each where they are few, else a line for each reason."""
+    """Print a line for each path where they are few, else one for each reason."""
     if not lines:
         return
     if every or len(lines) <= FEW:
@@ -79,7 +82,7 @@ def _reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[object], None]]:
-    """A line that says how many files were looked at, where there is a terminal to see it."""
+    """Show how many files were looked at, where there is a terminal to see it."""
     if not sys.stderr.isatty():
         yield lambda _: None
         return
@@ -97,7 +100,7 @@ def progress() -> Iterator[Callable[[object], None]]:
 
 
 def runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """The offers, a line each."""
+    """Print the runs that were offered, a line each."""
     if as_json:
         dump({"runs": found})
     elif not found:
@@ -117,7 +120,7 @@ def _word(run: Mapping[str, Any]) -> str:
 
 
 def status(facts: Mapping[str, Any], as_json: bool) -> None:
-    """How the device is, a line for each thing."""
+    """Print the state of the device, a line for each thing."""
     if as_json:
         dump(facts)
         return
@@ -156,7 +159,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
-    """Who the other devices are, by whose word, and what came last."""
+    """Say who the other devices are, who vouches for them, and what came last."""
     if facts is None:
         yield (
             "open: any device that the server shows may exist; against a server that invents some "
@@ -181,7 +184,7 @@ def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def directory(facts: Mapping[str, Any], history: Sequence[tuple[float, int, str, str]]) -> None:
-    """The signed directory, and what became of it."""
+    """Print the signed directory and its history on this device."""
     for text in _fleet({**facts, "last": None}):
         print(text)
     if history:
@@ -190,7 +193,7 @@ def directory(facts: Mapping[str, Any], history: Sequence[tuple[float, int, str,
 
 
 def budget(facts: Mapping[str, Any], as_json: bool) -> None:
-    """What was spent, a line for each unit, adversary and adjacency, with what it rests on."""
+    """Print what was spent, a line for each unit, adversary and adjacency, and what it rests on."""
     from ..consent.offer_description import NEIGHBOURS, UNITS
 
     if as_json:
@@ -223,7 +226,7 @@ def budget(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _figures(line: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Against whom, epsilon, and its limit: the claim, and what masks would give beside it."""
+    """Yield the adversary, epsilon and limit of a claim, and of what masks would give beside it."""
     from ..consent.offer_description import AGAINST
 
     against = AGAINST[line["against"]]
@@ -257,7 +260,7 @@ def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _colluding(line: Mapping[str, Any]) -> None:
-    """Epsilon by the number of devices that work with the server."""
+    """Print epsilon by the number of devices that work with the server."""
     found = line["colluding"]
     rows = found["rows"]
     notes = {
@@ -280,7 +283,10 @@ def _colluding(line: Mapping[str, Any]) -> None:
 
 
 def _bound(figure: Mapping[str, Any]) -> str:
-    """A figure; of a share that hides too little for a bound, what Gaussian noise would hide."""
+    """Write out an epsilon, and whether it is a bound.
+
+    A share that hides too little for a bound is given what Gaussian noise would hide.
+    """
     if figure["epsilon"] is None:
         return "no bound"
     said = f"{figure['epsilon']:.3f}"
@@ -288,7 +294,7 @@ def _bound(figure: Mapping[str, Any]) -> str:
 
 
 def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """What has left, a line each."""
+    """Print what has left, a line each."""
     if as_json:
         dump({"outbox": every})
     elif not every:
@@ -314,7 +320,7 @@ def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def sent(one: "Sent", row: "Row | None", path: Path | None, as_json: bool) -> None:
-    """One byte-string in full, with the release it belongs to."""
+    """Print one byte-string that left in full, with the release it belongs to."""
     charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
     release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
     if as_json:
@@ -339,7 +345,7 @@ def _cost(charge: "Charge") -> str:
 
 
 def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
-    """A sentence, or the facts as JSON."""
+    """Print a sentence, or the facts as JSON."""
     if as_json:
         dump(facts)
     else:
@@ -347,12 +353,15 @@ def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
 
 
 def dump(value: Any) -> None:
-    """JSON, on standard output."""
+    """Print a value as JSON on standard output."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns under `heads`; without a box, so that it is copied as text."""
+    """Print rows in columns under `heads`.
+
+    There is no box around them, so that they can be copied as text.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -366,7 +375,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def _plain(value: object) -> str:
-    """Text that a terminal does not obey: names may come from a server or a disk."""
+    """Replace what a terminal would obey, because names may come from a server or a disk."""
     return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
 
 
@@ -375,6 +384,9 @@ def _when(seconds: float) -> str:
 
 
 def line(text: str) -> None:
-    """One line, at once, also into a file; a full disk under that file stops nobody."""
+    """Print one line at once, without waiting for a buffer.
+
+    A full disk, where standard output is a file, does not stop the program.
+    """
     with suppress(OSError):
         print(text, flush=True)

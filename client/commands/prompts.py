@@ -34,7 +34,7 @@ _Version = Annotated[
 def list_(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
-    """Every version of every template on this device."""
+    """List every version of every template on this device."""
     from ..assistant.template_store import kept
 
     with opened(home, passphrase) as found:
@@ -58,7 +58,7 @@ def show_(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """One template in full."""
+    """Show one template in full."""
     from ..assistant.template_store import find
 
     with opened(home, passphrase) as found:
@@ -107,7 +107,7 @@ def diff(
     passphrase: PassphraseFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """What changed between two versions, or what a file would change."""
+    """Show what changed between two versions, or what a file would change."""
     from ..assistant import template_store
 
     with opened(home, passphrase) as found:
@@ -188,7 +188,10 @@ def _between(home: "DeviceStore", name: str, versions: Sequence[str]) -> Sequenc
 
 
 def _publisher(path: Path) -> Any:
-    """The key in a file of 64 hexadecimal digits that only its owner can read."""
+    """Read a publisher's key from its file, or make the file if there is none.
+
+    It has 64 hexadecimal digits, and only its owner can read it.
+    """
     import os
 
     from ...common.files import explain_os_errors

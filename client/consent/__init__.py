@@ -1,1 +1,1 @@
-"""What the owner allows, what a run asks for, and the recorded yes."""
+"""The consent of a device's owner: their policy, the runs offered, and their recorded yes."""

@@ -22,7 +22,9 @@ BATTERIES = ("Battery", "UPS")
 
 @dataclass(frozen=True)
 class Reading:
-    """The machine at one moment; None: unknown, which stops nothing.
+    """The state of the machine at one moment.
+
+    None means unknown, and stops nothing.
 
     Attributes:
         on_battery: whether no mains power comes in; None also without a battery.
@@ -38,7 +40,7 @@ class Reading:
 
 
 def not_now(policy: Policy, now: datetime, reading: Reading) -> str | None:
-    """Why this device does not take part now; None when it does.
+    """Return why this device does not take part now, or None when it does.
 
     Args:
         policy: the owner's.
@@ -66,7 +68,9 @@ def not_now(policy: Policy, now: datetime, reading: Reading) -> str | None:
 
 
 def read_conditions(*, paused: bool = False, supplies: Path = SUPPLIES) -> Reading:
-    """Battery and load, from Linux's files; where there are none, a machine without a battery.
+    """Read battery and load from Linux's files.
+
+    Where there are none, the machine counts as one without a battery.
 
     Batteries of mice and keyboards (scope `Device`) do not count.
     """
@@ -83,7 +87,10 @@ def read_conditions(*, paused: bool = False, supplies: Path = SUPPLIES) -> Readi
 
 
 def threads(resources: Resources, cores: int | None = None) -> int:
-    """Threads the worker may compute with: `cpu_share` of the cores it may run on, at least 1."""
+    """Return how many threads the worker may compute with.
+
+    `cpu_share` of the cores it may run on, at least 1.
+    """
     if cores is None:
         everywhere = os.cpu_count() or 1
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else everywhere
@@ -91,7 +98,7 @@ def threads(resources: Resources, cores: int | None = None) -> int:
 
 
 def limit_process(resources: Resources) -> None:
-    """Lowers this process's priority and its memory, for itself and what it starts.
+    """Lower this process's priority and its memory, for itself and what it starts.
 
     Once a process, before the model is loaded: lowered limits cannot be raised again.
 
@@ -116,7 +123,10 @@ def limit_process(resources: Resources) -> None:
 
 
 def resident_mb() -> float | None:
-    """Memory this process holds now, in MB; None where the system has no /proc."""
+    """Return the memory this process holds now, in MB.
+
+    None where the system has no /proc.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
     except (OSError, ValueError, IndexError):
@@ -125,7 +135,10 @@ def resident_mb() -> float | None:
 
 
 def _open(hours: str, minute: int) -> bool:
-    """Whether a minute of the day is inside; a range that ends before it begins is overnight."""
+    """Return whether a minute of the day is inside the hours.
+
+    A range that ends before it begins goes over midnight.
+    """
     found = ranges(hours)
     return not found or any(
         start <= minute < end if start < end else minute >= start or minute < end
@@ -145,7 +158,7 @@ def _supplies(folder: Path) -> Iterator[Mapping[str, str]]:
 
 
 def _text(path: Path) -> str | None:
-    """A file of sysfs; a driver may refuse any of them at any moment."""
+    """Read a file of sysfs, or return None where its driver refuses."""
     try:
         return path.read_text("ascii").strip()
     except (OSError, ValueError):
@@ -157,7 +170,11 @@ def _number(text: str | None) -> float | None:
 
 
 def _discharging(batteries: list[Mapping[str, str]], mains: list[Mapping[str, str]]) -> bool:
-    """Any supply that is online is mains power; without one to ask, the batteries' own word."""
+    """Return whether the machine runs on its batteries.
+
+    Any supply that is online is mains power. Where none can be asked, the batteries' own word
+    counts.
+    """
     online = [supply["online"] for supply in mains if "online" in supply]
     if online:
         return all(value == "0" for value in online)

@@ -57,7 +57,7 @@ def describe(
     closed: bool = True,
     enrolled: int | None = None,
 ) -> list[tuple[str, str]]:
-    """What a run asks for, as (label, text), before its first round.
+    """Describe what a run asks for before its first round, as (label, text).
 
     Args:
         offer: the run.
@@ -103,7 +103,7 @@ def describe(
 
 
 def expected(config: Config, dimension: int | None = None) -> tuple["Charge", ...]:
-    """What one release of a run costs: the plan of its first round, as the gate will charge it.
+    """Return what one release of a run costs, as the gate will charge its first round's plan.
 
     Args:
         config: the run's.
@@ -135,7 +135,9 @@ def shortage(
     in_run: Sequence[Sequence["Charge"]] = (),
     closed: bool = True,
 ) -> "Paid | None":
-    """The limit that ends this device's part in the run early; None: it takes part in all rounds.
+    """Return the limit that ends this device's part in the run early.
+
+    None where it takes part in all rounds.
 
     Args: as for `describe`. Rounds are those that are left, were this device asked in each.
 
@@ -154,7 +156,7 @@ def shortage(
 
 
 def _counted(config: Config, own: Config, dimension: int | None) -> tuple["Charge", ...]:
-    """What one release costs as this device counts it: with its own share, if it must."""
+    """Return what one release costs as this device counts it, with its own share if it must."""
     privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
     return expected(config.model_copy(update={"privacy": privacy}), dimension)
 
@@ -167,7 +169,7 @@ def _epsilons(
     in_run: Sequence[Sequence["Charge"]],
     enrolled: int | None,
 ) -> list[tuple[str, str]]:
-    """A row for each epsilon; adversaries who share one share the row.
+    """Write a row for each epsilon, shared by adversaries against whom it is the same.
 
     What is left of all records together should the masks fail stands in the sentence of what the
     masks give, and has no budget of its own.
@@ -197,7 +199,7 @@ def _masked(config: Config) -> bool:
 
 
 def _by_masks(once: Sequence["Charge"], config: Config, own: Config) -> bool:
-    """Whether a figure against the server counts what masks keep in the sum."""
+    """Return whether a figure against the server counts what masks keep in the sum."""
     if not _masked(config) or own.privacy.directory != "closed":
         return False
     return any(charge.distance > 0 and charge.against == "server" for charge in once)
@@ -210,7 +212,10 @@ def _if_they_fail(
     left: Sequence["Charge"],
     enrolled: int | None,
 ) -> str:
-    """The conditions of a figure against the server; of all records, what is left without masks."""
+    """State the conditions that a figure against the server rests on.
+
+    For all records together, it also says what is left without masks.
+    """
     of = "all" if enrolled is None else f"the {enrolled:,}"
     said = (
         f"; that is if the masks hold: closed directory, at most {config.colluders} of {of} "
@@ -222,7 +227,7 @@ def _if_they_fail(
 
 
 def _if_nobody_was_invented(config: Config, own: Config, cost: Sequence["Charge"]) -> str:
-    """Without a closed directory: what the masks would give, which is no claim."""
+    """State what the masks would give without a closed directory, which is no claim."""
     seen, alone = _person(cost, "analyst"), _person(cost, "unmasked server")
     if not seen:
         return ""
@@ -240,7 +245,7 @@ def _person(every: Iterable["Charge"], against: str) -> list["Charge"]:
 
 
 def _growing(config: Config, own: Config, once: Sequence["Charge"]) -> str:
-    """A figure after one release, after all of the run, and with all that may be repeated."""
+    """State a figure after one release, after all of the run, and with all that may be repeated."""
     from ..privacy.collusion import reckoned
 
     count, most, delta = config.rounds.count, config.most_releases, own.privacy.delta
@@ -262,7 +267,7 @@ def _epsilon(
     spent: Sequence["Charge"],
     in_run: Sequence[Sequence["Charge"]],
 ) -> str:
-    """What releases cost on one line, the owner's budget for it, and the run's own cap."""
+    """State what releases cost on one line, the owner's budget for it, and the run's own cap."""
     from ...common.privacy.accounting import epsilon
     from ..privacy.affordable_rounds import fewest
     from ..privacy.gate import budgets, caps
@@ -293,7 +298,7 @@ def _epsilon(
 
 
 def _ends(found: "Paid | None") -> str:
-    """How many of the rounds that are left are paid for, where that is fewer than all."""
+    """State how many of the rounds that are left are paid for, if not all are."""
     if found is None:
         return ""
     whose = "the run's own cap" if found.limit.of_run else "your budget"
@@ -303,7 +308,7 @@ def _ends(found: "Paid | None") -> str:
 
 
 def refuse_short(run: str, found: "Paid | None", partly: bool) -> None:
-    """Nobody agrees by accident to a run that the budget, or the run's own cap, ends early.
+    """Refuse consent to a run that the budget, or the run's own cap, ends early.
 
     Raises:
         PrivacyError: how many of the rounds are allowed, by whose limit, and what to do. With

@@ -1,4 +1,4 @@
-"""What the owner of this device allows: `policy.toml`, and a run's configuration held against it.
+"""The owner's `policy.toml`, and how a run's configuration is held against it.
 
 A server chooses its run's configuration, and may be stricter than the owner, never laxer:
 `refuse_run` says what is laxer before anything is answered, and `own_config` is what every plan
@@ -49,7 +49,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 def read(path: Path) -> Policy:
-    """The owner's policy.
+    """Read the owner's policy.
 
     Raises:
         ConfigError: missing, not a file, too large, not text, not TOML; or unknown keys and wrong
@@ -72,7 +72,10 @@ def read(path: Path) -> Policy:
 
 
 def text(policy: Policy) -> str:
-    """A policy as a file with comments; `read` gives the same `Policy` back."""
+    """Write a policy as a file with comments.
+
+    `read` gives the same `Policy` back.
+    """
     parts = [
         "# What privet may do on this device, and what it may tell a server. A server can be\n"
         "# stricter than this file, never laxer. Changes count from the next round on."
@@ -85,7 +88,7 @@ def text(policy: Policy) -> str:
 
 
 def write_default(path: Path) -> None:
-    """Writes the default policy, readable by the owner alone.
+    """Write the default policy, readable by the owner alone.
 
     Raises:
         StateError: there is one already, which is left as it is; or it cannot be written.
@@ -98,7 +101,9 @@ def write_default(path: Path) -> None:
 
 
 def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
-    """Why this device takes no part in a run; empty when nothing is laxer than its owner allows.
+    """Return why this device takes no part in a run.
+
+    Empty where nothing in the run is laxer than the owner allows.
 
     Each names the configuration's field and value, the owner's limit, and its key in policy.toml.
     """
@@ -115,7 +120,7 @@ def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
 
 
 def refuse_run(policy: Policy, config: Config, server: str) -> None:
-    """Nothing in a run may be laxer than the owner allows.
+    """Refuse a run in which something is laxer than the owner allows.
 
     Args:
         policy: the owner's.
@@ -136,7 +141,7 @@ def refuse_run(policy: Policy, config: Config, server: str) -> None:
 
 
 def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
-    """The settings that a device holds every plan of this run against.
+    """Return the settings that a device holds every plan of this run against.
 
     `closed`: whether this device knows from its directory which devices there are.
 
@@ -316,7 +321,10 @@ def _adjacency(unit: str, given: str, own: str) -> _Check:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """`*` stands for anything but a colon, so that no pattern for hosts swallows a port."""
+    """Return whether a name matches one of the patterns.
+
+    `*` stands for anything but a colon, so that no pattern for hosts swallows a port.
+    """
     return any(
         re.fullmatch(re.escape(pattern).replace(r"\*", "[^:]*"), name) for pattern in patterns
     )
@@ -327,7 +335,10 @@ def _with(settings: Settings, **changes: Any) -> Settings:
 
 
 def _bytes(path: Path) -> bytes:
-    """The file's content, if it is a regular file of reasonable size; never waits for a pipe."""
+    """Read the file's content if it is a regular file of reasonable size.
+
+    It never waits for a pipe.
+    """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"the policy {path} is a folder; expected a TOML file")
@@ -361,7 +372,7 @@ DEFAULT = text(Policy())
 
 
 def shown(value: object) -> str:
-    """A peer's word, harmless to a terminal and short."""
+    """Make a peer's word short and harmless to a terminal."""
     words = value if isinstance(value, str) else repr(value)
     plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
     return plain if len(plain) <= 120 else plain[:120] + "..."

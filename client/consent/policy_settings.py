@@ -1,4 +1,4 @@
-"""Every key of `policy.toml`, as frozen types: the owner's limits, each with its unit.
+"""The settings of `policy.toml` as frozen types, with the unit of each limit.
 
 A field's description is the key's comment in the file. `client/consent/policy.py` reads and writes
 the file, and holds runs against it.
@@ -87,7 +87,7 @@ class Budget(_Section):
 
 
 class OwnBudget(BudgetSettings):
-    """A run's own cap as a device keeps it: beside what its owner allows over all runs.
+    """The budgets a device counts a run by: the run's own cap, and the owner's over all runs.
 
     `open_directory`, which is inherited, is the owner's here, not the run's.
     """
@@ -154,7 +154,7 @@ class Limits(_Section):
         return self
 
     def colluders(self, cohort: int) -> int:
-        """Devices that a run with this cohort must reckon with as working for its server."""
+        """Return how many devices a run with this cohort must count as working for its server."""
         found = MaskingSettings(colluding=self.colluding).colluders(cohort)
         return max(found, LEAST_COLLUDERS) if 0 < self.colluding < 1 else found
 
@@ -285,7 +285,7 @@ class Policy(_Section):
     prompts: Prompts = Prompts()
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed and still deserve a sentence."""
+        """Return warnings about settings that are allowed and still deserve one."""
         found = []
         if self.limits.noise_at == "server":
             found.append(
@@ -306,7 +306,10 @@ class Policy(_Section):
 
 
 def ranges(hours: str) -> tuple[tuple[int, int], ...]:
-    """`"22:00-07:00, 12:30-13:00"` -> minutes of the day, from which and until which; "": none.
+    """Read hours of the day as ranges of minutes since midnight.
+
+    `"22:00-07:00, 12:30-13:00"` gives two pairs, from which minute and until which. The empty text
+    gives none.
 
     Raises:
         ValueError: not hours, or a range that never comes.

@@ -1,4 +1,4 @@
-"""What a run asks of this device, in words and numbers, and the owner's recorded yes.
+"""The runs that servers offer to this device, and the owner's recorded yes.
 
 A server's `hello` carries an offer: the run and its resolved configuration. It is shown before the
 first round, and nothing is answered before there is a `Consent` bound to its digest.
@@ -44,7 +44,9 @@ LARGEST_TEXT = 64 * 1024
 
 @dataclass(frozen=True)
 class Offer:
-    """One run as a server offered it; made by `receive` and `restore`.
+    """One run as a server offered it.
+
+    Made by `receive` and `restore`.
 
     Attributes:
         run: its id.
@@ -60,19 +62,22 @@ class Offer:
 
     @cached_property
     def config(self) -> Config:
-        """The configuration as this device understands it."""
+        """The run's configuration as this device understands it."""
         return settings.parse(tomllib.loads(self.text), source="the run's configuration")
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of run, server and every setting; when it was received is no part of it."""
+        """The SHA-256 of run, server and every setting.
+
+        When the offer was received is no part of it.
+        """
         given = ["privet offer", self.run, self.server, self.config.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Consent:
-    """The owner's yes to one offer.
+    """The owner's yes to one offer, recorded.
 
     Attributes:
         run: its id.
@@ -88,7 +93,7 @@ class Consent:
 
 
 def receive(run: str, server: str, text: str, time: float) -> Offer:
-    """An offer as it came in.
+    """Check an offer that came in from a server.
 
     Raises:
         ProtocolError: an id, a size or a setting is not what a server of this version sends.
@@ -102,7 +107,9 @@ def receive(run: str, server: str, text: str, time: float) -> Offer:
 
 
 def agree(offer: Offer, policy: Policy, how: How, time: float) -> Consent:
-    """The recorded yes; not even the owner's own goes past policy.toml.
+    """Record the owner's yes to an offer.
+
+    Not even the owner's own yes goes past policy.toml.
 
     Raises:
         PrivacyError: the run is laxer than the policy; or nobody was asked and the policy says to.
@@ -116,12 +123,12 @@ def agree(offer: Offer, policy: Policy, how: How, time: float) -> Consent:
 
 
 def waiting(run: str) -> str:
-    """What the owner is told of a run that nobody has decided about."""
+    """Return the sentence for the owner about a run that nobody has decided about."""
     return f"run {run} waits for your yes: see `privet client runs`"
 
 
 def refuse_without_consent(offer: Offer, consent: Consent | None) -> None:
-    """Nothing is answered in a run that nobody said yes to.
+    """Refuse to answer in a run that nobody said yes to.
 
     Raises:
         PrivacyError: there is no consent, or it was for another run or another configuration.
@@ -136,7 +143,7 @@ def refuse_without_consent(offer: Offer, consent: Consent | None) -> None:
 
 
 def changes(before: Offer, after: Offer) -> list[str]:
-    """What differs between two offers, a line for each setting."""
+    """Return what differs between two offers, a line for each setting."""
     old, new = (_flat(offer.config.model_dump(mode="json")) for offer in (before, after))
     old |= {"run": before.run, "server": before.server}
     new |= {"run": after.run, "server": after.server}
@@ -148,13 +155,13 @@ def changes(before: Offer, after: Offer) -> list[str]:
 
 
 def store(offer: Offer, consent: Consent | None) -> bytes:
-    """The vault's entry `runs/<run id>`."""
+    """Return an offer and its consent as the vault's entry `runs/<run id>`."""
     found = {"format": FORMAT, "offer": asdict(offer), "consent": consent and asdict(consent)}
     return json.dumps(found, sort_keys=True, allow_nan=False).encode()
 
 
 def restore(data: bytes) -> tuple[Offer, Consent | None]:
-    """Exact inverse of `store`.
+    """Read an offer and its consent from what `store` wrote.
 
     Raises:
         StateError: not what `store` writes: another format, a field too many, missing, repeated,
@@ -204,7 +211,7 @@ def _made(kind: type[_Kind], given: object) -> _Kind:
 
 
 def _checked(offer: Offer) -> Offer:
-    """The offer, its configuration read once."""
+    """Check an offer, and read its configuration once."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", offer.run):
         raise StateError(f"run = {shown(offer.run)}: expected letters, digits, dots and dashes")
     if not 0 < len(offer.server) <= 300:

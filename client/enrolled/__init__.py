@@ -1,1 +1,1 @@
-"""A device that belongs to a server: joining, its directory, its part in a run."""
+"""A real device that belongs to a server: how it joins, its directory, its part in a run."""

@@ -1,4 +1,4 @@
-"""The A/B experiment that this device's chat takes part in: its arm, and the owner's outcome.
+"""The A/B experiment that this device's chat is part of: its arm, and the owner's outcome.
 
     agreed   the arm is in use from the owner's yes to the experiment's end, `ab.days` at most
     arm      a template (memory, memory@1.0.0), or the usual one with the personal head or without
@@ -36,13 +36,19 @@ class Trial:
 
     @property
     def template(self) -> tuple[str, str | None] | None:
-        """Name and version (None: the one in use) of the arm's template; None for `HEADS`."""
+        """The name and version of the arm's template.
+
+        Version None is the one in use. None for an arm of `HEADS`.
+        """
         name, _, version = self.arm.partition("@")
         return None if self.arm in HEADS else (name, version or None)
 
 
 def current(home: DeviceStore) -> Trial | None:
-    """The experiment agreed to last that has not ended; None: this device is in none."""
+    """Return the experiment agreed to last that has not ended.
+
+    None where this device is in none.
+    """
     agreed = [(one.time, offer) for offer, one in home.runs()
               if one is not None and one.digest == offer.digest]  # fmt: skip
     for since, offer in sorted(agreed, key=lambda each: each[0], reverse=True):
@@ -55,7 +61,10 @@ def current(home: DeviceStore) -> Trial | None:
 
 
 def of(home: DeviceStore, offer: Offer) -> Trial | None:
-    """This device's part in the experiment that is offered; None: it is none."""
+    """Return this device's part in an offered A/B experiment.
+
+    None where the offer is no experiment.
+    """
     trial = offer.config.trial
     if trial is None:
         return None
@@ -64,7 +73,10 @@ def of(home: DeviceStore, offer: Offer) -> Trial | None:
 
 
 def outcome(home: DeviceStore, run: str, trial: AbRunSettings) -> float | None:
-    """0 to 1: the share that was taken; binary: 1 for more than half. None without a verdict."""
+    """Return the share of the arm's answers that the owner took, 0 to 1.
+
+    For a binary outcome it is 1 for more than half, and else 0. None without a verdict.
+    """
     taken = [one.taken for one in verdicts.kept(home).values() if one.run == run]
     if not taken:
         return None

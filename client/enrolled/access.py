@@ -1,4 +1,4 @@
-"""Which home a command means, and who may open it.
+"""How a command finds the home it means, and how that home is unlocked.
 
 A passphrase never stands on a command line, where every program of the machine could read it: it
 comes from a file, a descriptor, systemd's credentials, or the terminal without an echo.
@@ -26,7 +26,10 @@ LONGEST = 65_536
 
 
 def folder_of(home: Path | None) -> Path:
-    """The home's folder, absolute: the one given, else `$PRIVET_HOME`, else the user's own."""
+    """Return the home's folder as an absolute path.
+
+    It is the one given, else `$PRIVET_HOME`, else the user's own.
+    """
     named = home or os.environ.get(HOME)
     if named:
         return Path(os.path.abspath(Path(named).expanduser()))
@@ -36,7 +39,9 @@ def folder_of(home: Path | None) -> Path:
 
 
 def opened(home: Path | None, passphrase: Path | None) -> DeviceStore:
-    """The home a command means, open; the caller closes it.
+    """Open the home that a command means.
+
+    The caller closes it.
 
     Raises:
         StateError: there is none, or it is damaged or newer.
@@ -47,7 +52,7 @@ def opened(home: Path | None, passphrase: Path | None) -> DeviceStore:
 
 
 def unlock_of(folder: Path, passphrase: Path | None) -> Unlock:
-    """How the home in `folder` is opened.
+    """Return how the home in `folder` is unlocked.
 
     In this order: the file named, the keyring where key.json says so, `$PRIVET_PASSPHRASE_FILE`,
     systemd's credential `privet-passphrase`, the terminal.
@@ -71,7 +76,9 @@ def unlock_of(folder: Path, passphrase: Path | None) -> Unlock:
 
 
 def new_unlock(passphrase: Path | None, keyring: bool, what: str) -> Unlock:
-    """How a home will be opened from now on; a passphrase at the terminal is asked twice.
+    """Return how a home will be unlocked from now on.
+
+    A passphrase typed at the terminal is asked for twice.
 
     Args:
         passphrase: a file with it.
@@ -89,7 +96,7 @@ def new_unlock(passphrase: Path | None, keyring: bool, what: str) -> Unlock:
 
 
 def from_environment() -> Path | None:
-    """The passphrase's file, where the environment or systemd names one."""
+    """Return the passphrase's file, where the environment or systemd names one."""
     if os.environ.get(PASSPHRASE_FILE):
         return Path(os.environ[PASSPHRASE_FILE])
     folder = os.environ.get(CREDENTIALS)
@@ -100,7 +107,10 @@ def from_environment() -> Path | None:
 
 
 def _read(path: Path) -> Passphrase:
-    """A file with the passphrase in its one line; also a descriptor, as /dev/fd/3."""
+    """Read a passphrase from a file that has it in one line.
+
+    A descriptor will do as well, such as /dev/fd/3.
+    """
     with explain_os_errors(path, "read the passphrase from"), open(path, "rb") as file:
         content = file.read(LONGEST)
     try:

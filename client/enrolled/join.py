@@ -1,4 +1,4 @@
-"""What is checked before a device belongs to a server: address, certificate, directory.
+"""Joining a server, after its address, certificate and directory were checked.
 
 **Guarantee**: without TLS nothing but this machine is joined, and only when a test asks for it.
 """
@@ -27,7 +27,7 @@ LARGEST = 1_000_000
 
 @dataclass(frozen=True)
 class Asked:
-    """What `privet client join` was given.
+    """The arguments of `privet client join`.
 
     Attributes:
         server: HOST:PORT.
@@ -47,7 +47,7 @@ class Asked:
 
 
 def join(home: DeviceStore, asked: Asked, now: datetime | None = None) -> list[str]:
-    """Joins, after everything was checked.
+    """Join a server, after everything was checked.
 
     Returns:
         Sentences for the owner: what was joined, and what is left open.
@@ -114,7 +114,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _certificates(path: Path, now: datetime) -> str:
-    """The certificates of a PEM file, and nothing else that stands in it."""
+    """Return the certificates of a PEM file, and nothing else that stands in it."""
     with explain_os_errors(path, "read the certificate"), open(path, "rb") as file:
         content = file.read(LARGEST)
     try:
@@ -137,7 +137,7 @@ def _certificates(path: Path, now: datetime) -> str:
 
 
 def _directory(home: DeviceStore, asked: Asked) -> Directory | Chain:
-    """What this device holds from now on: signed, a list as it is, or open."""
+    """Return the directory this device holds from now on: signed, a list as it is, or open."""
     joined = home.joined
     again = joined is not None and joined.server == asked.server
     if asked.open:
@@ -170,7 +170,7 @@ def _directory(home: DeviceStore, asked: Asked) -> Directory | Chain:
 
 
 def _continued(held: Chain, found: Chain, path: Path) -> Chain:
-    """The newer of what this device holds and a file, one of which must continue the other."""
+    """Return the newer of a held directory and a file, of which one must continue the other."""
     if held.fleet and held.version > found.version:
         held, found = found, held
     try:
@@ -184,7 +184,7 @@ def _continued(held: Chain, found: Chain, path: Path) -> Chain:
 
 
 def _key(given: str | None) -> bytes | None:
-    """The key itself, or that of a file."""
+    """Read the public key that was given as digits or as a file."""
     if given is None:
         return None
     path, words = Path(given), given
@@ -200,7 +200,7 @@ def _key(given: str | None) -> bytes | None:
 
 
 def _beside(ca: Path | None) -> Path | None:
-    """The operator's directory, where it came together with the certificate."""
+    """Find the operator's directory, if it came together with the certificate."""
     path = None if ca is None else ca.parent / "directory"
     return path if path is not None and path.is_file() else None
 

@@ -1,4 +1,4 @@
-"""Where a server's message finds a person's own device: `Participant` of `app.py`, over a home.
+"""A person's own device as a server's messages reach it: `Participant` of `app.py`, over a home.
 
 The state between the phases of a masked round, the base model and the adapter stay in this
 process; everything else is in the vault. **Guarantee**: as `client/store/device_store.py`.
@@ -37,7 +37,10 @@ NOBODY = -1
 
 @dataclass(frozen=True, eq=False)
 class EnrolledContext:
-    """What the device works with in one run (`client/device.py` says what each is)."""
+    """The context a real device works with in one run, read from its home.
+
+    `client/device.py` says what each part is.
+    """
 
     home: DeviceStore
     run: str
@@ -48,28 +51,34 @@ class EnrolledContext:
 
     @property
     def ledger(self) -> "Ledger":
-        """One for all runs: a budget is for life."""
+        """The one ledger of the home, for all runs, because a budget is for life."""
         return self.home.ledger
 
     @property
     def directory(self) -> Directory:
-        """As the vault has it."""
+        """The directory that the vault holds."""
         return self.home.directory
 
     def pin(self, directory: Directory) -> None:
-        """Into the vault."""
+        """Keep the identities that were seen first in the vault."""
         self.home.pin(directory)
 
     def identity(self, _: str) -> Identity:
-        """The vault's."""
+        """Return the key pair that the vault holds."""
         return self.home.identity
 
     def number(self, _: str) -> int:
-        """As the server's directory numbers this device; others check it against their own."""
+        """Return this device's number in the server's directory.
+
+        Other devices check it against their own.
+        """
         return self.place
 
     def records(self, _: str) -> Sequence["Record"]:
-        """Everything the owner has added; of a run on preferences, what the verdicts give."""
+        """Return all records of the owner, earliest first.
+
+        In a run on preferences they are those that the owner's verdicts give.
+        """
         if self.config.pairs is not None:
             from ..store.verdicts import own_records
 
@@ -77,22 +86,25 @@ class EnrolledContext:
         return self.home.records()
 
     def outcome(self, _: str) -> float | None:
-        """What the owner's verdicts say of the answers of this device's arm."""
+        """Return what the owner's verdicts say of the answers of this device's arm."""
         from .ab_assignment import outcome
 
         trial = self.config.trial
         return None if trial is None else outcome(self.home, self.run, trial)
 
     def at_home(self, _: str) -> bytes | None:
-        """From the vault."""
+        """Read the part of the adapter that stays on this device from the vault."""
         return self.home.vault.get(f"at-home/{self.run}")
 
     def keep_at_home(self, _: str, kept: bytes) -> None:
-        """Into the vault."""
+        """Write the part of the adapter that stays on this device into the vault."""
         self.home.vault.put(f"at-home/{self.run}", kept)
 
     def tokenised(self, records: Sequence["Record"]) -> list["Tokenised"]:
-        """Records as token ids; those without one of the run's labels are left out of it."""
+        """Return records as token ids.
+
+        Records without one of the run's labels are left out.
+        """
         from ..device import tokenised
 
         task, classes = self.config.data.task, self.config.data.classes
@@ -126,7 +138,7 @@ class EnrolledParticipant:
 
     @property
     def identity(self) -> Identity:
-        """The vault's."""
+        """The key pair that the vault holds."""
         return self._home.identity
 
     def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,7 +170,7 @@ class EnrolledParticipant:
         return {"accepted": accepted, "lacks": lacks}
 
     def device(self, plan: "Plan", number: int, begins: bool) -> "Device":
-        """The device at its desk; the model is loaded once."""
+        """Return the device with its context for the run, loading the model only once."""
         from ..device import Device
 
         return Device(ME, self._desk_of(plan.run, number, begins))
@@ -198,25 +210,28 @@ class EnrolledParticipant:
         return EnrolledContext(self._home, run, config, trainer, number, self.pace)
 
     def recall(self) -> Any:
-        """What the phase before left, once."""
+        """Return what the phase before kept, and forget it."""
         state, self._state = self._state, None
         return state
 
     def keep(self, state: Any) -> None:
-        """In memory: a worker that dies in a round has dropped out of it."""
+        """Keep the state for the next phase in memory.
+
+        A worker that dies in a round has so dropped out of it.
+        """
         self._state = state
 
     def sent(self, plan: "Plan", phase: str, payload: bytes) -> None:
-        """Into the outbox."""
+        """Record the bytes that are about to leave in the outbox."""
         self._home.sent(plan.run, plan.round, phase, payload)
 
     def decline(self, plan: "Plan", reason: str) -> None:
-        """Into the ledger, and where the owner sees it."""
+        """Record why nothing leaves, in the ledger and where the owner sees it."""
         self._home.ledger.decline(ME, plan.run, plan.round, reason)
         self._home.note(f"round {plan.round} of {plan.run}: {reason}")
 
     def finish(self, run: str, adapter: "NDArray[np.float32]") -> None:
-        """Fit the personal head on the run's last adapter, and keep both; or say why not.
+        """Fit the personal head on the run's last adapter and keep both, or note why not.
 
         At the end of an experiment only that it has ended: no arm is in use any more.
         """
@@ -236,7 +251,7 @@ class EnrolledParticipant:
             self._home.note(str(refusal))
 
     def rest(self) -> None:
-        """Let the model go, when nobody has asked for long."""
+        """Let the model go from memory, when nobody has asked for long."""
         self._desk = self._state = None
         let_go()
 

@@ -1,4 +1,4 @@
-"""The signed directory on a device: how a newer one is taken over, refused, shown and compared.
+"""The signed directory of devices that a device holds, and how it is renewed and compared.
 
 **Guarantee**: what is taken over continues what this device holds, under the key that its owner
 pinned (`common/secure_aggregation/fleet_directory.py`). What is refused is told once, by name, and
@@ -27,7 +27,7 @@ FEW = 8
 
 
 def heard(home: "DeviceStore", offer: Mapping[str, Any]) -> int:
-    """What a greeting says of the directory: taken over, or refused and written down.
+    """Take over the newer directory that a greeting shows, or write down why it is refused.
 
     Returns:
         From which entry on this device needs them; -1: it needs none.
@@ -71,13 +71,19 @@ def _recorded(home: "DeviceStore", chain: Chain, sentence: str) -> bytes:
 
 
 def history(home: "DeviceStore") -> list[tuple[float, int, str, str]]:
-    """When (seconds since 1970), version and hash held then, what happened; oldest first."""
+    """Return what became of the signed directory, oldest first.
+
+    Each entry has the time (seconds since 1970), version and hash held then, and what happened.
+    """
     kept = home.vault.get("directory-log")
     return [] if kept is None else [(t, v, h, said) for t, v, h, said in json.loads(kept)]
 
 
 def facts(home: "DeviceStore") -> dict[str, Any] | None:
-    """For `privet client status`: None with an open directory, or where none was joined."""
+    """Return what `privet client status` shows of the directory.
+
+    None with an open directory, or where no server was joined.
+    """
     joined = home.joined
     if joined is None or not joined.closed:
         return None
@@ -93,7 +99,9 @@ def facts(home: "DeviceStore") -> dict[str, Any] | None:
 
 
 def compared(home: "DeviceStore", path: Path) -> str:
-    """This device's directory beside the one another device exported: one continues the other.
+    """Compare this device's directory with the one that another device exported.
+
+    One of the two must continue the other.
 
     Raises:
         StateError: this device holds none, or the file is damaged.

@@ -1,1 +1,1 @@
-"""A person's own files, and the records that are read from them."""
+"""A person's own files, and the readers that turn them into records."""

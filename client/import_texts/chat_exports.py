@@ -1,4 +1,7 @@
-"""Chats -> what their owner wrote: WhatsApp, JSON Lines, exports of Telegram and ChatGPT."""
+"""Readers of chats, which take what their owner wrote.
+
+They read WhatsApp, JSON Lines, and the exports of Telegram and ChatGPT.
+"""
 
 import codecs
 import json
@@ -30,7 +33,7 @@ class _Message:
 
 
 def is_whatsapp(head: str) -> bool:
-    """Whether a text starts like a chat that WhatsApp exported."""
+    """Return whether a text starts like a chat that WhatsApp exported."""
     lines = [line for line in head.split("\n", 40)[:40] if line.strip()]
     stamps = [match for line in lines if (match := _STAMP.match(line.rstrip("\r")))]
     return bool(
@@ -41,7 +44,10 @@ def is_whatsapp(head: str) -> bool:
 
 
 def whatsapp(lines: Iterable[str], ask: Reading) -> Iterator[Record | Note]:
-    """The owner's messages, dated once all dates were seen: 03/04 alone says no month."""
+    """Read the owner's messages from a WhatsApp chat.
+
+    They are dated once all dates were seen, because 03/04 alone does not say which is the month.
+    """
     names: Counter[str] = Counter()
     largest = [0, 0]
     twelve_hours = dotted = False
@@ -95,7 +101,7 @@ def _whatsapp_time(message: _Message, month_first: bool, otherwise: float) -> fl
 
 
 def _without_marks(text: str) -> str:
-    """Without what WhatsApp says itself: '<media omitted>' in any language, '<edited>'."""
+    """Remove what WhatsApp says itself: '<media omitted>' in any language, '<edited>'."""
     text = re.sub(r"\s*\u200e<[^<>\n]*>\s*$", "", text)
     if text.startswith("\u200e") or re.fullmatch(r"\s*<[^<>\n]*>\s*", text):
         return ""
@@ -103,7 +109,10 @@ def _without_marks(text: str) -> str:
 
 
 def json_lines(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
-    """One record, text or chat a line; of several users the owner's lines."""
+    """Read JSON Lines, with one record, text or chat a line.
+
+    Where there are several users, only the owner's lines are taken.
+    """
     names: Counter[str] = Counter()
     mine = 0
     for number, line in numbered(span, RECORD_LIMIT):
@@ -131,7 +140,7 @@ def json_lines(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
 
 
 def _fields(fields: dict[str, object], number: int, ask: Reading) -> Iterator[Record | Note]:
-    """One line: the native format, another with `text`, or a chat with `messages`."""
+    """Read one line: the native format, another with `text`, or a chat with `messages`."""
     time = time_of(fields.get("time"), ask.mtime)
     if "text" not in fields and isinstance(fields.get("messages"), list):
         for message in _dicts(fields["messages"]):
@@ -156,7 +165,7 @@ def _dicts(values: object) -> Iterator[dict[str, Any]]:
 
 
 def _parts(content: object) -> str:
-    """A text, or a list of texts and of objects with a `text` of their own."""
+    """Join a text from its parts: a text, or a list of texts and of objects with a `text`."""
     if isinstance(content, str):
         return content
     parts = [p if isinstance(p, str) else p.get("text") for p in _texts(content)]
@@ -169,7 +178,7 @@ def _texts(content: object) -> Iterator[str | dict[str, Any]]:
 
 
 def export(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
-    """A chat that Telegram or ChatGPT exported, as one JSON document, earliest message first."""
+    """Read a chat that Telegram or ChatGPT exported as JSON, earliest message first."""
     try:
         content = json.loads(span.read())
     except (ValueError, RecursionError) as error:
@@ -211,7 +220,10 @@ def _dict(value: object, key: str) -> Mapping[str, Any]:
 
 
 def _telegram(content: dict[str, Any], ask: Reading) -> list[tuple[float, str]]:
-    """One chat, or all of them; in the second case the export knows whose it is."""
+    """Collect the owner's messages of one exported Telegram chat, or of all chats.
+
+    An export of all chats knows whose it is.
+    """
     owner = _dict(content, "personal_information").get("user_id")
     names: Counter[str] = Counter()
     found, mine = [], 0

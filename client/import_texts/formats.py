@@ -1,4 +1,4 @@
-"""Readers: one open file of a person -> their own records, a piece of a paragraph's size each.
+"""Readers that turn one open file of a person into records of about a paragraph each.
 
 | kind | known by | what is taken |
 |---|---|---|
@@ -133,7 +133,7 @@ def _span(file: BinaryIO, start: int, end: int) -> io.BufferedReader:
 
 
 def _start(file: BinaryIO, size: int, limit: int, encoding: str | None) -> int:
-    """Where reading starts: after the first line end in the last `limit` bytes."""
+    """Find where reading starts, after the first line end in the last `limit` bytes."""
     if size <= limit:
         return 0
     if encoding:
@@ -149,7 +149,10 @@ def _start(file: BinaryIO, size: int, limit: int, encoding: str | None) -> int:
 
 
 def _refuse_binary(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 where the head says so; None: bytes in which ASCII is ASCII."""
+    """Refuse a file whose first bytes are not text.
+
+    Returns UTF-16 or UTF-32 where they say so, and None where the bytes for ASCII are ASCII.
+    """
     for bom, encoding in _BOMS.items():
         if head.startswith(bom):
             return encoding
@@ -168,12 +171,15 @@ def _refuse_controls(data: bytes, total: int) -> None:
 
 
 def _share(data: bytes, among: bytes) -> int:
-    """How many bytes of `data` are among these."""
+    """Count how many bytes of `data` are among these."""
     return len(data) - len(data.translate(None, among))
 
 
 def _encoding(span: BinaryIO) -> str:
-    """UTF-8 where all of it is; else Windows-1252 where it decodes and looks like text.
+    """Decide whether a file is UTF-8 or Windows-1252.
+
+    It is UTF-8 where all of it decodes, and else Windows-1252 where it looks like Western European
+    text.
 
     The whole span is checked first: a fallback in the middle of a file would come too late.
     """
@@ -204,7 +210,7 @@ def _encoding(span: BinaryIO) -> str:
 def _text(
     file: BinaryIO, start: int, end: int, encoding: str | None, ask: Reading
 ) -> Iterator[Record | Note]:
-    """Plain text, Markdown, or a chat that WhatsApp exported as text."""
+    """Read plain text, Markdown, or a chat that WhatsApp exported as text."""
     encoding = encoding or _encoding(_span(file, start, end))
     if encoding == "cp1252":
         yield Note("it is not UTF-8 and was read as Windows-1252")
@@ -230,7 +236,10 @@ def _chunks(first: str, text: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _text_lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Lines without their ends; one longer than a chunk comes in parts."""
+    """Yield lines without their ends.
+
+    A line that is longer than `STEP` comes in parts.
+    """
     rest = ""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split("\n")

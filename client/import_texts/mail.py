@@ -1,4 +1,7 @@
-"""Mailboxes and single mails -> what their owner wrote, without quotes and signatures."""
+"""Reader of mailboxes and single mails, which takes what their owner wrote.
+
+Quotes and signatures are left out.
+"""
 
 import email
 import re
@@ -39,7 +42,10 @@ _SKIPPED = frozenset(["script", "style", "title", "blockquote"])
 
 
 def mailbox(span: BinaryIO, is_one: bool, ask: Reading) -> Iterator[Record | Note]:
-    """The owner's mails of an mbox (one mail of an `.eml`); without `me`, all of them."""
+    """Read the owner's mails from an mbox, or from one `.eml` file.
+
+    Without `me` all mails are taken.
+    """
     senders: Counter[str] = Counter()
     mine = count = 0
     for number, (raw, is_cut) in enumerate(_mails(span, is_one), start=1):
@@ -69,7 +75,7 @@ def mailbox(span: BinaryIO, is_one: bool, ask: Reading) -> Iterator[Record | Not
 
 
 def _mails(span: BinaryIO, is_one: bool) -> Iterator[tuple[bytes, bool]]:
-    """The bytes of each mail, cut after `_MAIL_LIMIT`, and whether they were cut."""
+    """Yield the bytes of each mail, cut after `_MAIL_LIMIT`, and whether they were cut."""
     lines: list[bytes] | None = [] if is_one else None
     size, is_after_blank = 0, True
     for _, line in numbered(span, STEP):
@@ -99,7 +105,7 @@ def _mail_time(value: object, otherwise: float) -> float:
 
 
 def _body(mail: "Message[str, str]") -> str:
-    """The first plain text that is no attachment, else the first HTML as text."""
+    """Return the first plain text that is no attachment, else the first HTML as text."""
     parts = list(_leaves(mail))
     for kind, as_text in (("text/plain", str), ("text/html", _html_text)):
         for part in parts:
@@ -109,7 +115,10 @@ def _body(mail: "Message[str, str]") -> str:
 
 
 def _leaves(mail: "Message[str, str]") -> "Iterator[Message[str, str]]":
-    """The parts of a mail, but for attachments; a mail that is attached is one."""
+    """Yield the parts of a mail that are no attachments.
+
+    A mail that is attached is an attachment.
+    """
     inner = mail.get_payload()
     if mail.get_content_maintype() == "multipart" and isinstance(inner, list):
         for part in inner:
@@ -133,7 +142,7 @@ def _decoded(part: "Message[str, str]") -> str:
 
 
 def _own_lines(text: str) -> str:
-    """Without quoted lines, the line that announces them, forwarded mails and the signature."""
+    """Remove quoted lines, the line that announces them, forwarded mails and the signature."""
     if found := _FORWARDED.search(text):
         text = text[: found.start()]
     kept: list[str] = []
@@ -151,7 +160,7 @@ def _own_lines(text: str) -> str:
 
 
 def _drop_announcement(kept: list[str]) -> None:
-    """'On Monday, Ann <ann@example.org> wrote:' in any language, up to three lines of it."""
+    """Remove 'On Monday, Ann <ann@example.org> wrote:' in any language, up to three lines of it."""
     while kept and not kept[-1].strip():
         kept.pop()
     start = len(kept)
@@ -165,7 +174,10 @@ def _drop_announcement(kept: list[str]) -> None:
 
 
 class _HtmlText(HTMLParser):
-    """What a reader sees: text, with a line end for each block; no quotes, styles or scripts."""
+    """The text of an HTML mail as a reader sees it, without quotes, styles or scripts.
+
+    Each block begins a new line.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Folders of a person's own files -> records, and what was ignored and why.
+"""Scanning of a person's folders for texts, which says what was left out and why.
 
     scan(roots)  walk -> the newest files within the limits -> one file at a time -> records
 
@@ -54,7 +54,9 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """What one scan takes at most; where it is more, the newest files win.
+    """The most that one scan takes.
+
+    Where there is more, the newest files are taken.
 
     Attributes:
         files: read or unchanged files.
@@ -102,7 +104,9 @@ class Found:
 
 @dataclass(frozen=True)
 class Ignored:
-    """A path nothing is taken of. `reason` may serve to group them: it does not name the path.
+    """A path of which nothing is taken.
+
+    `reason` does not name the path, so that it may serve to group such paths.
 
     Attributes:
         fingerprint: where it is known, it may be given as `known`, which saves reading the
@@ -122,7 +126,10 @@ class Unchanged:
 
 
 class _Entry(NamedTuple):
-    """A candidate; sorted, the newest is the last, and of several as new the last in name."""
+    """A candidate for reading, which sorts by age.
+
+    The newest is the last, and of several of one age the last in name.
+    """
 
     mtime_ns: int
     path: str
@@ -145,7 +152,7 @@ def scan(
     kept: Callable[[Path], Iterable[Record]] | None = None,
     limits: Limits | None = None,
 ) -> Iterator[Found | Ignored | Unchanged]:
-    """Walk `roots`; yield every file once, what is not read first, then the newest first.
+    """Walk `roots` and yield every file once: what is not read first, then the newest first.
 
     Args:
         roots: files or folders. A file named here is read whatever its suffix.
@@ -193,7 +200,7 @@ def scan(
 
 
 def gone(known: Mapping[str, str], seen: Iterable[Path]) -> tuple[str, ...]:
-    """The keys of `known` that a whole scan did not give as `Found` or `Unchanged`.
+    """Return the keys of `known` that a whole scan did not give as `Found` or `Unchanged`.
 
     Args:
         seen: the paths of these, of a scan that ran to its end.
@@ -205,7 +212,7 @@ def gone(known: Mapping[str, str], seen: Iterable[Path]) -> tuple[str, ...]:
 
 
 def key_of(path: Path) -> str:
-    """The path as text that prints and that UTF-8 can hold, whatever bytes its name has.
+    """Return a path as text that prints and that UTF-8 can hold, whatever bytes its name has.
 
     Bytes that are no UTF-8 and characters that do not print are written `\\xNN`, a backslash
     `\\\\`; `path_of` is the way back.
@@ -217,7 +224,7 @@ def key_of(path: Path) -> str:
 
 
 def path_of(key: str) -> Path:
-    """The path of which `key` is the `key_of`."""
+    """Return the path of which `key` is the `key_of`."""
     raw = re.sub(
         rb"\\(?:x([0-9a-f]{2})|\\)",
         lambda found: bytes.fromhex(found[1].decode()) if found[1] else b"\\",
@@ -240,7 +247,9 @@ def _escaped(character: str) -> str:
 def _newest(
     roots: Sequence[Path], limits: Limits
 ) -> Generator[Found | Ignored | Unchanged, None, list[_Entry]]:
-    """Yield what cannot be a candidate; return the candidates within the limits, newest first.
+    """Choose the newest candidates within the limits.
+
+    Yields what cannot be a candidate, and returns the candidates, newest first.
 
     Only `limits.files` of them are held at a time, however many there are.
     """
@@ -281,7 +290,7 @@ def _summary(newest: _Entry, count: int, size: int, limit: str) -> Ignored:
 
 
 def _walk(roots: Sequence[Path]) -> Iterator[_Entry | Ignored]:
-    """Every file of the roots once: candidates, and what cannot be one, with the reason."""
+    """Yield every file of the roots once: candidates, and what cannot be one, with the reason."""
     named = dict.fromkeys(os.path.realpath(root) for root in roots)
     folders: set[tuple[int, int]] = set()
     for path in named:
@@ -328,7 +337,7 @@ def _listed(
     waiting: list[str],
     named: AbstractSet[str],
 ) -> Iterator[_Entry | Ignored]:
-    """One folder's files; its folders are added to `waiting`."""
+    """Yield the files of one folder, and add its subfolders to `waiting`."""
     hidden = 0
     for item in listing:
         if item.path in named:
@@ -354,13 +363,16 @@ def _listed(
 
 
 def _suffix(name: str) -> str:
-    """Lower case, with the dot; "" where what follows the last dot is no suffix."""
+    """Return a name's suffix in lower case with its dot.
+
+    It is "" where what follows the last dot is no suffix.
+    """
     suffix = os.path.splitext(name)[1].lower()
     return suffix if len(suffix) > 1 and suffix[1:].isalnum() else ""
 
 
 def _by_name(name: str) -> str | None:
-    """The reason not to look into a file, where its name gives one."""
+    """Return the reason not to look into a file, where its name gives one."""
     if name.startswith("."):
         return "a hidden file: name it to have it read"
     suffix = _suffix(name)
@@ -404,7 +416,7 @@ def _settings(me: Sequence[str], limits: Limits) -> _Settings:
 
 
 def _open(path: str) -> BinaryIO:
-    """Without waiting for a pipe, without following a link."""
+    """Open a file without waiting for a pipe and without following a link."""
     return open(os.open(path, _OPEN), "rb", buffering=0)
 
 
@@ -419,7 +431,10 @@ def _fingerprint(file: BinaryIO, status: os.stat_result, settings: _Settings) ->
 
 
 def _is_same(entry: _Entry, known: Mapping[str, str], settings: _Settings) -> bool:
-    """Whether the file has the known fingerprint; its first bytes are only read if it may."""
+    """Return whether a file still has its known fingerprint.
+
+    Its first bytes are only read if size, time and inode are as they were.
+    """
     print_before = known.get(key_of(Path(entry.path)), "")
     state = _state(entry.size, entry.mtime_ns, entry.inode, settings)
     if not print_before.startswith(state):
@@ -434,7 +449,7 @@ def _is_same(entry: _Entry, known: Mapping[str, str], settings: _Settings) -> bo
 def _read_steadily(
     entry: _Entry, settings: _Settings, seen: AbstractSet[bytes], room: int
 ) -> Found | Ignored:
-    """The file as it was at one moment; twice tried."""
+    """Read a file as it was at one moment, trying twice if it changes."""
     path = Path(entry.path)
     for _ in range(2):
         try:
@@ -468,7 +483,7 @@ def _records(
     seen: AbstractSet[bytes],
     room: int,
 ) -> Found | Ignored:
-    """At most `room` records of an open file, its last ones, none of `seen`."""
+    """Return at most `room` records of an open file, its last ones, none of `seen`."""
     limits = settings.limits
     mtime = os.fstat(file.fileno()).st_mtime_ns / 1e9
     ask = Reading(settings.me, mtime, limits.piece_chars, limits.file_mb * 1_000_000)
@@ -513,7 +528,7 @@ def _mark(record: Record) -> bytes:
 
 
 def _add(notes: dict[str, list[int]], note: Note) -> None:
-    """Count a note, with the numbers of its first lines. [count, line, line, …]"""
+    """Count a note, and keep the numbers of its first lines as [count, line, line, …]."""
     lines = notes.setdefault(note.reason, [0])
     lines[0] += 1
     if note.line is not None and len(lines) <= _EXAMPLES:

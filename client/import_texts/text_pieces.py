@@ -1,4 +1,4 @@
-"""What the readers of a person's files share: what they are told, and how text is cut up.
+"""Helpers of all readers: the request to a reader, and the cutting of text into pieces.
 
 **Guarantee**: as `client/import_texts/formats.py`, which calls the readers.
 """
@@ -50,7 +50,10 @@ _JOINERS = frozenset("\u200d\ufe0e\ufe0f")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something in a file that was left out, and why; `line` where there is one line to name."""
+    """A part of a file that was left out, and the reason.
+
+    `line`: its number, where there is one line to name.
+    """
 
     reason: str
     line: int | None = None
@@ -58,7 +61,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What every reader is told.
+    """The request to a reader: whose texts, of what time, up to which size.
 
     Attributes:
         me: the owner's names and addresses, case folded; masked in `repr`.
@@ -74,7 +77,7 @@ class Reading:
 
 
 def clean(text: str) -> str:
-    """The text without control characters and half surrogates; every line end becomes one."""
+    """Remove control characters and half surrogates, and make every line end the same."""
     return _STRIPPED.sub("", _BREAKS.sub("\n", text))
 
 
@@ -116,7 +119,10 @@ def _after_space(text: str, start: int) -> int:
 
 
 def _cut(text: str, start: int, size: int) -> int:
-    """Where the piece ends that starts at `start`, no white space; the text is longer than it."""
+    """Find where the piece ends that starts at `start`.
+
+    `start` is no white space, and the text is longer than the piece.
+    """
     for boundary in _BOUNDARIES:
         # One more: the character after a piece that is just full.
         found = boundary.match(text, start, start + size + 1)
@@ -135,12 +141,15 @@ def _stands_alone(text: str, index: int) -> bool:
 
 
 def megabytes(size: int) -> str:
-    """As it is told."""
+    """Write out a number of bytes in megabytes, for messages to the owner."""
     return f"{size / 1e6:,.0f}" if size >= 1e6 else f"{size / 1e6:.3f}"
 
 
 def numbered(span: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines; None for one longer than `limit` bytes, which is never held."""
+    """Yield the lines of a file with their numbers.
+
+    A line longer than `limit` bytes comes as None, and is never held.
+    """
     number = 0
     while line := span.readline(limit + 1):
         number += 1
@@ -153,12 +162,15 @@ def numbered(span: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def cut_up(text: str, time: float, ask: Reading) -> Iterator[Record]:
-    """A text as records of a piece each."""
+    """Cut a text into records of one piece each."""
     return (Record(piece, None, time) for piece in pieces([clean(text)], ask.piece_chars))
 
 
 def time_of(value: object, otherwise: float) -> float:
-    """POSIX seconds of a number or an ISO 8601 text (without a zone: UTC)."""
+    """Read a number or an ISO 8601 text as POSIX seconds.
+
+    A time without a zone is UTC, and what is no time gives `otherwise`.
+    """
     try:
         if isinstance(value, str):
             return moment(datetime.fromisoformat(value))
@@ -170,12 +182,15 @@ def time_of(value: object, otherwise: float) -> float:
 
 
 def moment(time: datetime) -> float:
-    """POSIX seconds; a time without a zone is UTC."""
+    """Return a time as POSIX seconds.
+
+    A time without a zone is UTC.
+    """
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def say_who(names: Counter[str], ask: Reading) -> DataError:
-    """The reason for a file whose senders are known and none is known to be the owner."""
+    """Return the error for a file in which no sender is known to be the owner."""
     shown = ", ".join(repr(clean(name)[:40]) for name, _ in names.most_common(8))
     others = f" and {len(names) - 8} more" if len(names) > 8 else ""
     none = ", none of which is a name given" if ask.me else ""
@@ -183,5 +198,5 @@ def say_who(names: Counter[str], ask: Reading) -> DataError:
 
 
 def is_me(name: str, ask: Reading) -> bool:
-    """Whether a sender is the owner, who may have several names."""
+    """Return whether a sender is the owner, who may have several names."""
     return name.strip().casefold() in ask.me

@@ -1,10 +1,10 @@
-"""What the owner has added: folders and files, looked at again and again, and their records.
+"""The folders and files that the owner has added, which are scanned again and again for records.
 
     sources            what is watched, and of every file its fingerprint and number of records
     records/<SHA-256>  a file's records, one a line; the name is the hash of the file's key
 
 **Guarantee**: a scan changes the vault in one transaction, as a whole or not at all; afterwards it
-holds exactly the records that `intake.scan` found or had found before. Copies of a text are held
+holds exactly the records that `scan.scan` found or had found before. Copies of a text are held
 once. Nothing said here quotes a record.
 """
 
@@ -33,7 +33,7 @@ DERIVED = ("profile", "retrieval/")
 
 @dataclass(frozen=True)
 class Held:
-    """A file as it was read: its fingerprint, how many records it gave, why none."""
+    """The state of a file when it was read: fingerprint, number of records, why none."""
 
     fingerprint: str
     records: int
@@ -42,10 +42,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Sources:
-    """What is watched.
+    """The folders and files that are watched, and what is held of each file.
 
     Attributes:
-        roots: keys (`intake.key_of`) of folders and files, as they were added.
+        roots: keys (`scan.key_of`) of folders and files, as they were added.
         me: the owner's names and addresses.
         files: key -> what is held.
     """
@@ -56,13 +56,13 @@ class Sources:
 
     @property
     def records(self) -> int:
-        """Of all files."""
+        """The number of records of all files together."""
         return sum(held.records for held in self.files.values())
 
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a scan found; paths as keys.
+    """The results of a scan, with paths as keys.
 
     Attributes:
         found: files that were read: key, number of records, what in it was left out and why.
@@ -80,7 +80,7 @@ class Scanned:
 
 
 def read(home: DeviceStore) -> Sources:
-    """What is watched, from the vault.
+    """Read from the vault what is watched.
 
     Raises:
         StateError: a newer privet wrote it.
@@ -106,7 +106,7 @@ def rescan(
     progress: Callable[["Item"], None] = lambda _: None,
     limits: "Limits | None" = None,
 ) -> Scanned:
-    """Look at everything that is watched, and hold what is there now.
+    """Scan everything that is watched, and hold the records that are there now.
 
     Args:
         home: open.
@@ -173,7 +173,10 @@ def _write(
     after: Sources,
     fresh: Mapping[str, bytes],
 ) -> int:
-    """Everything at once; how many files have no records any more."""
+    """Write the results of a scan to the vault, everything at once.
+
+    Returns how many files have no records any more.
+    """
     wanted = {_entry(key) for key, held in after.files.items() if held.records}
     if after == before and not fresh:
         return 0

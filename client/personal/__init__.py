@@ -1,1 +1,1 @@
-"""The personal part: heads that are fitted on own records and never leave."""
+"""The personal part of the model: heads that are fitted on own records and never leave."""

@@ -1,4 +1,6 @@
-"""How people are evaluated under one shared adapter; each kind of head has an evaluator of its own.
+"""How well the base, the shared and a personal model do on people's held-out records.
+
+Each kind of head has an evaluator of its own. The three models are:
 
     base      the base model, no adapter (labels: every prediction 0; scored pairs: all equal)
     shared    the shared adapter
@@ -21,18 +23,23 @@ __all__ = ["EvaluatedPerson", "Evaluator"]
 
 
 class EvaluatedPerson(Protocol):
-    """One person's held-out records under the shared model, and the head they fitted; private."""
+    """One person's held-out records under the shared model, and the head they fitted.
+
+    Private: it stays on the person's device.
+    """
 
     @property
     def base(self) -> float:
-        """Mean loss under the base model."""
+        """The mean loss under the base model."""
 
     @property
     def head(self) -> PersonalHead | None:
-        """The personal head; None where none was fitted."""
+        """The personal head, or None where none was fitted."""
 
     def loss(self, head: PersonalHead | None) -> float:
-        """Mean loss on the held-out records with a head, own or (the control) another person's.
+        """Return the mean loss on the held-out records with the own or another person's head.
+
+        The other person's is the control.
 
         Args:
             head: of the kind this evaluator fits; None is the shared model.
@@ -43,7 +50,7 @@ class EvaluatedPerson(Protocol):
 
 
 class Evaluator(Protocol):
-    """Evaluates people, one after the other, under one shared adapter."""
+    """A way to evaluate people, one after the other, under one shared adapter."""
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool

@@ -1,4 +1,4 @@
-"""What a personal head is: something fitted on one device that never leaves it.
+"""The personal head, which is fitted on one device and never leaves it.
 
 A kind of head lives in two files: the head itself (what it adds to the shared model, how it is
 fitted, how it becomes bytes) and its evaluator (`client/personal/evaluator.py`: what it is fitted
@@ -25,18 +25,21 @@ _Kind = TypeVar("_Kind")
 
 
 class PersonalHead(Protocol):
-    """One person's own addition to the shared model; private: never in a log or a message."""
+    """One person's own addition to the shared model.
+
+    Private: it is never in a log or a message.
+    """
 
     @property
     def is_shared(self) -> bool:
-        """True when this head changes nothing."""
+        """Whether this head changes nothing."""
 
     def to_bytes(self) -> bytes:
-        """The head as a safetensors file, for the vault."""
+        """Return the head as a safetensors file, for the vault."""
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> Self:
-        """The head that `to_bytes` wrote.
+        """Read a head that `to_bytes` wrote.
 
         Args:
             content: the safetensors file.
@@ -48,7 +51,9 @@ class PersonalHead(Protocol):
 
 
 def head_of_kind(kind: type[_Kind], head: PersonalHead | None) -> _Kind | None:
-    """The head, checked to be of the kind that can be used here; None is the shared model.
+    """Check that a head is of the kind that can be used here, and return it.
+
+    None is the shared model.
 
     Raises:
         TypeError: a head of another kind.
@@ -62,7 +67,7 @@ def head_of_kind(kind: type[_Kind], head: PersonalHead | None) -> _Kind | None:
 
 
 def pack(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:
-    """A head's tensors and facts as one safetensors file that says which kind it is."""
+    """Write a head's tensors and facts as one safetensors file that says which kind it is."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, {"privet": f"{kind} head 1", **facts})
 
@@ -70,7 +75,7 @@ def pack(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> 
 def unpack(
     kind: str, names: tuple[str, ...], content: bytes, name: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and facts that `pack` put into a file.
+    """Read the tensors and facts that `pack` put into a file.
 
     Args:
         kind: the one expected.
@@ -93,7 +98,7 @@ def unpack(
 
 
 def number_of(facts: Mapping[str, str], key: str, name: str) -> float:
-    """The number that the facts of the file `name` have under `key`.
+    """Return the number that the facts of the file `name` have under `key`.
 
     Raises:
         StateError: there is none.
@@ -105,7 +110,7 @@ def number_of(facts: Mapping[str, str], key: str, name: str) -> float:
 
 
 def unusable(name: str, why: str) -> StateError:
-    """The error for a head's file that cannot be read."""
+    """Return the error for a head's file that cannot be read."""
     return StateError(
         f"{name} is not a usable personal head: {why}; remove it, and it is fitted "
         "again from the records on this device."

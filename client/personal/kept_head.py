@@ -1,4 +1,4 @@
-"""The end of a run on a person's own device: the personal head is fitted, and kept in the vault.
+"""The end of a run on a person's device, where the personal head is fitted and kept in the vault.
 
 **Guarantee**: head, adapter and figures go into the vault and nowhere else; the server is told
 that the message arrived, whatever came of it.
@@ -65,7 +65,10 @@ def keep(desk: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.flo
 
 
 def _rehearsal(desk: DeviceContext, state: NDArray[np.float32]) -> None:
-    """The most that `keep` may have to do, on made-up records; nothing of it is kept."""
+    """Do the most that `keep` may have to do, on made-up records, to learn how long it takes.
+
+    Nothing of it is kept.
+    """
     adapter, config, exchange = desk.trainer.adapter, desk.config, exchange_at(desk)
     personas, live = exchange.personas(state), exchange.groups.live(config.rounds.count + 1)
     persona = choose(adapter, personas, live, (), choice_of(config))

@@ -1,4 +1,4 @@
-"""Evaluates people who rate or classify: mean losses, with the head of `label_head.py`."""
+"""Evaluation of people who rate or classify, by mean losses, with the head of `label_head.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,13 +35,18 @@ class LabelPerson:
     shared: LabelHead = field(repr=False)
 
     def loss(self, head: PersonalHead | None) -> float:
-        """Mean loss of the held-out labels with a `LabelHead`; None is the shared head."""
+        """Return the mean loss on the held-out labels with a `LabelHead`.
+
+        None is the shared head.
+        """
         used = head_of_kind(LabelHead, head) or self.shared
         return float(label_losses(used, self.features, self.labels).mean())
 
 
 class LabelEvaluator:
-    """Labels; features of the same text are computed once.
+    """Evaluates people with labels.
+
+    Features of the same text are computed once.
 
     Args: as `person_losses.evaluator_of`.
 
@@ -65,7 +70,7 @@ class LabelEvaluator:
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
     ) -> LabelPerson | None:
-        """As `Evaluator.person`."""
+        """Prepare one person, as `Evaluator.person` says."""
         if not held_out:
             return None
         features, labels = self.features(held_out)
@@ -75,7 +80,10 @@ class LabelEvaluator:
 
     @torch.no_grad()
     def features(self, records: Sequence[Tokenised]) -> tuple[Tensor, Tensor]:
-        """Features (n, w) and labels (n,) of at least one record; a missing label counts as 0."""
+        """Return features (n, w) and labels (n,) of at least one record.
+
+        A missing label counts as 0.
+        """
         base = self.adapter.base
         new = [record.ids for record in records if record.ids not in self._known]
         if new:

@@ -70,23 +70,26 @@ class LabelHead:
 
     @property
     def is_shared(self) -> bool:
-        """True when this head changes nothing."""
+        """Whether this head changes nothing."""
         return self.strength == 0
 
     @classmethod
     def of(cls, layer: torch.nn.Linear) -> "LabelHead":
-        """The shared head that a model's last layer is now; later training does not move it."""
+        """Return the shared head as a model's last layer is now.
+
+        Later training does not change it.
+        """
         task: Task = "regression" if layer.out_features == 1 else "classification"
         return cls(layer.weight.detach().clone(), layer.bias.detach().clone(), task)
 
     def to_bytes(self) -> bytes:
-        """The head as a safetensors file, for the vault."""
+        """Return the head as a safetensors file, for the vault."""
         facts = {"task": self.task, "strength": repr(self.strength)}
         return pack("label", {"weight": self.weight, "bias": self.bias}, facts)
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> "LabelHead":
-        """As `PersonalHead.from_bytes`."""
+        """Read a head that `to_bytes` wrote, as `PersonalHead.from_bytes` says."""
         tensors, facts = unpack("label", ("weight", "bias"), content, name)
         task = facts.get("task")
         if task not in ("regression", "classification"):
@@ -101,14 +104,17 @@ class LabelHead:
 
 @torch.no_grad()
 def predict(head: LabelHead, features: Tensor) -> Tensor:
-    """Predictions from features (n, w): (n,) labels, or (n, o) logits for classes."""
+    """Predict from features (n, w): (n,) labels, or (n, o) logits for classes."""
     scores = features.to(head.weight.dtype) @ head.weight.T + head.bias
     return scores[:, 0] if head.task == "regression" else scores
 
 
 @torch.no_grad()
 def label_losses(head: LabelHead, features: Tensor, labels: Tensor) -> Tensor:
-    """(n,) squared errors (regression) or nats (classification); lower is better."""
+    """Return a loss for each record, (n,), lower is better.
+
+    Squared errors for regression, nats for classification.
+    """
     scores = predict(head, features)
     if head.task == "regression":
         return (labels.to(scores.dtype) - scores).square()
@@ -116,7 +122,9 @@ def label_losses(head: LabelHead, features: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit_label_head(features: Tensor, labels: Tensor, shared: LabelHead) -> LabelHead:
-    """Fits one person's head; run on the device, after the release.
+    """Fit one person's label head around the shared one.
+
+    Run on the device, after the release.
 
     Args:
         features: (n, w) float, this person's records.
@@ -149,7 +157,7 @@ def _fit_regression(features: Tensor, labels: Tensor, shared: LabelHead) -> Labe
     kernel = kernel + BIAS_VARIANCE
 
     def dual(strength: float) -> tuple[Tensor, Tensor]:
-        """The dual weights (n,) and the exact leave-one-out residuals (n,)."""
+        """Return the dual weights (n,) and the exact leave-one-out residuals (n,)."""
         inverse = torch.linalg.inv(strength * kernel + torch.eye(len(labels)).double())
         alpha = inverse @ residual
         return alpha, alpha / inverse.diagonal()
@@ -182,7 +190,10 @@ def _fit_classes(features: Tensor, labels: Tensor, shared: LabelHead) -> LabelHe
 
 
 def _logistic(features: Tensor, labels: Tensor, shared: LabelHead, strength: float) -> LabelHead:
-    """MAP by L-BFGS over standardised changes: the weights, the biases, and one common scale."""
+    """Fit a MAP estimate by L-BFGS over standardised changes.
+
+    They are of the weights, the biases, and one common scale.
+    """
     outputs, width = shared.weight.shape
     length = _length(features)
     shared_weight, base = shared.weight.double(), predict(shared, features).double()
@@ -193,7 +204,7 @@ def _logistic(features: Tensor, labels: Tensor, shared: LabelHead, strength: flo
     change = torch.zeros(outputs * width + outputs + 1, dtype=torch.double, requires_grad=True)
 
     def parts() -> tuple[Tensor, Tensor]:
-        """What is added to the weight (o, w) and the bias (o,)."""
+        """Return what is added to the weight (o, w) and the bias (o,)."""
         free = change[: outputs * width].view(outputs, width) * weight_spread
         tilt = change[-1] * tilt_spread * shared_weight
         return free + tilt, change[outputs * width : -1] * bias_spread
@@ -223,7 +234,10 @@ def _minimise(objective: Callable[[], Tensor], variable: Tensor) -> None:
 
 
 def _strongest(shared_loss: Tensor, held_out: Callable[[float], Tensor]) -> float:
-    """The strength with the lowest held-out loss; 0 unless one is below the shared head's."""
+    """Return the strength with the lowest held-out loss.
+
+    It is 0 unless one is below the shared head's.
+    """
     best, lowest = 0.0, float(shared_loss)
     for strength in STRENGTHS:
         loss = float(held_out(strength))
@@ -233,7 +247,7 @@ def _strongest(shared_loss: Tensor, held_out: Callable[[float], Tensor]) -> floa
 
 
 def _head(shared: LabelHead, weight: Tensor, bias: Tensor, strength: float) -> LabelHead:
-    """The shared head plus a change, in the shared head's own type."""
+    """Return the shared head plus a change, in the shared head's own type."""
     kind = shared.weight.dtype
     return LabelHead(
         (shared.weight.double() + weight).to(kind),
@@ -244,7 +258,7 @@ def _head(shared: LabelHead, weight: Tensor, bias: Tensor, strength: float) -> L
 
 
 def _length(features: Tensor) -> Tensor:
-    """Root mean square length of the rows; 1 when all are zero."""
+    """Return the root mean square length of the rows, or 1 when all are zero."""
     length = features.square().sum(1).mean().sqrt()
     return length if length > 0 else torch.ones_like(length)
 

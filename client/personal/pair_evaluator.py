@@ -1,4 +1,4 @@
-"""Evaluates people who prefer one answer to another: which answer would each model choose?
+"""Evaluation of people who prefer one answer to another, by which answer each model would choose.
 
 The loss is the share of pairs in which the refused answer scores higher; equal scores count half.
 Answers are scored by their likelihood (the head is that of `preference_head.py`), or by a shared
@@ -37,7 +37,10 @@ _ROWS = 32  # answers in memory at once
 
 
 def pair_error(margin: Tensor) -> float:
-    """Share of pairs in the wrong order; a margin of 0 counts half."""
+    """Return the share of pairs in the wrong order.
+
+    A margin of 0 counts half.
+    """
     return float(((margin < 0).double() + 0.5 * (margin == 0).double()).mean())
 
 
@@ -57,10 +60,16 @@ class PairPerson(ABC):
 
     @abstractmethod
     def margins(self, head: PersonalHead | None) -> Tensor:
-        """(n,) by how much the model prefers the chosen answers; head None: the shared model."""
+        """Return by how much the model prefers each chosen answer to the rejected one, (n,).
+
+        Head None is the shared model.
+        """
 
     def loss(self, head: PersonalHead | None) -> float:
-        """Share of the held-out pairs in the wrong order; head None: the shared model."""
+        """Return the share of the held-out pairs in the wrong order.
+
+        Head None is the shared model.
+        """
         return pair_error(self.margins(head))
 
 
@@ -80,7 +89,10 @@ class LikelihoodPerson(PairPerson):
     output: Tensor = field(repr=False)
 
     def margins(self, head: PersonalHead | None) -> Tensor:
-        """As `PairPerson.margins`, in nats; the head is a `TextHead`."""
+        """Return the margins of the pairs in nats, as `PairPerson.margins` says.
+
+        The head is a `TextHead`.
+        """
         used = head_of_kind(TextHead, head)
         return token_margins(self.answers, used, self.scores, self.output)
 
@@ -99,14 +111,17 @@ class ScorePerson(PairPerson):
     shared: LabelHead = field(repr=False)
 
     def margins(self, head: PersonalHead | None) -> Tensor:
-        """As `PairPerson.margins`, in the head's own unit; the head is a `LabelHead`."""
+        """Return the margins of the pairs in the head's own unit, as `PairPerson.margins` says.
+
+        The head is a `LabelHead`.
+        """
         used = head_of_kind(LabelHead, head) or self.shared
         margins: Tensor = (self.differences.double() @ used.weight.double().T)[:, 0]
         return margins
 
 
 class LikelihoodEvaluator:
-    """Preferences where an answer's score is its log likelihood.
+    """Evaluates people whose answers are scored by their log likelihood.
 
     Args: as `person_losses.evaluator_of`, whose `pairs` are `settings`.
     """
@@ -120,7 +135,7 @@ class LikelihoodEvaluator:
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
     ) -> LikelihoodPerson | None:
-        """As `Evaluator.person`."""
+        """Prepare one person, as `Evaluator.person` says."""
         if not held_out:
             return None
         answers, scores = self._scored(held_out, self.shared)
@@ -135,14 +150,14 @@ class LikelihoodEvaluator:
     def _scored(
         self, records: Sequence[Tokenised], vector: Vector
     ) -> tuple[AnswerTokens, SharedScores]:
-        """The answers' tokens under an adapter, and the model's scores of them."""
+        """Return the answers' tokens under an adapter, and the model's scores of them."""
         self.adapter.write(vector)
         answers = self._answers(records)
         return answers, shared_scores(answers.tokens, self.output)
 
     @torch.no_grad()
     def _answers(self, records: Sequence[Tokenised]) -> AnswerTokens:
-        """The answers' positions under the adapter that is loaded."""
+        """Return the answers' positions under the adapter that is loaded."""
         base, first = self.adapter.base, self.adapter.first_block
         rows = [(i, 1.0, r.ids, r.prompts[0]) for i, r in enumerate(records)]
         rows += [(i, -1.0, r.rejected, r.prompts[1]) for i, r in enumerate(records)]
@@ -168,7 +183,9 @@ class LikelihoodEvaluator:
 
 
 class ScoreEvaluator:
-    """Preferences where a head scores an answer; states of the same answer are computed once.
+    """Evaluates people whose answers are scored by a head.
+
+    States of the same answer are computed once.
 
     The head sees two views of an answer: the pooled final state, and the mean of what enters the
     first block. The shared head knows the first alone.
@@ -191,7 +208,10 @@ class ScoreEvaluator:
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
     ) -> ScorePerson | None:
-        """As `Evaluator.person`; under the base model all answers are equal."""
+        """Prepare one person, as `Evaluator.person` says.
+
+        Under the base model all answers are equal.
+        """
         if not held_out:
             return None
         differences, head = self._differences(held_out), None
@@ -207,7 +227,7 @@ class ScoreEvaluator:
         return ScorePerson(0.5, head, _longer(held_out), differences, self.shared)
 
     def _differences(self, records: Sequence[Tokenised]) -> Tensor:
-        """(n, w) views of the chosen answers less those of the rejected ones."""
+        """Return the views of the chosen answers less those of the rejected ones, (n, w)."""
         chosen = self._views([record.ids for record in records])
         return chosen - self._views([record.rejected for record in records])
 
@@ -224,12 +244,12 @@ class ScoreEvaluator:
 
 
 def _mean_state(states: Tensor, mask: Tensor) -> Tensor:
-    """(n, w) mean over each row's tokens, of norm 1."""
+    """Return the mean state over each row's tokens, scaled to norm 1, (n, w)."""
     return functional.normalize((states * mask[:, :, None].to(states.dtype)).sum(1), dim=1)
 
 
 def _numbered(records: Sequence[Tokenised]) -> Tensor:
-    """(n, 2) a number for each answer, the same for the same ids."""
+    """Number the answers, (n, 2), with the same number for the same ids."""
     numbers: dict[tuple[int, ...], int] = {}
     return torch.tensor(
         [[numbers.setdefault(ids, len(numbers)) for ids in (r.ids, r.rejected)] for r in records]
@@ -237,7 +257,7 @@ def _numbered(records: Sequence[Tokenised]) -> Tensor:
 
 
 def _longer(records: Sequence[Tokenised]) -> Tensor:
-    """(n,) tokens of the chosen answer less those of the rejected one."""
+    """Return the tokens of each chosen answer less those of the rejected one, (n,)."""
     return torch.tensor(
         [
             float(len(r.ids) - r.prompts[0] - len(r.rejected) + r.prompts[1])

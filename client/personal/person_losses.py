@@ -1,4 +1,4 @@
-"""What one person's own held-out records say about three models: base, shared, personal.
+"""One person's losses on held-out records under three models: base, shared, personal.
 
 `evaluator_of` is the one place that says which kind of head fits a task.
 
@@ -27,7 +27,10 @@ __all__ = ["Losses", "arms_block", "evaluate_person", "evaluator_of", "gains_blo
 
 @dataclass(frozen=True)
 class Losses:
-    """One person's mean losses on the own held-out records; sensitive, so `repr` hides them."""
+    """One person's mean losses on their held-out records.
+
+    They are sensitive, so `repr` hides them.
+    """
 
     base: float = field(repr=False)
     shared: float = field(repr=False)
@@ -41,7 +44,7 @@ def evaluator_of(
     pairs: PreferenceSettings | None = None,
     tokens: int = 0,
 ) -> Evaluator:
-    """The evaluator that fits the adapter's task, and with it the kind of personal head.
+    """Return the evaluator that fits the adapter's task, and with it the kind of personal head.
 
     Args:
         adapter: overwritten, again and again.
@@ -63,7 +66,9 @@ def evaluate_person(
     held_out: Sequence[Tokenised],
     fit: bool,
 ) -> Losses | None:
-    """One person's losses; run by the client, after its delta is made.
+    """Return one person's losses under the three models.
+
+    Run by the client, after its delta is made.
 
     All three are computed whatever is asked for, so that the time it takes tells no arm.
 
@@ -89,7 +94,11 @@ def evaluate_person(
 
 
 def gains_block(losses: Losses | None, bound: float) -> NDArray[np.float64]:
-    """(base - shared, shared - personal, 1), gains in [-1, 1] of the bound; zeros for None."""
+    """Return the block of gains: what adapter and head gain, and a 1 that counts the person.
+
+    (base - shared, shared - personal, 1), gains in [-1, 1] of the bound. All zeros where the losses
+    are None.
+    """
     if losses is None:
         return np.zeros(ENTRIES["gains"])
     gains = np.array([losses.base - losses.shared, losses.shared - losses.personal])
@@ -99,7 +108,10 @@ def gains_block(losses: Losses | None, bound: float) -> NDArray[np.float64]:
 def arms_block(
     losses: Losses | None, bound: float, arms: Sequence[str], own: int
 ) -> NDArray[np.float64]:
-    """(1, outcome, its square) in the slots of the own arm, zeros elsewhere; zeros for None.
+    """Return the block of arms, which holds the outcome in the entries of the own arm.
+
+    These entries are (1, outcome, its square). All others are zero, and all of them are where the
+    losses are None.
 
     Args:
         losses: of the person.

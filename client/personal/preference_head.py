@@ -1,4 +1,6 @@
-"""The personal part from preferences where likelihood scores the answers; and length.
+"""The personal head for preferences between answers that are scored by their likelihood.
+
+Also how far a model prefers long answers.
 
 A pair says that the owner prefers one answer to another. The personal model adds to the shared
 model's margin m of the pair a change f, and is fitted by DPO with the shared model as the frozen
@@ -46,7 +48,9 @@ MIN_PAIRS = 5
 
 @dataclass(frozen=True, eq=False)
 class AnswerTokens:
-    """The tokens of n pairs' answers under the shared model; private.
+    """The tokens of n pairs' answers under the shared model.
+
+    They are private.
 
     Attributes:
         tokens: (k,) positions: states, targets, and the pair each is of as `record`.
@@ -61,18 +65,18 @@ class AnswerTokens:
 
     @property
     def pairs(self) -> int:
-        """n."""
+        """The number of pairs, n."""
         return len(self.which)
 
     def summed(self, values: Tensor) -> Tensor:
-        """Values of positions (k,) -> of pairs (n,), weighed."""
+        """Sum values of positions (k,) to values of pairs (n,), weighed."""
         found = torch.zeros(self.pairs, dtype=values.dtype)
         return found.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How margins go with the difference of the answers' lengths: correlations, -1 to 1.
+    """The correlations, -1 to 1, of margins with the difference of the answers' lengths.
 
     Taken about zero, so that it does not matter which answer of a pair is called the first.
 
@@ -86,12 +90,15 @@ class Lengths:
 
     @property
     def excess(self) -> float:
-        """Preference for long answers beyond the owner's; below 0: for short ones."""
+        """The model's preference for long answers beyond the owner's.
+
+        Below 0 it prefers short ones.
+        """
         return self.model - self.choices
 
 
 def length_bias(margin: Tensor, longer: Tensor) -> Lengths:
-    """Whether a model prefers long answers more than the person does.
+    """Measure whether a model prefers long answers more than the person does.
 
     Args:
         margin: (n,) of chosen over rejected.
@@ -111,14 +118,16 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 @torch.no_grad()
 def token_margins(answers: AnswerTokens, head: TextHead | None, shared: SharedScores,
                   output: Tensor) -> Tensor:  # fmt: skip
-    """Margins (n,) of the pairs under the shared model (None) or with a head, nats."""
+    """Return margins (n,) of the pairs under the shared model (None) or with a head, nats."""
     from .text_head import token_losses
 
     return -answers.summed(token_losses(head, answers.tokens, output, shared))
 
 
 def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSettings) -> TextHead:
-    """One person's bias on tokens; run on the device, after the release.
+    """Fit one person's bias on tokens to their preferences.
+
+    Run on the device, after the release.
 
     Args:
         answers: of the person's own pairs, under the reference: the shared model.
@@ -139,12 +148,12 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
         offset = settings.beta * token_margins(answers, None, scores, output)
 
     def change(bias: Tensor) -> Tensor:
-        """(n,) what the bias adds to the margins."""
+        """Return what the bias adds to the margins, (n,)."""
         given = torch.where(slots >= 0, bias[slots.clamp_min(0)], 0.0)
         return answers.summed(given - torch.log1p((own @ torch.expm1(bias)).clamp_min(-0.999)))
 
     def fitted(spread: float, counted: Tensor) -> Tensor:
-        """The bias (m,) fitted on the pairs where `counted` (n,) is true."""
+        """Fit the bias (m,) on the pairs where `counted` (n,) is true."""
 
         def objective(free: Tensor) -> Tensor:
             fit = functional.softplus(-settings.beta * change(spread * free))[counted].sum()
@@ -167,7 +176,10 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
 
 
 def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
-    """The tokens (m,) most of which stand on one side only, and each position's, -1 for none."""
+    """Choose the tokens (m,) most of which stand on one side only.
+
+    Also returned is each position's token among them, -1 for none.
+    """
     every, place = torch.unique(answers.tokens.targets, return_inverse=True)
     net = torch.zeros(len(every)).index_add(0, place, answers.weight.sign().float()).abs()
     chosen = net.argsort(descending=True, stable=True)[:MOST_TOKENS].sort().values
@@ -195,7 +207,9 @@ def _minimum(objective: Callable[[Tensor], Tensor], count: int) -> Tensor:
 
 
 def _folds(answers: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Masks (n,): pairs left out, pairs to fit on; no answer is on both sides.
+    """Split the pairs into folds so that no answer is on both sides.
+
+    Returns masks (n,): pairs left out, pairs to fit on.
 
     Answers, in the order they are met, are cut into groups; a fold leaves out the pairs within one
     group and fits on those without it. Pairs across groups are left out of no fold. Where that
@@ -212,7 +226,7 @@ def _folds(answers: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def _ranks(answers: Tensor) -> Tensor:
-    """(n, 2) how many other answers were met before each one, first come first."""
+    """Return how many other answers were met before each one, (n, 2), first come first."""
     order: dict[int, int] = {}
     flat = [order.setdefault(one, len(order)) for one in answers.flatten().tolist()]
     return torch.tensor(flat).view(answers.shape)
@@ -221,7 +235,7 @@ def _ranks(answers: Tensor) -> Tensor:
 def _best(
     offset: Tensor, folds: list[tuple[Tensor, Tensor]], fitted_on: Callable[[float, Tensor], Tensor]
 ) -> float:
-    """The spread that predicts left-out pairs best.
+    """Return the spread that predicts left-out pairs best.
 
     0 unless one beats the shared model alone, whose scale is chosen on the left-out pairs
     themselves: it is given the benefit of the doubt.

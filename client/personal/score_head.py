@@ -1,4 +1,4 @@
-"""The personal head that scores answers: a Bayesian one, around the shared head of the round.
+"""The personal head that scores answers, a Bayesian one around the shared head of the round.
 
 A pair says that the owner prefers one answer to another; the probability of it is sigmoid(c m + f)
 (Bradley and Terry 1952). m is the shared head's margin of the pair, of root mean square 1; c, in
@@ -61,7 +61,9 @@ def fit_score_head(
     settings: PreferenceSettings,
     widths: Sequence[int] | None = None,
 ) -> LabelHead:
-    """One person's score head; run on the device, after the release.
+    """Fit one person's score head to their preferences.
+
+    Run on the device, after the release.
 
     Args:
         differences: (n, w) states of the chosen answer less those of the rejected one, earliest
@@ -115,13 +117,15 @@ def fit_score_head(
 
 
 def widened(shared: LabelHead, width: int) -> LabelHead:
-    """The shared head over `width` columns, those it does not know at 0."""
+    """Return the shared head over `width` columns, with 0 in those it does not know."""
     weight = functional.pad(shared.weight, (0, width - shared.weight.shape[1]))
     return LabelHead(weight, shared.bias, shared.task, shared.strength)
 
 
 def _laplace(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """g Gaussian priors of n pairs' log odds, all pairs preferred as they stand.
+    """Approximate the posterior under g Gaussian priors of n pairs' log odds (Laplace).
+
+    All pairs are preferred as they stand.
 
     Newton's method, each step halved until it does not lead down.
 
@@ -168,27 +172,30 @@ def _laplace(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wanted(evidence: Tensor, change: Tensor) -> bool:
-    """Whether the evidence for a change, on average, is `ODDS` times that for none."""
+    """Return whether the evidence for a change, on average, is `ODDS` times that for none."""
     each = [evidence[which].logsumexp(0) - which.sum().log() for which in (change, ~change)]
     return float(each[0] - each[1]) >= math.log(ODDS)
 
 
 def _own_worth(answers: Tensor) -> Tensor:
-    """(n, n) covariance of the differences of answers' own worths, each of variance 1."""
+    """Return the covariance (n, n) of differences of answers' own worths, each of variance 1."""
     _, number = torch.unique(answers, return_inverse=True)
     one, other = functional.one_hot(number).double().unbind(1)
     return (one - other) @ (one - other).T
 
 
 def _off_length(rows: Tensor, longer: Tensor) -> Tensor:
-    """Rows without their part along which they move with length, the preference held fixed."""
+    """Remove the part of the rows that moves with length, with the preference held fixed."""
     away = longer - longer.mean()
     direction = functional.normalize(away @ (rows - rows.mean(0)), dim=0)
     return rows - torch.outer(rows @ direction, direction)
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows over their root mean square length, and that; as they are where all are zero."""
+    """Divide rows by their root mean square length, and return that too.
+
+    Rows that are all zero stay as they are.
+    """
     size = rows.square().sum(1).mean().sqrt()
     size = size if float(size) > _LENGTH else torch.ones_like(size)
     return rows / size, size

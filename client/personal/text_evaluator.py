@@ -1,4 +1,4 @@
-"""Evaluates people who write text: nats per token, with the head of `text_head.py`."""
+"""Evaluation of people who write text, in nats per token, with the head of `text_head.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,13 +41,18 @@ class TextPerson:
     output: Tensor = field(repr=False)
 
     def loss(self, head: PersonalHead | None) -> float:
-        """Nats per held-out token with a `TextHead`; None is the shared model."""
+        """Return the nats per held-out token with a `TextHead`.
+
+        None is the shared model.
+        """
         used = head_of_kind(TextHead, head)
         return float(token_losses(used, self.states, self.output, self.scores).mean())
 
 
 class TextEvaluator:
-    """Generation; the frozen prefix is computed once for base and shared model.
+    """Evaluates people who write text.
+
+    The frozen prefix is computed once for base and shared model.
 
     Args: as `person_losses.evaluator_of`.
     """
@@ -61,7 +66,7 @@ class TextEvaluator:
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
     ) -> TextPerson | None:
-        """As `Evaluator.person`."""
+        """Prepare one person, as `Evaluator.person` says."""
         if not held_out:
             return None
         base, shared = self._states(held_out, (self.adapter.start, self.shared))
@@ -75,7 +80,7 @@ class TextEvaluator:
 
     @torch.no_grad()
     def _states(self, records: Sequence[Tokenised], vectors: Sequence[Vector]) -> list[TokenStates]:
-        """Final states of the records under each adapter."""
+        """Return the final states of the records under each adapter."""
         base, first = self.adapter.base, self.adapter.first_block
         ids, mask = pad([record.ids for record in records], tokens=self.tokens)
         wanted = mask[:, 1:].bool()

@@ -1,4 +1,4 @@
-"""The personal head for generation: what one person's own words add to the next token.
+"""The personal head for text generation, which adds one person's own words to the next token.
 
 Fitted on one device from cached final hidden states, after the release; no backward pass through
 the base model. Two parts, each with a weight chosen on the person's own held-out records:
@@ -52,7 +52,7 @@ _TENSORS = ("tokens", "bias", "keys", "slots", "centre")
 
 @dataclass(frozen=True)
 class TokenStates:
-    """Final hidden states of one person's records, and what followed.
+    """Final hidden states of one person's records, and the tokens that followed.
 
     Attributes:
         states: (n, w) float, after the model's final norm; `states @ output.T` are the logits.
@@ -88,13 +88,13 @@ class TokenStates:
         return len(self.targets)
 
     def where(self, mask: Tensor) -> "TokenStates":
-        """The positions where `mask` (n,) is true."""
+        """Return the positions where `mask` (n,) is true."""
         return TokenStates(self.states[mask], self.targets[mask], self.record[mask])
 
 
 @dataclass(frozen=True)
 class SharedScores:
-    """What the full vocabulary is needed for, once per position.
+    """The numbers for which the full vocabulary is needed, once per position.
 
     Attributes:
         log_z: (n,) log of the sum of exp(logits).
@@ -105,17 +105,19 @@ class SharedScores:
     target_logit: Tensor = field(repr=False)
 
     def where(self, mask: Tensor) -> "SharedScores":
-        """The positions where `mask` (n,) is true."""
+        """Return the positions where `mask` (n,) is true."""
         return SharedScores(self.log_z[mask], self.target_logit[mask])
 
 
 @dataclass(frozen=True)
 class TextHead:
-    """One person's head; private: never in a log, never in a message.
+    """One person's head for text generation.
+
+    Private: it is never in a log or a message.
 
     Attributes:
         tokens: (m,) int64, sorted: the tokens this head says something about.
-        bias: (m,) float, >= 0, added to their logits.
+        bias: (m,) float, added to their logits; >= 0 where `fit_text_head` fitted it.
         keys: (k, w) float, unit rows: the remembered states, centred.
         slots: (k,) int64: `tokens[slots]` is what followed each key.
         centre: (w,) float, subtracted from a state before it is compared.
@@ -135,17 +137,17 @@ class TextHead:
 
     @property
     def is_shared(self) -> bool:
-        """True when this head changes nothing."""
+        """Whether this head changes nothing."""
         return not len(self.tokens)
 
     def to_bytes(self) -> bytes:
-        """The head as a safetensors file, for the vault."""
+        """Return the head as a safetensors file, for the vault."""
         facts = {"bias_weight": repr(self.bias_weight), "memory_offset": repr(self.memory_offset)}
         return pack("text", {name: getattr(self, name) for name in _TENSORS}, facts)
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> "TextHead":
-        """As `PersonalHead.from_bytes`."""
+        """Read a head that `to_bytes` wrote, as `PersonalHead.from_bytes` says."""
         tensors, facts = unpack("text", _TENSORS, content, name)
         tokens, bias, keys, slots, centre = (tensors[each] for each in _TENSORS)
         fits = tokens.shape == bias.shape and len(keys) == len(slots)
@@ -157,7 +159,7 @@ class TextHead:
 
 
 def no_text_head(width: int) -> TextHead:
-    """The head that changes nothing."""
+    """Return the head that changes nothing."""
     return TextHead(
         tokens=torch.zeros(0, dtype=torch.int64),
         bias=torch.zeros(0),
@@ -171,7 +173,7 @@ def no_text_head(width: int) -> TextHead:
 
 @torch.no_grad()
 def shared_scores(data: TokenStates, output: Tensor) -> SharedScores:
-    """The shared model's scores, to be reused by every head that is measured on `data`.
+    """Compute the shared model's scores, which every head that is measured on `data` reuses.
 
     The full logits exist for a few rows at a time, 24 MB, whatever n is.
 
@@ -199,7 +201,7 @@ def shared_scores(data: TokenStates, output: Tensor) -> SharedScores:
 def token_losses(
     head: TextHead | None, data: TokenStates, output: Tensor, shared: SharedScores
 ) -> Tensor:
-    """Negative log probability of each target.
+    """Return the negative log probability of each target.
 
     Args:
         head: whose head; None is the shared model.
@@ -231,7 +233,7 @@ def token_losses(
 
 @torch.no_grad()
 def adjusted_logits(head: TextHead | None, state: Tensor, logits: Tensor) -> Tensor:
-    """The personal model's log probabilities of the next token, for generation.
+    """Return the personal model's log probabilities of the next token, for generation.
 
     Args:
         head: the person's head; None is the shared model.
@@ -260,7 +262,9 @@ def adjusted_logits(head: TextHead | None, state: Tensor, logits: Tensor) -> Ten
 
 @torch.no_grad()
 def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None = None) -> TextHead:
-    """Fits one person's head on all of `own`; run on the device, after the release.
+    """Fit one person's text head on all of `own`.
+
+    Run on the device, after the release.
 
     The two weights are chosen by leaving out contiguous blocks of the person's own records, in
     order: speeches next to each other share a topic, so leaving out single records promises about
@@ -308,7 +312,7 @@ _Pair = tuple[float, float | None]
 def _held_out_gains(
     own: TokenStates, shared: SharedScores, tokens: Tensor, slots: Tensor, log_own: Tensor
 ) -> dict[_Pair, Tensor]:
-    """(n,) nats gained at each position by each pair of weights fitted without its block."""
+    """Return the nats (n,) that each pair of weights gains at positions it was not fitted on."""
     base = shared.target_logit - shared.log_z
     block = _blocks(own.record)
     gains: dict[_Pair, Tensor] = {
@@ -335,7 +339,10 @@ def _held_out_gains(
 
 
 def _choice(gains: dict[_Pair, Tensor], record: Tensor) -> _Pair | None:
-    """The pair whose gain per record is surest; None when none is sure to be above zero."""
+    """Return the pair of weights whose gain per record is surest.
+
+    None when none is sure to be above zero.
+    """
     _, place = torch.unique(record, return_inverse=True)
     count = int(place.max()) + 1
     best, best_bound = None, 0.0
@@ -349,18 +356,23 @@ def _choice(gains: dict[_Pair, Tensor], record: Tensor) -> _Pair | None:
 
 
 def _blocks(record: Tensor) -> Tensor:
-    """(n,) the number of each position's contiguous block of records, at most `FOLDS` blocks."""
+    """Number each position's contiguous block of records, (n,), at most `FOLDS` blocks."""
     records, place = torch.unique(record, return_inverse=True)
     return torch.div(place * min(FOLDS, len(records)), len(records), rounding_mode="floor")
 
 
 def _evidence(counts: Tensor, expected: Tensor) -> Tensor:
-    """(m,) log of how much more often than the shared model expects, shrunken; 0 if never used."""
+    """Return how much more often each token was used than the shared model expects, (m,).
+
+    The log of it, shrunken, and 0 if the token was never used.
+    """
     return torch.log1p(counts / (SHRINKAGE * expected.clamp_min(1e-12)))
 
 
 def _bias_gain(log_own: Tensor, bias: Tensor, place: Tensor) -> Tensor:
-    """(n,) nats a bias gives the target: its own bias less the growth of the normaliser.
+    """Return the nats (n,) a bias gives the target.
+
+    That is its own bias less the growth of the normaliser.
 
     Args:
         log_own: (n, m) the shared model's log probabilities of the person's tokens.
@@ -372,14 +384,20 @@ def _bias_gain(log_own: Tensor, bias: Tensor, place: Tensor) -> Tensor:
 
 
 def _memory(states: Tensor) -> tuple[Tensor, Tensor]:
-    """The centre (w,) and the unit keys (k, w); no states: no keys and a zero centre."""
+    """Return the centre (w,) and the unit keys (k, w) of the memory.
+
+    Without states there are no keys, and the centre is zero.
+    """
     states = states.float()
     centre = states.mean(0) if len(states) else torch.zeros(states.shape[1])
     return centre, _unit(states - centre)
 
 
 def _recall(similar: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """What the memory says, (n, count) masses that sum to 1, and how sure it is, (n,) log-odds."""
+    """Return what the memory says, and how sure it is.
+
+    (n, count) masses that sum to 1, and (n,) log-odds.
+    """
     share = torch.softmax(SHARPNESS * similar, dim=1)
     mass = torch.zeros(len(similar), count).index_add_(1, slots, share)
     constant, nearest, largest = GATE
@@ -388,7 +406,10 @@ def _recall(similar: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 
 def _mix(log_p: Tensor, mass: Tensor, odds: Tensor) -> Tensor:
-    """log((1 - s) p + s mass), s = sigmoid(odds); a mass of 0 is allowed."""
+    """Mix a remembered mass into log probabilities, with a share of s = sigmoid(odds).
+
+    log((1 - s) p + s mass), where a mass of 0 is allowed.
+    """
     logsigmoid = torch.nn.functional.logsigmoid
     return torch.logaddexp(log_p + logsigmoid(-odds), mass.log() + logsigmoid(odds))
 
@@ -399,13 +420,19 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _places(tokens: Tensor, targets: Tensor) -> Tensor:
-    """(n,) where each target is in the sorted `tokens`; -1 when it is not."""
+    """Return where each target is in the sorted `tokens`, (n,).
+
+    -1 where it is not.
+    """
     place = torch.searchsorted(tokens, targets).clamp_max(len(tokens) - 1)
     return torch.where(tokens[place] == targets, place, -1)
 
 
 def _at(mass: Tensor, place: Tensor) -> Tensor:
-    """(n,) `mass` at each row's place; 0 where the place is -1."""
+    """Return `mass` at each row's place, (n,).
+
+    0 where the place is -1.
+    """
     found = mass.gather(1, place.clamp_min(0)[:, None])[:, 0]
     return torch.where(place >= 0, found, 0.0)
 

@@ -1,1 +1,1 @@
-"""What leaves, and what it cost: the gate, the ledger, the masked upload."""
+"""The privacy core of a device: the gate, the ledger of what was spent, the masked upload."""

@@ -1,4 +1,4 @@
-"""How many rounds of a run a limit pays for: said before it starts, and before an owner agrees.
+"""How many rounds of a run a limit pays for, known before it starts and before an owner agrees.
 
 A limit is the owner's, over all runs, or the run's own cap, of this run alone
 (`client/privacy/gate.py` names whose it is). What is counted is the device that is asked in every
@@ -23,7 +23,7 @@ RECKONED = 0.01
 
 @dataclass(frozen=True)
 class Paid:
-    """What one limit pays for, on one line of the ledger.
+    """The number of releases that one limit pays for, on one line of the ledger.
 
     Attributes:
         rounds: so many releases more.
@@ -53,7 +53,9 @@ def paid(
     past: Sequence[Charge] = (),
     slack: float = 0.0,
 ) -> Iterator[Paid]:
-    """Each limit on each line that pays for fewer than `count` releases of `cost`, after `past`.
+    """Yield each limit that pays for fewer than `count` releases of `cost`, after `past`.
+
+    There may be one on each line of the ledger.
 
     `slack`: by how much of a limit `cost` may be reckoned too dear, where it is no plan's own.
     """
@@ -77,7 +79,9 @@ def fewest(
     past: Sequence[Charge] = (),
     in_run: Sequence[Charge] = (),
 ) -> Paid | None:
-    """The limit of a device that pays for the fewest of `count` releases; None: all are paid for.
+    """Return the limit of a device that pays for the fewest of `count` releases.
+
+    None where all of them are paid for.
 
     A cost reckoned from an offer is that of an adapter of a usual size, and may be above that of
     the rounds' own plans; a limit that is passed by less than 1 % pays, and the ledger has the last
@@ -98,7 +102,7 @@ def fewest(
 
 
 def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[str], None]) -> None:
-    """A run whose rounds nobody could pay for does not start.
+    """Refuse to start a run whose rounds nobody could pay for.
 
     Of a run on devices its own cap counts, since what owners allow is known to them alone; of a
     simulation what its clients have. A fleet larger than the cohort shares the rounds: where each
@@ -140,7 +144,10 @@ def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[st
 
 
 def needed(epsilon: float) -> str:
-    """A budget that is enough for it, also for an adapter of the size that owners reckon with."""
+    """Return a budget that is enough for an epsilon, with a margin of 1 %.
+
+    So it is enough for an adapter of the size that owners reckon with, too.
+    """
     return f"{math.ceil(101 * epsilon - 1e-9) / 100:g}"
 
 

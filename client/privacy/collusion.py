@@ -27,7 +27,9 @@ MOST_ROWS = 9
 
 @dataclass(frozen=True, eq=False)
 class Release:
-    """One release: what it cost, and what it was asked with; None: an older privet wrote it.
+    """One release: what it cost, and the plan it was asked with.
+
+    The plan is None where an older privet wrote the release.
 
     Equal releases may share one object: a table then counts them once.
     """
@@ -37,13 +39,13 @@ class Release:
 
 
 def known(plans: Mapping[str, str]) -> dict[str, Asked]:
-    """The plans of a ledger that this privet can read, by digest."""
+    """Return the plans of a ledger that this privet can read, by digest."""
     found = {digest: restored(digest, text) for digest, text in plans.items()}
     return {digest: asked for digest, asked in found.items() if asked is not None}
 
 
 def completed(charges: tuple[Charge, ...], asked: Asked | None) -> tuple[Charge, ...]:
-    """A release's charges with the client-level one against the unmasked server.
+    """Add the client-level charge against the unmasked server to a release's charges, if it lacks.
 
     An older privet did not charge it: it is computed from the plan, where that is known.
     """
@@ -57,7 +59,7 @@ def completed(charges: tuple[Charge, ...], asked: Asked | None) -> tuple[Charge,
 
 
 def reckoned(charges: Sequence[Charge], delta: float) -> tuple[float | None, bool]:
-    """An epsilon, and whether it is a bound.
+    """Return an epsilon, and whether it is a bound.
 
     One share hides so little that epsilon is beyond what integer noise has a bound for: its tables
     end at a chance of 2^-60, and exp(epsilon) times that is more than delta from epsilon 25 or so
@@ -72,7 +74,7 @@ def reckoned(charges: Sequence[Charge], delta: float) -> tuple[float | None, boo
 
 
 def conditions(colluders: int | None, enrolled: int | None) -> list[str]:
-    """What every figure against the server rests on where contributions are masked."""
+    """Return what every figure against the server rests on where contributions are masked."""
     most = (
         "no more devices than the plans reckon with"
         if colluders is None
@@ -85,7 +87,10 @@ def conditions(colluders: int | None, enrolled: int | None) -> list[str]:
 
 
 def points(agreed: int, last: int) -> list[int]:
-    """Numbers of colluding devices worth a row: 0, the agreed one, doublings, the last."""
+    """Return the numbers of colluding devices that are worth a row of the table.
+
+    They are 0, the agreed one, doublings, and the last.
+    """
     steps, step = [], max(agreed, 1)
     while step < last:
         steps.append(step)
@@ -99,7 +104,9 @@ def points(agreed: int, last: int) -> list[int]:
 def table(
     histories: Iterable[Sequence[Release]], adjacency: Adjacency, delta: float, agreed: int
 ) -> list[dict[str, Any]]:
-    """Colluding devices -> client-level epsilon against the server, of the worst history.
+    """Tabulate client-level epsilon against the server by the number of colluding devices.
+
+    It is that of the worst history.
 
     Args:
         histories: the releases of each client.
@@ -133,7 +140,10 @@ def _person(one: Release, adjacency: Adjacency) -> Charge | None:
 
 
 def _cost(one: Release, adjacency: Adjacency, devices: int) -> Charge:
-    """A release at that many colluding devices; one without masks as it is: nobody has a share."""
+    """Return what a release costs at that many colluding devices.
+
+    Without masks it costs what it did, because nobody has a share.
+    """
     charge = _person(one, adjacency)
     if one.asked is not None and one.asked.plan.masked:
         return colluding(one.asked.plan, one.asked.dimension, adjacency, devices)

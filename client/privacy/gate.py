@@ -51,7 +51,7 @@ def release(
     source: Source,
     statistics: Statistics | None = None,
 ) -> bytes:
-    """One contribution -> the bytes that leave.
+    """Turn one contribution into the bytes that leave, and charge the ledger for them.
 
     Args:
         delta: local minus global adapter, shape (d,), float32.
@@ -88,7 +88,7 @@ def release(
 def _noised(
     vector: NDArray[np.float64], part: Block, plan: Plan, source: Source
 ) -> NDArray[np.int64]:
-    """Bounded reals -> integers on their grid, with the noise that is the device's to add."""
+    """Round a bounded vector to integers on its grid, and add the device's part of the noise."""
     integers = round_randomly(vector, part.step, source.words)
     if plan.noise_at in ("device", "distributed"):
         integers += plan.mechanism.sample(part.variance, len(integers), source)
@@ -96,7 +96,7 @@ def _noised(
 
 
 def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charge, ...]:
-    """What one release under `plan` costs: one charge per unit and adversary.
+    """Return what one release under `plan` costs: one charge per unit and adversary.
 
     Client level: the noise of `noise_at` against the clip. With `device` it holds against the
     server too; with `distributed` as well, if masking holds, and what counts are the shares of
@@ -164,7 +164,7 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
 
 
 def colluding(plan: Plan, dimension: int, adjacency: Adjacency, devices: int) -> Charge:
-    """What one masked release costs a person against a server with `devices` colluding devices.
+    """Return what one masked release costs a person if `devices` devices collude with the server.
 
     They know their own noise and take it away: what hides the person are the shares of the
     smallest sum that may be opened, less theirs. With 0 that is the noise of the whole sum, with
@@ -184,7 +184,7 @@ def colluding(plan: Plan, dimension: int, adjacency: Adjacency, devices: int) ->
 def _person(
     plan: Plan, dimension: int, adjacency: Adjacency, against: Against, shares: int
 ) -> Charge:
-    """Adapter and blocks as one release about a person, hidden by `shares` adders' noise."""
+    """Charge adapter and blocks as one release about a person, hidden by `shares` adders' noise."""
     return _together(
         [
             plan.mechanism.charge(part, "client", against, adjacency, shares)
@@ -194,7 +194,7 @@ def _person(
 
 
 def _together(parts: Sequence[Charge]) -> Charge:
-    """Charges of parts released together -> one charge, with the draw of the first.
+    """Combine the charges of parts released together into one charge, with the draw of the first.
 
     The parts have independent Gaussian noise. With each divided by its own noise, their
     concatenation is one Gaussian mechanism with noise 1, which one unit moves by at most
@@ -212,7 +212,7 @@ def _together(parts: Sequence[Charge]) -> Charge:
 
 
 def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
-    """A block by itself: to the unit and adversary of `charge`, nothing drawn.
+    """Return the charge of a block by itself, to the unit and adversary of `charge`, nothing drawn.
 
     Its noise is what the adversary sees: `shares` adders' of it; none where the server adds it
     later, and then nothing is hidden.
@@ -224,7 +224,7 @@ def _of_block(block: Block, charge: Charge, plan: Plan, shares: int) -> Charge:
 
 
 def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
-    """The owner agreed to a number of releases, whatever numbers the server gives its rounds.
+    """Refuse more releases in a run than the owner agreed to, whatever numbers its rounds have.
 
     Raises:
         PrivacyError: this client has made them in this run.
@@ -238,7 +238,7 @@ def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
 
 
 def budgets(privacy: PrivacySettings) -> dict[str, Limit]:
-    """The device's largest epsilons over all runs: its owner's, or a simulated client's.
+    """Return the device's largest epsilons over all runs, its owner's or a simulated client's.
 
     By unit, or for one adversary by `unit/against`. Without limit only where no claim is made at
     all. What a person has spent should masking break is written down and shown, and limited by
@@ -265,7 +265,9 @@ def budgets(privacy: PrivacySettings) -> dict[str, Limit]:
 
 
 def caps(privacy: PrivacySettings) -> dict[str, Limit]:
-    """The run's own caps, of what is spent in this run, as `budgets`; empty where it has none.
+    """Return the run's own caps, which limit what is spent in this run.
+
+    By the names of `budgets`. Empty where the run has none.
 
     A simulated client's ledger has one run, so that the cap is its budget already. No cap counts a
     person's share of the noise by itself: neither should masking break, nor against the server
@@ -318,8 +320,11 @@ def _flattened(delta: NDArray[np.float32], plan: Plan) -> NDArray[np.float64]:
 
 
 def _clamped(vector: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
-    """After a rotation no coordinate is above its bound, but with chance 2^-60; this one is cut,
-    which shortens the vector and moves no two of them further apart."""
+    """Cut the coordinates of a rotated vector that are above their bound.
+
+    There are none but with chance 2^-60. The cut shortens the vector and moves no two of them
+    further apart.
+    """
     if not plan.rotated:
         return vector
     most = flat_bound(plan.clip, len(vector))
@@ -345,7 +350,7 @@ def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:
 
 
 def _refuse_statistics(given: Statistics, plan: Plan) -> list[NDArray[np.float64]]:
-    """The blocks in the plan's order, if they are those of the plan."""
+    """Refuse statistics that are not those of the plan, and return them in the plan's order."""
     asked = {block.name: (block.size,) for block in plan.blocks}
     if {name: values.shape for name, values in given.items()} != asked:
         raise GateRefused(

@@ -1,4 +1,6 @@
-"""What a device has spent: one row per release, durable before the bytes leave, chained by hash.
+"""The ledger of what a device has spent: one row per release, durable before the bytes leave.
+
+The rows are chained by hash.
 
 One SQLite file holds the ledger of one owner (a device, or a run whose simulated devices share the
 file), with one hash chain per client: each row's hash covers the row and the hash before it, and a
@@ -55,7 +57,10 @@ _ENTRY, _BEGUN = "ledger", "ledger-begun"
 
 @dataclass(frozen=True)
 class Row:
-    """One release: `seq` counts a client's releases from 1; hashes are lower-case hex SHA-256."""
+    """One release in the ledger.
+
+    `seq` counts a client's releases from 1. Hashes are lower-case hex SHA-256.
+    """
 
     seq: int
     client: str
@@ -79,7 +84,7 @@ class Declined:
 
 
 class Limit(float):
-    """A largest epsilon that knows whose it is.
+    """A largest epsilon that knows who set it.
 
     Attributes:
         whose: a part of a sentence: who set it, and where.
@@ -96,14 +101,16 @@ class Limit(float):
     def __new__(
         cls, most: float, whose: str = "", mend: str = "", of_run: bool = False, setting: str = ""
     ) -> Self:
-        """Without words it is a plain budget."""
+        """Make a limit, which is a plain budget without the words."""
         made = super().__new__(cls, most)
         made.whose, made.mend, made.of_run, made.setting = whose, mend, of_run, setting
         return made
 
 
 class Ledger:
-    """An open ledger; open one per process, keep it, and close it (it is a context manager).
+    """An open ledger, which is a context manager.
+
+    Open one per process, keep it, and close it.
 
     Threads may share it. A fork may happen at any time outside a call: the connection is closed
     before the fork and opened again by the next call on either side, because SQLite's locks do not
@@ -123,7 +130,7 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, owner: str) -> Self:
-        """Opens the ledger of `owner` (a run or device id), creating it where there is none.
+        """Open the ledger of `owner` (a run or device id), creating it where there is none.
 
         Raises:
             LedgerCorrupt: the file is damaged, of a newer format, or another owner's; it is left
@@ -147,7 +154,7 @@ class Ledger:
 
     @classmethod
     def in_vault(cls, vault: "Vault", *, owner: str) -> Self:
-        """Opens the ledger that `vault` keeps sealed, beginning it where there never was one.
+        """Open the ledger that `vault` keeps sealed, beginning it where there never was one.
 
         It is held in memory; what a method writes is in the vault, durably, when it returns. Do not
         close the vault before the ledger's last use.
@@ -165,7 +172,7 @@ class Ledger:
         return cls(place, owner)
 
     def close(self) -> None:
-        """Lets go of the file; a later call opens it again."""
+        """Close the file, which a later call opens again."""
         with self._lock, ledger_chain.sentences(self._path):
             self._place.close()
 
@@ -187,7 +194,7 @@ class Ledger:
         run: str = "",
         caps: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Allows a release of `charges` within `budgets`, or refuses.
+        """Allow a release of `charges` within `budgets`, or refuse it.
 
         `budgets`: epsilon by unit, or for one adversary by `unit/against`, which then counts.
 
@@ -225,7 +232,7 @@ class Ledger:
         payload: bytes,
         asked: str = "",
     ) -> None:
-        """Records a release in one durable transaction: row, head and payload.
+        """Record a release in one durable transaction: row, head and payload.
 
         **Guarantee**: when this returns, the row is on disk; when it raises, the caller must not
         hand out `payload`.
@@ -268,7 +275,7 @@ class Ledger:
         self._verified[client] = Head(seq, row.hash)
 
     def resend(self, client: str, run: str, round: int, plan: str) -> bytes | None:
-        """The bytes released for this round before, or None where there was no release.
+        """Return the bytes released for this round before, or None where there was no release.
 
         **Guarantee**: a server that asks for the same round again gets the very same bytes, at no
         cost; one that asks with another plan gets nothing.
@@ -302,7 +309,9 @@ class Ledger:
         return bytes(payload)
 
     def decline(self, client: str, run: str, round: int, reason: str) -> None:
-        """Records that a client released nothing in a round; the last reason stands. Not chained.
+        """Record that a client released nothing in a round, and why.
+
+        The last reason stands. It is not part of the hash chain.
 
         Of one client the last thousand are kept: a server may ask for any round of any run.
 
@@ -321,7 +330,7 @@ class Ledger:
             )
 
     def announce(self, client: str, run: str, attempt: int) -> int:
-        """Writes down, durably, that `client` announces keys for a masked attempt.
+        """Record, durably, that `client` announces keys for a masked attempt.
 
         Returns:
             The largest attempt of this run it announced before, 0 where there is none. The caller
@@ -338,12 +347,12 @@ class Ledger:
             return last
 
     def clients(self) -> list[str]:
-        """The names of all clients that released something, sorted."""
+        """Return the names of all clients that released something, sorted."""
         with self._transaction("BEGIN") as db:
             return [name for (name,) in db.execute("SELECT client FROM head ORDER BY client")]
 
     def rows(self, client: str) -> list[Row]:
-        """A client's releases, oldest first, after its chain was verified."""
+        """Return a client's releases, oldest first, after its chain was verified."""
         with self._transaction("BEGIN") as db:
             self._trusted_head(db, client)
             raws = ledger_chain.raw_rows(db, client)
@@ -358,36 +367,39 @@ class Ledger:
             ]
 
     def charges(self, client: str) -> tuple[Charge, ...]:
-        """Everything a client has spent, oldest first, after its chain was verified."""
+        """Return everything a client has spent, oldest first, after its chain was verified."""
         with self._transaction("BEGIN") as db:
             self._trusted_head(db, client)
             return _charges(self._path, db, client)
 
     def plans(self) -> dict[str, str]:
-        """What releases were asked with, by the plan's digest; releases of an older privet lack."""
+        """Return the plans that releases were asked with, by digest.
+
+        Releases of an older privet have none.
+        """
         with self._transaction("BEGIN") as db:
             return ledger_chain.plans(db)
 
     def releases(self, run: str) -> dict[int, int]:
-        """How many releases of all clients each round of a run has."""
+        """Count the releases of all clients in each round of a run."""
         with self._transaction("BEGIN") as db:
             asked = "SELECT round, COUNT(*) FROM release WHERE run = ? GROUP BY round"
             return dict(db.execute(asked, (run,)).fetchall())
 
     def releases_of(self, client: str, run: str) -> int:
-        """How many releases a client has made in one run, after its chain was verified."""
+        """Count the releases of a client in one run, after its chain was verified."""
         with self._transaction("BEGIN") as db:
             self._trusted_head(db, client)
             asked = "SELECT COUNT(*) FROM release WHERE client = ? AND run = ?"
             return int(db.execute(asked, (client, run)).fetchone()[0])
 
     def participations(self, client: str) -> int:
-        """How many releases a client has made; 0 for an unknown one."""
+        """Count the releases of a client, 0 for an unknown one."""
         with self._transaction("BEGIN") as db:
             return self._trusted_head(db, client).count
 
     def declined(self, client: str | None = None) -> list[Declined]:
-        """The declined rounds of one client, or of all, by client, run and round."""
+        """Return the declined rounds of one client, or of all, by client, run and round."""
         with self._transaction("BEGIN") as db:
             found = db.execute(
                 "SELECT client, run, round, reason FROM declined "
@@ -397,7 +409,10 @@ class Ledger:
             return [Declined(*raw) for raw in found]
 
     def _trusted_head(self, db: sqlite3.Connection, client: str) -> Head:
-        """The stored head, its chain walked unless it is the head this process has seen."""
+        """Return a client's stored head, verified.
+
+        The chain is walked unless this is the head that this process has seen.
+        """
         head = ledger_chain.find_head(db, client)
         known = self._verified.get(client)
         if head is None or head != known:
@@ -416,7 +431,7 @@ class Ledger:
 
 
 class Place(Protocol):
-    """Where a ledger is: who gives the connection, and what makes a transaction durable.
+    """The storage of a ledger, which gives the connection and makes transactions durable.
 
     Attributes:
         path: for the sentences.
@@ -427,14 +442,14 @@ class Place(Protocol):
     lock: threading.RLock
 
     def transaction(self, begin: str) -> AbstractContextManager[sqlite3.Connection]:
-        """Durable when the block ends, undone when it raises."""
+        """Open a transaction that is durable when the block ends, and undone when it raises."""
 
     def close(self) -> None:
-        """Lets go; the next transaction connects again."""
+        """Close the connection, which the next transaction opens again."""
 
 
 class FilePlace:
-    """A SQLite file of its own."""
+    """A ledger's storage in a SQLite file of its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -443,21 +458,21 @@ class FilePlace:
 
     @contextmanager
     def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """See `Place`."""
+        """Open a transaction on the file, as `Place` says."""
         if self._connection is None:
             self._connection = ledger_chain.connect(self.path, "rw")
         with ledger_chain.transaction(self._connection, begin) as db:
             yield db
 
     def close(self) -> None:
-        """See `Place`."""
+        """Close the connection to the file."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
 
 class VaultPlace:
-    """An entry of a vault: the whole database, sealed anew by each transaction that writes.
+    """A ledger's storage in a vault's entry, sealed anew by each transaction that writes.
 
     **Guarantee**: a transaction that writes holds the vault's write lock from before it reads until
     the vault is durable, so that no other process writes in between. Where the vault cannot be
@@ -472,7 +487,7 @@ class VaultPlace:
         self._version: int | None = None
 
     def begin(self, owner: str) -> None:
-        """Makes an empty ledger, in a vault that never had one."""
+        """Make an empty ledger in a vault that never had one."""
         if self._vault.version(_ENTRY) is not None:
             return
         with self._vault.transaction(outermost=True):
@@ -484,7 +499,7 @@ class VaultPlace:
 
     @contextmanager
     def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """See `Place`."""
+        """Open a transaction on the entry, as `Place` says."""
         writing = begin != "BEGIN"
         try:
             with self._vault.transaction(writing=writing, outermost=writing):
@@ -503,13 +518,13 @@ class VaultPlace:
             raise
 
     def close(self) -> None:
-        """See `Place`."""
+        """Drop the database in memory."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
     def _current(self) -> sqlite3.Connection:
-        """The database, read again if another process has written it."""
+        """Return the database, read again if another process has written it."""
         version = self._vault.version(_ENTRY)
         if self._connection is None or version != self._version:
             self.close()
@@ -524,7 +539,7 @@ class VaultPlace:
 
 
 def _close_at_fork_and_exit(ledger: Ledger) -> None:
-    """Keeps no connection open through a fork, nor through the end of the process.
+    """Keep no connection open through a fork, nor through the end of the process.
 
     A file that is closed is whole without its journal. Hooks are not removed: they hold no ledger.
     """
@@ -607,18 +622,24 @@ _WITHOUT_DIRECTORY = (
 
 
 def budget_of(budgets: Mapping[str, _Most], unit: str, against: str) -> _Most | None:
-    """What a line may spend: its own budget, or else its unit's; None: nothing."""
+    """Return what may be spent on a line, from its own budget or else its unit's.
+
+    None: nothing.
+    """
     return budgets.get(f"{unit}/{against}", budgets.get(unit))
 
 
 def without_directory(charges: Sequence[Charge], unit: str, against: str) -> str:
-    """What helps a device whose share alone counts against the server, on that line; or nothing."""
+    """Return the advice for a device whose share alone counts against the server, on that line.
+
+    Empty elsewhere.
+    """
     on_line = (unit, against) == ("client", "server")
     return _WITHOUT_DIRECTORY if on_line and _alone(charges) else ""
 
 
 def _alone(charges: Sequence[Charge]) -> bool:
-    """Whether a masked release counts no more against the server than if its mask broke."""
+    """Return whether a masked release costs as much against the server as if its mask broke."""
     found = {c.against: c.noise_multiplier for c in charges if c.unit == "client"}
     return "server" in found and found["server"] == found.get("unmasked server")
 

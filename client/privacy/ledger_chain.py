@@ -54,7 +54,10 @@ _ADVICE = {
 
 
 class RawRow(NamedTuple):
-    """A row of the table `release` as it is stored; `charges`: one canonical JSON object a line."""
+    """A row of the table `release` as it is stored.
+
+    `charges`: one canonical JSON object a line.
+    """
 
     seq: int
     client: str
@@ -72,14 +75,14 @@ _COLUMNS = ", ".join(RawRow._fields)
 
 @dataclass(frozen=True)
 class Head:
-    """Where a client's chain ends: how many rows, and the last one's hash."""
+    """The end of a client's chain: how many rows it has, and the last one's hash."""
 
     count: int
     hash: str
 
 
 def verify(path: str | os.PathLike[str], owner: str | None = None) -> int:
-    """Verifies a whole ledger file without changing it: the file, every chain, every kept payload.
+    """Verify a whole ledger file without changing it: the file, every chain, every kept payload.
 
     Args:
         path: the ledger.
@@ -97,7 +100,7 @@ def verify(path: str | os.PathLike[str], owner: str | None = None) -> int:
 
 
 def create(path: Path, owner: str) -> None:
-    """Creates an empty ledger, unless one has appeared meanwhile.
+    """Create an empty ledger, unless one has appeared meanwhile.
 
     The file is complete under another name first, so that a half-made ledger never exists; a hard
     link never replaces a file, so that of two processes that create at once one wins.
@@ -122,7 +125,7 @@ def create(path: Path, owner: str) -> None:
 
 
 def fill(db: sqlite3.Connection, owner: str) -> None:
-    """Makes an empty database an empty ledger."""
+    """Make an empty database an empty ledger."""
     with transaction(db, "BEGIN IMMEDIATE"):
         for statement in filter(str.strip, _SCHEMA.split(";")):
             db.execute(statement)
@@ -130,7 +133,10 @@ def fill(db: sqlite3.Connection, owner: str) -> None:
 
 
 def memory(content: bytes | None = None) -> sqlite3.Connection:
-    """A database in memory, with the content of a ledger; SQLite puts no part of it on disk."""
+    """Open a database in memory, with the content of a ledger.
+
+    SQLite puts no part of it on disk.
+    """
     db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA temp_store = MEMORY")
     if content is not None:
@@ -139,7 +145,10 @@ def memory(content: bytes | None = None) -> sqlite3.Connection:
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
-    """Opens without creating (`mode`: "rw" or "ro"); the lock of `Ledger` keeps threads apart."""
+    """Open a ledger's file without creating it (`mode`: "rw" or "ro").
+
+    The lock of `Ledger` keeps threads apart.
+    """
     db = sqlite3.connect(
         f"{path.as_uri()}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
     )
@@ -151,7 +160,7 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(db: sqlite3.Connection, begin: str) -> Iterator[sqlite3.Connection]:
-    """Commits when the block ends, rolls back when it raises."""
+    """Commit when the block ends, and roll back when it raises."""
     try:
         db.execute(begin)
         yield db
@@ -164,7 +173,7 @@ def transaction(db: sqlite3.Connection, begin: str) -> Iterator[sqlite3.Connecti
 
 @contextmanager
 def sentences(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into `LedgerCorrupt` or `StateError`, with what to do."""
+    """Turn SQLite's errors into `LedgerCorrupt` or `StateError`, with what to do."""
     try:
         yield
     except sqlite3.Error as error:
@@ -177,13 +186,18 @@ def sentences(path: Path) -> Iterator[None]:
 
 
 def advice(error: sqlite3.Error) -> str | None:
-    """What a person can do about an error of SQLite; None where the file itself is damaged."""
+    """Return what a person can do about an error of SQLite.
+
+    None where the file itself is damaged.
+    """
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     return None if code in _CORRUPT else _ADVICE.get(code, f"{error}: check the disk")
 
 
 def inspect(path: Path, owner: str | None, *, chains: bool = False) -> list[int]:
-    """Looks through a read-only connection: a writing one could repair what must stay as it is.
+    """Check a ledger's file through a read-only connection.
+
+    A writing one could repair what must stay as it is.
 
     Returns:
         The number of releases of each client whose chain was walked; none without `chains`.
@@ -198,7 +212,10 @@ def inspect(path: Path, owner: str | None, *, chains: bool = False) -> list[int]
 def inspect_open(
     path: Path, db: sqlite3.Connection, owner: str | None, *, chains: bool = False
 ) -> list[int]:
-    """`inspect`, of an open database; `path` is for the sentences."""
+    """Check a ledger in an open database, as `inspect` does.
+
+    `path` is for the sentences of errors.
+    """
     found_owner = _check_meta(path, db, owner)
     counts = _walk(path, db, found_owner) if chains else []
     _check_total(path, db, found_owner)
@@ -233,7 +250,7 @@ def _check_meta(path: Path, db: sqlite3.Connection, owner: str | None) -> str:
 
 
 def _check_total(path: Path, db: sqlite3.Connection, owner: str) -> None:
-    """Finds what no chain can: a client that is gone with all its rows and its head."""
+    """Find what no chain can show: a client that is gone with all its rows and its head."""
     count, total = db.execute(
         "SELECT COUNT(*), (SELECT releases FROM meta) FROM release"
     ).fetchone()
@@ -246,7 +263,7 @@ def _check_total(path: Path, db: sqlite3.Connection, owner: str) -> None:
 
 
 def verify_client(path: Path, db: sqlite3.Connection, owner: str, client: str) -> Head:
-    """Walks one chain from the start and returns the head it ends in, which is the stored one.
+    """Walk one chain from the start and return the head it ends in, which is the stored one.
 
     **Guarantee**: a row that was edited, removed, reordered, or moved from another client, run or
     owner is found, also when it is the last; the kept payload is the last release's. A client
@@ -282,7 +299,7 @@ def verify_client(path: Path, db: sqlite3.Connection, owner: str, client: str) -
 
 
 def insert(db: sqlite3.Connection, row: RawRow, payload: bytes) -> None:
-    """Writes row, payload, head and total inside the caller's transaction."""
+    """Write row, payload, head and total inside the caller's transaction."""
     marks = ", ".join("?" * len(row))
     db.execute(f"INSERT INTO release ({_COLUMNS}) VALUES ({marks})", row)
     db.execute("INSERT OR REPLACE INTO outbox VALUES (?, ?, ?)", (row.client, row.seq, payload))
@@ -291,26 +308,32 @@ def insert(db: sqlite3.Connection, row: RawRow, payload: bytes) -> None:
 
 
 def keep_plan(db: sqlite3.Connection, digest: str, content: str) -> None:
-    """Keeps what a release was asked with, once; its digest is in the row, which is chained."""
+    """Keep the plan a release was asked with, once.
+
+    Its digest is in the row, which is chained.
+    """
     db.execute(_PLANS)
     db.execute("INSERT OR IGNORE INTO plan VALUES (?, ?)", (digest, content))
 
 
 def plans(db: sqlite3.Connection) -> dict[str, str]:
-    """What was kept, by digest; empty in a ledger of an older privet."""
+    """Return the plans that were kept, by digest.
+
+    Empty in a ledger of an older privet.
+    """
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'plan'").fetchone():
         return {}
     return dict(db.execute("SELECT digest, content FROM plan"))
 
 
 def raw_rows(db: sqlite3.Connection, client: str) -> Iterator[RawRow]:
-    """A client's rows by `seq`."""
+    """Return a client's rows by `seq`."""
     found = db.execute(f"SELECT {_COLUMNS} FROM release WHERE client = ? ORDER BY seq", (client,))
     return map(RawRow._make, found)
 
 
 def find_row(db: sqlite3.Connection, client: str, run: str, round: int) -> RawRow | None:
-    """The row of one round, or None."""
+    """Return the row of one round, or None."""
     found = db.execute(
         f"SELECT {_COLUMNS} FROM release WHERE client = ? AND run = ? AND round = ?",
         (client, run, int(round)),
@@ -319,18 +342,18 @@ def find_row(db: sqlite3.Connection, client: str, run: str, round: int) -> RawRo
 
 
 def find_head(db: sqlite3.Connection, client: str) -> Head | None:
-    """The stored head of a client, or None before its first release."""
+    """Return the stored head of a client, or None before its first release."""
     found = db.execute("SELECT count, hash FROM head WHERE client = ?", (client,)).fetchone()
     return Head(*found) if found else None
 
 
 def row_hash(owner: str, row: RawRow) -> str:
-    """The hash of a row: of the owner and of every field but the hash itself."""
+    """Return the hash of a row, over the owner and every field but the hash itself."""
     return _digest("privet ledger row", [owner, *row[:-1]])
 
 
 def _digest(domain: str, fields: Iterable[str | int]) -> str:
-    """SHA-256 of a list of fields, each with its length, so that no two lists share an encoding."""
+    """Hash a list of fields, each with its length, so that no two lists share an encoding."""
     total = hashlib.sha256()
     for field in (domain, FORMAT, *fields):
         data = str(field).encode()
@@ -339,7 +362,7 @@ def _digest(domain: str, fields: Iterable[str | int]) -> str:
 
 
 def corrupt(path: Path, client: str, seq: int, why: str) -> LedgerCorrupt:
-    """The error for a row that does not verify."""
+    """Return the error for a row that does not verify."""
     return LedgerCorrupt(
         f"The ledger {path} does not verify: client {client!r}, row {seq}: {why}. {RECOVER}."
     )

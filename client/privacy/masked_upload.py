@@ -1,4 +1,4 @@
-"""Client half of the masking protocol: one function a phase, state in, state out.
+"""The client's half of the masking protocol, with one function a phase, state in, state out.
 
     announce -> share -> receive -> mask -> confirm -> unmask
 
@@ -84,7 +84,7 @@ Held = tuple[Secret, Secret]
 
 @dataclass(frozen=True)
 class Party:
-    """Who this device is in this round, and what it insists on."""
+    """One device in one round: who it is, and what it insists on."""
 
     client: int
     identity: Identity
@@ -93,17 +93,20 @@ class Party:
     blamed: int = SERVER
 
     def about(self, client: int) -> "Party":
-        """The same, where another client's bytes are looked at."""
+        """Return this party with another client to blame, whose bytes are looked at."""
         return replace(self, blamed=client)
 
     def refuse(self, sentence: str) -> ProtocolError:
-        """The error; its sentence is for the device's own ledger, the server is not told it."""
+        """Return the error for something the device does not accept.
+
+        Its sentence is for the device's own ledger, and the server is not told it.
+        """
         return messages.fault(self.terms, self.blamed, sentence)
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """What is kept of the roster once it is checked.
+    """The part of the roster that a device keeps once it is checked.
 
     Attributes:
         entries: of this device's holders, by position.
@@ -123,13 +126,13 @@ class Cohort:
 
     @property
     def participants(self) -> int:
-        """Of the roster."""
+        """The number of participants on the roster."""
         return len(self.identities)
 
 
 @dataclass(frozen=True)
 class Announced:
-    """After `announce`."""
+    """The state after `announce`."""
 
     party: Party
     mask_key: RoundKey
@@ -139,7 +142,10 @@ class Announced:
 
 @dataclass(frozen=True)
 class Shared:
-    """After `share`. `directory` has the new pins: store it (`write_directory`)."""
+    """The state after `share`.
+
+    `directory` has the new pins: store it (`write_directory`).
+    """
 
     party: Party
     cohort: Cohort
@@ -152,7 +158,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Received:
-    """After `receive`: all that is needed to mask, whenever training is done."""
+    """The state after `receive`, with all that is needed to mask, whenever training is done."""
 
     party: Party
     cohort: Cohort
@@ -164,7 +170,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Masked:
-    """After `mask`: the device's own secrets are gone, only shares are left."""
+    """The state after `mask`: the device's own secrets are gone, only shares are left."""
 
     party: Party
     cohort: Cohort
@@ -174,7 +180,7 @@ class Masked:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """After `confirm`."""
+    """The state after `confirm`."""
 
     party: Party
     cohort: Cohort
@@ -184,7 +190,7 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class Finished:
-    """After `unmask`: nothing is left to give."""
+    """The state after `unmask`: nothing is left to give."""
 
     party: Party
 
@@ -210,7 +216,7 @@ def _named(
     *given: Arguments.args,
     **more: Arguments.kwargs,
 ) -> Result:
-    """Call a check of `common`; its refusal gets round and sender."""
+    """Call a check of `common`, and add round and sender to its refusal."""
     return _blaming(party, SERVER, check, *given, **more)
 
 
@@ -221,7 +227,7 @@ def _blaming(
     *given: Arguments.args,
     **more: Arguments.kwargs,
 ) -> Result:
-    """The same, where another client's bytes are looked at."""
+    """Call a check of `common` on another client's bytes, and blame that client in its refusal."""
     try:
         return check(*given, **more)
     except ProtocolError as refusal:
@@ -239,7 +245,7 @@ def announce(
     last_round: int,
     random: Random,
 ) -> tuple[Announced, bytes]:
-    """Fresh keys for one round, signed.
+    """Make fresh keys for one round, and sign them.
 
     Args:
         client: own client number.
@@ -352,7 +358,10 @@ def _refuse_unsigned(party: Party, cohort: Cohort, roster: Roster) -> None:
 
 
 def _pair_seeds(state: Announced, cohort: Cohort) -> dict[int, Secret]:
-    """Seeds of the masks shared with each neighbour; the private key is not needed any more."""
+    """Derive the seeds of the masks shared with each neighbour.
+
+    The private key is not needed any more afterwards.
+    """
     agree, seeds = state.mask_key.agreement(), {}
     for other in cohort.neighbours:
         entry = cohort.entries[other]
@@ -408,7 +417,9 @@ def _commitments(cohort: Cohort, owner: int, holder: int, shares: Held) -> tuple
 
 
 def receive(state: State, message: bytes) -> Received:
-    """Open the shares the neighbours dealt; before training, so that nothing is spent in vain.
+    """Open the shares that the neighbours dealt.
+
+    This comes before training, so that nothing is spent in vain.
 
     Args:
         state: from `share`.
@@ -519,7 +530,9 @@ def _refuse_vector(terms: Terms, vector: NDArray[np.uint32]) -> None:
 
 
 def confirm(state: State, message: bytes) -> tuple[Confirmed, bytes]:
-    """Check the survivor list and sign it; no share is given before holders agree on one list.
+    """Check the survivor list and sign it.
+
+    No share is given before holders agree on one list.
 
     Args:
         state: from `mask`.
@@ -563,7 +576,10 @@ def _refuse_few_survivors(party: Party, survivors: Survivors) -> None:
 
 
 def _refuse_other_dealers(party: Party, state: Masked, survivors: Survivors) -> None:
-    """Alive and dropped together are who dealt shares, for everybody the same."""
+    """Refuse a survivor list that does not have the same dealers as were shown before.
+
+    Alive and dropped together are who dealt shares, for everybody the same.
+    """
     for position in sorted((survivors.alive | survivors.dropped) ^ state.dealt):
         shown = "lacks" if position in state.dealt else "lists"
         had = "had" if position in state.dealt else "had not"
@@ -573,7 +589,7 @@ def _refuse_other_dealers(party: Party, state: Masked, survivors: Survivors) -> 
 def _refuse_otherwise_masked(
     party: Party, state: Masked, survivors: Survivors, signatures: tuple[bytes, ...]
 ) -> None:
-    """Each living neighbour has signed that it was shown the same list of who dealt shares."""
+    """Refuse a list unless each living neighbour signed that it was shown the same dealers."""
     cohort = state.cohort
     alive = [position for position in cohort.neighbours if position in survivors.alive]
     if len(signatures) != len(alive):

@@ -20,7 +20,7 @@ _RESTORE = (
 
 
 def run_id(folder: Path) -> str:
-    """The id of the run in `folder`.
+    """Read the id of the run in `folder`.
 
     Raises:
         StateError: the file is missing or no text.
@@ -36,7 +36,10 @@ def run_id(folder: Path) -> str:
 
 
 def ledger_path(folder: Path) -> Path:
-    """Where it is; LedgerCorrupt if it is missing."""
+    """Return the path of a run's ledger.
+
+    LedgerCorrupt if it is missing.
+    """
     path = folder / LEDGERS
     if not path.exists():
         raise LedgerCorrupt(f"The ledger {path} is missing: {_RESTORE}.")
@@ -44,7 +47,9 @@ def ledger_path(folder: Path) -> Path:
 
 
 def run_ledger(folder: Path, run: str) -> Ledger:
-    """Opens that of `run`, never creating it; close it, so that it is one file again.
+    """Open the ledger of `run`, never creating it.
+
+    Close it, so that it is one file again.
 
     **Guarantee**: for each round of `rounds.jsonl` that was opened it has at least as many releases
     as contributions were in the sum, or it is refused.

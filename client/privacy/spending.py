@@ -1,4 +1,6 @@
-"""What a device has spent, a line for each unit, adversary and adjacency, from its own ledger.
+"""What a device has spent of its privacy budget, from its own ledger.
+
+There is a line for each unit, adversary and adjacency.
 
 **Guarantee**: a figure against the server is given with what it rests on. What was released under
 masks rests on a closed directory and on a number of colluding devices. What was released without a
@@ -24,7 +26,7 @@ INVENTED = "nobody on the roster was invented"
 
 
 def spending(home: DeviceStore) -> dict[str, Any]:
-    """The content of `privet client budget --json`.
+    """Return the content of `privet client budget --json`.
 
     `lines` have `epsilon` (None: no bound, or not known; of the own share also where it is no
     `bound`, as `client/privacy/collusion.py` reckons it), `budget` (None: not limited), what the
@@ -83,7 +85,7 @@ def spending(home: DeviceStore) -> dict[str, Any]:
 
 
 class _Page:
-    """What all lines of one device share.
+    """The facts that all lines of one device share.
 
     Args:
         releases: oldest first.
@@ -107,7 +109,7 @@ class _Page:
         self.colluders, self.enrolled, self.without = colluders, enrolled, without
 
     def line(self, line: Line) -> dict[str, Any]:
-        """One line: its figure, and what the figure rests on."""
+        """Return one line: its figure, and what the figure rests on."""
         unit, against, adjacency = line
         mine = [one for one in self.releases if line in map(_line, one.charges)]
         server = against == "server"
@@ -150,7 +152,7 @@ class _Page:
         }
 
     def _rests(self, one: Release, line: Line) -> bool:
-        """Whether a release's figure on a line counts noise that only masks keep in the sum."""
+        """Return whether a figure on a line counts noise that only masks keep in the sum."""
         masks = _has(one, OWN_SHARE) or one in self.older
         return masks and any(
             line[0] == "client" or c.distance > 0 for c in one.charges if _line(c) == line
@@ -166,7 +168,7 @@ def _has(one: Release, line: tuple[str, str]) -> bool:
 
 
 def _alone(one: Release, line: Line) -> bool:
-    """Whether a person's figure counts no more than if the mask broke."""
+    """Return whether a person's figure counts no more noise than if the mask broke."""
     if line[0] != "client":
         return False
     broken = [replace(c, against="server") for c in one.charges if (c.unit, c.against) == OWN_SHARE]

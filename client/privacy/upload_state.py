@@ -1,4 +1,4 @@
-"""What a device keeps between two phases of a masked round, as bytes of a fixed form.
+"""The state of a device between two phases of a masked round, as bytes of a fixed form.
 
 A person's own device keeps the state in its memory (`client/enrolled/participant.py`); a simulated
 one has to hand it to Flower, whose engines move a device between processes (`client/app.py`).
@@ -62,7 +62,10 @@ _POSITION = struct.Struct(">Q")
 
 
 def encode(state: State) -> bytes:
-    """About 0.5 kB a neighbour after `share`, less in the other phases."""
+    """Return a state as bytes.
+
+    About 0.5 kB a neighbour after `share`, less in the other phases.
+    """
     fields = list(_party_fields(state.party))
     if not isinstance(state, Announced | Finished):
         fields += _cohort_fields(state.cohort)
@@ -91,7 +94,7 @@ def encode(state: State) -> bytes:
 
 
 def decode(data: bytes) -> State:
-    """The state that `encode` was given.
+    """Read a state from the bytes that `encode` made of it.
 
     Raises:
         StateError: any other bytes; says what is wrong, and shows none of them.
@@ -120,7 +123,7 @@ def _refusal(sentence: str) -> StateError:
 
 
 class _Fields:
-    """The fields of a state, taken one after the other."""
+    """The fields of a state, read one after the other."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) < _HEADER.size:
@@ -136,7 +139,7 @@ class _Fields:
         self._data, self._at = data, _HEADER.size
 
     def take(self, name: str, size: int, fewest: int = 1, most: int = 1) -> bytes:
-        """The next field: `fewest` to `most` records of `size` bytes."""
+        """Read the next field: `fewest` to `most` records of `size` bytes."""
         start = self._at + _LENGTH.size
         if start > len(self._data):
             raise _refusal(f"they are cut before the {name}")
@@ -151,13 +154,13 @@ class _Fields:
         return bytes(self._data[start : self._at])
 
     def seed(self) -> Secret:
-        """The seed of the self mask."""
+        """Read the seed of the self mask."""
         return Secret(self.take("seed", KEY_BYTES))
 
     def table(
         self, name: str, form: struct.Struct, below: int, most: int = MOST_PARTICIPANTS
     ) -> list[tuple[Any, ...]]:
-        """Records that start with an ascending number, all of them smaller than `below`."""
+        """Read records that start with an ascending number, all of them smaller than `below`."""
         found = list(form.iter_unpack(self.take(name, form.size, 0, most)))
         numbers = [one[0] for one in found]
         if numbers and numbers != sorted(set(numbers)):
@@ -167,7 +170,7 @@ class _Fields:
         return found
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Refuse bytes that follow the last field."""
         if self._at != len(self._data):
             raise _refusal(f"{len(self._data) - self._at} bytes follow their end")
 
@@ -210,7 +213,10 @@ def _cohort_fields(cohort: Cohort) -> Iterable[bytes]:
 
 
 def _read_cohort(fields: _Fields) -> Cohort:
-    """The neighbours are those of whom there is an entry: every holder but the device itself."""
+    """Read the cohort, whose neighbours are those of whom there is an entry.
+
+    That is every holder but the device itself.
+    """
     degree, threshold, position = _COHORT.unpack(fields.take("cohort", _COHORT.size))
     found = fields.take("roster's digest", DIGEST_BYTES)
     joined = fields.take("identities", KEY_BYTES, 1, MOST_PARTICIPANTS)

@@ -1,1 +1,1 @@
-"""The device's processes: supervisor, SuperNode, worker, and when answers leave."""
+"""The processes of a device: supervisor, SuperNode, worker, and when answers leave."""

@@ -1,4 +1,4 @@
-"""When a device's answers leave: at a public moment, whatever the records are.
+"""The moment when a device's answers leave, which is public and does not depend on the records.
 
 Before it touches a record a device rehearses the work on dummies. How long that takes says how
 long the answer waits, from the moment the real work begins: the same for every answer, also for a
@@ -25,7 +25,7 @@ answer that was late doubled the next ones of one of them only."""
 
 @dataclass
 class Pace:
-    """When the answers of one device leave.
+    """The times at which the answers of one device leave.
 
     Attributes:
         clock, pause: seconds that only go forward, and a wait of so many; others in tests.
@@ -42,12 +42,14 @@ class Pace:
     _work: Hashable = field(default=None, init=False)
 
     def begin(self) -> None:
-        """A message has come. As long as no work is rehearsed, nothing private is touched, and
-        the answer leaves at once."""
+        """Note that a message has come.
+
+        As long as no work is rehearsed, nothing private is touched, and the answer leaves at once.
+        """
         self._began, self._work = self.clock(), None
 
     def rehearse(self, work: Hashable, tick_s: float, once: Callable[[], object]) -> None:
-        """Private work comes next: its answer waits for the public moment.
+        """Rehearse private work, so that its answer waits for a public moment.
 
         Args:
             work: what kind of work; it is rehearsed the first time only.
@@ -67,7 +69,7 @@ class Pace:
         self._work = work
 
     def settle(self) -> None:
-        """Wait until the answer may leave: also a decline's and a failure's."""
+        """Wait until the answer may leave, also that of a decline or a failure."""
         if self._work is None:
             return
         work, self._work = self._work, None

@@ -1,4 +1,4 @@
-"""Whether this device has its server: what the SuperNode met last, in a small file for `status`.
+"""Whether a device reaches its server, as the SuperNode noted it in a small file for `status`.
 
     connection.json      0600: when the server was last reached, what failed last and since when
 
@@ -37,7 +37,7 @@ EXPIRED = "certificate expired"
 
 @dataclass(frozen=True)
 class Connection:
-    """What a node met.
+    """The last that a node met when it asked its server.
 
     Attributes:
         server: SHA-256 of HOST:PORT.
@@ -55,7 +55,10 @@ class Connection:
 
 
 def read(folder: Path, server: str) -> Connection:
-    """The state of a home's connection to `server`; an empty one where there is none to read."""
+    """Read the state of a home's connection to `server`.
+
+    It is an empty one where there is none to read.
+    """
     nothing = Connection(_hashed(server))
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         found = json.loads((folder / FILE).read_bytes())
@@ -67,7 +70,7 @@ def read(folder: Path, server: str) -> Connection:
 
 
 def sentence(found: Connection, running: bool, now: float) -> tuple[bool, str]:
-    """(whether the server is reached, what its owner is told).
+    """Return whether the server is reached, and the sentence for the owner.
 
     Args:
         found: what the node wrote.
@@ -119,11 +122,11 @@ class Watch:
 
     @property
     def said(self) -> str:
-        """The failure of now; "" while the server is reached."""
+        """The failure of now, "" while the server is reached."""
         return self._state.said
 
     def watched(self, ask: Callable[..., Any]) -> Callable[..., Any]:
-        """`ask`, of which every answer and every failure is seen."""
+        """Wrap a function `ask` so that every answer and every failure of it is seen."""
 
         def asked(*args: Any, **named: Any) -> Any:
             try:
@@ -137,7 +140,7 @@ class Watch:
         return asked
 
     def reached(self) -> None:
-        """The server has answered."""
+        """Note that the server has answered."""
         changed = bool(self._state.kind) or not self._state.reached
         if changed:
             self.say(f"the server {self.server} is reached")
@@ -146,7 +149,7 @@ class Watch:
         )
 
     def failed(self, error: BaseException) -> None:
-        """It has not, or has refused."""
+        """Note that the server has not answered, or has refused."""
         now = self.clock()
         if getattr(getattr(error, "response", None), "status_code", 0) in ENDED:
             return
@@ -177,7 +180,7 @@ ENDED = (403, 404, 409)
 def classify(
     error: BaseException, taken: bool, dates: Callable[[], tuple[float, ...]], now: float
 ) -> tuple[str, str]:
-    """What a failure is: (its kind, a part of a sentence that says what it was and what helps).
+    """Classify a failure: its kind, and a part of a sentence on what it was and what helps.
 
     Args:
         error: of a request.
@@ -225,7 +228,10 @@ def _untrusted(
 
 
 def expiries(server: str, authority: bytes | None, timeout_s: float = 5.0) -> tuple[float, ...]:
-    """When the server's certificate runs out, and the CA's: of what holds but for its date."""
+    """Return when the server's certificate runs out, and the CA's.
+
+    Only of certificates that hold but for their date.
+    """
     found: list[float] = []
     with suppress(OSError, ValueError, KeyError):
         context = ssl.create_default_context(cadata=authority.decode() if authority else None)

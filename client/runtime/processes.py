@@ -1,4 +1,4 @@
-"""The device's two processes: the supervisor in front, the worker behind it.
+"""The two processes of a device: the supervisor in front, the worker behind it.
 
     privet client start    supervisor -> flower-supernode, and `privet client work`
 
@@ -44,7 +44,7 @@ Say = Callable[[str], None]
 
 
 def start(folder: Path, passphrase: Path | None, port: int | None, say: Say) -> None:
-    """SuperNode and worker, restarted when they end, until SIGINT or SIGTERM.
+    """Run SuperNode and worker, restarted when they end, until SIGINT or SIGTERM.
 
     Raises:
         StateError: no home, no server joined, or a worker is there already.
@@ -60,7 +60,7 @@ def start(folder: Path, passphrase: Path | None, port: int | None, say: Say) -> 
 
 
 def specs(home: DeviceStore, unlock: Unlock, port: int) -> list[Spec]:
-    """The SuperNode and the worker that asks it on `port`.
+    """Describe the SuperNode and the worker that asks it on `port`.
 
     Raises:
         StateError: the device has joined no server.
@@ -95,7 +95,7 @@ def specs(home: DeviceStore, unlock: Unlock, port: int) -> list[Spec]:
 def work(
     folder: Path, passphrase: Path | None, port: int, secret: Path, server: str, say: Say
 ) -> None:
-    """The worker: answers the SuperNode on `port` until SIGTERM, one message at a time.
+    """Run the worker, which answers the SuperNode on `port` until SIGTERM, one message at a time.
 
     Args:
         folder, passphrase: the home, and the file of what opens it.
@@ -136,7 +136,9 @@ def work(
 
 
 def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], Any]:
-    """What the worker calls with each message; `busy` is held meanwhile.
+    """Return the function that the worker calls with each message.
+
+    `busy` is held while it runs.
 
     The app is imported with the first message, so that a worker nobody asks stays small.
 
@@ -164,7 +166,7 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
 
 
 def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: Say) -> None:
-    """Looks for new records every `intake.rescan_minutes`, and waits while a message is answered.
+    """Look for new records every `intake.rescan_minutes`, and wait while a message is answered.
 
     What is wrong is said and tried again the next time; nothing ends this but `stop`.
     """
@@ -193,11 +195,11 @@ def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: S
 
 
 class _Stopped(Exception):
-    """The worker ends; a scan is given up."""
+    """The signal to a scan that the worker ends."""
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """Return a port of this machine that nobody listens on now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Starts the installed SuperNode as it is, with its fixed sleeps made to fit what is going on.
+"""The installed SuperNode, started as it is but for its fixed sleeps, which fit what is going on.
 
     python -m privet.client.runtime.supernode --superlink HOST:PORT ...
 
@@ -67,7 +67,9 @@ Deactivate = Callable[[Any, int], None]
 
 @dataclass
 class Waits:
-    """Stands for the module `time` in Flower's SuperNode: `sleep` is its own, the rest is `time`'s.
+    """A stand-in for the module `time` in Flower's SuperNode, with a `sleep` of its own.
+
+    The rest is `time`'s.
 
     A row of sleeps for one reason ends with the first sleep for another, and with a message that
     was answered. Within a row the time between two sleeps is what one question took.
@@ -83,7 +85,7 @@ class Waits:
         return getattr(time, name)
 
     def sleep(self, seconds: float) -> None:
-        """Instead of so many seconds: a short while, a twentieth longer than the time before."""
+        """Sleep a short while instead of `seconds`, a twentieth longer than the time before."""
         if seconds not in ROWS:
             self.pause(seconds)
             return
@@ -98,7 +100,10 @@ class Waits:
         self._woke = self.clock()
 
     def anew_after(self, answered: Callable[..., None]) -> Callable[..., None]:
-        """The same; with it a row ends, for it may have answered without a sleep of its own."""
+        """Wrap a function so that a row of sleeps ends with each call of it.
+
+        The function may have answered without a sleep of its own.
+        """
 
         def answered_then_anew(*args: Any, **named: Any) -> None:
             answered(*args, **named)
@@ -108,7 +113,7 @@ class Waits:
 
 
 def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:
-    """`activate`, but where it is refused it ends the place of the node before, and tries again.
+    """Wrap `activate` so that, where it is refused, it ends the dead node's place and tries again.
 
     Args:
         activate: a request's client and the request -> the response, with the node's id.
@@ -132,7 +137,7 @@ def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activ
 
 
 def main(place: int | None = None, home: str | None = None) -> None:
-    """`flower-supernode`, with these waits; ends the process when the SuperNode has ended.
+    """Run `flower-supernode` with these waits, and end the process when it has ended.
 
     Args:
         place: an open descriptor that the supervisor keeps, of an empty file at first.
@@ -176,7 +181,7 @@ def _take_over(place: int) -> None:
 
 
 def _watch(home: Path) -> None:
-    """Sees every request of this process to the SuperLink that its arguments name."""
+    """Watch every request of this process to the SuperLink that its arguments name."""
     from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
 
     server, roots = _argument("--superlink"), _argument("--root-certificates")

@@ -1,4 +1,4 @@
-"""Keeps a device's processes running: the stock SuperNode, and privet's worker beside it.
+"""The supervisor of a device's processes: the stock SuperNode, and privet's worker beside it.
 
     node = node_spec("fleet.example.org:443", 9094, key=..., certificates=..., secret=...)
     supervise([node, Spec("worker", (sys.executable, ...), takes_down=("supernode",))], stop)
@@ -56,7 +56,7 @@ def _say(line: str) -> None:
 
 @dataclass(frozen=True)
 class Spec:
-    """One child.
+    """One child process: how it is started, restarted and ended.
 
     Attributes:
         name: as in the lines that are printed.
@@ -97,7 +97,7 @@ def supervise(
     grace_s: float = GRACE_S,
     backoff: Callable[[int, float], float] | None = None,
 ) -> None:
-    """Starts every child, restarts those that end, and ends them all when `stop` is set.
+    """Start every child, restart those that end, and end them all when `stop` is set.
 
     It never gives up, and says so with every restart. The end comes in the reverse order of
     `specs`: SIGTERM, and SIGKILL after `grace_s` seconds. On Linux the children are killed when
@@ -137,7 +137,9 @@ def supervise(
 
 
 def backoff_s(failures: int, longest_s: float = 60.0) -> float:
-    """Pause before the start after `failures` (at least 1) in a row: 1, 2, 4 s ... `longest_s`.
+    """Return the pause before a restart, which doubles with each failure in a row.
+
+    After `failures` (at least 1) it is 1, 2, 4 s ... `longest_s`.
 
     Of each pause a random half to whole is taken, so that devices do not come back together.
     """
@@ -145,7 +147,10 @@ def backoff_s(failures: int, longest_s: float = 60.0) -> float:
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; call it once, in the main thread."""
+    """Return an event that SIGTERM and SIGINT set.
+
+    Call it once, in the main thread.
+    """
     stop = threading.Event()
 
     def asked(*_: object) -> None:
@@ -158,7 +163,7 @@ def stop_on_signals() -> threading.Event:
 
 
 def keep_to_itself() -> None:
-    """Shuts this process's memory and descriptors to other processes of the same person (Linux).
+    """Close this process's memory and descriptors to other processes of the same person (Linux).
 
     Nor does it dump core. A SuperNode or a browser that somebody has taken over could otherwise
     read the passphrase from them. It ends with the process: each program calls it for itself.
@@ -175,7 +180,7 @@ def _tend(
     grace_s: float,
     backoff: Callable[[int, float], float],
 ) -> None:
-    """Starts a child that is due; sees whether a running one has ended."""
+    """Start a child that is due, or handle the end of one that ran."""
     now = time.monotonic()
     if child.process is None:
         if now >= child.due:
@@ -233,7 +238,7 @@ def _start(child: _Child, say: Say, backoff: Callable[[int, float], float]) -> N
 
 
 def _end(child: _Child, grace_s: float) -> None:
-    """SIGTERM, and SIGKILL to its whole group for one that does not listen."""
+    """End a child with SIGTERM, and its whole group with SIGKILL if it does not listen."""
     if child.process is None:
         return
     child.process.terminate()
@@ -250,13 +255,13 @@ def _libc() -> "ctypes.CDLL | None":
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without what is meant for privet alone (a passphrase)."""
+    """Return this process's environment without what is meant for privet alone (a passphrase)."""
     private = ("PRIVET_PASS", "CREDENTIALS_DIRECTORY")
     return {name: value for name, value in os.environ.items() if not name.startswith(private)}
 
 
 def as_file_descriptor(data: bytes) -> int:
-    """An open descriptor of `data`, for a child that wants a path: see `descriptor_path`.
+    """Return an open descriptor of `data`, for a child that wants a path (`descriptor_path`).
 
     On Linux the bytes are in sealed memory without a name in any folder; opened through its path
     it starts at its beginning every time. Elsewhere: a file with mode 0600 in a private folder,
@@ -277,7 +282,7 @@ def as_file_descriptor(data: bytes) -> int:
 
 
 def descriptor_path(descriptor: int) -> str:
-    """The path under which a child opens a descriptor it inherits."""
+    """Return the path under which a child opens a descriptor it inherits."""
     return f"/dev/fd/{descriptor}"
 
 
@@ -311,7 +316,9 @@ def node_spec(
     extra: tuple[str, ...] = (),
     home: Path | None = None,
 ) -> Spec:
-    """The installed SuperNode (`supernode.py`), which runs nothing itself: `--isolation process`.
+    """Describe the installed SuperNode (`supernode.py`) as a child that runs no app itself.
+
+    That is `--isolation process`.
 
     Args:
         server: the SuperLink's `host:port`.
@@ -364,7 +371,9 @@ def _not_reached(home: Path | None, server: str) -> str:
 
 
 def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -> str:
-    """A systemd user unit that runs `privet client start`: save as ~/.config/systemd/user/.
+    """Return a systemd user unit that runs `privet client start`.
+
+    Save it in ~/.config/systemd/user/.
 
     Args:
         home: the device's home, the only folder it may write to beside privet's cache.
@@ -422,7 +431,7 @@ WantedBy=default.target
 
 
 def _quoted(path: Path, *doubled: str) -> str:
-    """A path as systemd reads it: quotes and backslashes escaped, specifiers doubled."""
+    """Quote a path for systemd: quotes and backslashes escaped, specifiers doubled."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"')
     for sign in ("%", *doubled):
         text = text.replace(sign, sign * 2)

@@ -1,4 +1,4 @@
-"""The device's long-lived worker: takes messages from a stock SuperNode, runs installed code only.
+"""The long-lived worker of a device, which answers a SuperNode's messages with installed code only.
 
 A stock node starts a process for every message, which imports torch and loads the model again,
 and runs code the server sent. This loop asks `flower-supernode --isolation process` for its tasks
@@ -65,7 +65,7 @@ def work(
     on_idle: Callable[[], None] = lambda: None,
     say: Say = _say,
 ) -> None:
-    """Answers the SuperNode's messages, one at a time, until `stop` is set.
+    """Answer the SuperNode's messages, one at a time, until `stop` is set.
 
     Args:
         address: `host:port` of the SuperNode's runtime API.
@@ -112,7 +112,7 @@ def work(
 
 
 def pause_s(quiet_s: float) -> float:
-    """Seconds until the next question, after `quiet_s` seconds without a task.
+    """Return the seconds until the next question, after `quiet_s` seconds without a task.
 
     50 ms in a run's first quiet minute, 0.2 s after four, 1 s from twenty minutes on.
     """
@@ -120,7 +120,7 @@ def pause_s(quiet_s: float) -> float:
 
 
 def refuse_other_flower(installed: str | None = None) -> None:
-    """Stops where the installed Flower is not the one this file was written for.
+    """Refuse an installed Flower that is not the one this file was written for.
 
     Args:
         installed: a version to judge; by default that of the installed package.
@@ -137,7 +137,10 @@ def refuse_other_flower(installed: str | None = None) -> None:
 
 
 def release_memory() -> None:
-    """Hands freed memory back to the system; without glibc only Python's own collection."""
+    """Hand freed memory back to the system.
+
+    Without glibc it is only Python's own collection.
+    """
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -145,7 +148,10 @@ def release_memory() -> None:
 
 @dataclass
 class _Badge:
-    """Puts the token of the task in hand on every request: one connection serves all tasks."""
+    """Puts the token of the task in hand on every request.
+
+    So one connection serves all tasks.
+    """
 
     header: str
     token: str = ""
@@ -202,7 +208,10 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
 def _next(
     node: _Node, handle: Handle, stop: threading.Event, away: int, say: Say
 ) -> tuple[bool, int]:
-    """Serves a task if there is one; whether it did, and how often the node was away in a row."""
+    """Serve a task if there is one.
+
+    Returns whether it did, and how often the node was away in a row.
+    """
     import httpx
     from flwr.proto.runtime_pb2 import AcquireTaskRequest
     from flwr.supercore.constant import TaskType
@@ -232,7 +241,7 @@ def _next(
 
 
 def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None:
-    """One task, from its message to its end."""
+    """Serve one task, from its message to its end."""
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode, SubStatus
     from flwr.common.serde import context_from_proto
@@ -269,7 +278,10 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
 
 
 def _listed(client: Any, stop: threading.Event) -> Any:
-    """The task's message without its content; Flower stores it a moment after the task."""
+    """Return the task's message without its content.
+
+    Flower stores it a moment after the task, which is waited for.
+    """
     from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
 
     until = time.monotonic() + LISTED_S
@@ -286,7 +298,10 @@ def _listed(client: Any, stop: threading.Event) -> Any:
 
 
 def _inflated(client: Any, listed: Any, context: Any) -> Any:
-    """The message with its content; waits while the SuperNode itself is still pulling it."""
+    """Return the task's message with its content.
+
+    It waits while the SuperNode itself is still pulling that.
+    """
     from flwr.app import Message
     from flwr.proto.node_pb2 import Node
     from flwr.supercore.inflatable import inflatable_protobuf_utils as wire
@@ -307,7 +322,7 @@ def _inflated(client: Any, listed: Any, context: Any) -> Any:
 
 
 def _envelope(listed: Any) -> Any:
-    """The message as an address to reply to: its metadata is all that is needed of it."""
+    """Return the message as an address to reply to, for which its metadata is enough."""
     from flwr.common.serde import message_from_proto
 
     return message_from_proto(listed.messages_list[0])
@@ -315,7 +330,10 @@ def _envelope(listed: Any) -> Any:
 
 @contextmanager
 def _heartbeat(client: Any) -> Iterator[None]:
-    """Signs of life while a task is in hand; one that fails is made good by the next."""
+    """Send signs of life while a task is in hand.
+
+    One that fails is made good by the next.
+    """
     from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
 
     done = threading.Event()
@@ -335,7 +353,7 @@ def _heartbeat(client: Any) -> Iterator[None]:
 
 
 def _why(error: Exception) -> str:
-    """A refusal's status, or what kind of silence it is."""
+    """Return the status of a refusal, or what kind of silence it is."""
     response = getattr(error, "response", None)
     if response is None:
         return type(error).__name__
@@ -344,7 +362,7 @@ def _why(error: Exception) -> str:
 
 
 def where(error: BaseException) -> str:
-    """The first cause's type and line of code, never its text: that may quote records."""
+    """Return the first cause's type and line of code, never its text, which may quote records."""
     while error.__cause__ is not None:
         error = error.__cause__
     trace = error.__traceback__

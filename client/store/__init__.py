@@ -1,1 +1,1 @@
-"""A device's files: its home, the sealed vault and its key."""
+"""The files of a device: its home, the sealed vault and its key."""

@@ -1,4 +1,4 @@
-"""A person's own device: its home folder, and what it does when a server asks.
+"""A person's own device: its home folder, and the rules by which it answers a server.
 
     policy.toml      what the owner allows, readable
     vault.sqlite     everything else, sealed (client/store/vault.py)
@@ -81,7 +81,10 @@ class Joined:
 
 @dataclass(frozen=True)
 class Sent:
-    """One byte-string that left: when (seconds since 1970), to whom, in which phase, its hash."""
+    """One byte-string that left: when, to whom, in which phase, and its hash.
+
+    `time` is in seconds since 1970.
+    """
 
     seq: int
     time: float
@@ -97,14 +100,14 @@ class DeviceStore:
     """An open home: the vault and the policy of one device."""
 
     def __init__(self, folder: Path, vault: Vault) -> None:
-        """Use `DeviceStore.create` or `DeviceStore.open`."""
+        """Use `DeviceStore.create` or `DeviceStore.open` instead."""
         self.folder, self.vault = folder, vault
 
     def __repr__(self) -> str:
-        return f"Home({str(self.folder)!r})"
+        return f"DeviceStore({str(self.folder)!r})"
 
     def close(self) -> None:
-        """Lets go of the vault and of its keys."""
+        """Close the vault, and let go of its keys."""
         if "ledger" in self.__dict__:
             self.ledger.close()
         self.vault.close()
@@ -117,7 +120,7 @@ class DeviceStore:
 
     @classmethod
     def create(cls, folder: Path, unlock: Unlock, name: str = "") -> "DeviceStore":
-        """A new home: vault, identities, the default policy.
+        """Make a new home: vault, identities, the default policy.
 
         Raises:
             StateError: there is one already; nothing was changed.
@@ -155,7 +158,7 @@ class DeviceStore:
 
     @classmethod
     def open(cls, folder: Path, unlock: Unlock) -> "DeviceStore":
-        """The home in `folder`.
+        """Open the home in `folder`.
 
         Raises:
             StateError: there is none, or it cannot be opened.
@@ -164,29 +167,32 @@ class DeviceStore:
 
     @property
     def policy(self) -> Policy:
-        """Read again each time: the owner may have changed it."""
+        """The owner's policy, read again each time because the owner may have changed it."""
         return policies.read(self.folder / POLICY)
 
     @property
     def card(self) -> str:
-        """What an operator needs to enrol this device: one line of JSON, public."""
+        """The one line of public JSON that an operator needs to enrol this device."""
         return self._entry("card").decode()
 
     @cached_property
     def identity(self) -> Identity:
-        """The device's long-lived Ed25519 key."""
+        """The device's long-lived Ed25519 key pair."""
         return Identity.of(self._entry("identity"))
 
     @cached_property
     def ledger(self) -> "Ledger":
-        """What this device has spent."""
+        """The ledger of what this device has spent."""
         from ..privacy.ledger import Ledger
 
         return Ledger.in_vault(self.vault, owner=self.identity.public.hex())
 
     @property
     def releases(self) -> int:
-        """How many releases the ledger counts; it is not verified, and no accountant is loaded."""
+        """The number of releases that the ledger counts.
+
+        The ledger is not verified, and no accountant is loaded.
+        """
         content = self.vault.get("ledger")
         if content is None:
             return 0
@@ -203,7 +209,7 @@ class DeviceStore:
         return None if kept is None else Joined(**json.loads(kept))
 
     def join(self, joined: Joined, directory: Directory | Chain) -> None:
-        """Belong to a server; one at a time."""
+        """Belong to a server, one at a time."""
         present = self.joined
         if present is not None and present.server != joined.server:
             raise StateError(
@@ -220,14 +226,20 @@ class DeviceStore:
         )
 
     def leave(self) -> None:
-        """Belong to no server; what was spent stays in the ledger, and so do the heads."""
+        """Belong to no server any more.
+
+        What was spent stays in the ledger, and the heads stay too.
+        """
         runs = [name for kind in RUN_ENTRIES for name in self.vault.names(kind)]
         held = ["directory", "directory-chain", "directory-log", "directory-refused"]
         self.vault.put_all(dict.fromkeys(["joined", *held, *runs]))
 
     @property
     def chain(self) -> Chain | None:
-        """The signed directory this device holds; None: an open one, or a list without a chain."""
+        """The signed directory this device holds.
+
+        None where the directory is open, or a list without a chain.
+        """
         joined, kept = self.joined, self.vault.get("directory-chain")
         if joined is None or not joined.key:
             return None
@@ -236,23 +248,29 @@ class DeviceStore:
         return directories.parse(kept.decode())
 
     def keep_chain(self, chain: Chain, log: bytes) -> None:
-        """A newer signed directory, which continues the one that was held."""
+        """Keep a newer signed directory, which continues the one that was held."""
         self.vault.put_all(
             {"directory-chain": _kept(chain), "directory-log": log, "directory-refused": None}
         )
 
     def refuse_directory(self, sentence: str, log: bytes) -> None:
-        """Why the server's directory is not taken over; what was held stays."""
+        """Record why the server's directory is not taken over.
+
+        What was held stays.
+        """
         self.vault.put_all({"directory-refused": sentence.encode(), "directory-log": log})
 
     @property
     def directory_refused(self) -> str:
-        """Why the last one was refused; empty: it was not."""
+        """The reason why the last directory was refused, empty if it was not."""
         return (self.vault.get("directory-refused") or b"").decode()
 
     @property
     def enrolled(self) -> int | None:
-        """N, how many devices are enrolled; None with an open directory, which cannot know."""
+        """The number N of devices that are enrolled.
+
+        None with an open directory, which cannot know.
+        """
         return self.directory.enrolled
 
     @property
@@ -277,7 +295,10 @@ class DeviceStore:
         return Directory(known, joined.closed, news)
 
     def pin(self, directory: Directory) -> None:
-        """Keep the identities seen first; a signed directory changes by its chain only."""
+        """Keep the identities that were seen first.
+
+        A signed directory changes by its chain only.
+        """
         if self.chain is not None:
             return
         written = _written(directory)
@@ -292,16 +313,16 @@ class DeviceStore:
         return self.vault.get("paused") is not None
 
     def pause(self, on: bool) -> None:
-        """Stay out of all rounds, or not."""
+        """Stay out of all rounds, or take part again."""
         self.vault.put_all({"paused": b"yes" if on else None})
 
     def runs(self) -> list[tuple[Offer, Consent | None]]:
-        """What servers have asked for, and what was agreed to, oldest first."""
+        """Return the runs that servers have offered, with what was agreed to, oldest first."""
         found = [run_offers.restore(self._entry(name)) for name in self.vault.names("runs/")]
         return sorted(found, key=lambda one: one[0].received)
 
     def run(self, run: str) -> tuple[Offer, Consent | None]:
-        """One of them.
+        """Return one of the runs that were offered.
 
         Raises:
             PrivacyError: no such run was offered.
@@ -344,22 +365,25 @@ class DeviceStore:
             self.vault.put_all({"note": None})
 
     def agreed(self, run: str) -> tuple[Offer, Consent | None] | None:
-        """The offer of this run that was agreed to last, which may not be the present one."""
+        """Return the offer of this run that was agreed to last, perhaps not the present one."""
         kept = self.vault.get(f"agreed/{run}")
         return None if kept is None else run_offers.restore(kept)
 
     def withdraw(self, offer: Offer) -> None:
-        """The owner says no; it stands, whatever the policy accepts, until the owner agrees."""
+        """Record that the owner says no to a run.
+
+        It stands, whatever the policy accepts, until the owner agrees.
+        """
         self.vault.put_all(
             {f"runs/{offer.run}": run_offers.store(offer, None), f"declined/{offer.run}": b"yes"}
         )
 
     def declined(self, run: str) -> bool:
-        """Whether the owner said no to this run."""
+        """Return whether the owner said no to this run."""
         return self.vault.get(f"declined/{run}") is not None
 
     def receive(self, run: str, text: str) -> bool:
-        """Keep an offer of the joined server; whether this device takes part in it.
+        """Keep an offer of the joined server, and return whether this device takes part in it.
 
         An offer that has changed since the owner agreed waits for another yes.
         """
@@ -397,7 +421,7 @@ class DeviceStore:
         self.vault.put_all(dict.fromkeys(f"{kind}{oldest}" for kind in RUN_ENTRIES))
 
     def taking_part(self, run: str, begins: bool) -> Offer:
-        """The offer, if this device takes part in the run now.
+        """Return the offer of a run, if this device takes part in it now.
 
         Args:
             run: its id.
@@ -418,7 +442,9 @@ class DeviceStore:
         return offer
 
     def refuse_to_keep(self, run: str, adapter: "NDArray[np.float32]", dimension: int) -> None:
-        """Nothing but a usable adapter is kept, and once only for what this device has released.
+        """Refuse to keep the end of a run if its adapter is unusable or it was kept already.
+
+        It is kept once only for what this device has released.
 
         A server may end a run as often as it likes, and each end costs minutes of fitting.
 
@@ -438,7 +464,7 @@ class DeviceStore:
             )
 
     def keep(self, run: str, entries: Mapping[str, bytes]) -> None:
-        """The end of a run, all of it or nothing."""
+        """Keep the results of a run that has ended, all of them or nothing."""
         self.vault.put_all({**entries, f"kept/{run}": self._count})
 
     @property
@@ -446,7 +472,7 @@ class DeviceStore:
         return str(self.releases).encode()
 
     def note(self, sentence: str) -> None:
-        """The last thing the owner should know; `privet client status` shows it.
+        """Keep the last thing the owner should know, which `privet client status` shows.
 
         Said again, it is not written again: a server greets every two seconds.
         """
@@ -456,7 +482,7 @@ class DeviceStore:
 
     @property
     def last_note(self) -> tuple[float, str] | None:
-        """When (seconds since 1970) and what; None: nothing yet."""
+        """The last note and its time (seconds since 1970), or None where there is none yet."""
         kept = self.vault.get("note")
         if kept is None:
             return None
@@ -466,7 +492,9 @@ class DeviceStore:
     # the outbox
 
     def sent(self, run: str, round: int, phase: str, payload: bytes) -> None:
-        """Write down what is about to leave, durably; the oldest payloads make room.
+        """Record what is about to leave, durably.
+
+        The oldest payloads make room for it.
 
         Only the worker, of which there is one, calls it: what is kept is counted once a process.
         """
@@ -494,17 +522,20 @@ class DeviceStore:
         return max((one.seq for one in every), default=0), sizes
 
     def outbox(self) -> list[Sent]:
-        """Everything that left, oldest first."""
+        """Return everything that left, oldest first."""
         return [Sent(**json.loads(self._entry(name))) for name in self.vault.names("outbox/")]
 
     def payload(self, seq: int) -> bytes | None:
-        """The bytes themselves, while they are kept."""
+        """Return the bytes that left under a number, while they are kept."""
         return self.vault.get(f"payload/{seq:08d}")
 
     # own records
 
     def records(self) -> "Sequence[Record]":
-        """All records, earliest first; those without a time come first."""
+        """Return all records of the owner, earliest first.
+
+        Those without a time come first.
+        """
         from ..training.records import parse_line
 
         with self.vault.transaction(writing=False):  # as of one moment: a scan may be writing
@@ -539,14 +570,14 @@ def _json(value: object) -> bytes:
 
 
 def _when(record: "Record") -> tuple[int, float, str]:
-    """Without a time, then by number, then by text."""
+    """Return the key that sorts records: without a time, then by number, then by text."""
     if record.time is None:
         return 0, 0.0, ""
     return (2, 0.0, record.time) if isinstance(record.time, str) else (1, record.time, "")
 
 
 def _above(sizes: Mapping[int, int], limit: float) -> frozenset[int]:
-    """The oldest, all those for which there is no room beside the newer ones."""
+    """Return the oldest payloads, for which there is no room beside the newer ones."""
     newest = sorted(sizes, reverse=True)
     totals = accumulate(sizes[seq] for seq in newest)
     return frozenset(seq for seq, total in zip(newest, totals, strict=True) if total > limit)

@@ -1,4 +1,4 @@
-"""The end of a vault, and who may work in its home: `destroy`, with proof, and `exclusive`.
+"""The erasure of a vault, with proof (`destroy`), and the one worker's place in it (`exclusive`).
 
 **Guarantee**: the key goes first. Whatever interrupts a destruction, what is left of the vault
 cannot be opened, and the next call finishes it.
@@ -28,7 +28,7 @@ LOCK = "worker.lock"
 
 @dataclass(frozen=True)
 class Erased:
-    """What `destroy` erased, for a person to read (`str`).
+    """The report of what `destroy` erased, for a person to read (`str`).
 
     Attributes:
         folder: the vault's folder.
@@ -66,7 +66,9 @@ class Erased:
 
 
 def destroy(folder: str | os.PathLike[str], *, keyring: KeyringBackend | None = None) -> Erased:
-    """Erases the vault in `folder`: its key first, then its files. No passphrase is needed.
+    """Erase the vault in `folder`: its key first, then its files.
+
+    No passphrase is needed.
 
     A destruction that was interrupted is finished by the next one. Links are not followed, and
     files the vault did not write are left.
@@ -93,7 +95,10 @@ def destroy(folder: str | os.PathLike[str], *, keyring: KeyringBackend | None = 
 
 
 def _refusal(folder: Path) -> str:
-    """The proof: tries to open the vault. Without key.json it does not matter with what."""
+    """Prove that the vault cannot be opened, by trying to.
+
+    Without key.json it does not matter with what.
+    """
     try:
         Vault.open(folder, Passphrase("any")).close()
     except StateError as error:
@@ -108,7 +113,10 @@ def _refusal(folder: Path) -> str:
 
 
 def _own_files(folder: Path) -> list[Path]:
-    """The vault's files and what a kill may have left of them; the lock last."""
+    """Return the vault's files and what a kill may have left of them.
+
+    The lock is the last.
+    """
     names = [FILE, *(f"{FILE}-{suffix}" for suffix in ("wal", "shm", "journal"))]
     left = sorted(folder.glob(f".{FILE}.*.tmp*"))
     every = [*(folder / name for name in names), *left, folder / LOCK]
@@ -127,7 +135,9 @@ def _unlink(path: Path) -> int:
 
 @contextmanager
 def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds the worker's place in a home: one at a time, given back also by a crash.
+    """Hold the worker's place in a home, which one process at a time can have.
+
+    It is given back also by a crash.
 
     Raises:
         StateError: another process has it (its number is named), or the folder is not writable.

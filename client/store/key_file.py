@@ -1,4 +1,4 @@
-"""The vault's key: wrapped in key.json, by a passphrase or by the OS keyring; rewrapped; destroyed.
+"""The vault's key, which key.json holds wrapped by a passphrase or by the OS keyring.
 
 The vault has one key of 32 random bytes. key.json holds it wrapped (AES-256-GCM) under a key that
 a passphrase gives (Argon2id) or that the OS keyring keeps. With the keyring, both are needed: the
@@ -67,7 +67,7 @@ _BOUNDS = {"iterations": (1, 32), "lanes": (1, 16), "memory_kib": (1024, 262_144
 
 
 class KeyringBackend(Protocol):
-    """What privet uses of a backend of the package `keyring`."""
+    """The methods that privet uses of a backend of the package `keyring`."""
 
     def get_password(self, service: str, username: str, /) -> str | None: ...
     def set_password(self, service: str, username: str, password: str, /) -> None: ...
@@ -76,7 +76,9 @@ class KeyringBackend(Protocol):
 
 @dataclass(frozen=True)
 class Passphrase:
-    """Unlocks by a passphrase; `repr` masks it.
+    """A passphrase that unlocks a vault.
+
+    `repr` masks it.
 
     The text is taken in Unicode normal form C, so that keyboards that compose accents differently
     give the same bytes.
@@ -99,13 +101,13 @@ class Passphrase:
         return "Passphrase(***)"
 
     def encoded(self) -> bytes:
-        """What the key is derived from."""
+        """Return the bytes that the key is derived from."""
         return unicodedata.normalize("NFC", self.text).encode()
 
 
 @dataclass(frozen=True)
 class Keyring:
-    """Unlocks by the operating system's keyring.
+    """The operating system's keyring as what unlocks a vault.
 
     Attributes:
         backend: a keyring; None finds the system's own through the package `keyring`.
@@ -114,7 +116,7 @@ class Keyring:
     backend: KeyringBackend | None = field(default=None, repr=False)
 
     def found(self) -> KeyringBackend:
-        """The backend in use.
+        """Return the backend in use.
 
         Raises:
             ConfigError: there is none that keeps anything.
@@ -143,7 +145,7 @@ def _system_keyring() -> KeyringBackend:
 
 @dataclass(frozen=True)
 class VaultKey:
-    """An unwrapped key.
+    """A vault's key, unwrapped.
 
     Attributes:
         vault: 16 bytes, the vault's public id.
@@ -156,7 +158,10 @@ class VaultKey:
 
 @dataclass(frozen=True)
 class _Wrapped:
-    """key.json: whose key, how to get at it (`recipe`), and the sealed key with its nonce."""
+    """The content of key.json: whose key, how to get at it (`recipe`), and the sealed key.
+
+    `sealed` begins with its nonce.
+    """
 
     vault: bytes
     recipe: Mapping[str, Any]
@@ -173,7 +178,7 @@ class _Wrapped:
 
 
 def new_key(folder: Path, unlock: Unlock) -> VaultKey:
-    """Makes a new vault key and writes its key.json, where there must be none yet.
+    """Make a new vault key and write its key.json, where there must be none yet.
 
     Raises:
         StateError: there is a key.json already, or it cannot be written.
@@ -185,7 +190,7 @@ def new_key(folder: Path, unlock: Unlock) -> VaultKey:
 
 
 def read_key(folder: Path, unlock: Unlock) -> VaultKey:
-    """Unwraps the key of key.json.
+    """Unwrap the key in key.json.
 
     Raises:
         StateError: the file is missing, damaged, of a newer format, or asks for too much.
@@ -197,7 +202,9 @@ def read_key(folder: Path, unlock: Unlock) -> VaultKey:
 
 
 def unlock_kind(folder: str | os.PathLike[str]) -> str:
-    """How the vault in `folder` is unlocked, without unlocking it: "passphrase" or "keyring".
+    """Return how the vault in `folder` is unlocked, without unlocking it.
+
+    It is "passphrase" or "keyring".
 
     Raises:
         StateError: as `read_key`.
@@ -207,7 +214,7 @@ def unlock_kind(folder: str | os.PathLike[str]) -> str:
 
 
 def rewrap(folder: str | os.PathLike[str], old: Unlock, new: Unlock) -> None:
-    """Changes how a vault is unlocked: another passphrase, or to and from the OS keyring.
+    """Change how a vault is unlocked: another passphrase, or to and from the OS keyring.
 
     **Guarantee**: key.json holds the old wrapping or the new one, whole, at any moment and after a
     crash; the entries are not touched. The replaced file is overwritten (see "Not covered").
@@ -230,15 +237,20 @@ def rewrap(folder: str | os.PathLike[str], old: Unlock, new: Unlock) -> None:
 
 @dataclass(frozen=True)
 class ErasedKey:
-    """What `erase_key` did: SHA-256 (hex) of key.json before, and what became of the keyring."""
+    """The report of what `erase_key` did.
+
+    `sha256`: of key.json before, hex. `keyring`: what became of the keyring's entry.
+    """
 
     sha256: str
     keyring: str
 
 
 def erase_key(folder: Path, keyring: KeyringBackend | None) -> ErasedKey:
-    """Destroys the key: overwrites key.json and its left-over copies, unlinks them, and deletes the
-    keyring's entry. A missing key.json is destroyed already; a damaged one is destroyed as well.
+    """Destroy the vault's key.
+
+    It overwrites key.json and its left-over copies, unlinks them, and deletes the keyring's entry.
+    A missing key.json is destroyed already, and a damaged one is destroyed as well.
 
     Raises:
         StateError: key.json is a link or cannot be overwritten; nothing else was done then.
@@ -267,7 +279,7 @@ def erase_key(folder: Path, keyring: KeyringBackend | None) -> ErasedKey:
 
 
 def regular(path: Path) -> None:
-    """Refuses what is not a plain file: privet makes no links, and follows none here.
+    """Refuse a path that is not a plain file: privet makes no links, and follows none here.
 
     Raises:
         StateError: it is missing, or a link, a folder, a device.
@@ -284,7 +296,7 @@ def regular(path: Path) -> None:
 
 @contextmanager
 def private_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that only its owner can read, removed at the end.
+    """Make an empty file beside `path` that only its owner can read, removed at the end.
 
     The caller fills it and gives it its name, so that `path` is never half-written.
     """
@@ -319,7 +331,10 @@ def _write(folder: Path, key: VaultKey, unlock: Unlock, publish: _Publish) -> No
 
 
 def _publish_new(temporary: Path, path: Path) -> None:
-    """A hard link never replaces a file: of two processes that create at once one wins."""
+    """Give a new key.json its name, which never replaces one that is there.
+
+    A hard link never replaces a file: of two processes that create at once one wins.
+    """
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -413,7 +428,10 @@ def _forget(keyring: Keyring, recipe: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _keyring_answers() -> Iterator[None]:
-    """A backend may raise what it likes: every keyring has its own errors."""
+    """Turn any error of a keyring's backend into a `ConfigError`.
+
+    Every keyring has its own errors.
+    """
     try:
         yield
     except ConfigError:
@@ -449,7 +467,7 @@ def _read(path: Path) -> _Wrapped:
 
 
 def _checked(path: Path, body: Mapping[str, Any]) -> _Wrapped:
-    """The parts of an undamaged key.json: somebody else may have written it."""
+    """Read the parts of an undamaged key.json, which somebody else may have written."""
     with _hostile(path):
         recipe: dict[str, Any] = dict(body["recipe"])
         kind = recipe["kind"]

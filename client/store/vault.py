@@ -1,4 +1,4 @@
-"""What a device keeps: entries with names, sealed one by one in a SQLite file of the home folder.
+"""The vault of a device: entries with names, sealed one by one in a SQLite file of the home folder.
 
 `vault.sqlite` holds rows, `key.json` the wrapped key (`client/store/key_file.py`). A row's key is
 the HMAC of the entry's name; the name, padded to a multiple of 128 bytes, and the data are sealed
@@ -90,14 +90,16 @@ _COPY = f"{_LEFT}: put back a copy of the whole folder, or erase the vault and b
 
 
 class Mark(NamedTuple):
-    """Which version of an entry is the right one: its last transaction and its row's digest."""
+    """The right version of an entry, by its last transaction and its row's digest."""
 
     generation: int
     digest: bytes
 
 
 class Vault:
-    """An open vault; threads may share it, a fork may not. A context manager.
+    """An open vault, which is a context manager.
+
+    Threads may share it, a fork may not.
 
     Several processes may have the same vault open: each sees what the others wrote, as of its
     next call.
@@ -123,7 +125,9 @@ class Vault:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], unlock: Unlock) -> Self:
-        """Makes an empty vault, and the folder (mode 0700) where there is none; opens it.
+        """Make an empty vault and open it.
+
+        The folder is made (mode 0700) where there is none.
 
         Raises:
             StateError: there is a vault, or half of one, already; the disk is full or read-only.
@@ -151,7 +155,7 @@ class Vault:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], unlock: Unlock) -> Self:
-        """Opens and verifies the vault in `folder`.
+        """Open and verify the vault in `folder`.
 
         Raises:
             StateError: a file is missing, damaged, tampered with, or of a newer format; nothing is
@@ -178,7 +182,10 @@ class Vault:
         return vault
 
     def close(self) -> None:
-        """Lets go of the file and of the keys; the vault cannot be used afterwards."""
+        """Close the file, and let go of the keys.
+
+        The vault cannot be used afterwards.
+        """
         with self.lock:
             connection, self._connection = self._connection, None
             self._keys = None
@@ -197,7 +204,7 @@ class Vault:
         return f"Vault({os.fspath(self.folder)!r})"
 
     def get(self, name: str) -> bytes | None:
-        """The data of an entry, None where there is none.
+        """Return the data of an entry, or None where there is none.
 
         Raises:
             StateError: the entry is damaged or was tampered with.
@@ -208,7 +215,9 @@ class Vault:
             return None if row is None else self._opened(entry, row[0], "data", row[3])
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes one entry; durable when the call, or the transaction around it, returns.
+        """Write one entry.
+
+        It is durable when the call, or the transaction around it, returns.
 
         Raises:
             StateError: the disk is full or read-only, the entry too large; nothing was written.
@@ -216,7 +225,7 @@ class Vault:
         self.put_all({name: data})
 
     def put_all(self, entries: Mapping[str, bytes | None]) -> None:
-        """Writes entries, and deletes those that are None, in one durable transaction.
+        """Write entries, and delete those that are None, in one durable transaction.
 
         **Guarantee**: all or nothing, also after a crash and on a full disk. A deleted entry's
         bytes are overwritten in the file; the journal may keep their sealed form a while.
@@ -235,7 +244,7 @@ class Vault:
             self._dirty = True
 
     def names(self, prefix: str = "") -> list[str]:
-        """The names that begin with `prefix`, sorted.
+        """Return the names that begin with `prefix`, sorted.
 
         Raises:
             StateError: an entry is damaged or was tampered with.
@@ -246,14 +255,17 @@ class Vault:
         return sorted(name for name in found if name.startswith(prefix))
 
     def version(self, name: str) -> int | None:
-        """A number that changes when the entry is written; None where there is no entry."""
+        """Return a number that changes when the entry is written.
+
+        None where there is no entry.
+        """
         with self.transaction(writing=False):
             mark = self._marks.get(self._open_keys.id(name))
             return None if mark is None else mark.generation
 
     @contextmanager
     def transaction(self, *, writing: bool = True, outermost: bool = False) -> Iterator[None]:
-        """Makes the calls in the block one transaction: all of them durable at its end, or none.
+        """Make the calls in the block one transaction: all of them durable at its end, or none.
 
         **Guarantee**: while it lasts no other process writes the vault (`writing`), or what this
         one reads does not change (not `writing`). Transactions may be nested: only the end of the
@@ -307,7 +319,7 @@ class Vault:
         return self._connection
 
     def _refresh(self) -> tuple[int, bytes]:
-        """Walks all digests, unless nothing was written since this process did.
+        """Walk all digests, unless nothing was written since this process did.
 
         Returns:
             What changes when the file is written: SQLite's counter for other connections, and the
@@ -342,7 +354,10 @@ class Vault:
         return marks, total % _MODULUS
 
     def _rows(self, query: str, *types: type) -> list[tuple[Any, ...]]:
-        """What SQLite read, which a damaged or hostile file may have given any type."""
+        """Run a query, and refuse values of a type that privet does not write.
+
+        A damaged or hostile file may have given any.
+        """
         rows = self._connected().execute(query).fetchall()
         for row in rows:
             if tuple(map(type, row)) != types:
@@ -352,7 +367,7 @@ class Vault:
     def _opened_state(
         self, vault: bytes, generation: int, digest: bytes, sealed: bytes
     ) -> tuple[int, int]:
-        """The sealed truth: count of entries, sum of their hashes."""
+        """Open the sealed truth: count of entries, sum of their hashes."""
         if hashlib.sha256(sealed).digest() != digest:
             self._damaged("its state does not match its checksum")
         if vault != self._open_keys.vault:
@@ -401,7 +416,7 @@ class Vault:
         self._total %= _MODULUS
 
     def _row(self, entry: bytes) -> tuple[Any, ...] | None:
-        """The row of an entry, which is the one that was verified."""
+        """Return the row of an entry, which is the one that was verified."""
         query = f"SELECT generation, digest, name, data FROM entry WHERE id = x'{entry.hex()}'"
         rows = self._rows(query, int, bytes, bytes, bytes)
         row = rows[0] if rows else None
@@ -443,7 +458,7 @@ class Vault:
 
 @dataclass(frozen=True, repr=False)
 class _Keys:
-    """The vault's id, and one key for each purpose (HKDF-SHA256, RFC 5869)."""
+    """A vault's id, and its keys for each purpose (HKDF-SHA256, RFC 5869)."""
 
     vault: bytes
     names: Secret
@@ -460,22 +475,28 @@ class _Keys:
         return cls(key.vault, derived(b"names"), derived(b"rows"), derived(b"sums"))
 
     def id(self, name: str) -> bytes:
-        """The row key of an entry."""
+        """Return the row key of an entry."""
         return hmac.digest(self.names.value, _encoded(name), "sha256")
 
     def element(self, entry: bytes, mark: Mark) -> int:
-        """What a row adds to the sum; every part has a fixed length."""
+        """Return what a row adds to the sum of hashes.
+
+        Every part of what is hashed has a fixed length.
+        """
         message = entry + mark.generation.to_bytes(8, "big") + mark.digest
         return int.from_bytes(hmac.digest(self.sums.value, message, "sha256"), "big")
 
     def seal(self, purpose: str, entry: bytes, generation: int, plain: bytes) -> bytes:
-        """Nonce (12 bytes), ciphertext, tag (16 bytes)."""
+        """Seal bytes as nonce (12 bytes), ciphertext and tag (16 bytes)."""
         cipher, bound = self._cipher(purpose, entry, generation)
         nonce = secrets.token_bytes(_NONCE)
         return nonce + cipher.encrypt(nonce, plain, bound)
 
     def open(self, purpose: str, entry: bytes, generation: int, sealed: bytes) -> bytes | None:
-        """What `seal` sealed for the same purpose, entry, transaction; None for anything else."""
+        """Open what `seal` sealed for the same purpose, entry and transaction.
+
+        None for anything else.
+        """
         cipher, bound = self._cipher(purpose, entry, generation)
         try:
             return cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], bound)
@@ -483,7 +504,7 @@ class _Keys:
             return None
 
     def state(self, generation: int, count: int, total: int) -> bytes:
-        """The sealed state of a vault."""
+        """Return the sealed state of a vault."""
         plain = count.to_bytes(8, "big") + total.to_bytes(_DIGEST, "big")
         return self.seal("state", _STATE, generation, plain)
 
@@ -512,7 +533,7 @@ def _both_there(folder: Path) -> None:
 
 
 def _fill(path: Path, key: VaultKey) -> None:
-    """An empty vault in an empty file."""
+    """Make an empty vault in an empty file."""
     with closing(ledger_chain.connect(path, "rw")) as db:
         db.execute("PRAGMA journal_mode = WAL")
         with ledger_chain.transaction(db, "BEGIN IMMEDIATE"):
@@ -532,7 +553,10 @@ def _careful(db: sqlite3.Connection) -> None:
 
 
 def _check_file(path: Path, db: sqlite3.Connection) -> None:
-    """Whether this is a vault of this version, with its tables and nothing else (no trigger)."""
+    """Refuse a file that is not a vault of this version, with its tables and nothing else.
+
+    A trigger would be something else.
+    """
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application == _APPLICATION and version > FORMAT:
@@ -551,7 +575,7 @@ def _check_file(path: Path, db: sqlite3.Connection) -> None:
 
 @contextmanager
 def _sentences(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into sentences, with what to do."""
+    """Turn SQLite's errors into sentences, with what to do."""
     try:
         yield
     except sqlite3.Error as error:

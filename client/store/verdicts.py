@@ -1,4 +1,4 @@
-"""What the owner thought of answers: accepted, rejected, edited; and the pairs that gives.
+"""The owner's verdicts on answers (accepted, rejected, edited), and the pairs they give.
 
     feedback/<number>  one verdict: what was asked, what was answered, what the owner did, when
 
@@ -48,7 +48,9 @@ _FIELDS = {"accept": ("over",), "reject": (), "edit": ("edited",)}
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the owner did with one answer; the texts are masked in `repr`.
+    """The owner's verdict on one answer.
+
+    Its texts are masked in `repr`.
 
     Attributes:
         kind: accept, reject, or edit.
@@ -73,7 +75,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """To this prompt the owner prefers one answer to another; masked in `repr`."""
+    """Two answers to a prompt, of which the owner prefers one.
+
+    Its texts are masked in `repr`.
+    """
 
     prompt: str = field(repr=False)
     chosen: str = field(repr=False)
@@ -82,7 +87,7 @@ class Pair:
 
 
 def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
-    """Fields -> a checked verdict.
+    """Check the fields of a verdict, and return it.
 
     Args:
         fields: `kind`, `answer`, and as they apply `prompt`, `over`, `edited`, `time`.
@@ -116,7 +121,7 @@ def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
 
 
 def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
-    """Keep verdicts, all or none; their numbers.
+    """Keep verdicts, all or none, and return their numbers.
 
     Raises:
         StateError: there would be more than `MOST`; nothing was kept.
@@ -137,7 +142,7 @@ def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
 
 
 def kept(home: "DeviceStore") -> dict[int, Verdict]:
-    """Number -> verdict, in the order they were kept.
+    """Return the verdicts that are kept, by number, in the order they were kept.
 
     Raises:
         StateError: a newer privet wrote one.
@@ -148,7 +153,7 @@ def kept(home: "DeviceStore") -> dict[int, Verdict]:
 
 
 def forget(home: "DeviceStore", numbers: Sequence[int] | None) -> int:
-    """Erase these verdicts, or all of them (None); how many there were.
+    """Erase these verdicts, or all of them (None), and return how many there were.
 
     Raises:
         StateError: a number that is not there; nothing was erased.
@@ -166,7 +171,7 @@ def forget(home: "DeviceStore", numbers: Sequence[int] | None) -> int:
 
 
 def pairs(verdicts: Iterable[Verdict]) -> tuple[Pair, ...]:
-    """What the owner prefers to what, earliest first.
+    """Return the pairs of answers that verdicts give, earliest first.
 
     An edit: the edited answer over the original. An accept of one of two shown: over the other.
     Accepted and rejected answers to the same prompt: each of the accepted over the latest
@@ -181,7 +186,7 @@ def pairs(verdicts: Iterable[Verdict]) -> tuple[Pair, ...]:
 
 
 def own_records(home: "DeviceStore") -> "list[Record]":
-    """The owner's pairs as records, which training and the personal part read."""
+    """Return the owner's pairs as records, which training and the personal part read."""
     from ..training.records import Record
 
     return [
@@ -191,7 +196,7 @@ def own_records(home: "DeviceStore") -> "list[Record]":
 
 
 def _shown(ordered: Sequence[Verdict]) -> Iterator[Pair]:
-    """Pairs within one verdict."""
+    """Yield the pairs that lie within one verdict."""
     for one in ordered:
         prompt, answer = one.prompt.strip(), one.answer.strip()
         if one.over is not None:
@@ -201,7 +206,7 @@ def _shown(ordered: Sequence[Verdict]) -> Iterator[Pair]:
 
 
 def _judged(ordered: Sequence[Verdict]) -> Iterator[Pair]:
-    """Accepted over rejected answers to the same prompt."""
+    """Yield accepted over rejected answers to the same prompt."""
     latest: dict[str, dict[str, Verdict]] = {}
     for one in ordered:
         if one.kind != "edit":

@@ -1,1 +1,1 @@
-"""Local training on own records: what is drawn, learnt and kept at home."""
+"""Local training on a person's own records: what is drawn, learnt and kept at home."""

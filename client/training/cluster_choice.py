@@ -1,4 +1,6 @@
-"""Which persona's adapter fits the own records best; decided on the device, and never sent.
+"""The choice of the persona whose adapter fits the own records best.
+
+It is made on the device, and never sent.
 
 **Guarantee**: the choice is a function of the shared adapters, which are public, and of the own
 records. It leaves through the gate only, as the block of the contribution that is not zero, under
@@ -29,7 +31,9 @@ def choose(
     records: Sequence[Tokenised],
     shape: Shape | None = None,
 ) -> int:
-    """The persona with the smallest mean loss on the own training records; the first of equals.
+    """Return the persona with the smallest mean loss on the own training records.
+
+    Of equals it is the first.
 
     Args:
         adapter: overwritten.
@@ -51,8 +55,10 @@ def mean_losses(
     records: Sequence[Tokenised],
     shape: Shape | None = None,
 ) -> NDArray[np.float64]:
-    """Mean loss of the records under each adapter, shape (k,); infinite where it is not finite, 0
-    where there are none."""
+    """Return the mean loss of the records under each adapter, shape (k,).
+
+    Infinite where it is not finite, 0 where there are no records.
+    """
     base, first = adapter.base, adapter.first_block
     found = np.zeros(len(personas))
     ordered = sorted(records, key=lambda record: len(record.ids))

@@ -1,4 +1,4 @@
-"""Constant work: what a device does in a round is a function of public numbers.
+"""Constant work: what a device does in a round depends on public numbers only.
 
 A step of training is always the same number of chunks of the same shape: what the Poisson draw
 leaves empty, dummies fill, whose gradients are set to zero before they are clipped and summed. When
@@ -37,7 +37,7 @@ _PLACES = 1024  # rows * tokens in memory at once: each has a score for every wo
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one piece of work; public.
+    """The public shape of one piece of work, in chunks of rows of tokens.
 
     Attributes:
         chunks: how many there are, whatever was drawn.
@@ -52,30 +52,36 @@ class Shape:
 
     @property
     def capacity(self) -> int:
-        """Records that fit; more take another chunk."""
+        """The number of records that fit.
+
+        More take another chunk.
+        """
         return self.chunks * (self.rows - 1)
 
     @classmethod
     def of(cls, records: int, tokens: int, most_rows: int) -> "Shape":
-        """For so many records: few chunks, of equal size."""
+        """Return the shape for so many records, with few chunks of equal size."""
         records = max(1, records)
         rows = max(_FEWEST_ROWS, min(most_rows, _PLACES // tokens))
         chunks = math.ceil(records / (rows - 1))
         return cls(chunks, math.ceil(records / chunks) + 1, tokens)
 
     def dealt(self, records: Sequence[_T]) -> list[list[_T]]:
-        """The records, evenly over the chunks; some may have none."""
+        """Divide the records evenly over the chunks.
+
+        Some chunks may have none.
+        """
         count = max(self.chunks, math.ceil(len(records) / (self.rows - 1)))
         return [list(records[place::count]) for place in range(count)]
 
     def filled(self, chunk: Sequence[Tokenised]) -> list[Tokenised]:
-        """A chunk with dummies behind its records."""
+        """Fill a chunk with dummies behind its records."""
         return [*chunk, *[DUMMY] * (self.rows - len(chunk))]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a device does in a round; public.
+    """The public shapes of all that a device does in a round.
 
     Attributes:
         step: one local step of training.
@@ -89,7 +95,10 @@ class Work:
 
 
 def work_of(config: Config, plan: Plan) -> Work | None:
-    """What a device with these settings does under this plan; None: what its records ask for."""
+    """Return the work of a device with these settings under this plan.
+
+    None where it does what its records ask for.
+    """
     choice = choice_of(config)
     if choice is None:
         return None
@@ -99,7 +108,10 @@ def work_of(config: Config, plan: Plan) -> Work | None:
 
 
 def choice_of(config: Config) -> Shape | None:
-    """How a device chooses its persona; None: as its records ask for."""
+    """Return the shape of a device's choice of its persona.
+
+    None where it does what its records ask for.
+    """
     if not config.constant:
         return None
     row = max(config.data.max_tokens, config.training.packed)
@@ -109,7 +121,7 @@ def choice_of(config: Config) -> Shape | None:
 def missing(
     config: Config, own: Sequence[Tokenised], held_out: Sequence[Tokenised], words: int
 ) -> tuple[list[Tokenised], list[Tokenised]]:
-    """Made-up records in place of those that a person has not, one held out at least.
+    """Make up records in place of those that a person has not, one held out at least.
 
     Args:
         config: how many a head is fitted on, and how many are measured.
@@ -131,8 +143,11 @@ def _made_up(number: int, tokens: int, words: int) -> Tokenised:
 
 @lru_cache(maxsize=16)
 def most_drawn(count: int, rate: float) -> int:
-    """The smallest k such that a Poisson draw from `count` records has more than k in at most one
-    case of 2^40."""
+    """Return the most records that a Poisson draw has, but for one case in 2^40 at most.
+
+    It is the smallest k such that a draw from `count` records has more than k in at most one case
+    of 2^40.
+    """
     if rate >= 1:
         return count
     above = 0.0

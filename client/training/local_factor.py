@@ -1,4 +1,6 @@
-"""What a family trains that never leaves the device (fedsa's B): its file, and its two last rounds.
+"""The part of an adapter that is trained and never leaves the device (fedsa's B).
+
+Its file has its two last rounds.
 
 **Guarantee**: nothing here is read by `client/privacy/gate.py`, `client/app.py` or
 `client/privacy/masked_upload.py`. It was fitted on private records without DP. What a round trains
@@ -24,7 +26,9 @@ _KEPT = 2
 
 
 def before(kept: bytes | None, number: int, dimension: int) -> NDArray[np.float32] | None:
-    """What the last round before `number` left; None: there was none.
+    """Return what the last round before `number` left of the part that stays at home.
+
+    None where there was none.
 
     Raises:
         StateError: the file is damaged, or of another adapter.
@@ -43,7 +47,7 @@ def before(kept: bytes | None, number: int, dimension: int) -> NDArray[np.float3
 
 
 def added(kept: bytes | None, number: int, own: NDArray[np.float32]) -> bytes:
-    """The file after round `number`."""
+    """Return the file after round `number`."""
     rounds = {one: values for one, values in _read(kept).items() if one < number}
     last = {one: rounds[one] for one in sorted(rounds)[-(_KEPT - 1) :]}
     return safetensors.numpy.save({str(one): v for one, v in {**last, number: own}.items()})

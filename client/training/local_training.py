@@ -1,4 +1,6 @@
-"""Local training: global adapter + own records -> delta. The only user of Opacus.
+"""Local training, which makes a delta from the global adapter and the own records.
+
+This file is the only user of Opacus.
 
 **Guarantee** (example level, one record added or removed): each local step draws a Poisson batch
 with the public rate, clips every record's gradient to the plan's `record_clip` C, adds Gaussian
@@ -61,7 +63,10 @@ _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in seve
 
 @dataclass(frozen=True, eq=False)
 class Trainer:
-    """An adapter with Opacus's hooks on its trained layers; made once per process."""
+    """An adapter with Opacus's hooks on its trained layers.
+
+    It is made once per process.
+    """
 
     adapter: Adapter
     hooked: Any
@@ -73,7 +78,7 @@ class Trainer:
     def of(
         cls, adapter: Adapter, cache_mb: int = 0, pairs: PreferenceSettings | None = None
     ) -> "Trainer":
-        """Hook the trained layers only: the frozen model pays nothing for DP.
+        """Hook the trained layers only, so that the frozen model pays nothing for DP.
 
         `cache_mb`: memory for what enters the first adapted block, by record; 0: nothing is kept.
         `pairs`: how to learn where a record is a pair of answers; None: it is none.
@@ -99,7 +104,9 @@ class _Hooked(GradSampleModule):
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What local training hands to the gate; sensitive, so `repr` hides it.
+    """The results of local training that go to the gate.
+
+    They are sensitive, so `repr` hides them.
 
     Attributes:
         delta: local adapter minus global adapter, of what the round releases, shape (d,), float32.
@@ -127,7 +134,7 @@ def train(
     own: NDArray[np.float32] | None = None,
     shape: Shape | None = None,
 ) -> Trained:
-    """Local steps from the global adapter on one client's own records.
+    """Train local steps from the global adapter on one client's own records.
 
     Args:
         trainer: the model with hooks; its adapter is overwritten.
@@ -189,7 +196,7 @@ def train(
 
 
 def _forget(hooked: GradSampleModule) -> None:
-    """What a forward pass left whose backward pass never came, because the round broke off.
+    """Drop what a forward pass left whose backward pass never came, because the round broke off.
 
     Opacus would count those rows as records of the next batch.
     """
@@ -212,7 +219,7 @@ def _with_references(
     drawn: Sequence[Sequence[int]],
     shape: Shape | None,
 ) -> list[Tokenised]:
-    """Pairs with the global adapter's margin, for the steps in which the model has left it.
+    """Add the global adapter's margin to pairs, for the steps in which the model has left it.
 
     Each is computed alone, or as a row of one fixed shape, so that no record's gradient hangs on
     what else was drawn.
@@ -234,7 +241,7 @@ def _with_references(
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
-    """Losses under the start adapter, shape (records,) -> the block of losses."""
+    """Turn losses under the start adapter, shape (records,), into the block of losses."""
     if not plan.losses_bound:
         return np.zeros(0)
     bounded = np.clip(np.nan_to_num(losses / plan.losses_bound, nan=1.0), 0.0, 1.0)
@@ -242,7 +249,7 @@ def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
 
 
 class _SystemNoiseOptimizer(DPOptimizer):
-    """Opacus's optimiser, with its Gaussian noise drawn from `source`."""
+    """Opacus's optimiser with its Gaussian noise drawn from `source`."""
 
     def __init__(self, *given: Any, source: Source, noise: float, **named: Any) -> None:
         super().__init__(*given, noise_multiplier=noise / named["max_grad_norm"], **named)
@@ -259,7 +266,7 @@ class _SystemNoiseOptimizer(DPOptimizer):
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
-    """Standard normal numbers from random words: Box and Muller 1958."""
+    """Return standard normal numbers from random words (Box and Muller 1958)."""
     words = source.words(2 * count)
     uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     radius, angle = uniform[:count], uniform[count:]
@@ -306,7 +313,10 @@ def _private_step(
 
 
 def _one_row_a_record(trainer: Trainer, trained: Named, records: int) -> None:
-    """Gradients by record, or an error; the two answers of a pair are one record's two rows."""
+    """Make gradients one row a record, or refuse them.
+
+    The two answers of a pair are one record's two rows.
+    """
     if trainer.pairs is None:
         _refuse_mixed(trained, records)
         return
@@ -317,7 +327,10 @@ def _one_row_a_record(trainer: Trainer, trained: Named, records: int) -> None:
 
 
 def _refuse_mixed(trained: Named, records: int) -> None:
-    """Some blocks give a layer tokens for records; each token would be clipped for itself."""
+    """Refuse a layer that did not see one row for each record.
+
+    Some blocks give a layer tokens for records, and each token would be clipped for itself.
+    """
     for name, parameter in trained:
         seen = getattr(parameter, "grad_sample", None)
         if not isinstance(seen, torch.Tensor) or len(seen) != records:
@@ -330,7 +343,10 @@ def _refuse_mixed(trained: Named, records: int) -> None:
 
 
 def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
-    """Of the records alone; the dummies behind them get a gradient of zero."""
+    """Sum the losses of the records alone.
+
+    The dummies behind them get a gradient of zero.
+    """
     if len(losses) == records:
         return losses.sum()
     real = torch.arange(len(losses)) < records
@@ -338,9 +354,10 @@ def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
 
 
 def _silence(trained: Named, records: int) -> None:
-    """A record whose gradient is not finite gives none, and takes no other's with it.
+    """Set the gradients of a record to zero if one of them is not finite.
 
-    Nor does a dummy, the rows behind the records, whatever its gradient is.
+    It takes no other record's with it. A dummy's are set to zero too, whatever they are: dummies
+    are the rows behind the records.
     """
     found: list[torch.Tensor] = [
         parameter.grad_sample  # type: ignore[attr-defined]
@@ -372,14 +389,16 @@ def _plain_step(
 
 
 def _gradient(trained: Named) -> NDArray[np.float64]:
-    """What the step just taken went along, shape (d,)."""
+    """Return the gradient that the step just taken went along, shape (d,)."""
     pieces = [torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
     return torch.cat(pieces).double().numpy()
 
 
 def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = None) -> torch.Tensor:
-    """Loss of each record, shape (n,), or (rows,) with dummies behind the records; of a pair
-    against its reference."""
+    """Return the loss of each record, shape (n,).
+
+    With dummies behind the records it is (rows,). The loss of a pair is against its reference.
+    """
     adapter = trainer.adapter
     if shape is not None:
         records = shape.filled(records)
@@ -401,7 +420,7 @@ def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = No
 def _margins(
     trainer: Trainer, records: list[Tokenised], shape: Shape | None = None
 ) -> torch.Tensor:
-    """By how much the model prefers each pair's chosen answer, shape (n,).
+    """Return by how much the model prefers each pair's chosen answer, shape (n,).
 
     One pass of 2n rows, the chosen answers first; `_one_row_a_record` counts on that.
     """

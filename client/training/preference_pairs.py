@@ -1,4 +1,4 @@
-"""Preferences as token ids: each answer behind its prompt, for the two ways to score one."""
+"""Preferences as token ids, with each answer behind its prompt, for the two ways to score one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,9 @@ BETWEEN = "\n"
 def tokenize_pairs(
     records: Sequence[Record], tokenizer: Any, max_tokens: int, score: str
 ) -> list[Tokenised]:
-    """Preferences -> token ids; records without a rejected answer are left out.
+    """Turn preferences into token ids.
+
+    Records without a rejected answer are left out.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

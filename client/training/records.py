@@ -1,4 +1,4 @@
-"""A person's own records on their own device: read, split, tokenised, drawn.
+"""A person's own records on their own device: how they are read, split, tokenised and drawn.
 
 The native format is JSON Lines, one record a line:
 
@@ -62,7 +62,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One private example of one person; text and label are masked in `repr`.
+    """One private example of one person.
+
+    Text and label are masked in `repr`.
 
     Attributes:
         text: what the person wrote or was shown.
@@ -90,7 +92,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Where one user's lines lie in `population.jsonl`: bytes from the start, bytes, group."""
+    """The place of one user's lines in `population.jsonl`: bytes from the start, bytes, group."""
 
     offset: int
     length: int
@@ -119,7 +121,9 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Tokenised:
-    """One record as token ids, shape (tokens,), with its label; masked in `repr`.
+    """One record as token ids, shape (tokens,), with its label.
+
+    Both are masked in `repr`.
 
     Attributes:
         learnt: of a text: the places in `ids` that have a loss; None: all but the first.
@@ -138,7 +142,7 @@ class Tokenised:
 
 
 def decode_line(line: bytes, where: str) -> dict[str, object]:
-    """One line of bytes -> the fields of its JSON object.
+    """Read one line of bytes as the fields of its JSON object.
 
     Args:
         line: UTF-8, with or without its line end.
@@ -165,7 +169,9 @@ def decode_line(line: bytes, where: str) -> dict[str, object]:
 
 
 def check_fields(fields: Mapping[str, object], where: str) -> Line:
-    """Fields -> a checked line; null counts as absent, other fields are ignored.
+    """Check the fields of a record, and return the line they make.
+
+    Null counts as absent, and other fields are ignored.
 
     Raises:
         DataError: naming `where` and the field. Values are not quoted: they are private.
@@ -190,7 +196,10 @@ def _preference(
     time: float | str | None,
     where: str,
 ) -> Record:
-    """A record of two answers; other fields of the native format may say "prompt" freely."""
+    """Check the fields of a preference, and return it as a record of two answers.
+
+    Records without `rejected` may use "prompt" freely, as one of the other fields.
+    """
     rejected = _text_of(fields, "rejected", where)
     prompt = "" if fields.get("prompt") is None else _text_of(fields, "prompt", where)
     if label is not None:
@@ -201,7 +210,10 @@ def _preference(
 
 
 def parse_line(line: bytes, where: str) -> Line:
-    """`check_fields` of `decode_line`."""
+    """Read one line of bytes as a checked record with its user.
+
+    `check_fields` of what `decode_line` gives.
+    """
     return check_fields(decode_line(line, where), where)
 
 
@@ -271,7 +283,7 @@ def read_user(folder: Path, user: str, index: Index | None = None) -> tuple[Reco
 def split(
     records: Sequence[Record], holdout: float
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Cut one user's records into (own, held out): the last ones are held out.
+    """Cut one user's records into (own, held out), where the last ones are held out.
 
     Later records are what a personal model is for, so they are what it is measured on; a
     random cut would let it peek at the future. The number held out is `holdout * n` rounded to
@@ -296,7 +308,9 @@ def split(
 
 
 def capped(own: Sequence[Record], records_per_client: int) -> tuple[Record, ...]:
-    """The first `records_per_client` records, a public constant; all where there are fewer.
+    """Return the first `records_per_client` records, or all where there are fewer.
+
+    The number is a public constant.
 
     Raises:
         ConfigError: `records_per_client` below 1.
@@ -307,7 +321,7 @@ def capped(own: Sequence[Record], records_per_client: int) -> tuple[Record, ...]
 
 
 def rate_from(batch_size: int, records_per_client: int) -> float:
-    """The Poisson rate, batch_size / records_per_client, from public constants only.
+    """Return the Poisson rate, batch_size / records_per_client, from public constants only.
 
     **Guarantee**: it cannot depend on how many records somebody has, because it is not told.
     (Opacus takes 1 / len(loader): 64 records with batches of 64 give rate 1, 65 give 0.5.)
@@ -358,7 +372,9 @@ def poisson_indices(
 def tokenize(
     records: Sequence[Record], tokenizer: Any, max_tokens: int, task: Task
 ) -> list[Tokenised]:
-    """Records -> token ids, each on its own (nothing is packed), at most `max_tokens` each.
+    """Turn records into token ids, each on its own, at most `max_tokens` each.
+
+    Nothing is packed.
 
     Generation: the beginning token if the tokenizer has one, the text, the end token if it has
     one, then cut; records with fewer than 2 tokens have no loss and are skipped. Otherwise the
@@ -394,7 +410,9 @@ def tokenize(
 def lessons(
     records: Sequence[Tokenised], end: int | None, training: TrainingSettings
 ) -> list[Tokenised]:
-    """What is learnt of tokenised texts; evaluation, heads and retrieval see them as they are.
+    """Return the rows that are learnt of tokenised texts.
+
+    Evaluation, heads and retrieval see the texts as they are.
 
     Args:
         records: earliest first.
@@ -423,7 +441,7 @@ def lessons(
 
 
 def _read_block(path: Path, block: Block, size: int) -> bytes:
-    """The block's bytes, after the file's length was compared with the index's."""
+    """Read a block's bytes, after the file's length was compared with the index's."""
     try:
         with path.open("rb") as handle:
             found = os.fstat(handle.fileno()).st_size
@@ -446,7 +464,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _text_of(fields: Mapping[str, object], key: str, where: str) -> str:
-    """The field as text that UTF-8 can hold."""
+    """Return the field as text that UTF-8 can hold."""
     value = fields.get(key)
     if value is None:
         raise DataError(f'{where}: expected "{key}", but the record has none.')
@@ -460,7 +478,10 @@ def _text_of(fields: Mapping[str, object], key: str, where: str) -> str:
 
 
 def _number_or_text(fields: Mapping[str, object], key: str, where: str) -> float | str | None:
-    """The field as a finite number or a text; None where it is absent."""
+    """Return the field as a finite number or a text.
+
+    None where it is absent.
+    """
     value = fields.get(key)
     if value is None:
         return None
