@@ -39,14 +39,14 @@ _GROUPS = ("assets", "client", "prompts", "server")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run privet's command line, as its entry point."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line; returns the exit code.
+    """Run one command line, and return the exit code.
 
     `-v` is taken at any place, because it is what the last line of an error tells to add.
     """
@@ -124,16 +124,19 @@ def _group(name: str) -> typer.Typer:
 
 
 class _Reports:
-    """What `privet server run` begins and ends with; its package may import neither."""
+    """What `privet server run` does first and last.
+
+    Its package may import neither.
+    """
 
     def __call__(self, run_folder: Path) -> None:
-        """At the end: the report."""
+        """Write the report, at the end of the run."""
         from .experiments.commands import experiment
 
         experiment.reported(run_folder)
 
     def refuse_unpaid(self, config: "Config", plan: "Plan", dimension: int) -> None:
-        """At the beginning: a run that its own cap does not pay for is refused."""
+        """Refuse, at the beginning, a run that its own cap does not pay for."""
         from .client.privacy.affordable_rounds import refuse_unpaid
 
         refuse_unpaid(

@@ -84,7 +84,7 @@ class AbTestSettings(AbRunSettings):
 
     @property
     def trial(self) -> AbRunSettings:
-        """What devices are told of it."""
+        """The part of the experiment that devices are told."""
         return AbRunSettings(**{name: getattr(self, name) for name in AbRunSettings.model_fields})
 
     @model_validator(mode="after")
@@ -132,7 +132,10 @@ def read(path: Path) -> AbTestSettings:
 
 
 def layout(settings: AbRunSettings) -> Layout:
-    """What the numbers mean; the gate compares its digest with the plan's."""
+    """Return the layout of an experiment's numbers: the meaning of the outcome and the arms.
+
+    The gate compares its digest with the plan's.
+    """
     meant = f"{settings.outcome} from {settings.low!r} to {settings.high!r}"
     return Layout("ab", meant, tuple((arm, (settings.entries,)) for arm in settings.arms))
 

@@ -41,7 +41,10 @@ __all__ = [
 
 
 class PrivetError(Exception):
-    """Base class; its message is a full sentence, printed without a traceback."""
+    """Base class of privet's exceptions.
+
+    Its message is a full sentence, printed without a traceback.
+    """
 
     exit_code = 2
 
@@ -71,11 +74,11 @@ class PrivacyError(PrivetError):
 
 
 class GateRefused(PrivacyError):
-    """The gate got a contribution it must not release; nothing was spent."""
+    """The gate got a contribution that it must not release. Nothing was spent."""
 
 
 class BudgetExceeded(PrivacyError):
-    """The next release would exceed the device's own budget; nothing was spent."""
+    """The next release would exceed the device's own budget. Nothing was spent."""
 
 
 class StateError(PrivetError):
@@ -87,7 +90,10 @@ class RunExists(StateError):
 
 
 class RunUnfinished(StateError):
-    """A run ended without its rounds; what is done is kept, and it can be gone on with."""
+    """A run ended before all its rounds were done.
+
+    What is done is kept, and the run can be resumed.
+    """
 
     exit_code = 1
 
@@ -105,4 +111,7 @@ class ProtocolError(PrivetError):
 
 
 class RoundVoid(ProtocolError):
-    """Too few parties are left for a masked sum; nothing was revealed, what was spent stays so."""
+    """Too few parties are left for a masked sum.
+
+    Nothing was revealed, and what was spent stays spent.
+    """

@@ -63,8 +63,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def owners_own(path: str, flags: int) -> int:
-    """An `opener` for `open`: a file that is made is never readable by group or world, not even for
-    a moment; one that is there keeps its mode."""
+    """Open a file, as an `opener` for `open`, so that a new one is its owner's alone.
+
+    It is never readable by group or world, not even for a moment. A file that is there keeps its
+    mode.
+    """
     return os.open(path, flags, 0o600)
 
 
@@ -93,7 +96,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
-    """Writes `value` as indented JSON by `write_atomic`; NaN and infinity are refused.
+    """Write `value` as indented JSON, as a whole or not at all (`write_atomic`).
+
+    NaN and infinity are refused.
 
     Raises:
         StateError: as `write_atomic`, or a number that JSON does not have.
@@ -102,7 +107,9 @@ def write_json_atomic(path: str | os.PathLike[str], value: object) -> None:
 
 
 def append_line(path: str | os.PathLike[str], value: object) -> None:
-    """Appends `value` as one line of JSON; durable when the call returns. One writer at a time.
+    """Append `value` as one line of JSON, which is durable when the call returns.
+
+    Only one process may write at a time.
 
     A torn last line (a crash in the middle of an append) is moved to the end of `PATH.torn` first,
     so that the new line never continues it.
@@ -123,7 +130,9 @@ def append_line(path: str | os.PathLike[str], value: object) -> None:
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[Any]:
-    """The values of a log of `append_line`, oldest first; a torn last line is not one of them.
+    """Return the values that `append_line` wrote to a log, oldest first.
+
+    A torn last line is left out.
 
     A missing file is an empty log.
 

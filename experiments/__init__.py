@@ -1,1 +1,1 @@
-"""Simulation, evaluation and reports; may import everything, nothing imports it."""
+"""Simulation, evaluation and reports, which may import everything and which nothing imports."""

@@ -64,7 +64,7 @@ class Run:
         return self.folder / "adapter"
 
     def report(self) -> Path:
-        """Write `report.html` again; where it is."""
+        """Write `report.html` again, and return its path."""
         return report(self)
 
     def _json(self, name: str) -> Mapping[str, Any]:

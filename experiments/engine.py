@@ -38,7 +38,7 @@ PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
 
 def check(name: str) -> None:
-    """Before anything is written.
+    """Refuse an engine that is not there, before anything is written.
 
     Raises:
         ConfigError: there is no engine of that name, or it is not installed.
@@ -50,7 +50,7 @@ def check(name: str) -> None:
 
 
 def run(name: str, folder: Path, config: Config) -> None:
-    """All rounds that are missing in `folder`.
+    """Run all rounds that are missing in `folder`.
 
     Raises:
         ConfigError: as `check`.
@@ -86,14 +86,14 @@ def _local(folder: Path, config: Config, live: Any) -> None:
 def mortal(
     config: Config, app: Answers, message: Message, context: Context, folder: Path | None = None
 ) -> Message:
-    """The ClientApp of a device that may die before or after it has handled a message."""
+    """Run the ClientApp of a device that may die before or after it has handled a message."""
     loss = _lost(config, message, int(context.node_config["partition-id"]), folder)
     reply = None if loss == "before" else app(message, context)
     return Message(Error(code=0, reason=LOST), reply_to=message) if reply is None or loss else reply
 
 
 def _lost(config: Config, message: Message, client: int, folder: Path | None = None) -> Loss | None:
-    """Whether this device dies here: at a phase of the round drawn by public seed.
+    """Return whether this device dies here, at a phase of the round drawn by public seed.
 
     A void round that is asked again under its number has other weather: `folder` says how often.
     """
@@ -119,12 +119,15 @@ def _asked_before(log: Path, number: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _voids(log: Path, _size: int) -> dict[int, int]:
-    """How often each round was void and is asked again; the log is read when it has grown."""
+    """Count how often each round was void and is asked again.
+
+    The log is read when it has grown.
+    """
     return dict(Counter(one["round"] for one in read_lines(log) if one.get("again")))
 
 
 def _ray(folder: Path, config: Config, show: Any) -> None:
-    """On a Ray of this process's own or, where RAY_ADDRESS names one, on a cluster."""
+    """Run on a Ray of this process's own or, where RAY_ADDRESS names one, on a cluster."""
     from flwr.simulation import run_simulation
 
     for name in ("flwr", "ray"):  # both log every step, and each error with its traceback
@@ -161,13 +164,16 @@ def _ray(folder: Path, config: Config, show: Any) -> None:
 
 
 def at(folder: str, app: Answers, message: Message, context: Context) -> Message:
-    """The ClientApp in a process that may have been there before this run, as a cluster's are."""
+    """Run the ClientApp in a process that may be older than this run, as a cluster's are."""
     os.environ["PRIVET_RUN"] = folder
     return app(message, context)
 
 
 def told(message: Message, context: Context) -> Message:
-    """The ClientApp; what went wrong on a device, which only a simulation may tell."""
+    """Run the ClientApp, and raise what went wrong on a device.
+
+    Only a simulation may tell that.
+    """
     try:
         return client_app(message, context)
     except StateError as failed:

@@ -44,11 +44,11 @@ class LocalGrid(Grid):
         self._ids = itertools.count(1)
 
     def set_run(self, run: Run) -> None:
-        """Nothing to set: there is one run."""
+        """Do nothing, as there is one run."""
 
     @property
     def run(self) -> Run:
-        """The one run."""
+        """The one run of this grid."""
         return Run.create_empty(run_id=RUN_ID)
 
     def create_message(
@@ -59,11 +59,11 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """The older way to make a message; kept because the base class has it."""
+        """Make a message the older way, which the base class still has."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Every node is always there."""
+        """Return all nodes, which are always there."""
         return range(FIRST_NODE, FIRST_NODE + self._clients)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -88,6 +88,6 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterator[Message]:
-        """Push, then pull."""
+        """Push the messages, then pull their replies."""
         del timeout  # nothing is ever late here
         return self.pull_messages(self.push_messages(messages))

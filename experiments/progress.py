@@ -52,7 +52,10 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def counting(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """A bar with rate and time left; the yielded function counts one."""
+    """Show a bar with rate and time left.
+
+    The yielded function counts one.
+    """
     with _bar() as bar:
         task = bar.add_task(what, total=total, unit=unit, rate="")
         began = time.monotonic()
@@ -67,7 +70,7 @@ def counting(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def rounds(config: Config, folder: Path) -> Iterator[Live]:
-    """The bar over all clients of all rounds; a line a round goes above it."""
+    """Show a bar over all clients of all rounds, and a line above it for each round."""
     done = trained(read_lines(folder / "rounds.jsonl"))
     if done:
         say(f"going on after round {done} of {config.rounds.count}")
@@ -77,7 +80,10 @@ def rounds(config: Config, folder: Path) -> Iterator[Live]:
 
 
 def tensorboard(folder: Path) -> None:
-    """TensorBoard's events of a finished run, all anew; nothing where it is not installed."""
+    """Write TensorBoard's events of a finished run, all anew.
+
+    Where it is not installed, nothing is written.
+    """
     if importlib.util.find_spec("tensorboard") is None:
         return
     from torch.utils.tensorboard import SummaryWriter
@@ -119,7 +125,10 @@ def line(record: Mapping[str, Any], count: int) -> str:
 
 
 def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """What of a round's statistics is a number; arms by place and name, as one may occur twice."""
+    """Yield the numbers in a round's statistics, by name.
+
+    Arms have place and name, as one may occur twice.
+    """
     arms = {
         f"arms/{place}_{arm['arm']}_{name}": value
         for place, arm in enumerate(found.get("arms", ()), 1)
@@ -131,7 +140,10 @@ def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _statistics(found: Mapping[str, Any]) -> str:
-    """`noised loss 3.21 +- 0.41  ` where the noise leaves one to be read; gains, arms likewise."""
+    """Show statistics as `noised loss 3.21 +- 0.41  `, where the noise leaves one to be read.
+
+    Gains and arms are shown likewise.
+    """
     text = ""
     for key, name in (("train_loss", "loss"), ("gain_shared", "gain"), ("gain_personal", "head")):
         if key in found and found[key] is None:

@@ -1,4 +1,4 @@
-"""What a run cost this machine: seconds by stage, bytes, the peak of memory; in `measured.json`."""
+"""What a run cost this machine, in `measured.json`: seconds by stage, bytes, the peak of memory."""
 
 import json
 import resource
@@ -27,7 +27,7 @@ def measuring(folder: Path, stage: str) -> Iterator[None]:
 
 
 def add(folder: Path, **numbers: float) -> None:
-    """Add to the sums in `measured.json`; the peak of memory is a maximum."""
+    """Add to the sums in `measured.json`. The peak of memory is a maximum."""
     kept = read(folder)
     for name, number in numbers.items():
         kept[name] = kept.get(name, 0.0) + number
@@ -38,7 +38,7 @@ def add(folder: Path, **numbers: float) -> None:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """What was added so far; {} where nothing was.
+    """Read what was added so far. It is {} where nothing was.
 
     Raises:
         StateError: the file is damaged.

@@ -93,7 +93,7 @@ def simulate(
 
 
 def _tell_why_devices_declined(folder: Path) -> None:
-    """What the simulated devices' own ledgers say; no server reads it."""
+    """Warn of the reasons in simulated devices' own ledgers, which no server reads."""
     with run_ledger(folder, run_id(folder)) as ledger:
         found = reasons(ledger.declined())
     for reason, count in list(found.items())[:3]:
@@ -101,7 +101,7 @@ def _tell_why_devices_declined(folder: Path) -> None:
 
 
 def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
-    """Make the run folder, whole or not at all; the resolved settings.
+    """Make the run folder, whole or not at all, and return the resolved settings.
 
     The people are drawn and their records laid down in a folder beside it, which is renamed when
     it is complete. Model, adapter and grid are tried first, so that a setting they refuse leaves
@@ -188,7 +188,10 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
 
 
 def _people(config: Config) -> population.Population:
-    """Everybody, drawn; what the source only warns of is said in one line each."""
+    """Draw all people of the experiment.
+
+    What the source only warns of is said in one line each.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         found = population.load(

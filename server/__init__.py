@@ -1,1 +1,1 @@
-"""Sees sums only."""
+"""The server, which sees sums of contributions only."""

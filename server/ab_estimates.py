@@ -45,7 +45,9 @@ SOUND = 10.0
 
 
 def look_plan(settings: AbTestSettings, run: str, look: int) -> Plan:
-    """The public constants of one look; the noise pays for its own distance from Gaussian noise.
+    """Make the public constants of one look at an experiment.
+
+    Their noise pays for its own distance from Gaussian noise.
 
     Raises:
         ConfigError: no noise reaches the epsilon, or too few honest devices are left.
@@ -54,7 +56,7 @@ def look_plan(settings: AbTestSettings, run: str, look: int) -> Plan:
 
 
 def plan_of(config: Config, settings: AbRunSettings, run: str, look: int) -> Plan:
-    """The plan of one look of an experiment whose noise `config` has."""
+    """Make the plan of one look at an experiment, with the noise that `config` has."""
     start = np.zeros(layout(settings).dimension, np.float32)
     return make_plan(config, run, look, layout(settings).digest, start)
 
@@ -89,15 +91,17 @@ def device_settings(settings: AbTestSettings, enrolled: int) -> Config:
 
 
 def sums_of(total: NDArray[np.uint32], plan: Plan) -> NDArray[np.float64]:
-    """The sum mod 2**bits -> noised sums, shape (d,), real units."""
+    """Decode a sum mod 2**bits to noised sums, shape (d,), real units."""
     sums = decode(unwrap(total, plan.bits), plan.step)
     return unrotate(sums, plan.start) if plan.rotated else sums
 
 
 def spent_alpha(settings: AbRunSettings, look: int) -> float:
-    """The part of alpha that one look may spend; over all looks they add up to alpha.
+    """Return the part of alpha that one look may spend.
 
-    >>> settings = AbSettings(looks=4, spending="late")
+    Over all looks the parts add up to alpha.
+
+    >>> settings = AbRunSettings(looks=4, spending="late")
     >>> [round(spent_alpha(settings, look), 5) for look in (1, 2, 3, 4)]
     [9e-05, 0.00549, 0.01805, 0.02637]
     """
@@ -121,7 +125,7 @@ def told(
     settings: AbRunSettings,
     alpha: float | None = None,
 ) -> dict[str, Any]:
-    """What one look says.
+    """Estimate arm means and their differences from one look's noised sums.
 
     Args:
         sums: from `sums_of`.

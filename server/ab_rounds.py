@@ -88,7 +88,9 @@ def _found(folder: Path) -> bool:
 
 
 def _wait(folder: Path, look: int, hours: float, greet: Callable[[], object]) -> None:
-    """Until it is time for a look; a server that was started again waits for what is left.
+    """Wait until it is time for a look.
+
+    A server that was started again waits for what is left.
 
     What is left is read off the wall clock once: one that jumps meanwhile moves no look.
     """

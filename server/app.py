@@ -32,7 +32,7 @@ WITH_ADAPTER = ("round", "vector")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """The run that `flwr run` or `privet simulate --engine ray` started."""
+    """Serve the run that `flwr run` or `privet simulate --engine ray` started."""
     folder = context.run_config.get("run") or os.environ.get("PRIVET_RUN")
     if not folder:
         raise ConfigError(
@@ -44,7 +44,10 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def serve(grid: Grid, folder: Path, show: Show) -> None:
-    """All rounds of the run in `folder`; at the end the adapter is there as a PEFT folder."""
+    """Run all rounds of the run in `folder`.
+
+    At the end the adapter is there as a PEFT folder.
+    """
     config = settings.read(folder / "config.toml")
     run = (folder / "run-id").read_text().strip()
     text = (folder / "config.toml").read_text("utf-8")
@@ -54,8 +57,11 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     unheard: set[str] = set()
 
     def within(seconds: float) -> float:
-        """A time limit of real devices; simulated ones come when they are computed, on a busy
-        machine late, and a run's results do not hang on how busy it is."""
+        """Return the time limit for real devices, or the long one for simulated ones.
+
+        Simulated devices answer when they are computed, on a busy machine late, and a run's results
+        do not hang on how busy it is.
+        """
         return seconds if real else SIMULATED_S
 
     def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -108,7 +114,10 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
 
 
 def _reply(message: Message, number: int) -> Reply:
-    """Whose it is says the node it came from; a reply of another shape is an empty vector."""
+    """Read a device's reply. One of another shape is an empty vector.
+
+    Whose it is says the node it came from.
+    """
     reply = message.content.get("reply")
     if not isinstance(reply, ConfigRecord) or not isinstance(reply.get("vector"), bytes):
         return Reply(number, b"")

@@ -85,10 +85,13 @@ class Participants:
             time.sleep(POLL_S)
 
     def greet(self) -> list[int]:
-        """Says hello to who has not accepted yet; who is online and has, ascending.
+        """Greet the devices that have not accepted yet.
 
-        Where the directory has changed, to everybody: a device takes no part beside one that it
-        does not know.
+        Where the directory has changed, everybody is greeted: a device takes no part beside one
+        that it does not know.
+
+        Returns:
+            The numbers of the devices that are online and have accepted, ascending.
         """
         self._look_up()
         online = set(self.online())
@@ -110,7 +113,10 @@ class Participants:
                 self._due.pop(node, None)
 
     def _pass(self, online: set[int]) -> bool:
-        """One greeting of all who are due; whether some of them lack entries of the directory."""
+        """Greet all devices that are due, once.
+
+        Returns whether some of them lack entries of the directory.
+        """
         lacking = False
         known = set(self.accepted.values()) - self._stale
         owners = {identity: number for number, identity in self.directory.known.items()}

@@ -32,7 +32,7 @@ _pull_objects: Any = getattr(http_grid, "pull_objects", None)
 
 
 def addressed(content: Mapping[str, Any], node: int, kind: str, limit_s: float) -> Message:
-    """A message that a device which was away for long is not given any more.
+    """Make a message that expires, so that a device long away is not given it any more.
 
     A reply is refused where the device's clock is past the message's end. The SuperLink bears
     clocks that differ by 305 s; the spare time is more.
@@ -41,14 +41,19 @@ def addressed(content: Mapping[str, Any], node: int, kind: str, limit_s: float) 
 
 
 def enough_s(count: int, answer_s: float) -> float:
-    """Seconds in which all are asked, though nobody answers, and the last has `answer_s`."""
+    """Return the seconds in which all are asked, though nobody answers.
+
+    The last still has `answer_s` then.
+    """
     return answer_s + PACE_S * ((count - 1) // AT_ONCE)
 
 
 def replies(
     grid: Grid, messages: Sequence[Message], timeout_s: float, unheard: set[str] | None = None
 ) -> Iterator[Message]:
-    """Send all, yield replies as they arrive; failed and late clients are counted and left out.
+    """Send all messages and yield the replies as they arrive.
+
+    Failed and late clients are counted and left out.
 
     Not everybody is asked at the same moment (see `UNANSWERED`), so a short `timeout_s` may leave
     some unasked: see `enough_s`.
@@ -89,7 +94,7 @@ def replies(
 
 
 def _wait_for_parts(until: float) -> None:
-    """A reply that is listed and not stored in whole is waited for a while, and then has failed.
+    """Limit the wait for a reply that is listed but not stored in whole, which has then failed.
 
     A device that dies while it answers leaves such a reply for ever. Flower 1.41 asks 500 times
     for each of its parts, and hands out no other reply meanwhile. So it has a third of the time

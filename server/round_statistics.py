@@ -77,7 +77,10 @@ def _gains(sums: NDArray[np.float64], spread: float, bound: float) -> dict[str, 
 
 
 def _quotient(total: float, count: float, spread: float) -> tuple[float | None, float | None]:
-    """total / count and the deviation of its noise, to first order; None where it says nothing."""
+    """Return total / count and the standard deviation of its noise, to first order.
+
+    Both are None where the noise leaves nothing to say.
+    """
     if count <= 3 * spread or count <= 0:
         return None, None
     mean = total / count
@@ -89,7 +92,7 @@ def _times(factor: float, value: float | None) -> float | None:
 
 
 def _arms(sums: NDArray[np.float64], spread: float, plan: Plan) -> list[dict[str, Any]]:
-    """For each arm its mean loss and standard error; after the first, the difference to it."""
+    """Return each arm's mean loss and standard error, and its difference to the first arm."""
     half = plan.arms_bound / 2
     found: list[dict[str, Any]] = []
     for name, row in zip(arm_names(plan.arms), sums.reshape(-1, ENTRIES["arms"]), strict=True):

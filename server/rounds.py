@@ -73,7 +73,7 @@ Present = Callable[[], Sequence[int]]
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """After the round of number `round`: the global adapter and the optimiser's memory."""
+    """The global adapter and the optimiser's memory after the round of number `round`."""
 
     round: int
     adapter: Vector
@@ -91,7 +91,9 @@ def run_rounds(
     present: Present | None = None,
     exchange: Exchange | None = None,
 ) -> Vector:
-    """All rounds that are still missing in `folder`; the same bits whether interrupted or not.
+    """Run all rounds that are still missing in `folder`.
+
+    The result has the same bits whether the run was interrupted or not.
 
     Args:
         ask: sends a phase's messages with plan and adapter, yields replies as they arrive.
@@ -152,7 +154,10 @@ def run_rounds(
 
 
 def ask_again(config: Config, voids: int) -> dict[str, Any]:
-    """What a void attempt's record says of the next one; no `wait_s`: there is none."""
+    """Return what a void attempt's record says of the next attempt.
+
+    Without `wait_s` there is none.
+    """
     found: dict[str, Any] = {"attempt": voids}
     return (
         found
@@ -162,7 +167,7 @@ def ask_again(config: Config, voids: int) -> dict[str, Any]:
 
 
 def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None:
-    """After an attempt: nothing where it was opened, else the wait until the next.
+    """Wait after a void attempt until the next one. After any other do nothing.
 
     Raises:
         RunUnfinished: it was the last in a row that `rounds.patience` allows.
@@ -185,7 +190,7 @@ def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None
 
 
 def begun_before(folder: Path) -> int:
-    """The number of the round that was asked for last when this process began; 0: none.
+    """Return the number of the round asked for last when this process began. 0: none.
 
     Somebody may have released in it, and the process that would know is gone.
     """
@@ -238,7 +243,9 @@ def summed(
     dimension: int,
     seen: void_rounds.Seen,
 ) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
-    """Ask a cohort for one round, or one look, of `dimension` numbers; `seen` is filled in.
+    """Ask a cohort for one round, or one look, of `dimension` numbers.
+
+    `seen` is filled in.
 
     Returns:
         The sum mod 2**bits, None for a void round; what the round's record begins with; seconds of
@@ -274,14 +281,17 @@ def _step(
 def _unmoved(
     config: Config, exchange: Exchange | None, number: int, state: State
 ) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
-    """After a void round: nothing but what is due by its number."""
+    """Return the state after a void round: unchanged, but for what is due by the round's number."""
     if exchange is None or exchange.groups.count == 1:
         return state.adapter, dict(state.optimizer), {}
     return server_step.turned(config, exchange, number, state.adapter, state.optimizer)
 
 
 def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
-    """The same wire; how long each phase lasted, from its first message to its last reply."""
+    """Wrap `ask` so that the duration of each phase is noted in `seconds`.
+
+    A phase lasts from its first message to its last reply.
+    """
 
     def asked(
         phase: str, messages: Mapping[int, bytes], plan: Plan, start: Vector
@@ -303,7 +313,7 @@ def _sum(
     masks: MaskingSettings,
     seen: void_rounds.Seen,
 ) -> Summed:
-    """The sum of the contributions, mod 2**bits; None where masking reveals none."""
+    """Collect the sum of the contributions, mod 2**bits. None where masking reveals none."""
     if plan.masked:
         tried = dataclasses.replace(plan, attempt=_next_attempt(folder))
         sized = functools.partial(sized_graph, masks, plan.colluders)
@@ -324,7 +334,10 @@ def _announce(folder: Path, cohort: Sequence[int], plan: Plan, dimension: int) -
 
 
 def _next_attempt(folder: Path) -> int:
-    """Counts masked rounds for ever, over crashes too: devices take part in each once only."""
+    """Number the next masked attempt, counting over crashes too.
+
+    Devices take part in each number once only.
+    """
     path = folder / "attempts"
     attempt = int(path.read_text()) + 1 if path.exists() else 1
     write_atomic(path, f"{attempt}\n".encode())
@@ -392,7 +405,7 @@ def masked_sum(
 def _given(
     replies: Iterable[Reply], plan: Plan, asked: set[int], counts: dict[str, int]
 ) -> Iterator[tuple[int, bytes]]:
-    """Whose reply is what, each client once; who declines is counted."""
+    """Yield whose reply is what, each client once, and count who declines."""
     for reply in replies:
         if reply.client not in asked:
             raise ProtocolError(
@@ -412,7 +425,9 @@ def _collect(
     cohort: Sequence[int],
     why: dict[int, str] | None = None,
 ) -> Summed:
-    """Sum mod 2**bits of the vectors as they arrive; whose; and the counts, as `masked_sum`.
+    """Sum the vectors mod 2**bits as they arrive.
+
+    Returns the sum, whose vectors are in it, and the counts, as `masked_sum`.
 
     A vector that does not fit the plan is left out and the round goes on: one broken client must
     not stop the others.
@@ -436,7 +451,7 @@ def _collect(
 def _noised_mean(
     total: NDArray[np.uint32], plan: Plan, test_seed: int | None
 ) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-    """Noise where it is the server's to add, then integers -> reals.
+    """Decode a sum to real numbers, adding the noise where that is the server's to do.
 
     Returns:
         The adapter's mean over the public cohort, and the sums of each block.
@@ -491,7 +506,10 @@ def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) 
 def _keep(
     folder: Path, config: Config, run: str, layout: str, state: State, record: Mapping[str, Any]
 ) -> None:
-    """Checkpoint first, then the log: what the log says has happened can be gone on from."""
+    """Save the checkpoint, then append to the log.
+
+    So what the log says has happened can be gone on from.
+    """
     kept = checkpoint.Checkpoint(
         run=run,
         round=state.round,

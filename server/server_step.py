@@ -35,7 +35,7 @@ def step(
     memory: Memory,
     mean: NDArray[np.float64],
 ) -> Stepped:
-    """State and optimiser's memory after round `number`, and what the round's record says of it.
+    """Return state and optimiser's memory after round `number`, and facts for the round's record.
 
     Args:
         mean: noised mean over the public cohort, as `exchange.released(number)` has it.
@@ -61,7 +61,7 @@ def step(
 def turned(
     config: Config, exchange: Exchange, number: int, state: Vector, memory: Memory
 ) -> Stepped:
-    """The split or the merger that is due after round `number`, be the round void or not.
+    """Split or merge personas if that is due after round `number`, even after a void one.
 
     When it is due hangs on public settings alone (`GroupSettings.live`); which two are merged, on
     the state and on the noised numbers of members since the last time.
@@ -88,7 +88,7 @@ def _grouped(
     memory: Memory,
     mean: NDArray[np.float64],
 ) -> Stepped:
-    """A step for each persona there is, over its own members; then the turn."""
+    """Take a step for each persona over its own members, then the split or merger that is due."""
     most, live, cohort = exchange.groups.most, exchange.groups.live(number), config.rounds.cohort
     sums = (mean[:-most] * cohort).reshape(most, -1)
     members = mean[-most:] * cohort / exchange.mark(config.privacy.client.clip)
@@ -109,7 +109,7 @@ def _grouped(
 
 
 def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:
-    """Members of each persona there is in round `number`: what the server divides by.
+    """Estimate the members of each persona in round `number`, by which the server divides.
 
     It is a mean over the rounds since the last turn: the noise of one round is as large as a small
     persona. Where it is below the public floor, `groups.smallest` of the cohort, it is the floor.
@@ -120,7 +120,7 @@ def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> N
 
 
 def _split(exchange: Exchange, number: int, personas: Vector, memory: Mapping[str, Vector]) -> None:
-    """`most` adapters instead of the first, around it, each a step in a public random direction.
+    """Replace the first adapter by `most` around it, each a step in a public random direction.
 
     Its members, each by its own loss, take the side their own gradients point to. The step is
     about `groups.spread` of how far the adapter has come. Momentum begins anew.
@@ -140,7 +140,9 @@ def _merge(
     memory: Mapping[str, Vector],
     members: NDArray[np.float64],
 ) -> list[int]:
-    """The two closest become one, their mean by members; who they were, by place.
+    """Merge the two closest personas into one, their mean weighted by members.
+
+    Returns which two they were, by place.
 
     Closest: the pair that costs least to merge by Ward's criterion (1963), a b / (a + b) times the
     squared distance, for a and b members. So two that share one group out between them go

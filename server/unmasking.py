@@ -89,7 +89,7 @@ class Cohort:
 
     @property
     def places(self) -> dict[int, int]:
-        """Position by client number."""
+        """Each participant's position, by client number."""
         return {entry.client: place for place, entry in enumerate(self.roster.entries)}
 
     def holders(self, position: int) -> set[int]:
@@ -187,14 +187,14 @@ def _refuse_announcement(
 
 @dataclass(frozen=True)
 class Dealt:
-    """Who dealt shares, and the commitments to them, by the owner's position."""
+    """The clients that dealt shares, with the commitments to them, by the owner's position."""
 
     cohort: Cohort
     deals: Mapping[int, Deal] = field(repr=False)
 
 
 def relay(cohort: Cohort, replies: Replies) -> tuple[Dealt, Outgoing, Refused]:
-    """Sealed shares -> each participant's inbox.
+    """Pass sealed shares on to each participant's inbox.
 
     Raises:
         RoundVoid: fewer usable deals than `terms.survivors`.
@@ -234,7 +234,10 @@ def _position(cohort: Cohort, places: Mapping[int, int], client: int) -> int:
 
 
 def _leave_out_the_lonely(cohort: Cohort, deals: dict[int, Deal], refused: Refused) -> None:
-    """Without a threshold of holders that dealt, nobody could ever open a client's secrets."""
+    """Leave out clients with fewer holders that dealt than the threshold.
+
+    Nobody could ever open their secrets.
+    """
     while lonely := [
         at for at in deals if len(cohort.holders(at) & deals.keys()) < cohort.roster.graph.threshold
     ]:
@@ -246,7 +249,7 @@ def _leave_out_the_lonely(cohort: Cohort, deals: dict[int, Deal], refused: Refus
 
 
 def _unsealed(deal: Deal) -> Deal:
-    """The commitments only: what was sealed has been passed on."""
+    """Keep the commitments of a deal only, as what was sealed has been passed on."""
     kept = {
         at: Package(b"", one.self_commitment, one.key_commitment)
         for at, one in deal.packages.items()
@@ -259,7 +262,10 @@ def _unsealed(deal: Deal) -> Deal:
 
 @dataclass(eq=False)
 class Sum:
-    """A running sum mod 2^32 of masked vectors; the one state that is changed in place."""
+    """A running sum mod 2^32 of masked vectors.
+
+    It is the one state that is changed in place.
+    """
 
     dealt: Dealt
     places: Mapping[int, int] = field(repr=False)
@@ -314,7 +320,7 @@ def add_vector(running: Sum, client: int, reply: bytes) -> None:
 
 @dataclass(frozen=True)
 class Listed:
-    """After the survivor list was made."""
+    """The server's state after the survivor list was made."""
 
     dealt: Dealt
     survivors: Survivors
@@ -322,7 +328,7 @@ class Listed:
 
 
 def close_sum(running: Sum) -> tuple[Listed, Outgoing]:
-    """No vector is taken any more; every survivor gets the list.
+    """Take no further vectors, and send every survivor the list of survivors.
 
     Raises:
         RoundVoid: fewer vectors than `terms.survivors` or the quorum, a secret that will be needed
@@ -391,14 +397,14 @@ def _refuse_few_holders(cohort: Cohort, owner: int, count: int) -> None:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """After the survivors signed the list."""
+    """The server's state after the survivors signed the list."""
 
     listed: Listed
     confirmed: frozenset[int]
 
 
 def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Refused]:
-    """Signatures of the survivor list -> a quorum of them for everybody who signed.
+    """Collect signatures of the survivor list, and send a quorum of them to everybody who signed.
 
     Raises:
         RoundVoid: too few signed for the holders to give their shares.
@@ -433,7 +439,7 @@ def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Ref
 
 @dataclass(frozen=True)
 class Outcome:
-    """The sum, and who is in it.
+    """The unmasked sum, and whose vectors are in it.
 
     Attributes:
         total: uint32, shape (dimension,), residues mod 2^bits.
@@ -449,7 +455,7 @@ class Outcome:
 
 
 def unmask(state: Confirmed, replies: Replies) -> Outcome:
-    """Open the survivors' self masks and the dropped ones' mask keys; remove the masks.
+    """Open the survivors' self masks and the dropped ones' mask keys, and remove the masks.
 
     Raises:
         RoundVoid: fewer shares of a secret than the threshold, or an owner dealt shares of another
@@ -478,7 +484,10 @@ def unmask(state: Confirmed, replies: Replies) -> Outcome:
 
 
 def _collect(state: Confirmed, replies: Replies) -> tuple[dict[int, dict[int, Secret]], Refused]:
-    """Shares that fit their commitments, by owner and point; a sender with a wrong one is named."""
+    """Collect the shares that fit their commitments, by owner and point.
+
+    A sender with a wrong one is named.
+    """
     cohort = state.listed.dealt.cohort
     places = cohort.places
     opened: dict[int, dict[int, Secret]] = {}
@@ -544,7 +553,7 @@ def _open(dealt: Dealt, owner: int, shares: Mapping[int, Secret], alive: bool) -
 def _remove_pairwise(
     cohort: Cohort, survivors: Survivors, owner: int, secret: Secret, total: NDArray[np.uint32]
 ) -> None:
-    """What survivors added for a neighbour that dropped."""
+    """Remove the pairwise masks that survivors added for a neighbour that dropped."""
     agree = RoundKey.of(secret.value).agreement()
     added: list[Secret] = []
     removed: list[Secret] = []

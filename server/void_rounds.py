@@ -38,7 +38,7 @@ class Seen:
     refused: dict[int, str] = field(default_factory=dict)
 
     def watch(self, ask: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
-        """The same wire, with everything that passes written down."""
+        """Wrap `ask` so that everything that passes is written down."""
 
         def watched(phase: str, messages: Mapping[int, bytes], *more: Any) -> Iterator[Any]:
             self.asked[phase] = set(messages)
@@ -59,7 +59,10 @@ class Seen:
 
     @property
     def missing(self) -> dict[str, dict[str, Any]]:
-        """`declined` and `silent`: by phase, whose numbers; `refused`: by number, why."""
+        """Clients whose answers are missing: `declined`, `silent` and `refused`.
+
+        The first two have by phase whose numbers, the last has by number why.
+        """
         declined: dict[str, list[int]] = {}
         for client, phase in sorted(self.declined.items()):
             declined.setdefault(phase, []).append(client)
@@ -75,7 +78,10 @@ class Seen:
 
 
 def needed(config: Config, asked: int, survivors: int) -> int:
-    """Answers without which a round is void, of so many asked; `survivors` as of the plan."""
+    """Return how many answers a round needs, of so many asked, not to be void.
+
+    `survivors` is that of the plan.
+    """
     quorum = int(np.ceil(config.rounds.quorum * asked - 1e-9))
     return max(quorum, survivors, 1)
 
@@ -93,7 +99,7 @@ def repeats(records: Sequence[Record], number: int) -> list[Record]:
 def cohort_of(
     there: Sequence[int], drawn: Sequence[int], records: Sequence[Record], number: int, seed: int
 ) -> list[int]:
-    """Who is asked, ascending: as drawn; again, first those who had come along.
+    """Choose who is asked, ascending: those drawn, and in a repeat first those who had come along.
 
     Args:
         there: who is present.
@@ -124,7 +130,9 @@ def cohort_of(
 
 
 def wait_s(config: Config, voids: int) -> float:
-    """Before a round is asked again after so many void attempts in a row: 1, 2, 4 ... s, capped.
+    """Return the wait before a round is asked again after so many void attempts in a row.
+
+    It is 1, 2, 4 ... s, capped.
 
     None in a simulation: nobody comes by waiting.
     """

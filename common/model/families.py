@@ -66,7 +66,7 @@ class Family:
 
     @property
     def digest_name(self) -> str:
-        """What digests call it."""
+        """The family's name in digests: the one of older versions, where it had another."""
         return self.before or self.name
 
     @property

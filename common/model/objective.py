@@ -1,4 +1,4 @@
-"""What a record's loss is; the same for training, heads and evaluation.
+"""The loss of a record, the same for training, heads and evaluation.
 
 Generation: mean negative log-likelihood of the record's tokens, nats per token that is
 learnt. Regression: squared error of the label. Classification: cross-entropy. Rows never share a
@@ -54,7 +54,9 @@ def collate(
     learnt: Sequence[Sequence[int] | None] | None = None,
     tokens: int = 0,
 ) -> Batch:
-    """One batch; records of similar length belong together, the caller sees to that.
+    """Make one padded batch of records.
+
+    The caller puts records of similar length together.
 
     Args:
         learnt: for each record the places that have a loss; None: all but the first.
@@ -72,7 +74,10 @@ def collate(
 
 
 def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
-    """Loss of each record, shape (n,); the gradient of one never depends on another."""
+    """Compute the loss of each record, shape (n,).
+
+    The gradient of one record never depends on another.
+    """
     states = final_states(base, batch.ids, batch.mask)
     if batch.labels is None:
         return _generation(base, states, batch)
@@ -82,19 +87,19 @@ def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tens
 
 
 def label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Squared error for one output (regression), else cross-entropy; shape (n,)."""
+    """Compute squared errors (one output: regression) or cross-entropies (else), shape (n,)."""
     if outputs.shape[1] == 1:
         return (outputs[:, 0] - labels).square()
     return functional.cross_entropy(outputs, labels.long(), reduction="none")
 
 
 def token_losses(base: BaseModel, states: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, nats; states (k, w), targets (k,) -> (k,)."""
+    """Compute each target's negative log-likelihood, nats: states (k, w), targets (k,) -> (k,)."""
     return functional.cross_entropy(states @ base.output.T, targets, reduction="none")
 
 
 def losses_everywhere(base: BaseModel, states: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
-    """As `token_losses`, of all places, and exactly 0 with gradient 0 where none is wanted.
+    """Compute `token_losses` of all places, with loss and gradient exactly 0 where none is wanted.
 
     Args:
         states: (n, t, w).

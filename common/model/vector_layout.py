@@ -20,7 +20,7 @@ class Layout:
 
     @property
     def dimension(self) -> int:
-        """Length of the vector."""
+        """Length of the vector that this layout describes."""
         return sum(int(np.prod(shape)) for _, shape in self.pieces)
 
     @property

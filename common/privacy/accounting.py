@@ -112,7 +112,10 @@ class Charge:
         return dp_event.SelfComposedDpEvent(event, self.steps) if self.steps > 1 else event
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, no spaces; the same charge gives the same bytes."""
+        """Write the charge as canonical JSON: sorted keys, no spaces.
+
+        The same charge gives the same bytes.
+        """
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -160,7 +163,9 @@ def epsilon(charges: Iterable[Charge], delta: float) -> float:
 
 
 def within(charges: Iterable[Charge], delta: float, budget: float) -> bool:
-    """Whether `epsilon(charges, delta)` is at most `budget`; what a device asks before a release.
+    """Return whether `epsilon(charges, delta)` is at most `budget`.
+
+    A device asks this before each release.
 
     A Renyi bound (Mironov 2017) answers in microseconds where there is room to spare; only near
     the budget is the exact figure computed, which takes up to a second for a history not met yet.
@@ -180,7 +185,7 @@ def payable(
     budget: float,
     most: int,
 ) -> int:
-    """How many releases that cost `release` each a budget pays, after `past`; `most` or fewer.
+    """Return how many releases of this cost fit into the budget, at most `most`.
 
     Args:
         release: what one costs, all of one unit, adversary and adjacency.
@@ -199,7 +204,10 @@ def payable(
 
 
 def delta(charges: Iterable[Charge], epsilon: float) -> float:
-    """Smallest delta at a given epsilon of at least 0; see `epsilon`. No charges: 0."""
+    """Return the smallest delta at a given epsilon of at least 0. Without charges it is 0.
+
+    See `epsilon`.
+    """
     if not epsilon >= 0:
         raise ConfigError(f"epsilon must be at least 0, got {epsilon}; correct it.")
     total = _total(charges)
@@ -310,7 +318,10 @@ def skellam_rdp_epsilon(
 
 
 class _Total(NamedTuple):
-    """A canonical composition; hashable, so equal histories share one computation."""
+    """A canonical composition of charges.
+
+    It is hashable, so equal histories share one computation.
+    """
 
     adjacency: Adjacency
     # Sorted (noise multiplier, sampling rate, releases).
@@ -368,7 +379,10 @@ def _renyi_epsilon(total: _Total, delta: float) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _renyi(multiplier: float, rate: float) -> NDArray[np.float64]:
-    """Renyi divergence of one release at each of `_FEW_ORDERS`; zero_out has the same."""
+    """Compute the Renyi divergence of one release at each of `_FEW_ORDERS`.
+
+    It is that of add_remove. The one of zero_out is the same.
+    """
     event: Any = dp_event.GaussianDpEvent(multiplier)
     if rate < 1:
         event = dp_event.PoissonSampledDpEvent(rate, event)
@@ -412,7 +426,10 @@ def _sampled(total: _Total) -> bool:
 
 
 def _one_gaussian(total: _Total) -> float:
-    """Multiplier of the one Gaussian that equals all unsampled releases; 0 if any has no noise."""
+    """Return the noise multiplier of the one Gaussian that equals all unsampled releases.
+
+    It is 0 if any release has no noise.
+    """
     if any(multiplier == 0 for multiplier, _, _ in total.parts):
         return 0.0
     plain = math.fsum(n / z**2 for z, rate, n in total.parts if rate == 1)

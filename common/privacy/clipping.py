@@ -16,7 +16,7 @@ _MARGIN = 2.0**-40
 
 @dataclass(frozen=True, eq=False)
 class Clipped:
-    """A contribution whose norm is known.
+    """A contribution whose l2 norm is known to be at most `bound`.
 
     Attributes:
         vector: float64, shape (d,), read-only. Sensitive until noised, so `repr` hides it.
@@ -67,7 +67,10 @@ def clip(vector: ArrayLike, bound: float) -> Clipped:
 
 
 def _norm(flat: NDArray[np.float64]) -> float:
-    """l2 norm, safe from overflow and underflow of the squares; empty vectors have norm 0."""
+    """Compute the l2 norm without overflow or underflow of the squares.
+
+    Empty vectors have norm 0.
+    """
     peak = float(np.abs(flat).max(initial=0.0))
     if peak == 0.0:
         return 0.0

@@ -46,7 +46,7 @@ _PACK_CHUNK = 1 << 16
 
 @dataclass(frozen=True)
 class Grid:
-    """Where released numbers live.
+    """The grid on which numbers are released: its step and its modulus.
 
     Attributes:
         step: distance of neighbouring grid points in real units, finite and above 0.
@@ -165,7 +165,7 @@ def _within(rounded: NDArray[np.int64], limit: float) -> bool:
 
 
 def wrap(integers: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
-    """Reduce signed integers mod 2^bits. Shape is kept; any int64 is allowed."""
+    """Reduce signed integers mod 2^bits, any int64 into uint32 of the same shape."""
     result: NDArray[np.uint32] = (integers & np.int64((1 << bits) - 1)).astype(np.uint32)
     return result
 

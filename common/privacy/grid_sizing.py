@@ -35,7 +35,7 @@ class Sizing:
 
 
 def size(client: ClientPrivacySettings, cohort: int, shares: int, dimension: int) -> Sizing:
-    """The grid for a round; `shares` adders together carry the full noise.
+    """Choose the grid of a round, where `shares` adders together carry the full noise.
 
     With `privacy.client.bits = 0` the smallest modulus is taken on which rounding lengthens a
     contribution by at most 0.2 % and the noise is as fine as its mechanism wants it

@@ -59,7 +59,7 @@ class Mechanism:
     def charge(
         self, part: Block, unit: "Unit", against: "Against", adjacency: "Adjacency", shares: int
     ) -> "Charge":
-        """What a part of a contribution costs by itself, nothing drawn at random.
+        """Return the cost of releasing one part of a contribution, without sampling.
 
         Args:
             part: what is released, on which grid, with which noise of one adder.
@@ -92,5 +92,5 @@ it from Gaussian noise."""
 
 
 def mechanism_of(_client: ClientPrivacySettings) -> Mechanism:
-    """The mechanism that a run's settings ask for; there is one so far."""
+    """Return the noise mechanism that a run's settings ask for. There is one so far."""
     return SKELLAM

@@ -196,7 +196,10 @@ def _draw(table: SkellamTable, words: NDArray[np.uint64], source: Source) -> NDA
 
 
 def _settle(table: SkellamTable, word: np.uint64, source: Source) -> int:
-    """Decide a tie with 64 more bits; draw again beyond the last threshold."""
+    """Decide a tie of the upper words with 64 more bits.
+
+    A draw beyond the last threshold is drawn again.
+    """
     while True:
         left = int(np.searchsorted(table.high, word, side="left"))
         right = int(np.searchsorted(table.high, word, side="right"))
@@ -293,7 +296,9 @@ def _tail(variance: float, bound: int) -> float:
 
 @dataclass(frozen=True)
 class Closeness:
-    """How close released noise is to rounded Gaussian noise; see the top of this file.
+    """How close released noise is to rounded Gaussian noise.
+
+    The top of this file has the definition.
 
     Attributes:
         ratio: bound on the absolute log-likelihood ratio, outside an event of small probability.

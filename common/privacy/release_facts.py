@@ -15,7 +15,10 @@ __all__ = ["Asked", "restored"]
 
 @dataclass(frozen=True)
 class Asked:
-    """A round's plan, and how many numbers of a contribution are the adapter's; public."""
+    """A round's plan, and how many numbers of a contribution are the adapter's.
+
+    Both are public.
+    """
 
     plan: Plan
     dimension: int
@@ -28,7 +31,7 @@ class Asked:
 
 
 def restored(digest: str, text: str) -> Asked | None:
-    """What was kept, if it is the plan with this digest.
+    """Read back what was kept of a release, if it is the plan with this digest.
 
     None: it is damaged, or of a privet whose plans this one cannot read. The dimension is no part
     of the digest; whoever computes with it compares with the charges of the release.

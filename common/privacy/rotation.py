@@ -22,13 +22,16 @@ _LOG_FAILURE = 60 * math.log(2)
 
 
 def rotate(vector: NDArray[np.float64], seed: str) -> NDArray[np.float64]:
-    """Rotated by the public seed; shape (d,), same norm up to float64 rounding."""
+    """Rotate a vector of shape (d,) by the public seed.
+
+    The norm stays the same up to float64 rounding.
+    """
     turned: NDArray[np.float64] = dct(vector * _signs(seed, len(vector)), norm="ortho")
     return turned
 
 
 def unrotate(vector: NDArray[np.float64], seed: str) -> NDArray[np.float64]:
-    """Inverse of `rotate`; linear, so it may be applied to a noised sum."""
+    """Undo `rotate`. It is linear, so it may be applied to a noised sum."""
     turned: NDArray[np.float64] = idct(vector, norm="ortho")
     return turned * _signs(seed, len(vector))
 

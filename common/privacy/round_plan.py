@@ -132,17 +132,20 @@ class Plan:
 
     @property
     def mechanism(self) -> Mechanism:
-        """The kind of noise in this round; plans name none, for there is one so far."""
+        """The noise mechanism of this round.
+
+        Plans do not name it, for there is one so far.
+        """
         return SKELLAM
 
     @property
     def counted_variance(self) -> float:
-        """Of the noise that a claim may count, squared grid units."""
+        """Variance of the noise that a claim may count, squared grid units."""
         return self.mechanism.counted_variance(self.variance, self.adders)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the plan; a ledger row names it."""
+        """SHA-256 of the plan, by which ledger rows name it."""
         fields = dataclasses.asdict(dataclasses.replace(self, attempt=1))
         text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -257,7 +260,7 @@ class Plan:
         return plan
 
     def refuse_if_laxer(self, own: Config, dimension: int = 0) -> None:
-        """The device's own settings are the floor.
+        """Refuse a plan that is weaker than the device's own settings.
 
         Args:
             own: the device's settings.

@@ -68,7 +68,9 @@ class Block:
     variance: float
 
     def fits(self, values: "NDArray[np.float64]") -> bool:
-        """Whether these are numbers that `bound` and `moved` hold for; what the gate asks.
+        """Return whether `bound` and `moved` hold for these values.
+
+        The gate asks this.
 
         Args:
             values: shape (size,), finite. Losses are bounded by their clip and always fit.
@@ -86,7 +88,7 @@ class Block:
 
 
 def arm_names(text: str) -> tuple[str, ...]:
-    """`shared,personal` -> its arms; none for an empty text.
+    """Parse `shared,personal` into its arms. An empty text has none.
 
     Raises:
         ValueError: an unknown arm, fewer than 2, more than 8, or all the same.

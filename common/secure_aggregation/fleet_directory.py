@@ -58,7 +58,7 @@ LARGEST = 128
 
 @dataclass(frozen=True)
 class Entry:
-    """One line: a client was enrolled, or removed.
+    """One entry of a directory: a client was enrolled, or removed.
 
     Attributes:
         client: its number.
@@ -75,13 +75,13 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """`add` or `remove`."""
+        """Kind of the entry, `add` or `remove`."""
         return "remove" if self.removed else "add"
 
 
 @dataclass(frozen=True)
 class Head:
-    """What a directory's key signs.
+    """The signed summary of a directory: whose it is, how long, and the hash of its last entry.
 
     Attributes:
         fleet: whose directory it is; no spaces.
@@ -114,7 +114,7 @@ class Head:
 
     @classmethod
     def of(cls, line: str) -> "Head":
-        """Strict inverse of `str`.
+        """Parse a head from a line: the strict inverse of `str`.
 
         Raises:
             ProtocolError: the line is no head.
@@ -132,7 +132,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Chain:
-    """A whole directory.
+    """A whole directory: all its entries and the signature of its head.
 
     Attributes:
         fleet, key: as in `Head`.
@@ -146,7 +146,7 @@ class Chain:
     signature: bytes = b""
 
     def __post_init__(self) -> None:
-        """Refuses what no directory can be.
+        """Refuse a list of entries that cannot be a directory.
 
         Raises:
             ProtocolError: too long; a number or an identity that was taken; a removal of nobody.
@@ -194,11 +194,11 @@ class Chain:
 
     @cached_property
     def hash(self) -> bytes:
-        """Of the last entry."""
+        """Hash of the last entry, which covers all entries before it."""
         return self.hash_at(self.version)
 
     def hash_at(self, version: int) -> bytes:
-        """What the hash was when there were so many entries."""
+        """Compute the hash of the directory's first `version` entries."""
         found = digest(Purpose.DIRECTORY, self.fleet.encode(), self.key)
         for index, one in enumerate(self.entries[:version]):
             place, client = (number.to_bytes(8, "big") for number in (index, one.client))
@@ -207,11 +207,13 @@ class Chain:
 
     @property
     def head(self) -> Head:
-        """What is signed of it."""
+        """Head of the directory, which is what its key signs."""
         return Head(self.fleet, self.key, self.version, self.hash, self.signature)
 
     def with_entries(self, entries: Sequence[Entry]) -> "Chain":
-        """The same with more entries; where there are any, not signed.
+        """Return this directory with more entries at its end.
+
+        With any, the result is not signed.
 
         Raises:
             ProtocolError: as when it is made.
@@ -219,7 +221,7 @@ class Chain:
         return replace(self, entries=(*self.entries, *entries), signature=b"") if entries else self
 
     def sign(self, signer: Identity) -> "Chain":
-        """The same, signed.
+        """Return this directory with its head signed.
 
         Raises:
             ConfigError: `signer` is not the directory's key.
@@ -255,7 +257,7 @@ def entries_of(lines: Sequence[str], since: int = 0) -> tuple[Entry, ...]:
 
 
 def lines_of(chain: Chain, since: int = 0) -> list[str]:
-    """What `entries_of` reads."""
+    """Write entries as the lines that `entries_of` reads, from entry `since` on."""
     return [
         f"{index} {one.kind} {one.client} {one.identity.hex()}"
         for index, one in enumerate(chain.entries[since:], since)
@@ -263,7 +265,7 @@ def lines_of(chain: Chain, since: int = 0) -> list[str]:
 
 
 def text(chain: Chain) -> str:
-    """The file of a directory."""
+    """Write a directory as the text of its file."""
     return "\n".join([FIRST, *lines_of(chain), str(chain.head)]) + "\n"
 
 
@@ -329,7 +331,7 @@ def write(path: Path, chain: Chain) -> None:
 
 
 def brought_up(own: Chain, head: Head, since: int, entries: Sequence[Entry]) -> Chain | int:
-    """A device's directory after a server has shown a head and the entries from `since` on.
+    """Bring a device's directory up to date with the head and entries that a server has shown.
 
     Args:
         own: what the device holds, under the key its owner pinned; an empty fleet: any.
@@ -408,7 +410,7 @@ def _shown(entry: Entry) -> str:
 
 
 def refuse_colluders(config: "Config", enrolled: int | None) -> None:
-    """No masked run is reckoned with more colluders than leave two honest devices in the fleet.
+    """Refuse a masked run that assumes so many colluders that fewer than two devices are honest.
 
     Args:
         config: of the run; its `colluders` are m.

@@ -48,7 +48,7 @@ _FIELD_PRIME = 2**255 - 19
 
 
 class Purpose(Enum):
-    """What a derived key or a digest is for; two purposes never give the same bytes."""
+    """The purpose of a derived key or a digest. Two purposes never give the same bytes."""
 
     PAIR_MASK = "mask shared by two clients"
     SELF_MASK = "mask of one client"
@@ -99,7 +99,10 @@ def _hkdf(secret: bytes, info: bytes, size: int) -> bytes:
 
 
 def digest(purpose: Purpose, *parts: bytes) -> bytes:
-    """SHA-256 of public parts, bound to a purpose; the encoding is that of `derive`."""
+    """Compute the SHA-256 of public parts, bound to a purpose.
+
+    The encoding of the parts is that of `derive`.
+    """
     return hashlib.sha256(_encode(purpose, parts)).digest()
 
 
@@ -132,7 +135,7 @@ class Identity:
 
     @classmethod
     def create(cls, random: Random) -> "Identity":
-        """A new identity."""
+        """Make a new identity from fresh random bytes."""
         return cls.of(random(KEY_BYTES))
 
     @classmethod
@@ -141,7 +144,7 @@ class Identity:
         return cls(Secret(seed), _signing(seed).public_key().public_bytes_raw())
 
     def sign(self, message: bytes) -> bytes:
-        """64 bytes, deterministic."""
+        """Sign a message: 64 bytes, deterministic."""
         return _signing(self.seed.value).sign(message)
 
 
@@ -165,7 +168,9 @@ def _signing(seed: bytes) -> Ed25519PrivateKey:
 
 @functools.lru_cache(maxsize=1 << 13)
 def verify(public: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` is that of `public` over `message`; False for any malformed input.
+    """Return whether `signature` is that of `public` over `message`.
+
+    It is False for any malformed input.
 
     A function of public bytes only, so the last answers are kept: a server, and devices that one
     process simulates, are shown the same signatures again and again.
@@ -186,17 +191,19 @@ class RoundKey:
 
     @classmethod
     def create(cls, random: Random) -> "RoundKey":
-        """A fresh pair."""
+        """Make a fresh key pair."""
         return cls.of(random(KEY_BYTES))
 
     @classmethod
     def of(cls, private: bytes) -> "RoundKey":
-        """The pair of a private key; the public half is computed."""
+        """Make the key pair of a private key, computing the public half."""
         pair = X25519PrivateKey.from_private_bytes(private)
         return cls(Secret(private), pair.public_key().public_bytes_raw())
 
     def agreement(self) -> Callable[[bytes], Secret]:
-        """The function peer's public key -> shared secret; raises what `agree` raises.
+        """Return the function peer's public key -> shared secret.
+
+        It raises what `agree` raises.
 
         The private key is loaded once: loading costs as much as an exchange.
         """
@@ -246,7 +253,7 @@ class Directory:
 
     @property
     def enrolled(self) -> int | None:
-        """N, the devices there are; None with an open directory, which cannot know."""
+        """Number of enrolled devices, N. With an open directory it is unknown: None."""
         return len(self.known) if self.closed else None
 
     def admit(self, claimed: Mapping[int, bytes]) -> "Directory":
@@ -307,6 +314,9 @@ def read_directory(path: Path, closed: bool = True) -> Directory:
 
 
 def write_directory(path: Path, directory: Directory) -> None:
-    """The file `read_directory` reads; where a device keeps its pins."""
+    """Write a directory as the file that `read_directory` reads.
+
+    In this file a device keeps the identities it has pinned.
+    """
     lines = (f"{client} {identity.hex()}\n" for client, identity in sorted(directory.known.items()))
     write_atomic(path, "".join(lines).encode())

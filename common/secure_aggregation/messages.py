@@ -75,7 +75,7 @@ _LENGTH = struct.Struct(">I")
 
 
 class Kind(IntEnum):
-    """What a message is; the order is that of a round."""
+    """The kind of a message, in the order of a round."""
 
     ANNOUNCEMENT = 1
     ROSTER = 2
@@ -104,7 +104,10 @@ def _encode(kind: Kind, terms: Terms, sender: int, *fields: bytes) -> bytes:
 def _decode(
     data: bytes, kind: Kind, terms: Terms, sender: int, bounds: Sequence[tuple[int, int, int]]
 ) -> list[bytes]:
-    """Fields of a message; `bounds` has (size of one record, fewest, most records) for each."""
+    """Check a message's header and lengths, and return its fields.
+
+    `bounds` has for each field (size of one record, fewest, most records).
+    """
 
     def refuse(sentence: str) -> ProtocolError:
         return fault(terms, sender, f"{kind.name.lower()} message: {sentence}")
@@ -166,18 +169,21 @@ class Announcement:
     signature: bytes
 
     def entry(self, client: int) -> "Entry":
-        """What the roster says of it."""
+        """Return the roster's entry for the client that announced these keys."""
         return Entry(client, self.identity, self.mask_key, self.sealing_key)
 
 
 def encode_announcement(terms: Terms, client: int, message: Announcement) -> bytes:
-    """274 bytes."""
+    """Encode a client's announcement of its keys: 274 bytes."""
     keys = (message.identity, message.mask_key, message.sealing_key)
     return _encode(Kind.ANNOUNCEMENT, terms, client, *keys, message.signature)
 
 
 def decode_announcement(data: bytes, terms: Terms, client: int) -> Announcement:
-    """Raises ProtocolError for any other bytes. The signature is not checked here."""
+    """Decode a client's announcement of its keys.
+
+    Raises ProtocolError for any other bytes. The signature is not checked here.
+    """
     one = (KEY_BYTES, 1, 1)
     fields = _decode(
         data, Kind.ANNOUNCEMENT, terms, client, (one, one, one, (SIGNATURE_BYTES, 1, 1))
@@ -198,7 +204,7 @@ class Entry:
     sealing_key: bytes
 
     def to_bytes(self) -> bytes:
-        """100 bytes."""
+        """Encode the entry in 100 bytes."""
         return self.client.to_bytes(4, "big") + self.identity + self.mask_key + self.sealing_key
 
 
@@ -232,7 +238,7 @@ class Roster:
 
 
 def encode_roster(terms: Terms, message: Roster) -> bytes:
-    """100 bytes a participant and 64 a neighbour."""
+    """Encode the roster for one client: 100 bytes a participant and 64 a neighbour."""
     return _encode(
         Kind.ROSTER,
         terms,
@@ -245,7 +251,9 @@ def encode_roster(terms: Terms, message: Roster) -> bytes:
 
 
 def decode_roster(data: bytes, terms: Terms) -> Roster:
-    """Raises ProtocolError for any other bytes, and for client numbers that do not ascend.
+    """Decode the roster.
+
+    Raises ProtocolError for any other bytes, and for client numbers that do not ascend.
 
     So nobody is on a roster twice. Keys and signatures are not checked here.
     """
@@ -276,7 +284,7 @@ def _refuse_disorder(terms: Terms, sender: int, numbers: Sequence[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One holder's two shares, sealed, and what they were when they were made.
+    """One holder's two shares, sealed, with a commitment to each.
 
     Attributes:
         sealed: share of the self mask's seed and of the mask key, encrypted.
@@ -308,14 +316,17 @@ class Deal:
 
 
 def encode_deal(terms: Terms, client: int, message: Deal) -> bytes:
-    """162 bytes a neighbour."""
+    """Encode a client's shares for its neighbours: 162 bytes a neighbour."""
     own = message.own.self_commitment + message.own.key_commitment
     packages = _encode_packages(message.packages)
     return _encode(Kind.DEAL, terms, client, message.commitment, own, packages)
 
 
 def decode_deal(data: bytes, terms: Terms, client: int) -> Deal:
-    """Raises ProtocolError for any other bytes, and for holders that do not ascend."""
+    """Decode a client's shares for its neighbours.
+
+    Raises ProtocolError for any other bytes, and for holders that do not ascend.
+    """
     bounds = (
         (DIGEST_BYTES, 1, 1),
         (2 * DIGEST_BYTES, 1, 1),
@@ -340,13 +351,16 @@ class Inbox:
 
 
 def encode_inbox(terms: Terms, message: Inbox, participants: int) -> bytes:
-    """162 bytes a neighbour and a bit a participant."""
+    """Encode the shares dealt to one client: 162 bytes a neighbour and a bit a participant."""
     dealt = _bitmap(message.dealt, participants)
     return _encode(Kind.INBOX, terms, SERVER, dealt, _encode_packages(message.packages))
 
 
 def decode_inbox(data: bytes, terms: Terms, participants: int) -> Inbox:
-    """Raises ProtocolError for any other bytes, and for senders that do not ascend."""
+    """Decode the shares that neighbours dealt to one client.
+
+    Raises ProtocolError for any other bytes, and for senders that do not ascend.
+    """
     bounds = ((-(-participants // 8), 1, 1), (_PACKAGE_BYTES, 0, MOST_PARTICIPANTS))
     dealt, packages = _decode(data, Kind.INBOX, terms, SERVER, bounds)
     return Inbox(
@@ -392,12 +406,15 @@ class Vector:
 
 
 def encode_vector(terms: Terms, client: int, message: Vector) -> bytes:
-    """The packed vector and 150 bytes."""
+    """Encode a masked vector: the packed vector and 150 bytes."""
     return _encode(Kind.VECTOR, terms, client, message.packed, message.signature)
 
 
 def decode_vector(data: bytes, terms: Terms, client: int) -> Vector:
-    """Raises ProtocolError for any other bytes. The signature is not checked here."""
+    """Decode a client's masked vector.
+
+    Raises ProtocolError for any other bytes. The signature is not checked here.
+    """
     bounds = ((terms.vector_bytes, 1, 1), (SIGNATURE_BYTES, 1, 1))
     return Vector(*_decode(data, Kind.VECTOR, terms, client, bounds))
 
@@ -407,13 +424,16 @@ def decode_vector(data: bytes, terms: Terms, client: int) -> Vector:
 
 @dataclass(frozen=True)
 class Survivors:
-    """Who is in the sum, and who dealt shares but is not; positions."""
+    """The survivors, whose vectors are in the sum, and the dropped, who only dealt shares.
+
+    Both are sets of positions.
+    """
 
     alive: frozenset[int]
     dropped: frozenset[int]
 
     def signed(self, terms: Terms, roster_digest: bytes, participants: int) -> bytes:
-        """What a survivor signs."""
+        """Return the bytes that every survivor signs."""
         lists = (_bitmap(self.alive, participants), _bitmap(self.dropped, participants))
         return digest(Purpose.SURVIVORS, terms.binding, roster_digest, *lists)
 
@@ -421,7 +441,7 @@ class Survivors:
 def encode_survivors(
     terms: Terms, message: Survivors, participants: int, signatures: Sequence[bytes]
 ) -> bytes:
-    """Two bits a participant, and 64 bytes a living neighbour.
+    """Encode the survivor list: two bits a participant, and 64 bytes a living neighbour.
 
     Args:
         signatures: of the list of who dealt shares, by the receiving client's living neighbours,
@@ -434,9 +454,10 @@ def encode_survivors(
 def decode_survivors(
     data: bytes, terms: Terms, participants: int
 ) -> tuple[Survivors, tuple[bytes, ...]]:
-    """The lists, and the signatures, unchecked. That the lists are disjoint is not checked here.
+    """Decode the survivor list and the signatures with it.
 
-    Raises ProtocolError for any other bytes.
+    Raises ProtocolError for any other bytes. Neither the signatures are checked here, nor that the
+    lists are disjoint.
     """
     one = (-(-participants // 8), 1, 1)
     bounds = (one, one, (SIGNATURE_BYTES, 0, MOST_PARTICIPANTS))
@@ -463,12 +484,15 @@ def _bitmap(positions: frozenset[int], participants: int) -> bytes:
 
 
 def encode_confirmation(terms: Terms, client: int, signature: bytes) -> bytes:
-    """A survivor's signature of the survivor list."""
+    """Encode a survivor's signature of the survivor list."""
     return _encode(Kind.CONFIRMATION, terms, client, signature)
 
 
 def decode_confirmation(data: bytes, terms: Terms, client: int) -> bytes:
-    """The signature, unchecked. Raises ProtocolError for any other bytes."""
+    """Decode a survivor's signature of the survivor list, unchecked.
+
+    Raises ProtocolError for any other bytes.
+    """
     (signature,) = _decode(data, Kind.CONFIRMATION, terms, client, ((SIGNATURE_BYTES, 1, 1),))
     return signature
 
@@ -481,14 +505,17 @@ class Confirmations:
 
 
 def encode_confirmations(terms: Terms, message: Confirmations) -> bytes:
-    """68 bytes a signature."""
+    """Encode signatures of the survivor list: 68 bytes each."""
     found = sorted(message.signatures.items())
     body = b"".join(position.to_bytes(4, "big") + signature for position, signature in found)
     return _encode(Kind.CONFIRMATIONS, terms, SERVER, body)
 
 
 def decode_confirmations(data: bytes, terms: Terms) -> Confirmations:
-    """Raises ProtocolError for any other bytes, and for positions that do not ascend."""
+    """Decode signatures of the survivor list.
+
+    Raises ProtocolError for any other bytes, and for positions that do not ascend.
+    """
     bounds = ((4 + SIGNATURE_BYTES, 0, MOST_PARTICIPANTS),)
     (body,) = _decode(data, Kind.CONFIRMATIONS, terms, SERVER, bounds)
     records = _records(body, 4 + SIGNATURE_BYTES)
@@ -520,7 +547,10 @@ class Opening:
 def share_commitment(
     roster_digest: bytes, owner: int, holder: int, which: Opened, share: Secret
 ) -> bytes:
-    """32 bytes that tell a right share from a wrong one; a share is too random to be guessed."""
+    """Commit to a share with 32 bytes that tell a right share from a wrong one.
+
+    A share is too random to be guessed from them.
+    """
     names = bytes([which]) + owner.to_bytes(4, "big") + holder.to_bytes(4, "big")
     return digest(Purpose.SHARE_COMMITMENT, roster_digest, names, share.value)
 
@@ -529,7 +559,7 @@ _OPENED_BYTES = 4 + 1 + SHARE_BYTES
 
 
 def encode_opening(terms: Terms, client: int, message: Opening) -> bytes:
-    """38 bytes a holder."""
+    """Encode the shares that a holder gives: 38 bytes each."""
     body = b"".join(
         owner.to_bytes(4, "big") + bytes([which]) + share.value
         for owner, (which, share) in sorted(message.shares.items())
@@ -538,7 +568,10 @@ def encode_opening(terms: Terms, client: int, message: Opening) -> bytes:
 
 
 def decode_opening(data: bytes, terms: Terms, client: int) -> Opening:
-    """Raises ProtocolError for any other bytes, and for owners that do not ascend."""
+    """Decode the shares that a holder gives.
+
+    Raises ProtocolError for any other bytes, and for owners that do not ascend.
+    """
     bounds = ((_OPENED_BYTES, 0, MOST_PARTICIPANTS),)
     (body,) = _decode(data, Kind.OPENING, terms, client, bounds)
     records = _records(body, _OPENED_BYTES)

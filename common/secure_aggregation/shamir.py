@@ -60,7 +60,9 @@ def _value(terms: Sequence[int], point: int) -> int:
 
 
 def combine(shares: Mapping[int, Secret], threshold: int) -> Secret:
-    """The secret from shares by point; exactly `threshold` of them are used, lowest points first.
+    """Recover the secret from shares by point.
+
+    Exactly `threshold` of them are used, those of the lowest points.
 
     Raises:
         ProtocolError: too few shares, a share in another format, or a value at 0 that no 32-byte
@@ -85,7 +87,7 @@ def _element(share: Secret) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _weights(points: tuple[int, ...]) -> tuple[int, ...]:
-    """Lagrange's weights at 0; points are public, so they may be remembered."""
+    """Compute Lagrange's weights at 0. The points are public, so the result may be cached."""
     product = 1
     for point in points:
         product = product * point % PRIME

@@ -54,7 +54,7 @@ _FEWEST_NEIGHBOURS = 16
 
 @dataclass(frozen=True)
 class Terms:
-    """Public constants of one masked sum; every signature and every key is bound to them.
+    """Public constants of one masked sum, to which every signature and every key is bound.
 
     Attributes:
         run: which run, 1 to 64 characters.
@@ -135,7 +135,7 @@ def default_threshold(participants: int, colluders: int, degree: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def default_graph(participants: int, colluders: int, dropping: float = 0.1) -> Graph:
-    """Everybody is a neighbour up to `COMPLETE` participants; above, as few as are safe.
+    """Choose the graph of neighbours: all up to `COMPLETE` participants, above as few as are safe.
 
     Args:
         participants: on the roster.
@@ -346,7 +346,10 @@ class MaskingPolicy:
 
     @classmethod
     def agreed(cls, config: Config, largest_cohort: int = MOST_PARTICIPANTS) -> "MaskingPolicy":
-        """What a device with these settings insists on; `largest_cohort` is the plan's."""
+        """Return what a device with these settings insists on.
+
+        `largest_cohort` is that of the plan.
+        """
         own = config.masking
         return cls(
             smallest_cohort=own.smallest_cohort,
@@ -359,7 +362,7 @@ class MaskingPolicy:
         )
 
     def refuse_terms(self, terms: Terms) -> None:
-        """Before anything is sent.
+        """Refuse terms that are weaker than this policy, before anything is sent.
 
         Raises:
             ProtocolError: names the field that is weaker than the policy. The caller adds round
@@ -377,7 +380,7 @@ class MaskingPolicy:
                 )
 
     def refuse_cohort(self, participants: int, colluders: int, graph: Graph) -> None:
-        """Before any share is made.
+        """Refuse a cohort or graph that is weaker than this policy, before any share is made.
 
         Args:
             participants: on the roster.

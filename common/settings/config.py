@@ -73,7 +73,10 @@ class ModelSettings(_Settings):
 
 
 class AdapterSettings(_Settings):
-    """What is trained and released; DESIGN section 5 tells the families apart."""
+    """What is trained and released.
+
+    Section 5 of DESIGN tells the families apart.
+    """
 
     family: Family = "lora_xs"
     rank: int = Field(4, ge=1, le=256)
@@ -97,12 +100,14 @@ class GroupSettings(_Settings):
 
     @property
     def most(self) -> int:
-        """Personas there are at any time; a state has a place for each."""
+        """The most personas there are at any time. A state has a place for each."""
         return 1 if self.count == 1 else self.count + self.spare
 
     def live(self, number: int) -> int:
-        """Personas to pick from in round `number`: one while warming up, then `most`, then one
-        less each merger, down to `count`."""
+        """Return how many personas there are to pick from in round `number`.
+
+        It is one while warming up, then `most`, then one less each merger, down to `count`.
+        """
         if number <= self.warmup:
             return 1
         return max(self.count, self.most - (number - 1 - self.warmup) // self.merge_every)
@@ -127,7 +132,7 @@ class TrainingSettings(_Settings):
 
 
 class PreferenceSettings(_Settings):
-    """DPO on pairs of answers, with `data.task = "preference"`; see `common/model/dpo.py`."""
+    """DPO on pairs of answers (`common/model/dpo.py`), with `data.task = "preference"`."""
 
     score: Literal["likelihood", "head"] = Field(
         "likelihood", description="of an answer: its log-likelihood, or a head on its state"
@@ -188,7 +193,7 @@ class MaskingSettings(_Settings):
     threshold: int = Field(0, ge=0, description="holders that open a secret; 0: sized likewise")
 
     def smallest_sum(self, cohort: int) -> int:
-        """Vectors a sum must have; every device's noise is sized for it."""
+        """Return how many vectors a sum must have. Every device's noise is sized for it."""
         return math.ceil(self.survivors * cohort - 1e-9)
 
     def colluders(self, cohort: int) -> int:
@@ -223,7 +228,7 @@ class StatisticsSettings(_Settings):
 
     @property
     def asked_for(self) -> tuple[bool, bool, bool]:
-        """Whether losses, gains, arms are."""
+        """Whether losses, gains and arms are asked for, in this order."""
         return self.enabled, self.enabled and self.gains, self.enabled and bool(self.arms)
 
     def multiplier(self, block: str) -> float:
@@ -241,9 +246,11 @@ class StatisticsSettings(_Settings):
 
 
 class BudgetSettings(_Settings):
-    """The run's own cap: the largest epsilon per unit that a device spends in this run, at its
-    delta. Left out: none. What a device spends over all runs is its owner's (policy.toml); a
-    simulated client, which has no owner, then has what a new device has (`NEW_DEVICE`)."""
+    """The run's own cap: the largest epsilon per unit that a device spends in it, at its delta.
+
+    Left out: none. What a device spends over all runs is its owner's (policy.toml). A simulated
+    client, which has no owner, then has what a new device has (`NEW_DEVICE`).
+    """
 
     client: float | None = Field(None, gt=0)
     example: float | None = Field(None, gt=0)
@@ -306,14 +313,14 @@ class RoundSettings(_Settings):
 
 
 class HeadSettings(_Settings):
-    """The personal head; fitted after the release, kept on the device."""
+    """The personal head, which is fitted after the release and kept on the device."""
 
     enabled: bool = True
     in_the_loop: bool = False
 
 
 class SimulationSettings(_Settings):
-    """Weather for simulated devices."""
+    """How often simulated devices drop out."""
 
     dropout: float = Field(
         0.0, ge=0, lt=1, description="chance that a device dies for a round, at a random phase"
@@ -321,8 +328,10 @@ class SimulationSettings(_Settings):
 
 
 class AbRunSettings(_Settings):
-    """An A/B experiment (`common/ab_test.py`): arms, an outcome for each person, and looks at
-    it."""
+    """An A/B experiment: its arms, an outcome for each person, and looks at the outcomes.
+
+    See `common/ab_test.py`.
+    """
 
     arms: tuple[str, ...] = Field((), max_length=MOST_ARMS, description="empty: no experiment")
     outcome: Literal["binary", "bounded"] = "binary"
@@ -362,7 +371,7 @@ class AbRunSettings(_Settings):
 
 
 class EvaluationSettings(_Settings):
-    """Read by the experimenter from simulated devices; no part of it passes the server."""
+    """What the experimenter measures on simulated devices. No part of it passes the server."""
 
     users: int = Field(64, ge=1, description="seen users measured, and as many unseen")
     records: int = Field(10, ge=1, description="held-out records of each")
@@ -379,7 +388,7 @@ class SpeedSettings(_Settings):
 
 
 class Config(_Settings):
-    """One experiment, resolved."""
+    """All settings of one experiment, resolved and validated."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     data: DataSettings = Field(default_factory=DataSettings)
@@ -585,7 +594,7 @@ class Config(_Settings):
             raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
     def _enough(self) -> str:
-        """What would help: the smallest cohort in which as many leave two honest survivors."""
+        """Say what would help: the smallest cohort in which two honest survivors are left."""
         feared = self.masking.colluders
         sizes = range(
             max(self.rounds.cohort + 1, self.masking.smallest_cohort), MOST_PARTICIPANTS + 1
@@ -597,7 +606,7 @@ class Config(_Settings):
 
     @property
     def smallest_sum(self) -> int:
-        """Vectors that a masked sum must have; every device's noise is sized for it.
+        """Number of vectors that a masked sum must have. Every device's noise is sized for it.
 
         One below the round's quorum would be opened for nothing, and one that fewer than a majority
         of the honest and all colluders sign is not opened at all
@@ -618,7 +627,7 @@ class Config(_Settings):
 
     @property
     def most_releases(self) -> int:
-        """Of one device in the run: a round that came to nothing may be asked for anew.
+        """The most releases of one device in the run, as void rounds may be asked for anew.
 
         An experiment's epsilon is that of its looks, so there it is their number.
         """
@@ -626,7 +635,7 @@ class Config(_Settings):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides results; speed settings and the name left out.
+        """SHA-256 of all settings that decide results, without speed settings and the name.
 
         How long a server waits for devices that do not come decides none.
         """
@@ -663,18 +672,21 @@ class Config(_Settings):
 
     @property
     def constant(self) -> bool:
-        """Whether a device's work is a function of public numbers
-        (`client/training/constant_work.py`): always where somebody sees when it answers."""
+        """Whether a device's work is a function of public numbers only.
+
+        It always is where somebody sees when the device answers. See
+        `client/training/constant_work.py`.
+        """
         return self.training.constant or self.data.source == DEVICES
 
     @property
     def pairs(self) -> PreferenceSettings | None:
-        """How to learn from pairs of answers; None where records are no pairs."""
+        """How to learn from pairs of answers. None where records are no pairs."""
         return self.preference if self.data.task == "preference" else None
 
     @property
     def trial(self) -> AbRunSettings | None:
-        """The A/B experiment that this run is; None where it trains an adapter."""
+        """The A/B experiment that this run is. None where it trains an adapter."""
         return self.ab if self.ab.arms else None
 
     @property
@@ -732,7 +744,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved settings as TOML; `read` gives the same `Config` back."""
+    """Write the resolved settings as TOML, from which `read` gives the same `Config` back."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 

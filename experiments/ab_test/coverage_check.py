@@ -35,7 +35,7 @@ __all__ = ["check", "contributions", "summed"]
 
 
 def summed(vectors: NDArray[np.float64], plan: Plan, source: noise.Source) -> NDArray[np.uint32]:
-    """The sum mod 2**bits of contributions that are within the clip, each with its share of noise.
+    """Sum contributions within the clip mod 2**bits, each with its share of the noise.
 
     Args:
         vectors: shape (devices, d), none longer than the clip.
@@ -52,7 +52,10 @@ def summed(vectors: NDArray[np.float64], plan: Plan, source: noise.Source) -> ND
 def contributions(
     settings: AbTestSettings, arms: NDArray[np.int64], outcomes: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """`outcome_vector` of everybody, shape (devices, d); an outcome that is NaN is none."""
+    """Compute everybody's `outcome_vector`, shape (devices, d).
+
+    NaN stands for no outcome.
+    """
     rows = [
         outcome_vector(settings, int(arm), None if np.isnan(outcome) else float(outcome))
         for arm, outcome in zip(arms, outcomes, strict=True)
@@ -61,7 +64,7 @@ def contributions(
 
 
 def check(settings: AbTestSettings, repetitions: int, folder: Path) -> dict[str, Any]:
-    """The experiment `repetitions` times with its made truth, and as often without any effect.
+    """Run the experiment `repetitions` times with its made truth, and as often without any effect.
 
     Args:
         settings: the experiment.
@@ -96,7 +99,7 @@ def check(settings: AbTestSettings, repetitions: int, folder: Path) -> dict[str,
 
 @dataclasses.dataclass
 class _Tally:
-    """How many repetitions of each kind."""
+    """Counts of repetitions, by what they found and which intervals held."""
 
     found: int = 0
     null_called: int = 0
@@ -128,7 +131,10 @@ class _Tally:
 def _repetition(
     settings: AbTestSettings, run_id: str, keys: list[Secret], rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """All planned looks of one experiment; each with what the whole alpha would have called."""
+    """Run all planned looks of one experiment.
+
+    Each look also says what the whole alpha would have called.
+    """
     run_id = f"{run_id} {secrets.token_hex(4)}"
     arms = np.array([arm_of(key, run_id, len(settings.arms)) for key in keys])
     everybody = simulated_ab_test.outcomes(settings, arms, rng)

@@ -56,7 +56,10 @@ class People:
 
 
 def made_people(settings: AbTestSettings, run_id: str, rng: np.random.Generator) -> People:
-    """People with fresh keys; arms by the keyed hash of the run, outcomes by the made truth."""
+    """Make people with fresh keys.
+
+    Their arms come from the keyed hash of the run, their outcomes from the made truth.
+    """
     identities = tuple(Identity.create(secrets.token_bytes) for _ in range(settings.clients))
     arms = np.array([arm_of(one.seed, run_id, len(settings.arms)) for one in identities])
     places = np.arange(settings.clients)
@@ -67,7 +70,7 @@ def made_people(settings: AbTestSettings, run_id: str, rng: np.random.Generator)
 def outcomes(
     settings: AbTestSettings, arms: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """One outcome a person, shape (clients,), with the arm's made mean."""
+    """Draw one outcome a person, shape (clients,), with the arm's made mean."""
     means = np.array(settings.made.means)[arms]
     if settings.outcome == "binary":
         return (rng.random(len(arms)) < means).astype(np.float64)
@@ -80,7 +83,7 @@ def outcomes(
 
 
 def run(settings: AbTestSettings, folder: Path) -> dict[str, Any]:
-    """The experiment to its end; the content of `ab.json`.
+    """Run the experiment to its end, and return the content of `ab.json`.
 
     Raises:
         RunExists: the folder holds something.
@@ -122,7 +125,9 @@ def run(settings: AbTestSettings, folder: Path) -> dict[str, Any]:
 def _look(
     settings: AbTestSettings, plan: Plan, people: People, ledger: Ledger, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint32], int]:
-    """One look: every device that is there passes the gate; the sum mod 2**bits, and of how many.
+    """Take one look: every device that is there passes the gate, and the results are summed.
+
+    Returns the sum mod 2**bits, and of how many devices.
 
     The commit of each release is durable, so this takes some milliseconds a device.
     """
@@ -156,7 +161,7 @@ def _look(
 def _unmasked(
     settings: AbTestSettings, plan: Plan, people: People, vectors: Mapping[int, NDArray[np.uint32]]
 ) -> tuple[NDArray[np.uint32], int]:
-    """The masking protocol with every party (`experiments/protocol.py`)."""
+    """Run the masking protocol with every party (`experiments/protocol.py`)."""
     policy = MaskingPolicy.agreed(run_settings(settings), plan.cohort)
     known = {number: one.public for number, one in enumerate(people.identities)}
     devices = {
@@ -171,7 +176,9 @@ def _unmasked(
 
 
 def spent(settings: AbTestSettings, ledger: Ledger) -> list[dict[str, Any]]:
-    """The worst device's epsilons, from the ledgers: unit, adjacency, delta, where, against whom.
+    """Return the worst device's epsilons, from the ledgers.
+
+    Each has unit, adjacency, delta, where the noise is added, and against whom it holds.
 
     Raises:
         StateError: nothing was released.
@@ -192,7 +199,7 @@ def spent(settings: AbTestSettings, ledger: Ledger) -> list[dict[str, Any]]:
 
 
 def _picture(facts: Mapping[str, Any]) -> str:
-    """Differences, one row for each look and arm, with the intervals that were printed."""
+    """Draw the differences with the intervals that were printed, one row for each look and arm."""
     rows = [
         (
             f"look {look['look']}, {one['arm']} - {one['against']}",

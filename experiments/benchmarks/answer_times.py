@@ -43,21 +43,21 @@ ROLES = ("without records", "full batch")
 
 
 class _Free:
-    """A ledger that allows everything: what is timed is the work."""
+    """A ledger that allows everything, as what is timed is the work."""
 
     def resend(self, *_: object) -> None:
-        """Nothing was released."""
+        """Return nothing, as nothing was released."""
 
     check = commit = decline = resend
 
     def releases_of(self, *_: object) -> int:
-        """None so far."""
+        """Return 0, as nothing was released."""
         return 0
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceContext:
-    """What a device works with; its records are in memory."""
+    """What a device works with in this benchmark, with its records in memory."""
 
     config: Config
     trainer: Trainer
@@ -67,36 +67,36 @@ class DeviceContext:
     directory: Directory = field(default_factory=lambda: Directory({}, closed=True))
 
     def pin(self, directory: Directory) -> None:
-        """Nothing to keep."""
+        """Do nothing, as no directory is kept."""
 
     def identity(self, _: str) -> Identity:
-        """Any."""
+        """Return the same identity for every device."""
         return Identity.of(bytes(32))
 
     def number(self, _: str) -> int:
-        """Any."""
+        """Return the same number for every device."""
         return 0
 
     def records(self, _: str) -> Sequence[data.Record]:
-        """All of them."""
+        """Return all records of this device."""
         return self.own
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
-        """As token ids."""
+        """Return the records as token ids."""
         return tokenised(records, self.config, self.trainer, "generation")
 
     def outcome(self, _: str) -> float | None:
-        """No experiment."""
+        """Return None, as there is no A/B experiment."""
 
     def at_home(self, _: str) -> bytes | None:
-        """Nothing stays."""
+        """Return None, as no parameters stay on the device."""
 
     def keep_at_home(self, _: str, kept: bytes) -> None:
-        """Nothing stays."""
+        """Do nothing, as no parameters stay on the device."""
 
 
 def main() -> None:
-    """Print the three, and as the last line one JSON object."""
+    """Print AUC and medians of each mode, and as the last line one JSON object."""
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--rounds", type=int, default=200, help="of each device, in each mode")
     options.add_argument("--starts", type=int, default=3, help="of the devices' workers")
@@ -114,7 +114,10 @@ def main() -> None:
 
 
 def measure(base: str, rounds: int, starts: int, tick_s: float) -> dict[str, Any]:
-    """AUC and median seconds of each device in each mode; of `answer` after each start."""
+    """Measure the AUC and each device's median seconds in each mode.
+
+    The mode `answer` is measured after each of several starts.
+    """
     trainer: Trainer | None = None
     measured = {}
     for mode in ("off", "work", *(f"answer {start}" for start in range(1, starts + 1))):
@@ -131,7 +134,7 @@ def measure(base: str, rounds: int, starts: int, tick_s: float) -> dict[str, Any
 
 
 def auc(low: Sequence[float], high: Sequence[float]) -> float:
-    """Chance that one of `high` is above one of `low`; equal ones count half."""
+    """Return the chance that one of `high` is above one of `low`, where equal ones count half."""
     a, b = np.asarray(low)[:, None], np.asarray(high)[None]
     return float(np.mean((b > a) + 0.5 * (b == a)))
 
@@ -151,7 +154,10 @@ def _config(base: str, constant: bool, tick_s: float) -> Config:
 
 
 def _mode(config: Config, trainer: Trainer, rounds: int, paced: bool) -> dict[str, list[float]]:
-    """Seconds from ask to answer, by device; the two take turns, so that drift meets both."""
+    """Measure the seconds from ask to answer, by device.
+
+    The two devices take turns, so that drift meets both.
+    """
     drawn = np.random.default_rng(0)
     texts = [" ".join(drawn.choice(WORDS, 40)) for _ in range(RECORDS + 1)]  # one is held out
     people = {"without records": (), "full batch": tuple(map(data.Record, texts))}

@@ -80,8 +80,10 @@ def measure(path: Path, repeats: int) -> dict[str, Any]:
 
 
 def step_flop(adapter: Adapter) -> float:
-    """Multiply-adds times two of one step: all linear layers forward; the output embedding and
-    the adapted blocks also backward, towards their inputs only (their weights are frozen).
+    """Count the floating-point operations of one step, two for a multiply-add.
+
+    All linear layers run forward. The output embedding and the adapted blocks also run backward,
+    towards their inputs only (their weights are frozen).
     """
     blocks = adapter.base.blocks
     sizes = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for _, block in blocks]

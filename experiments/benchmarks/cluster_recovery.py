@@ -40,7 +40,10 @@ def main() -> None:
 
 
 def recovered(seed: int, runs: Path, changed: Sequence[str]) -> dict[str, Any]:
-    """One run to its end; its index, the choices by dialect and the worst client's epsilon."""
+    """Run one experiment to its end, and compare its choices with the dialects.
+
+    Returns its index, the choices by dialect and the worst client's epsilon.
+    """
     name = f"groups-{seed}"
     wanted = settings.read(CONFIG, [f"data.seed={seed}", f"name={name}", *changed])
     folder = runs / name

@@ -51,7 +51,7 @@ OWNER: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Up:
-    """A server that is up.
+    """A running server: its folder, address, certificate and programs.
 
     Attributes:
         server: its folder.
@@ -70,7 +70,7 @@ class Up:
 
 @contextmanager
 def server_up(folder: Path) -> Iterator[Up]:
-    """`privet server init` and `up`, in `folder / "server"`."""
+    """Run `privet server init` and `up` in `folder / "server"`, until the block ends."""
     server = setup.init(folder / "server", ["localhost"], port=free_port(), inner_port=free_port())
     nginx = proxy.find_nginx(cache_folder())
     lines = dict(services.commands(server, nginx))
@@ -92,11 +92,11 @@ def server_up(folder: Path) -> Iterator[Up]:
 
 
 def quiet(_: str) -> None:
-    """Says nothing."""
+    """Ignore a line that would be shown."""
 
 
 def homes(folder: Path, up: Up, count: int, models: list[str]) -> list[Path]:
-    """So many devices with a few records each, joined and enrolled; nothing of them runs."""
+    """Make `count` devices with a few records each, joined and enrolled but not running."""
     found, cards = [], []
     allowed = Policy.model_validate({**OWNER, "allowed": {"models": models}})
     (folder / "pass").write_text(PASSPHRASE)
@@ -119,7 +119,7 @@ def homes(folder: Path, up: Up, count: int, models: list[str]) -> list[Path]:
 
 @contextmanager
 def people(homes: list[Path]) -> Iterator[list[Program]]:
-    """`privet client start` for each home, until the block ends."""
+    """Run `privet client start` for each home, until the block ends."""
     with ExitStack() as stack:
         started = []
         for home in homes:
@@ -131,7 +131,9 @@ def people(homes: list[Path]) -> Iterator[list[Program]]:
 
 
 def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) -> Config:
-    """A run of masked rounds of all devices; `changes` replace whole sections.
+    """Make the settings of a run of masked rounds of all devices.
+
+    `changes` replace whole sections.
 
     A sum needs all of three devices, of which none may collude: how long a round takes does not
     depend on it.
@@ -160,7 +162,7 @@ def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) ->
 def followed(
     up: Up, config: Config, limit_s: float, began: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
-    """Starts a run, waits for its end; the records of its rounds."""
+    """Start a run, wait for its end, and return the records of its rounds."""
     resolved = commands.prepare(up.server, config, resume=False)
     place = up.server.folder / "runs" / resolved.name
     number = control.start_run(up.server, place)
@@ -181,7 +183,7 @@ def followed(
 
 
 def children(pid: int) -> list[int]:
-    """Every process below one, at any depth."""
+    """List every process below one, at any depth."""
     found: list[int] = []
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -193,7 +195,10 @@ def children(pid: int) -> list[int]:
 
 
 def processor_s(pid: int) -> float:
-    """Processor seconds a process has used so far, all threads; 0 for one that is gone."""
+    """Return the processor seconds that a process has used so far, in all its threads.
+
+    It is 0 for one that is gone.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:

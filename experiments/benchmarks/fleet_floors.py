@@ -79,7 +79,7 @@ def train(message, context):
 
 
 def masked_rounds(up: Up, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Rounds of three real devices; the first one greets them and loads the model."""
+    """Run masked rounds of three real devices. The first one greets them and loads the model."""
     base = str(tiny_model(folder / "model"))
     config = run_config("fleet", base, DEVICES, rounds)
     with people(homes(folder, up, DEVICES, [base])):
@@ -87,7 +87,7 @@ def masked_rounds(up: Up, folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def stock_exchanges(up: Up, folder: Path, exchanges: int) -> list[float]:
-    """Seconds of each exchange with three stock SuperNodes and their own processes."""
+    """Measure the seconds of each exchange with three stock SuperNodes and their own processes."""
     keys = [_node_key(folder / f"stock{number}") for number in range(DEVICES)]
     nodes = [_registered(up, key, f"stock-{number}") for number, key in enumerate(keys)]
     replies = folder / "replies"
@@ -116,7 +116,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _node_key(path: Path) -> bytes:
-    """A node's key: the private half to `path`, the public half returned."""
+    """Make a node's key: write the private half to `path`, return the public half."""
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)], check=True
     )
@@ -141,7 +141,7 @@ def _pem(key: bytes) -> bytes:
 
 
 def _start_sent(up: Up) -> None:
-    """A run whose two apps are in the bundle, as Flower's own are."""
+    """Start a run whose two apps are in the bundle, as Flower's own are."""
     import hashlib
 
     from flwr.cli.build import build_fab_from_files
@@ -178,7 +178,7 @@ def rounds_table(records: Sequence[Mapping[str, Any]], stock: Sequence[float]) -
 
 
 def rounds(count: int) -> str:
-    """Both, at one SuperLink."""
+    """Measure masked rounds and stock nodes' exchanges, both at one SuperLink."""
     with TemporaryDirectory() as name, server_up(Path(name)) as up:
         folder = Path(name)
         records = masked_rounds(up, folder, count + 1)
@@ -189,13 +189,16 @@ def rounds(count: int) -> str:
 
 
 def resident_mb(pid: int) -> tuple[float, float]:
-    """Of a process: MB (2**20 bytes) in memory now, and the most there ever were."""
+    """Return a process's resident memory now and at its peak, MB (2**20 bytes)."""
     rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return tuple(int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
 def memory() -> str:
-    """One device of three, SuperNode and worker, before a model is loaded and after training."""
+    """Measure the memory of one device of three, before a model is loaded and after training.
+
+    The device is a SuperNode and a worker.
+    """
     base, lines = SMOLLM2, list[str]()
     config = run_config(
         "memory", base, DEVICES, 2,
@@ -240,7 +243,7 @@ def _sizes(
 
 
 def status(times: int) -> str:
-    """Wall and processor seconds of `privet client status`."""
+    """Measure wall and processor seconds of `privet client status`."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "pass").write_text(PASSPHRASE)

@@ -35,7 +35,7 @@ CLIPPING, TARGET, MODULUS = 8.0, 1 << 22, 1 << 32
 
 
 def flower_round(clients: int, dimension: int, measured: int) -> dict[str, float]:
-    """Flower's defaults, everybody a neighbour of everybody.
+    """Time a round of SecAgg+ with Flower's defaults, everybody a neighbour of everybody.
 
     `measured` clients are timed and their mean is one client; the server's unmasking is timed over
     as many survivors and one dropped client, and scaled to the cohort.

@@ -58,7 +58,9 @@ def measure(
     dropout: float,
     sized: Callable[[int], Graph] | None = None,
 ) -> dict[str, Any]:
-    """One round with every party; `sized` None for the default graph.
+    """Run one masked round with every party, and measure what it costs.
+
+    Without `sized` it takes the default graph.
 
     Returns:
         Seconds of a mean client by phase and of the server by phase, bytes up and down, peak

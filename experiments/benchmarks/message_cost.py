@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
-    """All clients in every round; milliseconds a message, training excluded."""
+    """Measure milliseconds a message, training excluded, with all clients in every round."""
     with tempfile.TemporaryDirectory() as folder:
         config = _prepare(Path(folder), clients, rounds, base, rank)
         run = Path(folder) / "run"

@@ -10,7 +10,10 @@ __all__ = ["Clock"]
 
 @dataclass
 class Clock:
-    """Processor seconds of this process, by name; other processes on the machine do not count."""
+    """Processor seconds of this process, by name.
+
+    Other processes on the machine do not count.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
 

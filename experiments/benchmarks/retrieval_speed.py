@@ -37,7 +37,7 @@ _END = re.compile(r"(?<=[.!?;:])\s+")
 
 
 def main() -> None:
-    """Print milliseconds."""
+    """Print the milliseconds of a search, and of the searches it is compared with."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--items", type=int, default=100_000)
     options.add_argument("--queries", type=int, default=200)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def shakespeare(count: int) -> list[str]:
-    """That many items: every sentence, then whole speeches."""
+    """Return `count` items: every sentence of the plays, then whole speeches."""
     speeches = [one.text for role in read_plays(fetch("shakespeare")).values() for one in role]
     sentences = [part.strip() for text in speeches for part in _END.split(text) if part.strip()]
     found = (sentences + speeches)[:count]
@@ -75,7 +75,7 @@ def encoded(texts: Sequence[str], cache: Path) -> NDArray[np.float32]:
 
 
 def spread(vectors: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """`count` unit rows: the vectors, then again and again with noise."""
+    """Make `count` unit rows: the vectors, then again and again with noise."""
     rng = np.random.default_rng(0)
     rows = np.resize(vectors, (count, vectors.shape[1]))
     later = rows[len(vectors) :]
@@ -112,7 +112,7 @@ def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) ->
 
 
 def timed(work: Callable[[str], object], asked: Sequence[str]) -> dict[str, float]:
-    """Of one call: milliseconds of the core, and by the clock, in which other programs count."""
+    """Time one call in milliseconds of the core, and by the clock, where other programs count."""
     for query in asked[:3]:
         work(query)
     core, clock = [], []
@@ -162,7 +162,7 @@ def meaning_by_hand(index: Index, query: str) -> NDArray[np.float64]:
 
 
 def check(index: Index, asked: Sequence[str]) -> None:
-    """Both searches find what the reference finds, up to rounding."""
+    """Check that both searches find what the reference finds, up to rounding."""
     for query in asked:
         for ways, by_hand in (
             (Ways(meaning=0, recency=0), np.array(words_by_hand(index, query))),

@@ -72,7 +72,7 @@ class Thin:
     state: masked_upload.State | None = None
 
     def hello(self, offer: Mapping[str, Any], node: int) -> dict[str, Any]:
-        """It takes part in everything."""
+        """Answer a greeting by accepting the run."""
         said = greeting(str(offer["run"]), offer["nonce"], node)
         own = {"identity": self.identity.public, "signature": self.identity.sign(said)}
         return {"version": version("privet"), **own, "accepted": True}
@@ -108,7 +108,10 @@ class Thin:
 
 
 def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
-    """As Flower's SuperNode with a worker at once: until `stop`, in a thread of its own."""
+    """Answer messages until `stop`, as Flower's SuperNode and a worker would.
+
+    It is for a thread of its own.
+    """
     from flwr.supernode.fleet_http_connection import http_request_response
 
     keys = (device.key, device.key.public_key())
@@ -185,11 +188,11 @@ def _send(reply: Any, run: int, send: Any, push: Any) -> None:
 
 
 def counted(counts: Counts) -> Any:
-    """Flower's client of the Fleet API, counting requests and the bytes of HTTP (TLS not)."""
+    """Make a client of Flower's Fleet API that counts requests and the bytes of HTTP (TLS not)."""
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     class Counted(FleetHttpClient):  # type: ignore[misc]
-        """Counts."""
+        """A client of Flower's Fleet API that counts what it sends and receives."""
 
         def _send(self, context: Any) -> Any:
             response = super()._send(context)
@@ -209,7 +212,7 @@ def _size(headers: Any) -> int:
 
 
 def thin_devices(folder: Path, up: Up, count: int, dimension: int) -> list[Thin]:
-    """So many, enrolled in one session of the Control API."""
+    """Make `count` thin devices, enrolled in one session of the Control API."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -237,7 +240,10 @@ def resident_mb(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """The server's programs at one moment: processor seconds of each; memory of the SuperLink."""
+    """What the server's programs have used at one moment.
+
+    It has the processor seconds of each and the memory of the SuperLink.
+    """
 
     moment: float
     used: Mapping[str, float]
@@ -246,7 +252,7 @@ class Sample:
 
 
 def sampled(up: Up, counts: Counts) -> Sample:
-    """Now."""
+    """Take a sample of the server's programs now."""
     used = {}
     for name, one in up.programs.items():
         pid = one.process.pid
@@ -261,7 +267,7 @@ def sampled(up: Up, counts: Counts) -> Sample:
 
 
 class Watch(threading.Thread):
-    """Takes a sample when a round ends."""
+    """A thread that takes a sample whenever a round ends."""
 
     def __init__(self, up: Up, counts: Counts, log: Path) -> None:
         super().__init__(daemon=True)
@@ -270,7 +276,7 @@ class Watch(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Until `over`."""
+        """Take samples until `over` is set."""
         while not self.over.wait(0.1):
             with suppress(OSError):
                 if len(self._log.read_text().splitlines()) > len(self.rounds):
@@ -395,7 +401,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table of what grows with the number of devices."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--counts", default="10,50,100,250")
     options.add_argument("--rounds", type=int, default=2)

@@ -109,7 +109,10 @@ class Program:
         return [when for when, line in list(self.lines) if words in line]
 
     def wait_for(self, words: str, timeout_s: float) -> None:
-        """Until a line with these words came; TimeoutError names them."""
+        """Wait until the program has printed a line with these words.
+
+        The TimeoutError names them.
+        """
         wait_for(lambda: self.times(words), timeout_s, repr(words))
 
 
@@ -159,7 +162,7 @@ def free_port() -> int:
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> None:
-    """Until the condition holds; TimeoutError names what was waited for."""
+    """Wait until the condition holds. The TimeoutError names what was waited for."""
     until = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > until:
@@ -178,7 +181,9 @@ def flower_project(folder: Path, server: str = SERVER, client: str = CLIENT) -> 
 
 @contextmanager
 def superlink(folder: Path, nodes: int, messages: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """A SuperLink without TLS; gives its address and the environment for all programs.
+    """Run a SuperLink without TLS, until the block ends.
+
+    Gives its address and the environment for all programs.
 
     The project's server app sends each of `nodes` nodes so many messages in turn, and writes the
     replies to `folder / "replies"`, a line each.
@@ -207,7 +212,7 @@ def _beside(name: str) -> str:
 
 
 def listening(address: str) -> bool:
-    """Whether somebody listens there."""
+    """Return whether something listens at this address."""
     host, _, port = address.rpartition(":")
     with socket.socket() as probe:
         return probe.connect_ex((host, int(port))) == 0
@@ -235,7 +240,7 @@ def memory_mb(pid: int) -> dict[str, float]:
 
 
 def noted(message: Any, context: Any) -> Any:
-    """Replies with when it was called, and when the base model was there."""
+    """Reply with when this was called, and when the base model was loaded."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
     entered = time.time()
@@ -249,7 +254,7 @@ def noted(message: Any, context: Any) -> Any:
 
 
 def serve(address: str, idle_s: float) -> None:
-    """The worker of this benchmark: a process of its own."""
+    """Run the worker of this benchmark, in a process of its own."""
 
     def let_go() -> None:
         if "privet.common.model.base_model" in sys.modules:
@@ -307,7 +312,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The measurements as lines."""
+    """Show the measurements as lines of text."""
     lines = ["seconds from available to        handler entered            model ready"]
     lines += ["message                      stock  worker  ratio     stock  worker  ratio"]
     for number, (stock, worker) in enumerate(zip(found["stock"], found["worker"], strict=True), 1):
@@ -322,7 +327,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table of start times and memory."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--model", default="smollm2-135m-instruct")
     options.add_argument("--messages", type=int, default=3)

@@ -89,6 +89,9 @@ def _spent(lines: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _if(line: Mapping[str, Any]) -> str:
-    """What a figure against the server rests on; of one without a bound, that it has none."""
+    """Say what a figure against the server rests on.
+
+    Of one without a bound it says that it has none.
+    """
     said = line["conditions"] if line["bound"] else ["reckoned as Gaussian noise, no bound"]
     return f" (if: {'; '.join(said)})" if line["conditions"] else f" ({said[0]})" if said else ""

@@ -47,7 +47,7 @@ def fetch(
     every: Annotated[bool, typer.Option("--all", help="The whole catalogue.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Download, check and unpack; what is in the cache already is left as it is."""
+    """Download, check and unpack artefacts, unless they are in the cache already."""
     if bool(names) == every:
         known = ", ".join(assets.CATALOGUE)
         raise AssetError(f"Expected either names (of {known}) or --all; give one of the two.")
@@ -62,7 +62,7 @@ def fetch(
 
 @app.command()
 def verify(names: _Names = None, as_json: _Json = False) -> None:
-    """Hash every file; without a name, of all that is in the cache."""
+    """Hash every file of the named artefacts, or without a name of all that are in the cache."""
     here = [line.name for line in assets.status() if line.state != "missing"]
     found = {name: _verdict(name) for name in names or here}
     _print(found, as_json)
@@ -96,7 +96,7 @@ def _print(lines: Mapping[str, object], as_json: bool) -> None:
 
 @contextmanager
 def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], object]]]:
-    """A bar on a terminal, plain lines elsewhere; both on stderr."""
+    """Show progress on stderr, as a bar on a terminal and as plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield lambda sentence: print(sentence, file=sys.stderr, flush=True), lambda: None
         return

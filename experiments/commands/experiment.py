@@ -170,7 +170,10 @@ def report(
 
 
 def reported(run_folder: Path) -> None:
-    """Write and name a finished run's report; the run is what counts, so no fault here ends it."""
+    """Write a finished run's report, and print where it is.
+
+    The run is what counts, so no fault here ends it.
+    """
     import sys
 
     from ..reports import report
@@ -220,7 +223,7 @@ def demo_devices() -> None:
 
 
 def _run_to_resume(named: str) -> Path | None:
-    """The run folder at this path; or below `runs`, where no configuration has the name."""
+    """Return the run folder at this path, or below `runs` where no configuration has the name."""
     if (Path(named) / "config.toml").is_file():
         return Path(named)
     is_config = Path(named).is_file() or (CONFIGS / f"{named}.toml").exists()

@@ -73,7 +73,10 @@ class RunRecorder:
         self, kind: str, prompt: str, answer: str, *, over: str | None, edited: str | None,
         taken: bool = False,
     ) -> str:  # fmt: skip
-        """Keep one; the file's name. `taken` is for a device in an experiment."""
+        """Keep one verdict, and return the name of its file.
+
+        `taken` is for a device in an experiment.
+        """
         del taken
         self.path.parent.mkdir(mode=0o700, exist_ok=True)
         fields = {"kind": kind, "prompt": prompt, "answer": answer, "over": over,

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page with pictures, and as tables in the terminal; findings first."""
+"""A comparison as one HTML page with pictures, and as tables in the terminal, findings first."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -24,7 +24,7 @@ NOTE = (
 
 
 def show(found: Facts, console: Console) -> None:
-    """The terminal's picture of `summary.json`."""
+    """Show the content of `summary.json` in the terminal."""
     console.print(Text(f"{found['title']}: {_about(found)}", style="bold"))
     for text in _findings(found):
         console.print(Text(f"! {text}", style="yellow"))
@@ -39,7 +39,7 @@ def show(found: Facts, console: Console) -> None:
 
 
 def page(found: Facts) -> str:
-    """The whole page.
+    """Write the whole HTML page of a comparison.
 
     Raises:
         ConfigError: Matplotlib, which draws the pictures, is not installed.
@@ -152,7 +152,7 @@ def _tables(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def _metrics(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Accuracy and F1, or MAE and RMSE, of labels."""
+    """Make the table of label metrics: accuracy and F1, or MAE and RMSE."""
     having = [one for one in found["models"] if "metrics" in one]
     if not having:
         return []
@@ -192,5 +192,5 @@ def _number(value: float | None) -> str:
 
 
 def _spread(interval: Sequence[float] | None) -> float:
-    """Half of what `over_rounds` draws as two standard deviations."""
+    """Return an interval's standard deviation as `over_rounds` draws it: a quarter of its width."""
     return 0.0 if interval is None else (interval[1] - interval[0]) / 4

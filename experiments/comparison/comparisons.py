@@ -90,7 +90,7 @@ class ComparisonEvaluator:
         return self.adapter.base.output.detach()
 
     def states(self, rows: Sequence[Row], *vectors: Vector) -> list[Scored]:
-        """As `states_of`; the shared adapter where none is named."""
+        """Compute `states_of` the rows, under the shared adapter where none is named."""
         wanted = vectors or (self.shared,)
         return states_of(self.adapter, rows, wanted, self.half, self.with_marks)
 
@@ -99,14 +99,16 @@ class ComparisonEvaluator:
         return [asked(ids, self.opening) for ids in records]
 
     def name(self, model: str) -> str:
-        """What a model of the shared adapter is called where none was trained."""
+        """Return what a model is called, which differs where no shared adapter was trained."""
         plain = {"global": "base", "retrieval": "prompt"}
         return model if self.trained else plain.get(model, model)
 
 
 @dataclass(frozen=True, eq=False)
 class OwnSide:
-    """What one device makes of its own records; sensitive, so `repr` hides it.
+    """What one device makes of its own records.
+
+    It is sensitive, so `repr` hides it.
 
     Attributes:
         history: what retrieval searches.
@@ -235,7 +237,7 @@ def _fronted(
 
 
 def choice(validation: Mapping[str, Sequence[float]]) -> str:
-    """The model for a person: `surest`, but few records do not take the own texts away.
+    """Choose the model for a person by `surest`, but keep the own texts while records are few.
 
     With fewer than `FEW` validation records a standard error says little, nothing is sure, and a
     newcomer would lose with the fourth record what the first three brought. So texts in front,
@@ -249,7 +251,9 @@ def choice(validation: Mapping[str, Sequence[float]]) -> str:
 
 
 def surest(validation: Mapping[str, Sequence[float]], caution: float = CAUTION) -> str:
-    """The model whose gain over `global` on the validation records is surest; else `global`.
+    """Choose the model whose gain over `global` on the validation records is surest.
+
+    Where none is sure, that is `global`.
 
     A model counts only if its mean gain per record is more than `caution` standard errors above
     zero; the best such lower bound wins, as in `client/personal/text_head.py`.
@@ -283,7 +287,7 @@ def _validation(plain: "_Ready", fronted: "_Ready", cut: int) -> Sums:
 
 
 def _best(evaluator: ComparisonEvaluator, rows: Sequence[Row], vectors: Sequence[Vector]) -> int:
-    """The adapter with the lowest loss on the own records."""
+    """Return the place of the adapter with the lowest loss on the own records."""
     if len(vectors) == 1:
         return 0
     states = evaluator.states(rows, *vectors)
@@ -304,13 +308,13 @@ class _Ready:
 
     @classmethod
     def of(cls, found: Scored, output: Tensor) -> "_Ready":
-        """Of states just made."""
+        """Compute the shared model's scores of states just made."""
         scores = shared_scores(found.states, output)
         end = int(found.states.record.max()) + 1
         return cls(found.states, found.scored, scores, output, 0, end)
 
     def where(self, since: int | None = None, before: int | None = None) -> "_Ready":
-        """The records from `since` on, or those before `before`."""
+        """Return the records from `since` on, or those before `before`."""
         first = self.first if since is None else since
         end = self.end if before is None else before
         kept = (self.states.record >= first) & (self.states.record < end)
@@ -318,7 +322,7 @@ class _Ready:
         return _Ready(states, self.scored[kept], scores, self.output, first, end)
 
     def fitted(self) -> TextHead:
-        """The head of these records, all their tokens."""
+        """Fit a personal head to all tokens of these records."""
         return fit_text_head(self.states, self.output, self.scores)
 
     def counts(self) -> list[int]:
@@ -327,7 +331,10 @@ class _Ready:
         return torch.bincount(records, minlength=self.end - self.first).tolist()
 
     def sums(self, head: TextHead | None = None) -> list[float]:
-        """Nats of each record's scored tokens, in order; 0 for a record without any."""
+        """Sum the nats of each record's scored tokens, in order.
+
+        A record without any has 0.
+        """
         states, scores = self.states.where(self.scored), self.scores.where(self.scored)
         losses = token_losses(head, states, self.output, scores).double()
         sums = torch.zeros(self.end - self.first, dtype=torch.float64)

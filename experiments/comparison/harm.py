@@ -31,7 +31,9 @@ FEWEST = 5  # people in a segment that is compared
 
 
 def findings(rows: Sequence[Row], found: Mapping[str, Any], scenario: Scenario) -> Facts:
-    """`{"findings": [...], "segments": [...]}`; findings are above their thresholds, worst first.
+    """Return `{"findings": [...], "segments": [...]}`.
+
+    Findings are above their thresholds, worst first.
 
     Args:
         rows: one line a person.

@@ -40,7 +40,7 @@ class PeopleSettings(_Settings):
 
 
 class RetrievalSettings(_Settings):
-    """What stands in front."""
+    """The earlier text that retrieval puts in front of a record."""
 
     tokens: int = Field(96, ge=2, description="of earlier text, whole records")
     opening: int = Field(8, ge=1, description="tokens given of each record, never scored")
@@ -84,7 +84,7 @@ class HarmSettings(_Settings):
 
 
 class Scenario(_Settings):
-    """One comparison."""
+    """One comparison: which models, on whom, by what measures."""
 
     name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")
     title: str = ""

@@ -1,4 +1,4 @@
-"""A scenario from its settings to its report; every stage resumes where it was stopped.
+"""A scenario from its settings to its report, resuming every stage where it was stopped.
 
     people      who is measured: drawn by a public seed from a run, or from settings never trained
     users       models side by side, one line a person (comparisons.py, label_evaluation.py)
@@ -75,7 +75,7 @@ def compare(scenario: Scenario, runs: Path) -> Line:
 
 
 def placed(study: Study, rows: Sequence[Line]) -> list[Line]:
-    """The lines with each person's topic and declared group, for the segments of the report."""
+    """Add each person's topic and declared group to the lines, for the segments of the report."""
     from . import harm
 
     wanted, index = study.scenario.harm, study.bench.index
@@ -102,7 +102,7 @@ def _declared(file: str) -> dict[str, str]:
 
 
 def further(study: Study) -> Line:
-    """The stages that texts have and labels do not."""
+    """Run the stages that texts have and labels do not."""
     from ..evaluation import answers, memorisation, newcomers
 
     wanted, found = study.scenario, Line()

@@ -58,7 +58,10 @@ class Study:
 
     @classmethod
     def open(cls, scenario: Scenario, runs: Path) -> "Study":
-        """Open the run, or prepare the people; draw who is measured; make the results' folder."""
+        """Open a scenario's run, or prepare its people, and make the results' folder.
+
+        Who is measured is drawn here too.
+        """
         run = run_of(scenario, runs)
         if settings.read(run / "config.toml").data.source == DEVICES:
             raise ConfigError(f"{run} is a run on real devices: nobody's records can be read here")
@@ -76,7 +79,10 @@ class Study:
 
     @property
     def labelled(self) -> bool:
-        """Whether the records have labels; then there is no text to make or to put in front."""
+        """Whether the records have labels.
+
+        Then there is no text to make or to put in front.
+        """
         return self.bench.config.outputs > 0
 
     @cached_property
@@ -105,12 +111,12 @@ class Study:
         )
 
     def own(self, user: str) -> list[records.Tokenised]:
-        """The latest own records."""
+        """Return a person's latest own records, as token ids."""
         own, _ = self._split(user)
         return self.bench.tokenised(own[-self.scenario.people.own_records :])
 
     def amount(self, user: str) -> int:
-        """How many own records there are in all."""
+        """Count all own records of a person."""
         return len(self._split(user)[0])
 
     def held_out(self, user: str) -> tuple[list[tuple[int, ...]], list[float]]:
@@ -131,7 +137,10 @@ class Study:
         return self.scenario.people.validation
 
     def side(self, user: str) -> OwnSide:
-        """What a person's device made of the own records; the latest `SIDES` are kept."""
+        """Return what a person's device made of the own records.
+
+        The latest `SIDES` are kept.
+        """
         sides = self.__dict__.setdefault("_sides", {})
         if user not in sides:
             while len(sides) >= SIDES:
@@ -141,7 +150,10 @@ class Study:
         return found
 
     def partner(self, user: str) -> str | None:
-        """Whose texts and head the controls take: the next, of the same group; None: alone."""
+        """Return whose texts and head the controls take: the next person, of the same group if any.
+
+        It is None where there is nobody else.
+        """
         if len(self.users) < 2:
             return None
         return run_evaluation._partner(self.bench.index, self.users, self.users.index(user))
@@ -149,7 +161,7 @@ class Study:
     def stage(
         self, name: str, users: Sequence[str], measure: Callable[[str], Line | None]
     ) -> list[Line]:
-        """One line a person, those of an earlier call read from the stage's file."""
+        """Compute one line a person, reading those of an earlier call from the stage's file."""
         path = self.folder / f"{name}.jsonl"
         lines = read_lines(path)
         if not all(isinstance(line.get("user"), str) for line in lines):
@@ -167,7 +179,7 @@ class Study:
         return records.split(self.bench.records(user), self.bench.config.data.holdout)
 
     def _claim(self) -> None:
-        """Make the folder for these settings and this adapter, or refuse that of others."""
+        """Make the folder for these settings and this adapter, or refuse one of others."""
         path = self.folder / "settings.json"
         adapter = hashlib.sha256(self.shared.tobytes()).hexdigest()
         mine: Line = {"scenario": self.scenario.digest, "adapter": adapter, "users": self.users}
@@ -187,7 +199,9 @@ class Study:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` places of `count`, evenly spread, the first among them; all where there are fewer.
+    """Choose `wanted` places of `count`, evenly spread, the first among them.
+
+    Where there are fewer, it is all.
 
     >>> spread(10, 4), spread(2, 5)
     ([0, 2, 5, 7], [0, 1])
@@ -223,7 +237,7 @@ def _settings_of(path: Path) -> Any:
 
 
 def _drawn(scenario: Scenario, bench: SimulatedContext) -> list[str]:
-    """Who is measured, by public seed; whole groups where there are groups."""
+    """Draw who is measured, by public seed, in whole groups where there are groups."""
     index, people = bench.index, scenario.people
     if people.whom == "unseen":
         able: Iterable[str] = index.test_users

@@ -135,7 +135,10 @@ def _comparisons(
 def _kept(
     losses: Mapping[str, Sequence[float]], shared: str, control: str, own: str
 ) -> float | None:
-    """Share of the own model's gain that the control has too; None for no control, or no gain."""
+    """Return the share of the own model's gain that the control has too.
+
+    It is None for no control, or no gain.
+    """
     if control not in CONTROL_OF:
         return None
     gain = float(np.mean(np.subtract(losses[shared], losses[own])))

@@ -25,7 +25,7 @@ _SIGNATURE = re.compile(r" -- (.+?) <[^>]*>  ?(.*)")
 
 
 def read_changelogs(folder: Path = FOLDER) -> dict[str, tuple[Record, ...]]:
-    """Every maintainer's entries below `folder`, earliest first; names sorted.
+    """Read every maintainer's entries below `folder`, earliest first, names sorted.
 
     An entry without text or without a date is left out, and so is a file that is not readable.
 
@@ -73,7 +73,10 @@ def _seconds(date: str) -> float | None:
 
 
 def _text(path: Path) -> str:
-    """The file's text; nothing where it cannot be read, for packages bring broken files too."""
+    """Read a file's text. It is empty where the file cannot be read.
+
+    Packages bring broken files too.
+    """
     try:
         with gzip.open(path) as file:
             return file.read().decode("utf-8", errors="replace")

@@ -55,7 +55,7 @@ class Population:
 
     @property
     def users(self) -> tuple[str, ...]:
-        """Everybody, sorted."""
+        """All users, sorted by name."""
         return tuple(sorted(self.train_users + self.test_users))
 
 
@@ -112,7 +112,9 @@ def from_dataset(
 
 
 def open_source(source: str | Path, seed: int) -> Source:
-    """A source's name -> everybody it has; see `load` for what a source can be.
+    """Open a source by its name, to know everybody it has.
+
+    See `load` for what a source can be.
 
     Raises:
         DataError: missing or unreadable; nobody in it; a line that is not a record (names file
@@ -181,7 +183,9 @@ def choose(
 
 
 def write(population: Population, folder: str | Path) -> None:
-    """Write `population.jsonl` and `population.json`; `client/training/records.py` has the format.
+    """Write `population.jsonl` and `population.json` into a folder.
+
+    `client/training/records.py` has the format.
 
     Blocks are in the order of the users' names, records earliest first, one user in memory at a
     time. Each file is written beside its place, flushed and renamed; the index goes first and
@@ -244,12 +248,18 @@ def _check_numbers(clients: int | None, test_clients: int, min_records: int) -> 
 
 
 def _group(person: Person) -> tuple[bool, str]:
-    """The group, or the person alone; the flag keeps a group from being taken for a user."""
+    """Return a person's group, or the person alone.
+
+    The flag keeps a group from being taken for a user.
+    """
     return (False, person.user) if person.group is None else (True, person.group)
 
 
 def _spread(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    """One item at random from each of `count` equal consecutive runs; all different."""
+    """Draw one item at random from each of `count` equal consecutive runs.
+
+    All are different.
+    """
     edges = [len(items) * run // max(count, 1) for run in range(count + 1)]
     return [items[int(rng.integers(low, high))] for low, high in pairwise(edges)]
 
@@ -283,7 +293,9 @@ def _writers(name: str, texts: Mapping[str, tuple[Record, ...]]) -> Source:
 
 
 def _ratings(folder: Path, seed: int) -> Source:
-    """Raters as users, batches as groups; the rows of a batch in one order for all its raters.
+    """Make a source of ratings, with raters as users and batches as groups.
+
+    The rows of a batch are in one order for all its raters.
 
     The order is shuffled by the public seed, so that the first k labels are no sorted part, and
     shared, so that another rater of the batch has the same items held out.
@@ -324,7 +336,10 @@ def _line(user: str, group: str | None, record: Record) -> bytes:
 
 
 def _write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write beside the place, flush, rename, flush the folder; the temporary file never stays."""
+    """Write beside the place, flush, rename, and flush the folder.
+
+    The temporary file never stays.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as sink:

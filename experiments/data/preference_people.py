@@ -52,7 +52,9 @@ MADE_PEOPLE = 4096
 
 
 def refuse_other_cut(config: Config) -> None:
-    """A pair held out shares no text with a pair learnt from only at this source's own cut.
+    """Refuse a cut of these sources at which held-out pairs share texts with pairs learnt from.
+
+    They share none only at the sources' own cut.
 
     Raises:
         ConfigError: data.holdout or data.min_records is another.
@@ -72,7 +74,9 @@ def refuse_other_cut(config: Config) -> None:
 
 
 def pairs_of_ratings(folder: Path, seed: int) -> Source:
-    """Raters as users, batches as groups; raters who rate too much alike have fewer records.
+    """Make a source of pairs from ratings, with raters as users and batches as groups.
+
+    Raters who rate too much alike have fewer records.
 
     Args:
         folder: of the catalogue's `ratings`.
@@ -93,7 +97,7 @@ def pairs_of_ratings(folder: Path, seed: int) -> Source:
 
 
 def crowd(folder: Path) -> Callable[[str, str], float]:
-    """What the other raters of a rater's batch give a sentence, mean: of user and text."""
+    """Return the function of user and text that gives the mean of the batch's other raters."""
     batches = {batch.name: batch for batch in read_batches(folder)}
 
     def rated(user: str, text: str) -> float:
@@ -181,7 +185,7 @@ def _weights(rng: np.random.Generator) -> np.ndarray:
 def _choice(
     weights: np.ndarray, dishes: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[str, str]:
-    """Two answers of different features, the preferred one first."""
+    """Draw two answers of different features, the preferred one first."""
     one, other = rng.choice([-1, 1], size=(2, len(FEATURES)))
     while (one == other).all():
         other = rng.choice([-1, 1], size=len(FEATURES))

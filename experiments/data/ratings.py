@@ -29,7 +29,7 @@ class Batch:
 
 
 def read_batches(folder: Path) -> tuple[Batch, ...]:
-    """Both tables -> batches in file order; the last one has 15 rows.
+    """Read both tables into batches in file order. The last one has 15 rows.
 
     Raises:
         DataError: a table is missing, a line does not parse, ids differ between the tables, or

@@ -100,7 +100,7 @@ def folder_source(folder: Path) -> Source:
 
 
 def _files_of_users(folder: Path) -> dict[str, list[Path]]:
-    """User -> files; refuses a user that two entries of the folder name."""
+    """Map users to their files, and refuse a user that two entries of the folder name."""
     entries: dict[str, Path] = {}
     files: dict[str, list[Path]] = {}
     try:
@@ -227,7 +227,7 @@ def dataset_source(dataset: Any, name: str) -> Source:
 
 @dataclass
 class _Census:
-    """Filled by one pass over a source's lines; keeps no text.
+    """What one pass over a source's lines finds. It keeps no text.
 
     Attributes:
         places: user -> where the records lie (the source's own numbers), in order.
@@ -244,7 +244,7 @@ class _Census:
     empty: int = 0
 
     def add(self, line: Line, where: str, place: int) -> None:
-        """Count one line; raises DataError where it contradicts an earlier one."""
+        """Count one line. Raises DataError where it contradicts an earlier one."""
         places = self.places.setdefault(line.user, array("q"))
         if not line.record.text.strip():
             self.empty += 1
@@ -264,7 +264,10 @@ class _Census:
         places.append(place)
 
     def source(self, name: str, read: Callable[[str], tuple[Record, ...]]) -> Source:
-        """The pass's result; warns of dropped records, raises DataError where nobody was found."""
+        """Make a source of what the pass found.
+
+        Warns of dropped records, and raises DataError where nobody was found.
+        """
         if not any(self.places.values()):
             raise DataError(
                 f"{name} has no records with any text ({len(self.places)} users, {self.empty} "
@@ -300,7 +303,10 @@ def _same(first: str | None, now: str | None, what: str, user: str, where: str) 
 
 
 def _in_order(records: Iterable[Record]) -> tuple[Record, ...]:
-    """Earliest first; ties, and records without a time, stay in the source's order."""
+    """Sort records by time, earliest first.
+
+    Ties, and records without a time, stay in the source's order.
+    """
     found = list(records)
     if any(record.time is None for record in found):
         return tuple(found)

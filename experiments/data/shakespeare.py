@@ -73,7 +73,10 @@ def speeches(play: str) -> Iterator[tuple[str, str]]:
 
 
 def _spoken(body: str) -> str:
-    """Drop directions and Markdown escapes; one line of verse a line, no blank lines."""
+    """Drop stage directions and Markdown escapes.
+
+    The result has one line of verse a line, and no blank lines.
+    """
     plain = _ESCAPE.sub(r"\1", _DIRECTION.sub(" ", body))
     lines = (" ".join(line.split()) for line in plain.splitlines())
     return "\n".join(line for line in lines if line)

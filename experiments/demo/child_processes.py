@@ -28,12 +28,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def privet(*words: str | Path) -> list[str]:
-    """The command line of `privet WORDS`, with this Python, wherever it is installed."""
+    """Return the command line of `privet WORDS`, with this Python, wherever it is installed."""
     return [sys.executable, "-P", "-c", ENTRY, *map(str, words)]
 
 
 def call(*words: str | Path, environment: Mapping[str, str] | None = None) -> str:
-    """`privet WORDS`, and what it prints.
+    """Run `privet WORDS`, and return what it prints.
 
     Raises:
         StateError: it failed; in its own words.
@@ -52,7 +52,10 @@ def call(*words: str | Path, environment: Mapping[str, str] | None = None) -> st
 
 
 class Processes:
-    """Long-lived programs, each with a log `LOGS/NAME.log`; use it as a context."""
+    """Long-lived programs, each with a log `LOGS/NAME.log`.
+
+    Use it as a context.
+    """
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -76,7 +79,10 @@ class Processes:
         return self._logs / f"{name}.log"
 
     def start(self, name: str, command: list[str]) -> None:
-        """Start a program, from the main thread; it is not started again when it ends."""
+        """Start a program, from the main thread.
+
+        It is not started again when it ends.
+        """
         path = self.log(name)
         with explain_os_errors(path, "write"), open(path, "ab", opener=owners_own) as log:
             self._running[name] = subprocess.Popen(
@@ -91,17 +97,20 @@ class Processes:
             )
 
     def code(self, name: str) -> int | None:
-        """Exit code; None while it runs."""
+        """Return a program's exit code. None: it runs still."""
         return self._running[name].poll()
 
     def kill(self, name: str) -> None:
-        """SIGKILL, to it and to everything below it."""
+        """Send SIGKILL to a program and to everything below it."""
         process = self._running.pop(name)
         _kill([process.pid, *below(process.pid)])
         process.wait()
 
     def end(self, *names: str) -> None:
-        """SIGTERM, and SIGKILL for what is left of them; all programs where none is named."""
+        """End programs by SIGTERM, and what is left of them by SIGKILL.
+
+        Where none is named, it is all of them.
+        """
         with _uninterrupted():
             chosen = {name: self._running.pop(name) for name in names or tuple(self._running)}
             born = {pid: _born(pid) for one in chosen.values() for pid in below(one.pid)}
@@ -116,7 +125,7 @@ class Processes:
             _kill([pid for pid, when in born.items() if when and _born(pid) == when])
 
     def memory_mb(self) -> float | None:
-        """What all programs and their children hold together; None where it is not known."""
+        """Return the memory of all programs and their children together, MB. None: not known."""
         pids = [process.pid for process in self._running.values()]
         return memory_mb([*pids, *(pid for parent in pids for pid in below(parent))])
 
@@ -162,7 +171,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """No second Ctrl-C leaves half of the programs running."""
+    """Ignore further signals, so that no second Ctrl-C leaves half of the programs running."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
@@ -179,13 +188,19 @@ def _kill(pids: list[int]) -> None:
 
 
 def _born(pid: int) -> str:
-    """When a process began: its number may be another program's later. Empty: it has ended."""
+    """Return when a process began, empty if it has ended.
+
+    A process's number may be another program's later.
+    """
     listed = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
     return listed.stdout.strip()
 
 
 def _ended_with(parent: int) -> Callable[[], None]:
-    """What a child does before it becomes its program: Linux ends it when this process dies."""
+    """Make the function by which a child has Linux end it when this process dies.
+
+    It runs before the child becomes its program.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def before() -> None:

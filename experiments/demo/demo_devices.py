@@ -75,11 +75,11 @@ class Person:
 
     @property
     def own(self) -> tuple[str | Path, ...]:
-        """Which home a command means, and how it is opened."""
+        """Options that say which home a command means, and how it is opened."""
         return "--home", self.folder / "home", "--passphrase-file", self.folder / "passphrase"
 
     def open(self) -> DeviceStore:
-        """The home, as its owner opens it."""
+        """Open the home, as its owner does."""
         words = (self.folder / "passphrase").read_text("utf-8").strip()
         return DeviceStore.open(self.folder / "home", Passphrase(words))
 
@@ -94,7 +94,9 @@ class Hosted:
 
 
 def demo(folder: Path, console: Console) -> None:
-    """Everything in `folder`, made anew; all processes have ended when it returns or raises.
+    """Run the whole demo in `folder`, made anew.
+
+    All processes have ended when it returns or raises.
 
     Raises:
         RunExists: the folder holds something else; nothing in it was touched.
@@ -112,7 +114,10 @@ def demo(folder: Path, console: Console) -> None:
 
 
 def play(folder: Path, processes: Processes, show: Show, console: Console) -> None:
-    """The whole story; `processes` are ended by the caller."""
+    """Play the demo from the first set-up to the last report.
+
+    `processes` are ended by the caller.
+    """
     people = make_people(folder)
     server = open_server(folder, processes, show)
     init_devices(people, show)
@@ -144,7 +149,7 @@ def play(folder: Path, processes: Processes, show: Show, console: Console) -> No
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """The demo's folder, emptied, and nobody else's while the block runs.
+    """Empty the demo's folder, and keep it from other demos while the block runs.
 
     Raises:
         RunExists: it holds what no demo made; nothing was touched.
@@ -184,7 +189,7 @@ def _alone(handle: int, folder: Path) -> None:
 
 
 def make_people(folder: Path) -> list[Person]:
-    """Six roles of Shakespeare's plays, each with its speeches as one text file."""
+    """Make six people of roles of Shakespeare's plays, each with its speeches as one text file."""
     from ..data import population
 
     fetch(read(CONFIG).model.base)
@@ -203,7 +208,10 @@ def make_people(folder: Path) -> list[Person]:
 
 
 def open_server(folder: Path, processes: Processes, show: Show) -> Hosted:
-    """SuperLink, SuperExec and proxy; where no nginx can be had, without, but still over TLS."""
+    """Start SuperLink, SuperExec and proxy.
+
+    Where no nginx can be had, there is no proxy, but still TLS.
+    """
     from ...server.operations import proxy
 
     server, port, inner = folder.absolute() / "server", free_port(), free_port()
@@ -223,7 +231,7 @@ def open_server(folder: Path, processes: Processes, show: Show) -> Hosted:
 
 
 def init_devices(people: Sequence[Person], show: Show) -> None:
-    """A home each: identity, vault, and the policy adapted to this demo; and the card."""
+    """Make a home for each person: identity, vault, card, and the policy adapted to this demo."""
 
     def one(person: Person) -> None:
         said = json.loads(call("client", "init", "--name", person.name, "--json", *person.own))
@@ -238,7 +246,7 @@ def init_devices(people: Sequence[Person], show: Show) -> None:
 
 
 def adapted(policy: str) -> str:
-    """The default policy.toml for six devices on one machine, each change with its reason.
+    """Adapt the default policy.toml to six devices on one machine, each change with its reason.
 
     Raises:
         StateError: a key that is to be changed is not there.
@@ -252,14 +260,14 @@ def adapted(policy: str) -> str:
 
 
 def enrol(people: Sequence[Person], server: Hosted, processes: Processes, show: Show) -> None:
-    """The operator lets the devices join, by their cards."""
+    """Let the devices join, by their cards, as the operator."""
     _wait(lambda: _up(server.folder), "the server to answer", processes, "server")
     call("server", "enrol", server.folder, *(person.folder / "card.json" for person in people))
     show(f"privet server enrol: {len(people)} cards; the directory of devices is closed")
 
 
 def join(people: Sequence[Person], server: Hosted, show: Show) -> None:
-    """Each person's own texts, and the server they belong to."""
+    """Add each person's own texts, and join the server they belong to."""
     given: list[str | Path] = ["--server", server.address, "--ca", server.authority]
     given += ["--directory", server.folder / "directory"]
 
@@ -277,7 +285,7 @@ def join(people: Sequence[Person], server: Hosted, show: Show) -> None:
 def agree(
     people: Sequence[Person], place: Path, processes: Processes, show: Show, console: Console
 ) -> None:
-    """Every owner says yes to the run; what it asks for is shown once."""
+    """Have every owner say yes to the run, and show once what it asks for."""
 
     def offered(person: Person) -> bool:
         said = json.loads(call("client", "runs", "--json", *person.own))
@@ -300,7 +308,10 @@ def agree(
 
 
 def follow(people: Sequence[Person], place: Path, processes: Processes, show: Show) -> float | None:
-    """The run until its end, with two deaths; the most memory that all took together, MB."""
+    """Follow the run until its end, with two deaths.
+
+    Returns the most memory that all took together, MB.
+    """
     first, second = killed(people)
     with ExitStack() as stack:
         dying: DeviceStore | None = stack.enter_context(first.open())
@@ -328,18 +339,18 @@ def follow(people: Sequence[Person], place: Path, processes: Processes, show: Sh
 
 
 def killed(people: Sequence[Person]) -> tuple[Person, Person]:
-    """Who dies: the third in round 2, the fifth before round 3."""
+    """Return the two people whose devices die: the third in round 2, the fifth before round 3."""
     return people[FIRST], people[SECOND]
 
 
 def _trains(home: DeviceStore) -> bool:
-    """Whether the shares of its masks have left a while ago, and its contribution has not."""
+    """Return whether a device has dealt its shares a while ago, and not contributed yet."""
     sent = [one for one in home.outbox() if one.round == ROUND_OF_THE_FIRST][-1:]
     return any(one.phase == "shares" and time.time() - one.time > DEALT_S for one in sent)
 
 
 def report(place: Path, console: Console) -> None:
-    """The report that `privet server run` has written, in the terminal."""
+    """Show the report that `privet server run` has written, in the terminal."""
     from ..reports import report, terminal
 
     console.rule("privet report")
@@ -348,7 +359,7 @@ def report(place: Path, console: Console) -> None:
 
 
 def budgets(people: Sequence[Person], console: Console) -> None:
-    """What each device says of itself: `privet client budget` and `outbox`, in one table."""
+    """Show what each device says of itself, `privet client budget` and `outbox`, in one table."""
     spent, sent = {}, {}
     for person in people:
         with person.open() as home:
@@ -371,7 +382,10 @@ def budgets(people: Sequence[Person], console: Console) -> None:
 
 
 def _columns(spent: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float | None, ...]]:
-    """Heading -> each device's epsilon; adversaries against whom all are equal share a column."""
+    """Make the table's columns: heading -> each device's epsilon.
+
+    Adversaries against whom all are equal share a column.
+    """
     subjects = {"client": "all records", "example": "any one record"}
     found: dict[tuple[str, float | None, tuple[float | None, ...]], list[str]] = {}
     kinds = {(x["unit"], x["against"], x["budget"]): None for one in spent for x in one["lines"]}
@@ -390,7 +404,7 @@ def _columns(spent: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float | None
 
 
 def reopened(person: Person) -> str:
-    """A killed device's home opens again, with everything in it.
+    """Check that a killed device's home opens again, with everything in it.
 
     Raises:
         StateError: something is not as it was.
@@ -437,7 +451,10 @@ def _wait(done: Callable[[], bool], what: str, processes: Processes, name: str) 
 
 
 def _pass_on(log: Path, said: int, show: Show) -> int:
-    """Show the whole lines of a log that were not shown yet; how many bytes are shown now."""
+    """Show the whole lines of a log that were not shown yet.
+
+    Returns how many bytes are shown now.
+    """
     with open(log, "rb") as file:
         file.seek(said)
         fresh = file.read()

@@ -82,7 +82,10 @@ def continued(
 
 
 def evaluate_user(study: "Study", user: str) -> Line | None:
-    """One person's answers under the four models, evaluated; the texts themselves are not kept."""
+    """Evaluate one person's answers under the four models.
+
+    The texts themselves are not kept.
+    """
     wanted, evaluator = study.scenario.answers, study.evaluator
     base = evaluator.adapter.base
     held_out, _ = study.held_out(user)
@@ -140,7 +143,10 @@ def summarised(lines: Sequence[Line], draws: int) -> Line:
 
 
 def narrowed(lines: Sequence[Line]) -> list[float]:
-    """Each person's relative loss of distinct-2 against the shared model; below 0: a gain."""
+    """Return each person's relative loss of distinct-2 against the shared model.
+
+    Below 0 it is a gain.
+    """
     return [
         1 - line["distinct2_hybrid"] / line["distinct2_shared"] if line["distinct2_shared"] else 0.0
         for line in lines
@@ -171,7 +177,7 @@ def _line(
 
 
 def _spread(cosines: Any) -> float:
-    """Mean of one minus the cosine over pairs of texts; 0 for one text."""
+    """Return the mean of one minus the cosine over pairs of texts. It is 0 for one text."""
     count = len(cosines)
     if count < 2:
         return 0.0

@@ -49,7 +49,10 @@ def state_of(folder: Path) -> Vector:
 
 
 def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | None:
-    """What the checkpoint of a run has, None before the first round; damage is said."""
+    """Read the state in a run's checkpoint. It is None before the first round.
+
+    Damage is warned of.
+    """
     kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
     if kept is None:
         return None
@@ -59,7 +62,10 @@ def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | 
 
 
 def adapter_of(bench: SimulatedContext, user: str, state: Vector) -> Vector:
-    """The adapter vector of a person's own persona, shape (d,); with one persona everybody's."""
+    """Return the adapter vector of a person's own persona, shape (d,).
+
+    With one persona it is everybody's.
+    """
     return persona_of(Device(user, bench), state)[1]
 
 
@@ -71,7 +77,7 @@ def largest_persona(bench: SimulatedContext, state: Vector) -> Vector:
 
 
 def choices(bench: SimulatedContext, users: Sequence[str], state: Vector) -> list[int]:
-    """Each person's persona."""
+    """Return the persona that each person chooses."""
     with progress.counting("choosing", len(users), "people") as one:
         found = []
         for user in users:
@@ -83,7 +89,7 @@ def choices(bench: SimulatedContext, users: Sequence[str], state: Vector) -> lis
 def evaluate_people(
     bench: SimulatedContext, users: Sequence[str], state: Vector, heads: bool
 ) -> dict[str, list[Any]]:
-    """Losses on held-out records as in `run_evaluation.py`, and of what is one's own.
+    """Compute losses on held-out records as in `run_evaluation.py`, and those of one's own adapter.
 
     `global` is what somebody without records would get: the persona with most members, of fedsa A
     without any B. `group` is the own persona, of fedsa `own_half` A with the own device's B;
@@ -141,7 +147,7 @@ def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
 
 
 def compared(folder: Path, other: Path) -> Mapping[str, Any]:
-    """A run with personas against one without, on the same people's later records.
+    """Compare a run with personas to one without, on the same people's later records.
 
     Args:
         folder: of the run with personas, of a source whose users' names begin with their group.

@@ -78,7 +78,7 @@ def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> 
 def _newcomer(
     user: str, bench: SimulatedContext, evaluator: LabelEvaluator, config: Config
 ) -> Newcomer | None:
-    """A person's material; None for somebody without own or held-out records."""
+    """Prepare a person's material. None for somebody without own or held-out records."""
     own, held = records.split(bench.records(user), config.data.holdout)
     mine, rest = bench.tokenised(own), bench.tokenised(held[: config.evaluation.records])
     if not mine or not rest:
@@ -177,7 +177,10 @@ def picture(found: dict[str, Any]) -> str:
 
 
 def _paired(people: Sequence[Newcomer]) -> list[tuple[Newcomer, Newcomer]]:
-    """Everybody with the next one of the same group; of all people where nobody has a group."""
+    """Pair everybody with the next one of the same group.
+
+    Where nobody has a group, it is the next one of all people.
+    """
     groups: dict[str | None, list[Newcomer]] = {}
     for one in people:
         groups.setdefault(one.group, []).append(one)
@@ -199,13 +202,16 @@ def _loss(head: LabelHead, one: Newcomer) -> float:
 
 
 def _difference(values: NDArray[np.float64], groups: Sequence[str]) -> dict[str, Any]:
-    """Mean and intervals, over people and over whole groups; below zero is better."""
+    """Return the mean with its intervals over people and over whole groups.
+
+    Below zero is better.
+    """
     found = bootstrap_mean(values, draws=DRAWS).as_dict()
     return {**found, "ci95_groups": _over_groups(values, groups)}
 
 
 def _over_groups(values: NDArray[np.float64], groups: Sequence[str]) -> list[float] | None:
-    """95 % interval of the mean when groups are drawn anew; None for a single one."""
+    """Compute the 95 % interval of the mean when groups are drawn anew. None for a single one."""
     names, places = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         return None

@@ -30,7 +30,7 @@ _HITS = 16
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One record as every model is asked it.
+    """One record, of which every model is given the opening.
 
     Attributes:
         ids: the record's tokens.
@@ -41,7 +41,7 @@ class Asked:
     given: int
 
     def query(self, tokenizer: Any) -> str:
-        """The opening's text; what retrieval is asked."""
+        """Return the opening's text, which is the query for retrieval."""
         return str(tokenizer.decode(self.ids[: self.given], skip_special_tokens=True))
 
     def scored_text(self, tokenizer: Any) -> str:
@@ -57,7 +57,9 @@ def asked(ids: Sequence[int], opening: int) -> Asked:
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """One person's earlier records, searchable; sensitive, so `repr` hides them.
+    """One person's earlier records, searchable.
+
+    They are sensitive, so `repr` hides them.
 
     Attributes:
         index: over the records' texts, as far as their tokens go.
@@ -73,7 +75,10 @@ class History:
     def of(
         cls, records: Sequence[Sequence[int]], tokenizer: Any, encoder: Encoder | None
     ) -> "History":
-        """From tokenised records, earliest first; what was cut off a record is not searched."""
+        """Index tokenised records, earliest first.
+
+        What was cut off a record is not searched.
+        """
         texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in records]
         index = Index.build(texts, encoder)
         return cls(index, tuple(map(tuple, records)), Ways(meaning=1.0 if encoder else 0.0))
@@ -96,7 +101,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record and what stands before it."""
+    """A record and the tokens that stand before it."""
 
     context: tuple[int, ...] = field(repr=False)
     asked: Asked
@@ -125,7 +130,9 @@ def states_of(
     half: bool = False,
     with_marks: bool = False,
 ) -> list[Scored]:
-    """Final states of the records in their contexts, under each adapter; contexts have no loss.
+    """Compute the final states of the records in their contexts, under each adapter.
+
+    Contexts have no loss.
 
     Args:
         adapter: overwritten. The frozen blocks below it are computed once for all vectors.
@@ -176,7 +183,7 @@ def _multiplying(half: bool) -> torch.autocast:
 
 
 def _together(parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Scored:
-    """The chunks of all rows, in the order of the rows."""
+    """Join the chunks of all rows, in the order of the rows."""
     states, targets, record, scored = (torch.cat(column) for column in zip(*parts, strict=True))
     order = torch.argsort(record, stable=True)
     return Scored(TokenStates(states[order], targets[order], record[order]), scored[order])

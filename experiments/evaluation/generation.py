@@ -24,7 +24,7 @@ __all__ = ["kept_head", "side_by_side"]
 def side_by_side(
     folder: Path, user: str, prompt: str, *, tokens: int, seed: int, temperature: float
 ) -> dict[str, str]:
-    """The prompt continued by each model; the same seed for each.
+    """Continue the prompt with each model, with the same seed for each.
 
     Raises:
         ConfigError: the run is not about generation, the prompt is empty, or the temperature is
@@ -54,7 +54,10 @@ def side_by_side(
 
 
 def kept_head(bench: SimulatedContext, user: str, final: Vector) -> TextHead:
-    """The person's head under this adapter; from the device's file when fitted before."""
+    """Return the person's head under this adapter.
+
+    It is read from the device's file when fitted before.
+    """
     name = hashlib.sha256(user.encode() + b"\0" + final.tobytes()).hexdigest()[:32]
     path = bench.folder / "heads" / f"{name}.safetensors"
     if path.exists():

@@ -1,4 +1,4 @@
-"""Labels side by side: base, shared head, personal head, another person's head; one person a line.
+"""Labels under base, shared, personal and another person's head, one line a person.
 
 base          every prediction 0 (regression), or every class alike
 global        the shared head
@@ -20,24 +20,27 @@ FEWEST = 4
 
 
 class People(Protocol):
-    """Whom `evaluate_labels` asks; a `Study` is one."""
+    """The people and records that `evaluate_labels` needs.
+
+    A `Study` is one.
+    """
 
     def own(self, user: str) -> list[Tokenised]:
-        """The latest own records."""
+        """Return a person's latest own records."""
 
     def labelled_held_out(self, user: str) -> tuple[list[Tokenised], list[float]]:
-        """Held-out records and how late each is."""
+        """Return a person's held-out records, and how late each is."""
 
     def partner(self, user: str) -> str | None:
-        """Whose head the control takes; None: there is nobody else."""
+        """Return whose head the control takes. None: there is nobody else."""
 
     @property
     def validation(self) -> float:
-        """Fraction of the own records that chooses."""
+        """Fraction of the own records on which a model is chosen."""
 
 
 def evaluate_labels(evaluator: LabelEvaluator, people: People, user: str) -> dict[str, Any] | None:
-    """One person's losses and predictions on held-out records; None where there is none.
+    """Compute one person's losses and predictions on held-out records. None where there is none.
 
     Returns:
         As `comparisons.evaluate_text`, `nats` being losses, with `predicted` and `labels`.
@@ -78,7 +81,7 @@ def evaluate_labels(evaluator: LabelEvaluator, people: People, user: str) -> dic
 
 
 def _head(evaluator: LabelEvaluator, records: list[Tokenised]) -> LabelHead:
-    """The head fitted on records; shared where there are none."""
+    """Fit a head on records. Without records it is the shared one."""
     shared = evaluator.shared
     return fit_label_head(*evaluator.features(records), shared) if records else shared
 
@@ -86,7 +89,7 @@ def _head(evaluator: LabelEvaluator, records: list[Tokenised]) -> LabelHead:
 def _validation(
     evaluator: LabelEvaluator, own: list[Tokenised], fraction: float
 ) -> dict[str, list[float]]:
-    """Losses of the latest own records under a head fitted on the earlier ones."""
+    """Compute losses of the latest own records under a head fitted on the earlier ones."""
     if len(own) < FEWEST:
         return {}
     cut = len(own) - max(2, round(len(own) * fraction))

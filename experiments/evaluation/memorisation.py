@@ -32,7 +32,9 @@ STRINGS = 2  # of each person
 
 
 def exposure(losses: Sequence[float]) -> float:
-    """Bits: log2 of how many runs, less log2 of the rank of the first; ties count half.
+    """Compute the exposure of the first run among all, in bits.
+
+    It is log2 of how many runs there are, less log2 of the rank of the first. Ties count half.
 
     >>> exposure([1.0, 2.0, 3.0, 4.0]), exposure([4.0, 1.0, 2.0, 3.0])
     (2.0, 0.0)

@@ -1,9 +1,12 @@
-"""How good an answer or a prediction is, by well-kept libraries; pure functions, no model.
+"""How good an answer or a prediction is, by well-kept libraries.
+
+These are pure functions, and use no model.
 
     text     bits per byte; ROUGE-1 and ROUGE-L (rouge-score), BLEU (sacrebleu), distinct-n,
              style distance (character trigrams, scikit-learn)
     labels   accuracy, macro F1, MAE, RMSE (scikit-learn)
-    users    deciles; win rate, fraction hurt, Gini and the bootstrap are in `statistics.py`
+    users    deciles; win rate, fraction hurt, Gini and the bootstrap are in
+             `user_statistics.py`
 
 The libraries are in the extra `experiments` and are imported when a metric is asked for.
 """
@@ -71,7 +74,9 @@ def text_overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, f
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Share of the texts' n-grams of words that are different (Li et al. 2016); none: 0.
+    """Return the share of the texts' n-grams of words that are different (Li et al. 2016).
+
+    Without any n-gram it is 0.
 
     Words are split at white space, lower case; an n-gram never spans two texts. It falls with the
     amount of text, so compare equal amounts.
@@ -138,7 +143,7 @@ def label_metrics(
 
 
 def deciles(values: Sequence[float]) -> list[float]:
-    """The 0th, 10th … 100th percentile over users, interpolated; eleven numbers.
+    """Return the 0th, 10th … 100th percentile over users, interpolated: eleven numbers.
 
     Raises:
         DataError: no user, NaN or infinity.

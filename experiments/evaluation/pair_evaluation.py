@@ -32,7 +32,7 @@ SUSPICIOUS = 0.1
 
 
 def best_losses(bench: SimulatedContext, users: Sequence[str]) -> list[float]:
-    """Share of each person's held-out pairs that who knows best orders wrongly."""
+    """Return the share of each person's held-out pairs that oracle or crowd order wrongly."""
     worth = _worth(bench)
     return [
         pair_error(torch.tensor([chosen - rejected for chosen, rejected in worth(user)]))
@@ -69,7 +69,9 @@ def rows(
 def gap_closed(
     start: Sequence[float], reached: Sequence[float], best: Sequence[float], draws: int
 ) -> dict[str, Any]:
-    """(start - reached) / (start - best), of means over people; bootstrap over people.
+    """Compute (start - reached) / (start - best) of means over people.
+
+    Its interval is a bootstrap over people.
 
     Args:
         start, reached, best: a loss of each person under the shared, the personal and the best
@@ -112,7 +114,10 @@ def _gap_rows(
     losses: Mapping[str, Sequence[Any]],
     margins: Mapping[str, Sequence[torch.Tensor]],
 ) -> Rows:
-    """The share of the way from the shared model to who knows best, in pairs and in reward."""
+    """Return the share of the way from the shared model to oracle or crowd that is closed.
+
+    It is given in pairs and in reward.
+    """
     draws, best = bench.config.evaluation.bootstrap, BEST[bench.config.data.source]
     what = f"share of the {best}'s lead over the shared model that"
     pairs = gap_closed(losses["global"], losses["personal"], losses[best], draws)
@@ -139,7 +144,10 @@ def _gap_rows(
 
 
 def _worth(bench: SimulatedContext) -> Callable[[str], list[tuple[float, float]]]:
-    """Of each held-out pair of a person: what chosen and rejected are worth to who knows best."""
+    """Return the function that scores a person's held-out pairs by oracle or crowd.
+
+    It gives the scores of chosen and rejected.
+    """
     config = bench.config
     known = config.data.source == "tastes"
     score = partial(reward, config.data.seed) if known else crowd(fetch("ratings"))
@@ -155,7 +163,10 @@ def _worth(bench: SimulatedContext) -> Callable[[str], list[tuple[float, float]]
 
 
 def _regret(worth: Sequence[tuple[float, float]], margin: torch.Tensor) -> float:
-    """Mean reward missed by taking the answer the model scores higher; ties: half of each."""
+    """Return the mean reward missed by taking the answer that the model scores higher.
+
+    Of ties, half of each is taken.
+    """
     lost = []
     for (chosen, rejected), said in zip(worth, margin.tolist(), strict=True):
         taken = chosen if said > 0 else rejected if said < 0 else (chosen + rejected) / 2

@@ -87,7 +87,10 @@ def _of_pairs(
     people: dict[str, dict[str, EvaluatedPerson]],
     found: dict[str, LossesByModel],
 ) -> list[dict[str, Any]]:
-    """The losses of who knows best into `found`; length bias and gap as rows."""
+    """Add the losses of oracle or crowd (`pair_evaluation.BEST`) to `found`.
+
+    Returns length bias and gap as rows.
+    """
     from . import pair_evaluation
 
     rows = []
@@ -117,7 +120,10 @@ def global_adapter(folder: Path) -> Vector:
 
 
 def _heads_for(config: Config, group: str) -> bool:
-    """Heads for texts cost as much as all the rest, so only the group that is asked about."""
+    """Return whether heads are evaluated for this group of people.
+
+    Heads for texts cost as much as all the rest, so only the group that is asked about has them.
+    """
     return config.head.enabled and (config.outputs > 0 or group == config.evaluation.metrics_of)
 
 
@@ -128,7 +134,10 @@ def _people(
     heads: bool,
     counted: Callable[[], None],
 ) -> dict[str, EvaluatedPerson]:
-    """Everybody with held-out records; `counted` is called after each of the users."""
+    """Prepare the evaluation of everybody with held-out records.
+
+    `counted` is called after each of the users.
+    """
     people = {}
     for user in users:
         person = evaluator.person(*Device(user, bench).measured_on(), heads)
@@ -141,7 +150,7 @@ def _people(
 def _losses(
     bench: SimulatedContext, people: dict[str, EvaluatedPerson], heads: bool
 ) -> LossesByModel:
-    """Everybody's losses under each model."""
+    """Compute everybody's losses under each model."""
     names = list(people)
     models = (MODELS if len(names) > 1 else MODELS[:3]) if heads else MODELS[:2]
     losses: LossesByModel = {name: [] for name in ("users", *models)}
@@ -159,7 +168,10 @@ def _losses(
 
 
 def _partner(index: records.Index, users: Sequence[str], number: int) -> str:
-    """The next other person, of the same group where somebody is; there must be another."""
+    """Return the next other person, of the same group where somebody is.
+
+    There must be another person.
+    """
     group = index.blocks[users[number]].group
     following = [users[(number + step) % len(users)] for step in range(1, len(users))]
     same = [user for user in following if index.blocks[user].group == group]
@@ -167,7 +179,7 @@ def _partner(index: records.Index, users: Sequence[str], number: int) -> str:
 
 
 def _some(users: Sequence[str], index: records.Index, config: Config) -> list[str]:
-    """`evaluation.users` of them, drawn by public seed; whole groups where there are groups."""
+    """Draw `evaluation.users` of the users by public seed, whole groups where there are groups."""
     rng = np.random.default_rng(config.data.seed)
     groups = [index.blocks[user].group or user for user in users]
     place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}

@@ -30,7 +30,10 @@ _CELLS = 2**21  # resampled values held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over users and its 95 % interval; both ends infinite when there is only one user."""
+    """A mean over users and its 95 % interval.
+
+    Both ends are infinite when there is only one user.
+    """
 
     mean: float
     low: float
@@ -42,7 +45,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, float | list[float] | None]:
-        """As in `summary.json`; an interval that one user cannot give is null.
+        """Return the interval as in `summary.json`. One that a single user cannot give is null.
 
         >>> Interval(1.0, 0.5, 1.5).as_dict()
         {'mean': 1.0, 'ci95': [0.5, 1.5]}
@@ -99,7 +102,9 @@ def paired_difference(
 
 
 def win_rate(gains: Values, *, tolerance: float = 0.0) -> float:
-    """Share of users with a gain above `tolerance`; a gain within it is a tie and counts half.
+    """Return the share of users with a gain above `tolerance`.
+
+    A gain within it is a tie and counts half.
 
     >>> win_rate([1.0, 0.0, -1.0, 2.0])
     0.625

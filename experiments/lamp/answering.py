@@ -210,7 +210,7 @@ def _cutter(base: BaseModel) -> Callable[[str, int], tuple[str, int]]:
 
 
 def _ids(base: BaseModel, text: str) -> list[int]:
-    """A prompt as the model was taught to read one."""
+    """Tokenise a prompt in the form that the model was taught to read."""
     if getattr(base.tokenizer, "chat_template", None):
         turned = base.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
@@ -243,7 +243,7 @@ def _likely(base: BaseModel, ids: list[int], labels: Sequence[str]) -> list[floa
 
 @torch.inference_mode()
 def _generated(base: BaseModel, ids: list[int], most: int) -> str:
-    """Greedy; the first line that says something."""
+    """Generate greedily, and return the first line that is not blank."""
     end = base.tokenizer.eos_token_id
     made = base.network.generate(
         torch.tensor([ids]),

@@ -51,7 +51,7 @@ def score(task: Task, answers: Sequence[str], truth: Sequence[str]) -> dict[str,
 
 
 def each(task: Task, answers: Sequence[str], truth: Sequence[str]) -> NDArray[np.float64]:
-    """The first metric's part of every question, shape (questions,)."""
+    """Compute the first metric for every question by itself, shape (questions,)."""
     first = task.measured[0]
     if first == "accuracy":
         _refuse_unknown(task, truth)

@@ -56,7 +56,7 @@ _QUESTION_SHARE = 0.6  # of the tokens; the rest is the profile's
 
 @dataclass(frozen=True)
 class Task:
-    """One of the seven.
+    """One of LaMP's seven tasks.
 
     Attributes:
         name: `LaMP-1` to `LaMP-7`.
@@ -85,7 +85,7 @@ class Task:
 
     @property
     def official(self) -> str:
-        """The name in the published outputs."""
+        """Name of the task in the published outputs."""
         return self.name.replace("-", "_")
 
 
@@ -115,7 +115,9 @@ TASKS: Mapping[str, Task] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question of one person; everything but the id is masked in `repr`.
+    """One question of one person.
+
+    Everything but the id is masked in `repr`.
 
     Attributes:
         id: of the question.
@@ -202,7 +204,7 @@ def query(task: Task, text: str) -> str:
 
 
 def instruction(task: Task, text: str) -> str:
-    """A question with nothing in the place of what it is about: what all questions share."""
+    """Return what all questions share: a question without what it is about."""
     about = query(task, text)
     if task.after:
         return text.replace(about, "N/A") if about != text else "N/A"
@@ -256,7 +258,7 @@ def prompt(
     tokens: int,
     cut: Callable[[str, int], tuple[str, int]],
 ) -> str:
-    """The items, one below the other, and then the question.
+    """Build a prompt: the items, one below the other, and then the question.
 
     Args:
         task, question: what is asked.
@@ -289,7 +291,7 @@ def _searched(task: Task, item: Item) -> str:
 
 
 def _moment(date: str) -> tuple[int, ...]:
-    """2016-04-05 or 2016 as numbers that sort by time."""
+    """Parse 2016-04-05 or 2016 into numbers that sort by time."""
     return tuple(int(part) for part in re.findall(r"\d+", date))
 
 

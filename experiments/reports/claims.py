@@ -142,7 +142,10 @@ class Line:
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    """The one sentence a privacy officer asks for; of the strongest client-level line if any."""
+    """Write the one sentence that a privacy officer asks for.
+
+    It is of the strongest client-level line, if there is any.
+    """
     line = main_line(facts)
     if not facts["private"]:
         return "Not private: a test seed was set; the figures say what real noise would have cost."
@@ -163,7 +166,7 @@ def _under(line: Mapping[str, Any]) -> str:
 
 
 def _broken(facts: Mapping[str, Any]) -> str:
-    """What is left if masking is broken, as a sentence; nothing where there are no masks."""
+    """Say what is left if masking is broken. It is empty where there are no masks."""
     found = [x for x in facts["lines"] if (x["unit"], x["against"]) == OWN_SHARE]
     if not found:
         return ""
@@ -174,7 +177,7 @@ def _broken(facts: Mapping[str, Any]) -> str:
 
 
 def condition(line: Mapping[str, Any]) -> str:
-    """What a line rests on, in one clause; nothing where it rests on no masks."""
+    """Say what a line rests on, in one clause. It is empty where it rests on no masks."""
     return "; ".join(line.get("conditions", ()))
 
 
@@ -195,13 +198,16 @@ def alone(config: Config, line: Line, at: str | None) -> bool:
 
 
 def budget_of(config: Config, line: Line) -> float | None:
-    """What the run allows on a line; None: nothing is limited, or by each owner alone."""
+    """Return what the run allows on a line. None: nothing is limited, or by each owner alone."""
     return None if (line.unit, line.against) == OWN_SHARE else _allowed(config).get(line.unit)
 
 
 def _allowed(config: Config) -> dict[str, float]:
-    """Largest epsilon by unit: on devices the run's own cap, if any, for the budget is the owner's;
-    in a simulation what its clients have."""
+    """Return the largest epsilon that the run allows, by unit.
+
+    On devices it is the run's own cap, if any, for the budget is the owner's. In a simulation it is
+    what its clients have.
+    """
     privacy = config.privacy
     own = privacy.budget.simulated
     if config.data.source == DEVICES:
@@ -257,7 +263,7 @@ def not_covered(config: Config) -> list[str]:
 
 
 def noise_at(config: Config, lines: Sequence[Line]) -> str | None:
-    """Who added the release's noise, as the ledgers say it; None where there is no such noise.
+    """Return who added the release's noise, as the ledgers say it. None: no such noise.
 
     Noise that holds against the server came from the devices; whether each added it in full or
     its share, the settings say.
@@ -271,15 +277,21 @@ def noise_at(config: Config, lines: Sequence[Line]) -> str | None:
 
 
 def holds_against(config: Config, by_device: bool) -> tuple[str, ...]:
-    """Noise from the device keeps everybody out but a thief; the server's only who is outside."""
+    """Return the adversaries against whom a claim holds.
+
+    Noise from the device keeps everybody out but a thief, the server's only who is outside.
+    """
     if config.insecure_test_seed is not None:
         return ()
     return ADVERSARIES[:-1] if by_device else ADVERSARIES[:2]
 
 
 def from_training(charge: Charge) -> bool:
-    """Whether a charge counts the noise inside training; a release's integer noise has a distance
-    from the Gaussian one that its epsilon is computed with, training's has none."""
+    """Return whether a charge counts the noise inside training.
+
+    A release's integer noise has a distance from the Gaussian one that its epsilon is computed
+    with. Training's has none.
+    """
     return charge.unit == "example" and charge.distance == 0 == charge.ratio
 
 
@@ -303,8 +315,10 @@ def noise_counted(
 
 
 def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
-    """Whether a charge is that of gains and arms: of a record, and in a line with batches it is
-    the one that no batch was drawn for."""
+    """Return whether a charge is that of gains and arms.
+
+    It is of a record, and in a line with batches it is the one that no batch was drawn for.
+    """
     return (
         charge.unit == "example"
         and charge.sampling_rate == 1
@@ -432,7 +446,7 @@ def assumptions(
 
 
 def looked(config: Config) -> str:
-    """That clips were chosen by looking at these people, and what that leaves uncovered."""
+    """Say that clips were chosen by looking at these people, and what that leaves uncovered."""
     whats = [
         what
         for what, there in (

@@ -42,7 +42,9 @@ class Announced:
 
 
 def device_facts(run_folder: Path) -> dict[str, Any]:
-    """The content of `privacy.json` of a run on real devices; it may still be under way.
+    """Compute the content of `privacy.json` of a run on real devices.
+
+    The run may still be under way.
 
     As of a simulation, for devices that released in every round they were asked in; `devices` says
     so in sentences, and `rounds` has the counts.
@@ -90,7 +92,10 @@ def histories(config: Config, rounds: Sequence[Announced]) -> list[History]:
 
 
 def device_measured(run_folder: Path) -> dict[str, Any]:
-    """What the server can know of `summary.MEASURED`; the devices' time and memory are theirs."""
+    """Return what the server can know of `summary.MEASURED`.
+
+    The devices' time and memory are theirs.
+    """
     rounds = _announced(run_folder)
     last = rounds[-1] if rounds else None
     upload = last and -(-last.plan.length(last.dimension) * last.plan.bits // 8)
@@ -127,7 +132,10 @@ def _announced(run_folder: Path) -> list[Announced]:
 def _refuse_gaps(
     run_folder: Path, rounds: Sequence[Announced], records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """A figure over fewer rounds than there were would be too small."""
+    """Refuse a run with rounds whose plan is missing.
+
+    A figure over fewer rounds than there were would be too small.
+    """
     missing = sorted({record["round"] for record in records} - {one.plan.round for one in rounds})
     if missing:
         raise StateError(

@@ -1,4 +1,4 @@
-"""The figures of a report as words and rows; page and terminal show the same ones."""
+"""The figures of a report as words and rows, which page and terminal share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +46,10 @@ def colluding_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def budget_text(line: Mapping[str, Any]) -> str:
-    """What a line may spend; what is left if masking is broken is limited by nothing."""
+    """Say what a line may spend.
+
+    What is left if masking is broken is limited by nothing.
+    """
     return "none" if line["budget"] is None else f"{line['budget']:g}"
 
 

@@ -312,7 +312,7 @@ def _gained(summary: Facts, privacy: Facts) -> str:
 
 
 def _of_rounds(rows: Sequence[Facts]) -> list[str]:
-    """The section on noised statistics; none where no round has any."""
+    """Write the section on noised statistics. There is none where no round has any."""
     if not rows:
         return []
     series = statistics_series(rows)
@@ -438,7 +438,10 @@ def _list(items: Iterable[str], kind: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
-    """Cells are text, escaped here; a cell that starts like a number is set to the right."""
+    """Write an HTML table of plain text, which is escaped here.
+
+    A cell that starts like a number is set to the right.
+    """
     top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     body = "".join(f"<tr>{''.join(_cell(text) for text in row)}</tr>" for row in rows)
     under = f"<caption>{escape(caption)}</caption>" if caption else ""

@@ -173,7 +173,9 @@ def by_colluding(found: Mapping[str, Any]) -> "Figure":
 def gains_per_user(
     gains: Sequence[float], mean: float, interval: Sequence[float] | None, unit: str
 ) -> "Figure":
-    """One bar a user, sorted, the hurt ones in their own colour; the mean and its interval.
+    """Draw one bar a user, sorted, with the mean and its interval.
+
+    The hurt ones have their own colour.
 
     Args:
         gains: positive where the person is better off, in `unit`; any order, at least one.
@@ -246,7 +248,7 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit:
 def over_rounds(
     series: Sequence[tuple[str, str, Sequence[tuple[int, float, float]]]], along: str = "round"
 ) -> "Figure":
-    """Means over rounds with bands of two standard deviations; one panel for each kind.
+    """Draw means over rounds with bands of two standard deviations, one panel for each kind.
 
     Args:
         series: (panel, name, [(round, mean, standard deviation)]); names stand at the curve's end.
@@ -377,7 +379,7 @@ def _mark(
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """The values moved up as little as needed so that labels at them do not overlap."""
+    """Move values up as little as needed so that labels at them do not overlap."""
     places = list(values)
     order = sorted(range(len(places)), key=places.__getitem__)
     for below, above in itertools.pairwise(order):

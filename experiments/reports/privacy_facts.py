@@ -48,7 +48,9 @@ class History:
 
 
 def privacy_facts(run_folder: Path) -> dict[str, Any]:
-    """The content of `privacy.json`, from a run folder's ledgers; the run may still be under way.
+    """Compute the content of `privacy.json` from a run folder's ledgers.
+
+    The run may still be under way.
 
     Raises:
         StateError: the folder has no settings or no ledgers; says which command makes them.
@@ -134,7 +136,10 @@ def history_of(client: str, rows: Sequence[Row], asked: Mapping[str, Asked]) -> 
 
 
 def _announced(folder: Path) -> dict[str, Asked]:
-    """The plans that the server wrote down: all there is beside a ledger of an older privet."""
+    """Read the plans that the server wrote down.
+
+    They are all there is beside a ledger of an older privet.
+    """
     found: dict[str, Asked] = {}
     for line in read_lines(folder / PLANS):
         with suppress(ProtocolError, TypeError, KeyError):
@@ -144,7 +149,7 @@ def _announced(folder: Path) -> dict[str, Asked]:
 
 
 def _completed(history: History) -> History:
-    """The same, with what an older privet did not charge, where its plan is known."""
+    """Add to a history what an older privet did not charge, where the plan is known."""
     asked = history.asked or (None,) * len(history.releases)
     releases = tuple(
         (number, completed(charges, one))
@@ -156,7 +161,10 @@ def _completed(history: History) -> History:
 def _colluding(
     line: Mapping[str, Any], at: str | None, config: Config, histories: Sequence[History]
 ) -> dict[str, Any] | None:
-    """Of the client-level line against the server under masks: its epsilon by colluding devices."""
+    """Compute the epsilon by number of colluding devices.
+
+    Only the client-level line against the server under masks has it.
+    """
     if at != "distributed" or (line["unit"], line["against"]) != ("client", "server"):
         return None
     made: dict[tuple[tuple[Charge, ...], int], Release] = {}
@@ -200,7 +208,10 @@ def _split_lines(
 
 
 def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
-    """Of one line. What is left if masking is broken is shown also where it is no bound."""
+    """Compute the epsilon of one line.
+
+    What is left if masking is broken is shown also where it is no bound.
+    """
     if not charges:
         return 0.0
     if (charges[0].unit, charges[0].against) == claims.OWN_SHARE:
@@ -257,7 +268,7 @@ def _place(at: str | None, by_device: bool, charges: Sequence[Charge]) -> str:
 
 
 def _backwards(name: str) -> tuple[int, ...]:
-    """Orders names downwards, so that of equals the first is the worst client."""
+    """Return a key that orders names downwards, so that of equals the first is the worst client."""
     return tuple(-ord(letter) for letter in name)
 
 
@@ -266,7 +277,10 @@ def _participations(line: claims.Line, history: History) -> int:
 
 
 def _checked(value: float, charges: Sequence[Charge], delta: float) -> dict[str, Any]:
-    """The second opinion; without one, `epsilon` is None and nothing agrees."""
+    """Compare an epsilon with that of a second accountant.
+
+    Without one, `epsilon` is None and nothing agrees.
+    """
     try:
         accountant, second = cross_check(charges, delta)
     except PrivacyError as reason:
@@ -302,7 +316,7 @@ def _distinct(
     lines: Sequence[claims.Line],
     delta: float,
 ) -> list[dict[str, Any]]:
-    """Clients with equal charges together, most spent first: a table that stays short."""
+    """Group clients with equal charges, most spent first, so that the table stays short."""
     groups: dict[tuple[Charge, ...], list[str]] = defaultdict(list)
     for name, charges in totals.items():
         groups[charges].append(name)
@@ -377,11 +391,14 @@ def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], config: Config) -> lis
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity; None says that there is no bound."""
+    """Return None in place of infinity, which JSON lacks. None says that there is no bound."""
     return value if math.isfinite(value) else None
 
 
 def reasons(declined: Sequence[Declined]) -> dict[str, int]:
-    """Reasons with their counts; names of clients taken out, so that equal reasons are one."""
+    """Count the reasons for declining.
+
+    Names of clients are taken out, so that equal reasons are one.
+    """
     texts = (one.reason.replace(repr(one.client), "a device") for one in declined)
     return dict(Counter(" ".join(text.split()) for text in texts).most_common())

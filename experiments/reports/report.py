@@ -64,7 +64,10 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
 
 
 def _looks(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What each look of an A/B experiment on devices said; nothing of another run."""
+    """Return what each look of an A/B experiment on devices said.
+
+    Of another run it is nothing.
+    """
     found = [one["look"] for one in read_lines(run_folder / "rounds.jsonl") if "look" in one]
     return {"looks": found} if found else {}
 

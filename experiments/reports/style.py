@@ -1,4 +1,4 @@
-"""The look of the report's page; pictures take their colours from the same variables."""
+"""The look of the report's page, in variables from which pictures take their colours too."""
 
 from .pictures import DARK, LIGHT
 

@@ -118,7 +118,10 @@ def _minus(left: Sequence[float], right: Sequence[float]) -> list[float]:
 def _pairs(
     seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]]
 ) -> dict[str, list[float]]:
-    """Loss differences per user, positive where the second is better, as far as measured."""
+    """Return loss differences per user, as far as measured.
+
+    They are positive where the second model is better.
+    """
     wanted = [("base", "global", "unseen", unseen)]
     for mine in ("group", "own_half"):
         wanted += [("global", mine, "seen", seen), ("global", mine, "unseen", unseen)]
@@ -166,7 +169,7 @@ def _gains(
     unseen: Mapping[str, list[float]],
     draws: int,
 ) -> list[dict[str, Any]]:
-    """Gain of each user, for the two bar pictures."""
+    """Return the gain of each user, for the two bar pictures."""
     pairs = _pairs(seen, unseen)
     of = str(evaluation.get("metrics_of", "seen"))
     whom = "people who took part" if of == "seen" else "people never trained on"
@@ -201,7 +204,7 @@ def _comparisons(
 
 
 def _spoken(name: str) -> str:
-    """`swapped_minus_personal_seen` -> what a reader calls it."""
+    """Translate a name such as `swapped_minus_personal_seen` to what a reader calls it."""
     pair, _, group = name.rpartition("_")
     worse, better = pair.split("_minus_")
     names = {**NAMES, "swapped": NAMES["swapped_head"]}

@@ -24,7 +24,7 @@ __all__ = ["show"]
 
 
 def show(facts: Mapping[str, Any], console: Console) -> None:
-    """Prints the report, compact; the same facts as the page, in the same order.
+    """Print the report, compact, with the page's facts in the same order.
 
     Args:
         facts: from `report_facts`.

@@ -30,7 +30,10 @@ LONGEST_VERSION = 40
 
 @dataclass(frozen=True)
 class Heard:
-    """What a device said last, signed: its version, and whether it has accepted the run."""
+    """What a device said last, under its signature.
+
+    It is privet's version there, and whether the device has accepted the run.
+    """
 
     version: str
     run: str
@@ -58,7 +61,7 @@ class Attendance:
         self._heard = read(self.path)
 
     def heard(self, number: int, theirs: str, accepted: bool) -> None:
-        """A device has answered a greeting."""
+        """Note a device's answer to a greeting."""
         said = Heard(theirs[:LONGEST_VERSION], self.run, accepted, self.clock())
         before = self._heard.get(number)
         self._heard[number] = said
@@ -66,7 +69,10 @@ class Attendance:
             self._written = 0.0
 
     def present(self, numbers: Sequence[int]) -> None:
-        """These have accepted and are online now; writes what is new, every few seconds."""
+        """Note which devices have accepted and are online now.
+
+        What is new is written every few seconds.
+        """
         now = self.clock()
         if 0 <= now - self._written < WRITE_S:
             return
@@ -85,13 +91,16 @@ class Attendance:
 
 
 def of_run(folder: Path) -> Attendance | None:
-    """That of the server to which a run folder belongs; None for a simulation's."""
+    """Return the attendance of the server to which a run folder belongs.
+
+    It is None for a simulation's folder.
+    """
     server = folder.absolute().parent.parent
     return Attendance(server / FILE, folder.name) if (server / "server.json").is_file() else None
 
 
 def read(path: Path) -> dict[int, Heard]:
-    """What was heard so far; a file that is missing or damaged says nothing."""
+    """Read what devices have said so far. A missing or damaged file gives nothing."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
         return {int(number): Heard(**one) for number, one in json.loads(path.read_bytes()).items()}
     return {}
@@ -139,7 +148,7 @@ def _row(
 def _missing(
     said: Heard | None, node: Node | None, asked: bool, online: bool | None, mine: bool
 ) -> str:
-    """What is in the way of its taking part, the first thing; "": nothing is known to be."""
+    """Say the first thing that keeps a device from taking part, empty where none is known."""
     if asked and node is None:
         return "its node key: enrol its card again"
     if online is False:

@@ -35,7 +35,7 @@ CLOCKS_DIFFER = datetime.timedelta(hours=1)
 
 
 def put(path: Path, data: bytes) -> None:
-    """A file that nobody else could read at any moment."""
+    """Write a file that nobody else can read at any moment."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(handle, "wb") as file:
         file.write(data)
@@ -164,7 +164,7 @@ def pem(thing: x509.Certificate | ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def authority_of(key_path: Path, certificate_path: Path) -> Authority:
-    """The CA whose certificate devices have.
+    """Load the CA whose certificate devices have.
 
     Raises:
         StateError: the key is not there, damaged, or another CA's.

@@ -68,7 +68,7 @@ def init(
         typer.Option(metavar="HEX", help="Of somebody else who signs the list of devices."),
     ] = None,
 ) -> None:
-    """Make the server's folder: certificates, proxy, commands, units; README.md has the steps."""
+    """Make the server's folder: certificates, proxy, commands, units (README.md has the steps)."""
     from . import setup
 
     if renew:
@@ -130,7 +130,7 @@ def up(
         bool, typer.Option("--no-proxy", help="For devices on this machine only: a test.")
     ] = False,
 ) -> None:
-    """Run SuperLink, SuperExec and proxy here until Ctrl-C; for good, use the systemd units."""
+    """Run SuperLink, SuperExec and proxy here until Ctrl-C (for good, use the systemd units)."""
     from . import services, setup
 
     server = setup.load(folder)
@@ -226,7 +226,10 @@ def ab(
 
 
 def _followed(server: "Server", settings: "Config", again: str) -> Path:
-    """A prepared run, started or found going, shown until it ends; its folder."""
+    """Show a prepared run until it ends, and return its folder.
+
+    It is started, unless it is going already.
+    """
     from . import control
 
     place = server.folder / "runs" / settings.name
@@ -280,7 +283,9 @@ def status(folder: _Folder, as_json: _Json = False) -> None:
 
 
 def facts(server: "Server") -> dict[str, Any]:
-    """What `privet server status --json` prints; where the SuperLink is down, None for unknown.
+    """Collect what `privet server status --json` prints.
+
+    Where the SuperLink is down, what it would know is None.
 
     Of a round: who was asked, came, declined, in numbers only; reasons stay on the device.
     """
@@ -341,7 +346,7 @@ def _run_facts(
 def prepare(
     server: "Server", config: "Config", *, resume: bool, refuse: Refuse | None = None
 ) -> "Config":
-    """The run folder `runs/NAME`, whole or not at all: settings, run id, directory.
+    """Make the run folder `runs/NAME`, whole or not at all: settings, run id, directory.
 
     Model, adapter and plan are tried first, so that settings they refuse leave nothing behind. The
     directory is that of the beginning: a run that goes on does so with the newest, which must
@@ -396,7 +401,10 @@ def prepare(
 
 
 def _enrolled(server: "Server", name: str, resume: bool) -> int:
-    """Devices in the directory now; of a run that goes on, as many as when it was begun."""
+    """Count the devices in the directory now.
+
+    A run that goes on has as many as when it was begun.
+    """
     from ...common.settings.config import read
     from .enrolment import current
 
@@ -421,7 +429,7 @@ def _refuse_colluders(server: "Server", config: "Config") -> None:
 
 
 def _resolved(server: "Server", config: "Config", resume: bool) -> "Config":
-    """With the number of devices and the task filled in."""
+    """Fill in the number of devices and the task."""
     from ...common.settings.config import DEVICES
 
     enrolled = _enrolled(server, config.name, resume)
@@ -458,7 +466,10 @@ def _resolved(server: "Server", config: "Config", resume: bool) -> "Config":
 def _try_out(
     server: "Server", config: "Config", refuse: Refuse | None
 ) -> tuple["Config", "Start | None"]:
-    """Refuse what cannot run; the settings, and the adapter that the run starts from."""
+    """Refuse settings that cannot run.
+
+    Returns the settings, and the adapter that the run starts from.
+    """
     from ...common.model.adapter import exchanged
     from ...common.privacy.plan_maker import make_plan
     from ..ab_estimates import plan_of
@@ -534,7 +545,10 @@ def _names(server: "Server") -> dict[int, str]:
 
 
 def _refuse_unfinished(place: Path, count: int) -> None:
-    """What did not work is not reported as done; an experiment may find its answer early."""
+    """Raise an error when a run ended before all its rounds were done.
+
+    An experiment may find its answer early.
+    """
     from .. import void_rounds as void
 
     records = read_lines(place / LOG)
@@ -557,7 +571,7 @@ def _ended(place: Path, run: "Run", refused: str) -> RunUnfinished:
 def _again(
     server: "Server", place: Path, flower: int, failures: int, show: Callable[[str], None]
 ) -> int:
-    """Start a lost run again, as soon as the SuperLink answers; Flower's new id."""
+    """Start a lost run again, as soon as the SuperLink answers, and return Flower's new id."""
     from . import control
 
     wait, told = FIRST_WAIT_S * 2 ** (failures - 1), ""
@@ -590,7 +604,9 @@ def supervise(
     show: Callable[[str], None],
     patience_s: float = PATIENCE_S,
 ) -> None:
-    """Run programs until SIGINT or SIGTERM; start again whatever ends, after 1, 2, 4 … 60 s.
+    """Run programs until SIGINT or SIGTERM, and start again whatever ends.
+
+    It is started again after 1, 2, 4 … 60 s.
 
     What they print goes to `logs/NAME.log` (that of the time before: `NAME.log.1`). On Linux they
     also end when this process is killed.
@@ -676,7 +692,7 @@ def _end(children: Sequence[_Child], patience_s: float, show: Callable[[str], No
 
 
 def _end_with_parent() -> None:
-    """Linux: this child is told to end when its parent dies, even by SIGKILL."""
+    """Have this child end when its parent dies, even by SIGKILL (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -700,7 +716,7 @@ def _answers(port: int) -> bool:
 
 
 def say(line: str) -> None:
-    """One line with the time, at once."""
+    """Print one line with the time, at once."""
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
@@ -709,7 +725,10 @@ def _number(value: int | None) -> str:
 
 
 def _line(record: Mapping[str, Any], count: int, names: Mapping[int, str] | None = None) -> str:
-    """`round 3/8  6 asked  5 came  1 declined`; of a void attempt, who is missing and why."""
+    """Show a round's record as `round 3/8  6 asked  5 came  1 declined`.
+
+    Of a void attempt the line also says who is missing and why.
+    """
     from ..void_rounds import sentence
 
     of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
@@ -725,7 +744,7 @@ def _line(record: Mapping[str, Any], count: int, names: Mapping[int, str] | None
 
 
 def _device(one: Mapping[str, Any]) -> str:
-    """`0 desk  privet 0.1.0  seen 2026-11-30 07:10  accepted`"""
+    """Show a device as `0 desk  privet 0.1.0  seen 2026-11-30 07:10  accepted`."""
     name = f" {one['name']}" if one["name"] else ""
     seen = one["last_seen"]
     parts = [
@@ -743,7 +762,7 @@ def _device(one: Mapping[str, Any]) -> str:
 
 
 def _arms(record: Mapping[str, Any]) -> list[str]:
-    """What an experiment's look said; nothing for a round of training."""
+    """Show what an experiment's look said. A round of training has nothing to show."""
     if "look" not in record:
         return []
     from ..ab_estimates import lines

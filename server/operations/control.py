@@ -111,7 +111,7 @@ def nodes(server: Server) -> Sequence[Node]:
 
 
 def nodes_of(client: Any) -> Sequence[Node]:
-    """As `nodes`, over a connection that is open."""
+    """List the SuperNodes as `nodes` does, over a connection that is open."""
     from flwr.proto.control_pb2 import ListNodesRequest
 
     answer = client.ListNodes(ListNodesRequest())
@@ -123,7 +123,10 @@ def nodes_of(client: Any) -> Sequence[Node]:
 
 
 def _seen(node: Any) -> float:
-    """A node that leaves says so; one that is killed is missed when its time is over."""
+    """Return when a node was last there, in seconds since 1970.
+
+    A node that leaves says so. One that is killed is missed when its time is over.
+    """
     times = [time.time()] if node.status == "online" else []
     with suppress(ValueError):
         for text in () if times else (node.last_deactivated_at, node.online_until):
@@ -139,7 +142,7 @@ def register(client: Any, key: str, name: str) -> None:
 
 
 def unregister(client: Any, node_id: int) -> None:
-    """Let a SuperNode connect no more; its key stays taken."""
+    """Let a SuperNode connect no more. Its key stays taken."""
     from flwr.proto.control_pb2 import UnregisterNodeRequest
 
     client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
@@ -169,7 +172,7 @@ def runs(server: Server) -> Sequence[Run]:
 
 
 def start_run(server: Server, folder: Path) -> int:
-    """Start a run on a run folder; the ServerApp is the one installed here.
+    """Start a run on a run folder, with the ServerApp that is installed here.
 
     The bundle that Flower wants names the two apps and holds no code of theirs: a device runs
     what it has installed.

@@ -17,7 +17,7 @@ _Key = Annotated[Path, typer.Option("--key", metavar="KEY", help="What `key` mad
 
 @app.command("show")
 def show(folder: _Folder) -> None:
-    """Version, head, key, and what waits for a signature."""
+    """Show the directory's version, head and key, and what waits for a signature."""
     from . import enrolment, setup
 
     server = setup.load(folder)
@@ -39,7 +39,7 @@ def show(folder: _Folder) -> None:
 def key(
     path: Annotated[Path, typer.Argument(metavar="KEY", help="A new file, for the secret key.")],
 ) -> None:
-    """Make a key that signs directories; prints its public half, which devices pin."""
+    """Make a key that signs directories, and print its public half, which devices pin."""
     import secrets
 
     from ...common.secure_aggregation.keys import Identity
@@ -57,7 +57,7 @@ def sign(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The server's directory.unsigned.")],
     key: _Key,
 ) -> None:
-    """Sign a directory, on any machine; refuses one that does not continue what KEY signed last."""
+    """Sign a directory, on any machine, if it continues what KEY signed last."""
     from ...common.errors import ProtocolError
     from ...common.secure_aggregation import fleet_directory as directories
     from .enrolment import read_key

@@ -69,7 +69,7 @@ class Listing:
         self._lacks: dict[int, int] = {}
 
     def directory(self) -> Directory:
-        """Who is enrolled now; read again where the file has changed.
+        """Return who is enrolled now, reading the file again where it has changed.
 
         Raises:
             StateError: as `newest`.
@@ -88,7 +88,10 @@ class Listing:
         return found.st_ino, found.st_mtime_ns, found.st_size
 
     def offer(self, node: int) -> Mapping[str, Any]:
-        """What a greeting to a node says of the directory; nothing of a plain list."""
+        """Return what a greeting to a node says of the directory.
+
+        Of a plain list it says nothing.
+        """
         chain = self._chain
         if not isinstance(chain, Chain):
             return {}
@@ -97,7 +100,10 @@ class Listing:
         return {"directory": str(chain.head), "since": since, "entries": "\n".join(lines)}
 
     def heard(self, node: int, reply: Mapping[str, Any]) -> None:
-        """From which entry on the node needs them; where it lacks none, from the present end on."""
+        """Note from which entry on a node needs the directory.
+
+        Where it lacks none, that is from the present end on.
+        """
         chain, lacks = self._chain, reply.get("lacks")
         if isinstance(chain, Chain) and isinstance(lacks, int):
             self._lacks[node] = chain.version if lacks <= NOTHING else lacks

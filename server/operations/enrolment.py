@@ -276,7 +276,7 @@ def devices(server: Server) -> Sequence[Device]:
 
 
 def _found(everybody: Sequence[Device], path: Path, card: Card) -> Device | None:
-    """The device of a card; None for a new one."""
+    """Find the device of a card. It is None for a new one."""
     for device in everybody:
         same_identity = device.card.identity == card.identity
         same_node = device.card.node == card.node
@@ -310,7 +310,9 @@ def _named(everybody: Sequence[Device], name: str) -> Device:
 
 
 def current(server: Server) -> Chain | None:
-    """The signed directory, newest; of a folder made by an earlier privet the list, signed now.
+    """Return the newest signed directory.
+
+    In a folder made by an earlier privet, the plain list is signed now.
 
     Returns:
         None: whoever signs it has signed none yet.
@@ -329,7 +331,7 @@ def current(server: Server) -> Chain | None:
 
 
 def pending(server: Server) -> Chain | None:
-    """What waits for the signature of whoever keeps the directory's key; None: nothing.
+    """Return the directory that waits for the signature of whoever keeps its key, if any.
 
     Raises:
         StateError: it is damaged.
@@ -395,7 +397,7 @@ def _signed_now(server: Server, before: Directory) -> Chain:
 
 
 def _missing(chain: Chain, everybody: Sequence[Device]) -> list[Entry]:
-    """The entries that are in `devices.json` and not in the directory yet."""
+    """Return the entries that are in `devices.json` and not in the directory yet."""
     entries = {(one.client, one.removed) for one in chain.entries}
     return [
         Entry(device.number, bytes.fromhex(device.card.identity), removed)
@@ -406,7 +408,10 @@ def _missing(chain: Chain, everybody: Sequence[Device]) -> list[Entry]:
 
 
 def _keep(server: Server, everybody: Sequence[Device]) -> Chain:
-    """The list first: the directory follows from it, and is written again by every call."""
+    """Write the list of devices, and then the directory that follows from it.
+
+    The directory is written again by every call.
+    """
     write_json_atomic(server.folder / DEVICES, [asdict(device) for device in everybody])
     path, key = server.folder / DIRECTORY, server.folder / DIRECTORY_KEY
     before = directories.load(path) if path.exists() else pending(server)
@@ -444,7 +449,7 @@ def _tell(server: Server, chain: Chain, show: Show) -> None:
 
 @contextmanager
 def _locked(server: Server) -> Iterator[None]:
-    """One enrolment at a time: two would give out one number."""
+    """Hold the lock for one enrolment at a time, as two would give out one number."""
     path = server.folder / ".enrolment.lock"
     with explain_os_errors(path, "lock"), open(path, "a", opener=owners_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX)

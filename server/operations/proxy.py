@@ -40,7 +40,7 @@ FLEET_PATHS = (
 
 
 def find_nginx(cache: Path | None = None) -> Path | None:
-    """nginx on PATH, in /usr/sbin, or fetched into `cache` before; None where there is none."""
+    """Find nginx on PATH, in /usr/sbin, or fetched into `cache` before. None: there is none."""
     named = shutil.which("nginx")
     places = [Path(named)] if named else []
     places.append(Path("/usr/sbin/nginx"))
@@ -101,7 +101,7 @@ def _has_ipv6() -> bool:
 
 
 def nginx_conf(port: int, inner: str) -> str:
-    """nginx's configuration; paths are relative to the server's folder (`-p`).
+    """Write nginx's configuration. Its paths are relative to the server's folder (`-p`).
 
     Args:
         port: the proxy's, seen from outside.

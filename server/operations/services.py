@@ -16,7 +16,9 @@ __all__ = ["commands", "environment", "readme", "units"]
 
 
 def commands(server: "Server", nginx: Path | None = None) -> Mapping[str, tuple[str, ...]]:
-    """What runs, as argument lists for no shell: `superlink`, `superexec`, `proxy`.
+    """Return the server's programs as argument lists: `superlink`, `superexec`, `proxy`.
+
+    No shell is involved.
 
     They need `environment`. SuperLink and SuperExec are separate, so that a SuperLink that is
     killed in the middle of a round and started again finishes the run.

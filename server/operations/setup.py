@@ -107,7 +107,9 @@ def renew(
     ca_key: Path | None = None,
     now: datetime.datetime | None = None,
 ) -> Server:
-    """New certificates and keys of the server, all changed by one rename; devices keep their CA.
+    """Make new certificates and keys of the server, all put in place by one rename.
+
+    Devices keep their CA.
 
     Args:
         folder: made by `init`.
@@ -218,7 +220,7 @@ def certified_until(server: Server) -> datetime.datetime:
 def _fill(
     partial: Path, server: Server, days: int, now: datetime.datetime, directory_key: bytes | None
 ) -> None:
-    """All files of a new folder, laid down beside its final place."""
+    """Write all files of a new folder, beside its final place."""
     for name in ("", "ca", "nginx", "flwr", "systemd", "runs", "logs"):
         (partial / name).mkdir(mode=0o700)
     authority = new_authority(f"privet CA of {server.hosts[0]}", CA_DAYS, now)
@@ -237,7 +239,10 @@ def _fill(
 
 
 def _put_directory(partial: Path, server: Server, key: bytes | None) -> None:
-    """A directory of nobody, signed; with somebody else's key it waits for that signature."""
+    """Write a signed directory with no entries.
+
+    With somebody else's key it waits for that signature.
+    """
     fleet = new_fleet(server.hosts)
     if key is not None:
         put(partial / UNSIGNED, text(Chain(fleet, key)).encode())
@@ -248,7 +253,7 @@ def _put_directory(partial: Path, server: Server, key: bytes | None) -> None:
 
 
 def new_fleet(hosts: Sequence[str]) -> str:
-    """A name that no other fleet has: one signer may keep several directories."""
+    """Make a name that no other fleet has, as one signer may keep several directories."""
     return f"{hosts[0]}-{secrets.token_hex(8)}"
 
 

@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Makes `checkpoint` the current one of `folder`, and the current one the previous.
+    """Make `checkpoint` the current one of `folder`, and the current one the previous.
 
     One process saves in a folder at a time. Leftovers of an interrupted `save` are removed.
 
@@ -131,7 +131,7 @@ def load(
 
 
 def restamp(folder: str | os.PathLike[str], *, run: str, config_hash: str) -> None:
-    """Says that both checkpoints of `folder` belong to settings of this hash from now on.
+    """Mark both checkpoints of `folder` as belonging to settings of this hash from now on.
 
     For settings that may change while a run goes on. A damaged file is left to `load`.
 
@@ -148,7 +148,10 @@ def restamp(folder: str | os.PathLike[str], *, run: str, config_hash: str) -> No
 
 
 class _Damaged(Exception):
-    """A file holds no whole checkpoint; the message continues "The checkpoint FILE …"."""
+    """A file holds no whole checkpoint.
+
+    The message continues "The checkpoint FILE …".
+    """
 
 
 def _read(path: Path, wanted: Mapping[str, str]) -> Checkpoint:

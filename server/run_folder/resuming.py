@@ -29,7 +29,7 @@ OF_THE_END = ("evaluation.json", "summary.json", "privacy.json", "report.html")
 
 
 def resumed(folder: Path, kept: Config, wanted: Config) -> Config:
-    """The settings that the run in `folder` goes on with; its files say the same afterwards.
+    """Return the settings that the run in `folder` goes on with, and write them to its files.
 
     Args:
         folder: the run's.
@@ -77,7 +77,7 @@ def resumed(folder: Path, kept: Config, wanted: Config) -> Config:
 
 
 def _retire(folder: Path, done: int) -> None:
-    """What was made of the last round is no longer that of the run's end."""
+    """Put aside or delete what was made at the run's former end."""
     with explain_os_errors(folder, "extend the run"):
         if (folder / "adapter").exists():
             aside = folder / f"adapter-after-{done}"

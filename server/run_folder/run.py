@@ -22,7 +22,10 @@ def whole(
     present: Present,
     greet: Callable[[], object],
 ) -> Vector:
-    """All of it; what devices are told at the end. A trained adapter is then a PEFT folder."""
+    """Run all rounds or looks, and return what devices are told at the end.
+
+    A trained adapter is then a PEFT folder.
+    """
     if config.trial is not None:
         return run_looks(ask, config, config.trial, run, folder, show, present, greet)
     adapter, sent = shared(config), started(folder, config, exchanged(config))

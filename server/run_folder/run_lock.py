@@ -24,7 +24,7 @@ PATIENCE_S = 20.0  # a process that Flower has given up ends by itself, a moment
 
 @contextmanager
 def alone(folder: Path, run: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Serves Flower's run `run` in `folder`, where nobody else does.
+    """Serve Flower's run `run` in `folder`, where nobody else does.
 
     **Guarantee**: two processes never write checkpoints and log of one folder at the same time.
     What privet refuses inside the block is written down for `refusal`.
@@ -47,12 +47,15 @@ def alone(folder: Path, run: int, patience_s: float = PATIENCE_S) -> Iterator[No
 
 
 def lost(folder: Path, run: int) -> bool:
-    """Whether the process that served Flower's run `run` has ended; False before it began."""
+    """Return whether the process that served Flower's run `run` has ended.
+
+    It is False before that process began.
+    """
     return _kept(folder)[0] == run and not held(folder)
 
 
 def refusal(folder: Path, run: int) -> str:
-    """Why the process of this run gave up by itself; empty where it did not."""
+    """Say why the process of this run gave up by itself. It is empty where it did not."""
     kept, sentence = _kept(folder)
     return sentence if kept == run else ""
 
@@ -85,7 +88,10 @@ def held(folder: Path) -> bool:
 
 
 def _write(handle: int, folder: Path, run: int, refused: str) -> None:
-    """In place: the lock is on this very file. A torn one is nobody's."""
+    """Write the lock file in place, as the lock is on this very file.
+
+    A torn one is nobody's.
+    """
     with explain_os_errors(folder / LOCK, "write"):
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"run": run, "refused": refused}).encode(), 0)

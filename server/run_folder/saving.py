@@ -28,8 +28,11 @@ def save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> N
 
 
 def largest(folder: Path, count: int) -> int:
-    """The one of `count` personas with most members, by the noised numbers of the rounds since
-    there are no more of them; 0 where no such round was finished."""
+    """Return which of `count` personas has most members.
+
+    It goes by the noised numbers of the rounds since there are no more of them, and is 0 where no
+    such round was finished.
+    """
     counted = [line.get("members", ()) for line in read_lines(folder / LOG)]
     same = [one for one in counted if len(one) == count]
     return int(np.sum(same, axis=0).argmax()) if same else 0

@@ -39,7 +39,9 @@ class Start:
 
 
 def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Config, Start | None]:
-    """The run that `adapter.start` names, checked; the settings then hold its fingerprint.
+    """Load and check the run that `adapter.start` names.
+
+    The settings then hold its fingerprint.
 
     Args:
         config: of the new run.
@@ -97,7 +99,7 @@ def _refuse_other_kind(folder: Path, old: Config, new: Config) -> None:
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    """The epsilons that its report says, where one was written."""
+    """Read the epsilons from a run's report, if it was written."""
     try:
         written = json.loads((folder / "privacy.json").read_text("utf-8"))["lines"]
         names = ("unit", "against", "epsilon", "delta", "adjacency")
@@ -107,14 +109,14 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def keep(folder: Path, start: Start | None) -> None:
-    """Into a run folder that is being made."""
+    """Write the start's adapter and facts into a run folder that is being made."""
     if start is not None:
         write_atomic(folder / VECTOR, safetensors_numpy.save({"adapter": start.vector}))
         write_json_atomic(folder / FACTS, dict(start.facts))
 
 
 def started(folder: Path, config: Config, exchange: Exchange) -> Exchange:
-    """What server and devices exchange, beginning with the adapter that the run starts from.
+    """Return the exchange beginning with the adapter that the run starts from.
 
     Raises:
         CheckpointCorrupt: it is missing, damaged, or not the one that the settings name.
@@ -138,7 +140,7 @@ def started(folder: Path, config: Config, exchange: Exchange) -> Exchange:
 
 
 def as_kept(folder: Path, kept: Config, wanted: Config) -> Config:
-    """`wanted`, its `adapter.start` as the run has it where it was given by the same name."""
+    """Return `wanted`, with `adapter.start` as the run has it if given by the same name."""
     found = facts(folder)
     if found is None or wanted.adapter.start != found["source"]:
         return wanted
@@ -147,7 +149,7 @@ def as_kept(folder: Path, kept: Config, wanted: Config) -> Config:
 
 
 def facts(folder: Path) -> dict[str, Any] | None:
-    """What is known of the adapter that a run started from; None: it started anew."""
+    """Read what is known of the adapter that a run started from. None: it started anew."""
     path = folder / FACTS
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.exists() else None
@@ -156,7 +158,7 @@ def facts(folder: Path) -> dict[str, Any] | None:
 
 
 def said(found: Mapping[str, Any], on_devices: bool) -> str:
-    """What the report of a run that did not start anew covers, and what not."""
+    """Say what the report of a run that did not start anew covers, and what not."""
     figures = "; ".join(
         f"epsilon {line['epsilon']:.2f} at delta {line['delta']:g}, {line['unit']}-level, "
         f"{line['adjacency']}, against the {line['against']}"
