@@ -28,6 +28,7 @@ __all__ = [
     "Offer",
     "agree",
     "changes",
+    "promises_less",
     "receive",
     "refuse_without_consent",
     "restore",
@@ -152,6 +153,16 @@ def changes(before: Offer, after: Offer) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def promises_less(before: Offer, after: Offer) -> bool:
+    """Return whether the masks of a changed run hide a person among fewer than those of before."""
+    old, new = before.config, after.config
+    return (
+        new.rounds.cohort < old.rounds.cohort
+        or new.colluders < old.colluders
+        or new.smallest_sum - new.colluders < old.smallest_sum - old.colluders
+    )
 
 
 def store(offer: Offer, consent: Consent | None) -> bytes:

@@ -385,7 +385,8 @@ class DeviceStore:
     def receive(self, run: str, text: str) -> bool:
         """Keep an offer of the joined server, and return whether this device takes part in it.
 
-        An offer that has changed since the owner agreed waits for another yes.
+        An offer that has changed since the owner agreed waits for another yes: the policy's where
+        it may give one, but the owner's own where the masks would promise less than before.
         """
         joined = self.joined
         if joined is None:
@@ -405,6 +406,9 @@ class DeviceStore:
             self.vault.put(f"runs/{run}", run_offers.store(offer, None))
         if consent is None:
             if self.policy.consent.ask or self.declined(run):
+                return False
+            before = self.agreed(run)
+            if before is not None and run_offers.promises_less(before[0], offer):
                 return False
             self.agree(offer, "policy")
         return True

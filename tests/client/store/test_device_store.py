@@ -119,6 +119,28 @@ def test_nothing_is_answered_before_the_owner_agrees_and_after_the_offer_changes
     assert before[0].config.rounds.count != 99
 
 
+@pytest.mark.parametrize(
+    "fewer",
+    [
+        {"rounds": {"cohort": 15}},
+        {"masking": {"colluding": 2, "survivors": 0.9}},
+        {"masking": {"colluding": 3, "survivors": 0.8}},
+    ],
+)
+def test_a_changed_run_whose_masks_promise_less_waits_for_the_owner_where_the_policy_agrees(
+    home: DeviceStore, fewer: dict[str, Any]
+):
+    agreed = {"masking": {"colluding": 3, "survivors": 0.9}}
+    ask_nobody(home)
+    assert home.receive("run-1", text(**agreed))
+    assert home.receive("run-1", text(**agreed, rounds={"cohort": 16, "count": 3}))
+    assert not home.receive("run-1", text(**{**agreed, **fewer}))
+    assert home.receive("run-1", text(**agreed))
+    home.receive("run-1", text(**{**agreed, **fewer}))
+    home.agree(home.run("run-1")[0], "owner")
+    assert home.receive("run-1", text(**{**agreed, **fewer}))
+
+
 def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: DeviceStore):
     ask_nobody(home)
     assert home.receive("run-1", text())
