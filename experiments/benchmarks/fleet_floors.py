@@ -204,7 +204,7 @@ def memory() -> str:
         "memory", base, DEVICES, 2,
         data={"source": "devices", "clients": DEVICES, "records_per_client": 32,
               "max_tokens": 64, "task": "generation"},
-        adapter={"family": "tiny", "rank": 4, "last_blocks": 4},
+        adapter={"family": "lora_xs", "rank": 4, "last_blocks": 4},
     )  # fmt: skip
     with TemporaryDirectory() as name, server_up(Path(name)) as up:
         made = homes(Path(name), up, DEVICES, [base])
