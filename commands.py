@@ -12,6 +12,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +36,18 @@ _QUIET_LIBRARIES = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYDANTIC_DISABLE_PLUGINS": "1",  # it would ask every installed package for one
 }
+_SINGLE = {
+    "simulate": "experiment",
+    "evaluate": "experiment",
+    "report": "experiment",
+    "generate": "experiment",
+    "personas": "experiment",
+    "chat": "chat_command",
+    "ab": "ab_command",
+    "coldstart": "cold_start_command",
+    "lamp": "lamp_command",
+}
+"""Commands without sub-commands, and the module of each in `experiments/commands/`."""
 _GROUPS = ("assets", "client", "prompts", "server")
 
 
@@ -79,35 +92,24 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _command(arguments: Sequence[str]) -> click.Command:
-    """The command with all its sub-commands, or with the one group the line begins with.
+    """Return the command with all its sub-commands, or with the one that the line begins with.
 
     `privet client status` has no time to import the others.
     """
-    asked = arguments[0] if arguments and arguments[0] in _GROUPS else None
+    asked = arguments[0] if arguments and arguments[0] in (*_GROUPS, *_SINGLE) else None
     app = typer.Typer(no_args_is_help=True, add_completion=False, suggest_commands=False)
     app.callback()(_root)
+    for name, module in _SINGLE.items():
+        if asked in (None, name):
+            function = getattr(import_module(f".experiments.commands.{module}", __package__), name)
+            app.command(name)(function)
     if asked is None:
-        from .experiments.commands import (
-            ab_command,
-            chat_command,
-            cold_start_command,
-            experiment,
-            lamp_command,
-        )
+        from .experiments.commands import experiment
 
-        found = (
-            experiment.simulate,
-            experiment.evaluate,
-            experiment.report,
-            experiment.generate,
-            experiment.personas,
-            chat_command.chat,
-        )
-        for function in (*found, ab_command.ab, cold_start_command.coldstart, lamp_command.lamp):
-            app.command()(function)
         app.command("demo-devices", hidden=True)(experiment.demo_devices)
-    for name in _GROUPS if asked is None else (asked,):
-        app.add_typer(_group(name), name=name)
+    for name in _GROUPS:
+        if asked in (None, name):
+            app.add_typer(_group(name), name=name)
     return typer.main.get_command(app)
 
 
