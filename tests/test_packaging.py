@@ -158,7 +158,7 @@ def test_a_module_imports_keeps_its_all_and_its_doctests(name: str) -> None:
 
 def _ruff_order(name: str) -> tuple[int, str]:
     """Constants, then classes, then the rest, as ruff's RUF022 sorts."""
-    if name.isupper():
+    if name.isupper() and len(name) > 1:
         return 0, name
     return (1, name) if name[:1].isupper() else (2, name)
 

@@ -4,6 +4,7 @@ The server is `server/app.py` over a grid in memory, the devices are four homes 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import threading
@@ -21,6 +22,7 @@ from privet.client.consent import run_offers
 from privet.client.enrolled.participant import EnrolledParticipant
 from privet.client.privacy import ledger as ledgers
 from privet.client.runtime import processes
+from privet.client.runtime.answer_pace import Pace
 from privet.client.store import device_store as homes
 from privet.client.store import key_file as unlock_module
 from privet.client.store.device_store import ME, DeviceStore, Joined
@@ -51,9 +53,11 @@ PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A passphrase that costs nothing to try."""
+    """A passphrase that costs nothing to try, and answers that wait for no public moment."""
     cost = {"iterations": 1, "lanes": 1, "memory_kib": 1024}
     monkeypatch.setattr(unlock_module, "_ARGON2ID", cost)
+    hasty = functools.partial(Pace, pause=lambda _: None)
+    monkeypatch.setattr("privet.client.enrolled.participant.Pace", hasty)
 
 
 @pytest.fixture
