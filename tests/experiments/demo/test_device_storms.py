@@ -271,13 +271,13 @@ def fleet(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 def test_whatever_is_killed_the_run_ends_right_and_nothing_is_lost(fleet: Fleet, seed: int):
     storm(fleet, seed, for_s=(3.0, 6.0), rounds=4)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("seed", range(3, 33))
+@pytest.mark.parametrize("seed", range(1, 33))
 def test_whatever_is_killed_over_thirty_seeds(fleet: Fleet, seed: int):
     storm(fleet, seed, for_s=(5.0, 90.0), rounds=5)
 
