@@ -164,7 +164,7 @@ def test_the_owner_sees_what_an_experiment_asks_and_costs_and_the_own_arm_before
     claim, _, broken = said["epsilon, client-level"].partition("should they fail")
     assert "against the server: about 5.30 after 1 release" in claim  # a closed directory
     assert "that is if the masks hold" in claim
-    assert "about 10.30 after 1 release" in broken
+    assert "about 10.25 after 1 release" in broken
     assert not {"base model", "adapter", "work"} & set(said)
     assert "there is no template 'letters'" in said["your arm"]
     assert said["your outcome"] == "none yet"
