@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def tiny_tokenizer(folder: Path, *, encoder: bool = False) -> None:
     else:
         named |= {"bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+
+
+def patiently(run: Callable[[], object], before_again: Callable[[], object]) -> None:
+    """Run with Ray, and once more where its own start took longer than the 30 s that Ray allows."""
+    try:
+        run()
+    except Exception as late:
+        if "timed out during startup" not in str(late):
+            raise
+        before_again()
+        run()
 
 
 def fresh(folder: Path) -> BaseModel:

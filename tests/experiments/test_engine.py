@@ -22,7 +22,7 @@ from privet.experiments import engine
 from privet.experiments.simulate import prepare
 from privet.server.run_folder import checkpoint
 
-from ..tiny import population, tiny_config
+from ..tiny import patiently, population, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_local_grid_and_flowers_ray_engine_give_the_same_adapter_and_ledgers
     local, ray = copied(prepared, tmp_path / "local"), copied(prepared, tmp_path / "ray")
     engine.run("local", local, prepared[1])
     capfd.readouterr()
-    engine.run("ray", ray, prepared[1])
+    patiently(lambda: engine.run("ray", ray, prepared[1]), capfd.readouterr)
     told = capfd.readouterr().err.splitlines()
     assert adapter(local) == adapter(ray)
     assert spent(local) == spent(ray)

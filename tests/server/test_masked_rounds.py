@@ -47,7 +47,7 @@ from privet.server import unmasking as served
 from privet.server.rounds import Reply, masked_sum, run_rounds
 from privet.server.run_folder import checkpoint
 
-from ..tiny import population, tiny_config
+from ..tiny import patiently, population, tiny_config
 
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 EVERYBODY = tuple(range(12))
@@ -895,7 +895,7 @@ def test_killed_without_a_seed_nobody_releases_twice_in_a_round(killed, name, an
 def test_flowers_ray_engine_gives_the_same_bits_under_masking(prepared, folder, tmp_path):
     ray = Path(shutil.copytree(prepared[0], tmp_path / "ray"))
     engine.run("local", folder, prepared[1])
-    engine.run("ray", ray, prepared[1])
+    patiently(lambda: engine.run("ray", ray, prepared[1]), lambda: None)
     assert kept(folder).adapter.tobytes() == kept(ray).adapter.tobytes()
     lines = [json.loads(line) for line in (ray / "rounds.jsonl").read_text().splitlines()]
     assert [line["answered"] for line in lines] == [12, 12]
