@@ -1,6 +1,5 @@
 """What `import privet` offers to a program: the commands of a simulated experiment as functions."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 import tomli_w
 
-from ..common.errors import ConfigError, StateError
+from ..common.errors import ConfigError
 from ..common.files import write_json_atomic
-from ..common.settings.config import DEVICES, Config, read
+from ..common.settings.config import DEVICES, Config, parse, read
 from .named import RUNS, configuration, run_folder
 
 __all__ = ["Run", "evaluate", "load_config", "report", "simulate"]
@@ -47,7 +46,7 @@ class Run:
         Raises:
             StateError: the run has no report yet.
         """
-        return self._json("summary.json")
+        return self._written()["summary"]
 
     @property
     def privacy(self) -> Mapping[str, Any]:
@@ -56,7 +55,7 @@ class Run:
         Raises:
             StateError: the run has no report yet.
         """
-        return self._json("privacy.json")
+        return self._written()["privacy"]
 
     @property
     def adapter_folder(self) -> Path:
@@ -67,14 +66,10 @@ class Run:
         """Write `report.html` again, and return its path."""
         return report(self)
 
-    def _json(self, name: str) -> Mapping[str, Any]:
-        try:
-            content: Mapping[str, Any] = json.loads((self.folder / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise StateError(
-                f"{self.folder / name} cannot be read ({error}); privet.report(run) writes it"
-            ) from None
-        return content
+    def _written(self) -> Mapping[str, Mapping[str, Any]]:
+        from .reports import report as files
+
+        return files.written(self.folder)
 
 
 def load_config(
@@ -93,14 +88,9 @@ def load_config(
     2
     """
     given = [f"{key}={_toml(key, value)}" for key, value in (overrides or {}).items()]
-    if not isinstance(config, Mapping):
-        return configuration(config, given)
-    from ..common.settings.config import parse, put
-
-    table = dict(config)
-    for one in given:
-        put(table, one)
-    return parse(table)
+    if isinstance(config, Mapping):
+        return parse(config, overrides=given)
+    return configuration(config, given)
 
 
 def simulate(

@@ -41,7 +41,9 @@ def test_settings_come_by_name_from_a_file_and_from_a_table(tmp_path: Path):
     assert (named.rounds.count, named.name) == (2, "mine")
     (tmp_path / "own.toml").write_text("[rounds]\ncount = 3\n")
     assert privet.load_config(tmp_path / "own.toml").rounds.count == 3
-    assert privet.load_config({"rounds": {"count": 4}}, {"rounds.cohort": 12}).rounds.cohort == 12
+    table = {"rounds": {"count": 4}}
+    assert privet.load_config(table, {"rounds.cohort": 12}).rounds.cohort == 12
+    assert table == {"rounds": {"count": 4}}
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,6 @@ def test_a_run_from_settings_to_its_figures(llama_folder: Path, tmp_path: Path):
     assert privet.Run.open(run.folder).config == run.config
     with pytest.raises(privet.PrivetError, match="there is no run"):
         privet.evaluate(tmp_path / "other")
+    (run.folder / "summary.json").unlink()
+    with pytest.raises(privet.PrivetError, match="has no report yet"):
+        run.summary  # noqa: B018

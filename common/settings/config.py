@@ -5,6 +5,7 @@ Privacy settings are a type of their own (`PrivacySettings`); speed settings ano
 nearest known one, a wrong value with its name, the value, and what is allowed.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -31,7 +32,7 @@ from ..privacy.statistics_blocks import MOST_ARMS
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
-Family = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
+FamilyName = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
 """An adapter family by its name, or that of before."""
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
@@ -78,7 +79,7 @@ class AdapterSettings(_Settings):
     Section 5 of DESIGN tells the families apart.
     """
 
-    family: Family = "lora_xs"
+    family: FamilyName = "lora_xs"
     rank: int = Field(4, ge=1, le=256)
     last_blocks: int = Field(12, ge=1, description="only the last blocks are adapted")
     modules: tuple[str, ...] = Field((), description="linear layers by name; empty: the usual four")
@@ -555,14 +556,14 @@ class Config(_Settings):
         if cohort < masking.smallest_cohort:
             raise ValueError(
                 f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
-                f"{masking.smallest_cohort}, so every device would decline; {self._enough()}, or "
-                'set privacy.client.noise_at = "device"'
+                f"{masking.smallest_cohort}, so every device would decline; "
+                f'{self._cohort_needed()}, or set privacy.client.noise_at = "device"'
             )
         if smallest - colluders < 2:
             raise ValueError(
                 f"masking.colluding = {masking.colluding:g} lets {colluders} devices collude and "
                 f"leaves {max(smallest - colluders, 0)} honest survivors of a cohort of {cohort}, "
-                f"but a sum needs at least 2: {self._enough()}"
+                f"but a sum needs at least 2: {self._cohort_needed()}"
             )
         holders = (masking.degree or cohort - 1) + 1
         if masking.threshold and not colluders < masking.threshold <= holders:
@@ -593,7 +594,7 @@ class Config(_Settings):
         if "personal" in arms and not self.head.enabled:
             raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
-    def _enough(self) -> str:
+    def _cohort_needed(self) -> str:
         """Say what would help: the smallest cohort in which two honest survivors are left."""
         feared = self.masking.colluders
         sizes = range(
@@ -718,14 +719,22 @@ class Config(_Settings):
         return found
 
 
-def parse(table: Mapping[str, Any], *, source: str = "the configuration") -> Config:
-    """Validated settings from a parsed TOML table.
+def parse(
+    table: Mapping[str, Any],
+    *,
+    source: str = "the configuration",
+    overrides: Iterable[str] = (),
+) -> Config:
+    """Validate settings from a parsed TOML table, with `section.key=value` overrides on top.
 
     Raises:
         ConfigError: one sentence for each fault, all faults at once.
     """
+    own = copy.deepcopy(dict(table))  # the caller's stays as it is
+    for override in overrides:
+        _set(own, override)
     try:
-        return Config.model_validate(table)
+        return Config.model_validate(own)
     except ValidationError as error:
         raise ConfigError(f"{source} does not fit:\n{faults(error, Config)}") from None
 
@@ -738,9 +747,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        put(table, override)
-    return parse(table, source=str(path))
+    return parse(table, source=str(path), overrides=overrides)
 
 
 def to_toml(config: Config) -> str:
@@ -748,7 +755,7 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
-def put(table: dict[str, Any], override: str) -> None:
+def _set(table: dict[str, Any], override: str) -> None:
     """Put `section.key=value` into a table of sections, the value in TOML's form or a text.
 
     Raises:
