@@ -36,6 +36,9 @@ class Mechanism:
             of shares -> how close that sum is to a rounded Gaussian of this variance.
         fine_variance: from this variance of the sum on, the noise is as good as Gaussian; a grid
             that is chosen freely is made that fine.
+        least_variance: of the sum, where a device agreed to the largest modulus, and so to a fine
+            grid: what it costs beyond Gaussian noise of the same size is some hundredths of an
+            epsilon. With few steps of noise it is a multiple.
 
     **Guarantee**: what an instance must keep. Variance 0 is no noise. No draw is beyond
     `encoding.NOISE_DEVIATIONS` standard deviations plus `NOISE_EXTRA`, so that no sum wraps. Shares
@@ -47,6 +50,7 @@ class Mechanism:
     sample: Callable[[float, int, Source], NDArray[np.int64]]
     closeness: Callable[[float, int, int], Closeness]
     fine_variance: float
+    least_variance: float
 
     def counted_variance(self, variance: float, shares: int) -> float:
         """Variance that a claim may count of `shares` adders, each of whom adds `variance`."""
@@ -86,7 +90,9 @@ def _skellam(variance: float, count: int, source: Source) -> NDArray[np.int64]:
     return skellam(skellam_table(variance), count, source)
 
 
-SKELLAM = Mechanism("Skellam noise", _skellam, gaussian_closeness, fine_variance=2.0**21)
+SKELLAM = Mechanism(
+    "Skellam noise", _skellam, gaussian_closeness, fine_variance=2.0**21, least_variance=2.0**18
+)
 """Exact integer Skellam noise (`noise.py`): from 2^21 on a log-likelihood ratio below 0.01 tells
 it from Gaussian noise."""
 

@@ -29,10 +29,6 @@ LONGEST_TEXT = 256
 FINEST = 32
 """Bits of the largest modulus: who agreed to it agreed to a fine grid."""
 
-FINE_VARIANCE = 2.0**18
-"""Of the noise in a sum, squared steps, on a fine grid: what it costs beyond Gaussian noise of the
-same size is some hundredths of an epsilon. With few steps it is a multiple."""
-
 PLACES = ("device", "distributed", "server")
 """Where noise may be added, the safest first."""
 
@@ -273,6 +269,7 @@ class Plan:
         client, example = own.privacy.client, own.privacy.example
         multiplier = client.noise_multiplier if client.enabled else 0.0
         noise = multiplier * client.clip
+        adapter, *blocks = self.parts(dimension)
         # a server that was restarted often, and none that has devices fill their disks; how often
         # one device releases is bounded by its ledger (`Config.most_releases`)
         attempts = 100 + 10 * own.rounds.count
@@ -294,19 +291,14 @@ class Plan:
         )
         if client.enabled:
             placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
-            longest = rounded_sensitivity(self.clip, self.step, dimension)[0]
-            hidden = self.counted_variance**0.5 >= multiplier * longest * (1 - 1e-9)
+            enough = self.mechanism.least_variance
+            fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
             checks += (
                 ("noise_at", placed, client.noise_at),
-                ("noise over a rounded contribution", hidden or not multiplier, multiplier),
-                (
-                    "squared steps of noise",
-                    client.bits < FINEST
-                    or not multiplier
-                    or self.counted_variance >= FINE_VARIANCE,
-                    FINE_VARIANCE,
-                ),
-            )
+                ("noise over a rounded contribution", self._hidden(adapter, multiplier),
+                 multiplier),
+                ("squared steps of noise", fine, enough),
+            )  # fmt: skip
         if self.masked:
             least = own.smallest_sum
             feared = own.colluders
@@ -316,13 +308,11 @@ class Plan:
                 ("colluders", self.colluders >= feared, feared),
                 ("survivors less colluders", honest >= max(2, least - feared), least - feared),
             )
-        for block in self.blocks:
+        for block in blocks:
             wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
-            floor = wanted * rounded_sensitivity(block.bound, block.step, block.size)[0]
-            found = self.mechanism.counted_variance(block.variance, self.adders) ** 0.5
             checks += (
                 (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
-                (f"{block.name}_noise", found >= floor * (1 - 1e-9) or not wanted, wanted),
+                (f"{block.name}_noise", self._hidden(block, wanted), wanted),
             )
         if example.enabled:
             checks += (
@@ -336,3 +326,9 @@ class Plan:
                     f"round {self.round}: the server's plan is laxer than this device allows: "
                     f"{name} (own limit {limit})"
                 )
+
+    def _hidden(self, part: Block, multiplier: float) -> bool:
+        """Return whether a part, once rounded, is hidden by `multiplier` times its longest."""
+        noise = self.mechanism.counted_variance(part.variance, self.adders) ** 0.5
+        longest = rounded_sensitivity(part.bound, part.step, part.size)[0]
+        return not multiplier or noise >= multiplier * longest * (1 - 1e-9)

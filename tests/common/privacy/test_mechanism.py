@@ -48,7 +48,13 @@ def irwin_hall(variance: float, count: int, source: Source) -> NDArray[np.int64]
     return np.asarray(np.rint(drawn), np.int64)
 
 
-TOY = Mechanism("toy noise", irwin_hall, lambda *_: Closeness(0.01, 1e-9), fine_variance=2.0**24)
+TOY = Mechanism(
+    "toy noise",
+    irwin_hall,
+    lambda *_: Closeness(0.01, 1e-9),
+    fine_variance=2.0**24,
+    least_variance=2.0**18,
+)
 
 
 @pytest.fixture
