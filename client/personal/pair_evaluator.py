@@ -143,21 +143,20 @@ class LikelihoodEvaluator:
         base = pair_error(token_margins(start, None, start_scores, self.output))
         head = None
         if own and fit:
-            mine, _ = self._scored(own, self.shared)
-            head = fit_token_bias(mine, self.output, self.settings)
+            head = fit_token_bias(self._answers(own, self.shared), self.output, self.settings)
         return LikelihoodPerson(base, head, _longer(held_out), answers, scores, self.output)
 
     def _scored(
         self, records: Sequence[Tokenised], vector: Vector
     ) -> tuple[AnswerTokens, SharedScores]:
         """Return the answers' tokens under an adapter, and the model's scores of them."""
-        self.adapter.write(vector)
-        answers = self._answers(records)
+        answers = self._answers(records, vector)
         return answers, shared_scores(answers.tokens, self.output)
 
     @torch.no_grad()
-    def _answers(self, records: Sequence[Tokenised]) -> AnswerTokens:
-        """Return the answers' positions under the adapter that is loaded."""
+    def _answers(self, records: Sequence[Tokenised], vector: Vector) -> AnswerTokens:
+        """Return the answers' positions under an adapter."""
+        self.adapter.write(vector)
         base, first = self.adapter.base, self.adapter.first_block
         rows = [(i, 1.0, r.ids, r.prompts[0]) for i, r in enumerate(records)]
         rows += [(i, -1.0, r.rejected, r.prompts[1]) for i, r in enumerate(records)]
