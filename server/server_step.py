@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
-from ..common.model.families import family_of
+from ..common.model.families import family_named
 from ..common.settings.config import Config
 from . import aggregation
 
@@ -49,7 +49,7 @@ def step(
     new[places] = moved
     for name, values in stepped.items():
         kept[name][places] = values
-    after_step = family_of(exchange.adapter).after_step
+    after_step = family_named(exchange.adapter.family).after_step
     if after_step is not None:
         after_step(exchange.adapter, new, kept)
     return new, kept, {}

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ..errors import ProtocolError
 from ..privacy.clipping import clip
 from ..settings.config import GroupSettings
-from .families import A, B, R, family_of
+from .families import A, B, R, family_named
 from .vector_layout import Layout
 
 __all__ = ["MEMBERS", "Exchange", "Vector", "turns"]
@@ -42,7 +42,7 @@ def turns(layout: Layout) -> tuple[Layout, ...]:
 
     A shared head is released with the first turn.
     """
-    family = family_of(layout)
+    family = family_named(layout.family)
     parts: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in family.turns]
     for piece in layout.pieces:
         factor = piece[0].removesuffix(".weight").rpartition(".")[2]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .vector_layout import Layout
 
-__all__ = ["FAMILIES", "A", "B", "Family", "R", "family_named", "family_of"]
+__all__ = ["FAMILIES", "A", "B", "Family", "R", "family_named"]
 
 A, B, R = "lora_A", "lora_B", "lora_R"
 """The factors of an adapted layer, as pieces of a vector are named."""
@@ -82,25 +82,25 @@ def _small_product(layer: Any, rank: int, _: "torch.Generator") -> None:
 
 
 def _random_down(layer: Any, _: int, generator: "torch.Generator") -> None:
-    """A from the public seed, B zero."""
-    import torch
-
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    with torch.no_grad():
-        noise = torch.randn(down.shape, generator=generator)
-        down.copy_(noise / down.shape[1] ** 0.5)
-        up.zero_()
+    _from_seed(layer, generator, lambda noise: noise / noise.shape[1] ** 0.5)
 
 
 def _orthonormal_down(layer: Any, _: int, generator: "torch.Generator") -> None:
-    """A with orthonormal rows from the public seed, B zero."""
     import torch
 
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    _from_seed(layer, generator, lambda noise: torch.linalg.qr(noise.double().T).Q.T)
+
+
+def _from_seed(
+    layer: Any, generator: "torch.Generator", down: "Callable[[torch.Tensor], torch.Tensor]"
+) -> None:
+    """Set A to what `down` makes of noise from the public seed, and B to zero."""
+    import torch
+
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     with torch.no_grad():
-        noise = torch.randn(down.shape, generator=generator)
-        down.copy_(torch.linalg.qr(noise.double().T).Q.T)
-        up.zero_()
+        a.copy_(down(torch.randn(a.shape, generator=generator)))
+        b.zero_()
 
 
 def _split_anew(
@@ -175,8 +175,3 @@ def family_named(name: str) -> Family:
             return family
     *others, last = map(repr, FAMILIES)
     raise ValueError(f"{name!r}: expected {', '.join(others)} or {last}")
-
-
-def family_of(layout: "Layout") -> Family:
-    """The family whose numbers these are."""
-    return family_named(layout.family)
