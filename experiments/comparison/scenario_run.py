@@ -14,7 +14,6 @@ people's names in it like the run folder, and the summary, which has none.
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...common.errors import ConfigError, DataError
@@ -26,11 +25,9 @@ from ..evaluation.label_evaluation import evaluate_labels
 from . import tables
 from .comparisons import evaluate_text
 from .scenario import Scenario
-from .study import Study
+from .study import Line, Study
 
 __all__ = ["compare"]
-
-Line = dict[str, Any]
 
 
 def compare(scenario: Scenario, runs: Path) -> Line:
@@ -81,7 +78,7 @@ def placed(study: Study, rows: Sequence[Line]) -> list[Line]:
     wanted, index = study.scenario.harm, study.bench.index
     declared = _declared(wanted.groups)
     users = [row["user"] for row in rows]
-    own = [" ".join(record.text for record in study._split(user)[0]) for user in users]
+    own = [" ".join(record.text for record in study.split(user)[0]) for user in users]
     topics = harm.topics(own, wanted.topics)
     return [
         {**row, "topic": topic, "group": declared.get(user, index.blocks[user].group)}

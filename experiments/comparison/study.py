@@ -31,7 +31,7 @@ from ..named import configuration, run_folder
 from .comparisons import ComparisonEvaluator, OwnSide
 from .scenario import Scenario
 
-__all__ = ["Study", "spread"]
+__all__ = ["Line", "Study", "spread"]
 
 Line = dict[str, Any]
 
@@ -112,12 +112,12 @@ class Study:
 
     def own(self, user: str) -> list[records.Tokenised]:
         """Return a person's latest own records, as token ids."""
-        own, _ = self._split(user)
+        own, _ = self.split(user)
         return self.bench.tokenised(own[-self.scenario.people.own_records :])
 
     def amount(self, user: str) -> int:
         """Count all own records of a person."""
-        return len(self._split(user)[0])
+        return len(self.split(user)[0])
 
     def held_out(self, user: str) -> tuple[list[tuple[int, ...]], list[float]]:
         """Records spread evenly over the held-out time, and how late each is, in [0, 1)."""
@@ -126,7 +126,7 @@ class Study:
 
     def labelled_held_out(self, user: str) -> tuple[list[records.Tokenised], list[float]]:
         """As `held_out`, with the labels."""
-        _, later = self._split(user)
+        _, later = self.split(user)
         known = self.bench.tokenised(later)
         places = spread(len(known), self.scenario.people.records)
         return [known[place] for place in places], [place / len(known) for place in places]
@@ -175,7 +175,8 @@ class Study:
                 one()
         return [done[user] for user in users if "nothing" not in done[user]]
 
-    def _split(self, user: str) -> tuple[tuple[records.Record, ...], tuple[records.Record, ...]]:
+    def split(self, user: str) -> tuple[tuple[records.Record, ...], tuple[records.Record, ...]]:
+        """Return a person's own records and the held-out later ones."""
         return records.split(self.bench.records(user), self.bench.config.data.holdout)
 
     def _claim(self) -> None:
