@@ -188,7 +188,7 @@ class Simulated:
     def identity(self) -> Identity:
         """The key pair derived from the one secret of the run's devices."""
         own = self._own()
-        return own.desk.identity(own.name)
+        return own.context.identity(own.name)
 
     def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
         """Accept the run, as every simulated device does."""

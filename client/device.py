@@ -244,20 +244,20 @@ class Device:
     """One person's device in a run, by its name and the context it works in."""
 
     name: str
-    desk: DeviceContext
+    context: DeviceContext
 
     def is_empty(self) -> bool:
         """Return whether the person has no records at all, whatever is learnt of them."""
-        return not self.desk.records(self.name)
+        return not self.context.records(self.name)
 
     def records(self) -> Sequence[data.Tokenised]:
         """Return the person's training records, neither held out nor above the public cap."""
-        desk, config = self.desk, self.desk.config
-        mine, _ = data.split(desk.records(self.name), config.data.holdout)
-        found = desk.tokenised(data.capped(mine, config.data.records_per_client))
+        context, config = self.context, self.context.config
+        mine, _ = data.split(context.records(self.name), config.data.holdout)
+        found = context.tokenised(data.capped(mine, config.data.records_per_client))
         if config.outputs or config.pairs is not None:
             return found
-        end = desk.trainer.adapter.base.tokenizer.eos_token_id
+        end = context.trainer.adapter.base.tokenizer.eos_token_id
         return data.lessons(found, end, config.training)
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
@@ -265,9 +265,9 @@ class Device:
 
         These are the latest of the person's own training records, and the first of those held out.
         """
-        desk, limits = self.desk, self.desk.config.evaluation
-        own, held_out = data.split(desk.records(self.name), desk.config.data.holdout)
-        return desk.tokenised(own[-limits.fit_records :]), desk.tokenised(
+        context, limits = self.context, self.context.config.evaluation
+        own, held_out = data.split(context.records(self.name), context.config.data.holdout)
+        return context.tokenised(own[-limits.fit_records :]), context.tokenised(
             held_out[: limits.records]
         )
 
@@ -288,7 +288,7 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
             )
         return _answer(device, plan, start)
     except (PrivacyError, ProtocolError) as refusal:
-        device.desk.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        device.context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None
 
 
@@ -301,38 +301,38 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     another, up to two. Whether there are any is asked of the records themselves: what a record says
     may decide that nothing of it is learnt, and must not decide that nothing is contributed.
     """
-    desk, name = device.desk, device.name
-    ledger, privacy = desk.ledger, desk.config.privacy
-    if desk.config.trial is not None:
-        return _look(device, plan, desk.config.trial)
-    exchange = exchange_at(desk)
+    context, name = device.context, device.name
+    ledger, privacy = context.ledger, context.config.privacy
+    if context.config.trial is not None:
+        return _look(device, plan, context.config.trial)
+    exchange = exchange_at(context)
     released = exchange.released(plan.round)
-    plan.refuse_if_laxer(desk.config, released.dimension)
+    plan.refuse_if_laxer(context.config, released.dimension)
     _refuse_other_start(plan, start)
     kept = ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
-    refuse_more(ledger, name, plan, desk.config)
+    refuse_more(ledger, name, plan, context.config)
     # a device that may not release does not train either
     cost = charges(plan, released.dimension, privacy)
     ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
-    seed = desk.config.insecure_test_seed
+    seed = context.config.insecure_test_seed
     label = f"{name} round {plan.round}"
-    work, personas = work_of(desk.config, plan), exchange.personas(start)
-    if work is not None and desk.pace is not None:
+    work, personas = work_of(context.config, plan), exchange.personas(start)
+    if work is not None and context.pace is not None:
         kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(personas))
-        desk.pace.rehearse(
-            kind, desk.config.rounds.tick_s, lambda: _rehearsal(device, plan, personas, work)
+        context.pace.rehearse(
+            kind, context.config.rounds.tick_s, lambda: _rehearsal(device, plan, personas, work)
         )
     adapter, records, live = (
-        desk.trainer.adapter,
+        context.trainer.adapter,
         device.records(),
         exchange.groups.live(plan.round),
     )
     place = choose(adapter, personas, live, records, None if work is None else work.choice)
     half = kept_half(device, plan.round)
     trained = train(
-        desk.trainer,
+        context.trainer,
         personas[place],
         records,
         plan,
@@ -342,7 +342,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         shape=None if work is None else work.step,
     )
     if len(trained.own):
-        desk.keep_at_home(name, at_home.added(desk.at_home(name), plan.round, trained.own))
+        context.keep_at_home(name, at_home.added(context.at_home(name), plan.round, trained.own))
     contribution = exchange.contribution(
         trained.delta, None if device.is_empty() else place, plan.clip
     )
@@ -368,12 +368,12 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
 
     Nothing of it is kept.
     """
-    desk, exchange = device.desk, exchange_at(device.desk)
-    adapter, live = desk.trainer.adapter, exchange.groups.live(plan.round)
+    context, exchange = device.context, exchange_at(device.context)
+    adapter, live = context.trainer.adapter, exchange.groups.live(plan.round)
     place = choose(adapter, personas, live, (), work.choice)
     own = np.zeros(adapter.own.dimension, np.float32) if adapter.own.dimension else None
     train(
-        desk.trainer,
+        context.trainer,
         personas[place],
         (),
         plan,
@@ -388,18 +388,18 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
 
 def _look(device: Device, plan: Plan, trial: AbRunSettings) -> bytes:
     """Answer one look of an A/B experiment, with the outcome in the entries of the device's arm."""
-    desk, name = device.desk, device.name
-    if desk.pace is not None:
-        desk.pace.rehearse(("look", plan.run), desk.config.rounds.tick_s, _nothing)
+    context, name = device.context, device.name
+    if context.pace is not None:
+        context.pace.rehearse(("look", plan.run), context.config.rounds.tick_s, _nothing)
     return ab_outcome.answered(
         trial,
-        desk.config,
+        context.config,
         plan,
         name,
-        arm_of(desk.identity(name).seed, plan.run, len(trial.arms)),
-        desk.outcome(name),
-        desk.ledger,
-        noise.source(desk.config.insecure_test_seed, f"{name} round {plan.round} release"),
+        arm_of(context.identity(name).seed, plan.run, len(trial.arms)),
+        context.outcome(name),
+        context.ledger,
+        noise.source(context.config.insecure_test_seed, f"{name} round {plan.round} release"),
     )
 
 
@@ -407,19 +407,19 @@ def _nothing() -> None:
     """Do nothing, because no model takes part in a look that is rehearsed."""
 
 
-def _released(desk: DeviceContext, number: int) -> Layout:
+def _released(context: DeviceContext, number: int) -> Layout:
     """Return the layout of a contribution to round `number`.
 
     That of an A/B experiment is known without loading a model.
     """
-    trial = desk.config.trial
-    return exchange_at(desk).released(number) if trial is None else layout(trial)
+    trial = context.config.trial
+    return exchange_at(context).released(number) if trial is None else layout(trial)
 
 
-def exchange_at(desk: DeviceContext) -> Exchange:
+def exchange_at(context: DeviceContext) -> Exchange:
     """Return what this device and its server exchange, by the device's own settings."""
-    adapter = desk.trainer.adapter
-    return Exchange(adapter.layout, adapter.start, desk.config.groups)
+    adapter = context.trainer.adapter
+    return Exchange(adapter.layout, adapter.start, context.config.groups)
 
 
 def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
@@ -427,10 +427,10 @@ def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
 
     Private: it is for this device alone, or for an experimenter who reads simulated devices.
     """
-    desk, exchange = device.desk, exchange_at(device.desk)
-    personas, live = exchange.personas(state), exchange.groups.live(desk.config.rounds.count + 1)
+    context, exchange = device.context, exchange_at(device.context)
+    personas, live = exchange.personas(state), exchange.groups.live(context.config.rounds.count + 1)
     records = device.records() if live > 1 else ()
-    place = choose(desk.trainer.adapter, personas, live, records, choice_of(desk.config))
+    place = choose(context.trainer.adapter, personas, live, records, choice_of(context.config))
     return place, personas[place]
 
 
@@ -441,12 +441,12 @@ def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] 
 
     None: nothing, or nothing yet. It never leaves.
     """
-    dimension = device.desk.trainer.adapter.own.dimension
+    dimension = device.context.trainer.adapter.own.dimension
     if not dimension:
         return None
     # void rounds have numbers too, so the last may be above rounds.count
     before = sys.maxsize if number is None else number
-    return at_home.before(device.desk.at_home(device.name), before, dimension)
+    return at_home.before(device.context.at_home(device.name), before, dimension)
 
 
 def _statistics(
@@ -461,7 +461,7 @@ def _statistics(
 
     The delta is made before a head is fitted.
     """
-    desk, found = device.desk, dict[str, NDArray[np.float64]]()
+    context, found = device.context, dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
         found["losses"] = losses
     if not (plan.gains_bound or plan.arms_bound):
@@ -471,7 +471,7 @@ def _statistics(
         found["gains"] = gains_block(evaluated, plan.gains_bound)
     if plan.arms_bound:
         arms = arm_names(plan.arms)
-        place = arm_of(desk.identity(device.name).seed, plan.run, len(arms))
+        place = arm_of(context.identity(device.name).seed, plan.run, len(arms))
         found["arms"] = arms_block(evaluated, plan.arms_bound, arms, place)
     return found
 
@@ -488,13 +488,13 @@ def _evaluated(
     With constant work those of made-up records, in place of those that are not there, are computed
     as well; they are nobody's and go nowhere.
     """
-    desk, adapter = device.desk, device.desk.trainer.adapter
-    fit, pairs = desk.config.head.enabled, desk.config.pairs
+    context, adapter = device.context, device.context.trainer.adapter
+    fit, pairs = context.config.head.enabled, context.config.pairs
     tokens = 0 if work is None else work.tokens
     evaluator = partial(evaluator_of, adapter, start, kept, pairs, tokens)
     losses = evaluate_person(evaluator, *person, fit)
     if work is not None:
-        instead = missing(desk.config, *person, len(adapter.base.tokenizer))
+        instead = missing(context.config, *person, len(adapter.base.tokenizer))
         evaluate_person(evaluator, *instead, fit)
     return losses
 
@@ -521,18 +521,18 @@ def masked_phase(
         What to keep for the next phase, and the bytes that leave; None and None when the device
         declines. Why stays in its ledger.
     """
-    desk = device.desk
+    context = device.context
     try:
         if not plan.masked:
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(_released(desk, plan.round).dimension)
+        terms = plan.terms(_released(context, plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
         if phase == "shares":
-            shared, sealed = masked_upload.share(state, message, desk.directory, os.urandom)
-            desk.pin(shared.directory)
+            shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
+            context.pin(shared.directory)
             return shared, sealed
         if phase == "vector" and start is not None:
             received = masked_upload.receive(state, message)
@@ -541,33 +541,33 @@ def masked_phase(
             return masked_upload.confirm(state, message)
         return masked_upload.unmask(state, message)
     except (PrivacyError, ProtocolError) as refusal:
-        desk.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
     """Announce keys for one attempt, after everything that can be refused beforehand."""
-    desk, name = device.desk, device.name
-    dimension = _released(desk, plan.round).dimension
-    plan.refuse_if_laxer(desk.config, dimension)
-    privacy = desk.config.privacy
+    context, name = device.context, device.name
+    dimension = _released(context, plan.round).dimension
+    plan.refuse_if_laxer(context.config, dimension)
+    privacy = context.config.privacy
     if not _answered(device, plan):
-        refuse_more(desk.ledger, name, plan, desk.config)
+        refuse_more(context.ledger, name, plan, context.config)
         # a device that may not release takes no part
         cost = charges(plan, dimension, privacy)
-        desk.ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
-    policy = MaskingPolicy.agreed(desk.config, plan.cohort)
-    last = desk.ledger.announce(name, plan.run, plan.attempt)
+        context.ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
+    policy = MaskingPolicy.agreed(context.config, plan.cohort)
+    last = context.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
     return masked_upload.announce(
-        desk.number(name), desk.identity(name), terms, policy, last, os.urandom
+        context.number(name), context.identity(name), terms, policy, last, os.urandom
     )
 
 
 def _contribution(device: Device, plan: Plan, start: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Return the gate's integers for this round, to be masked."""
     _answered(device, plan)
-    dimension = _released(device.desk, plan.round).dimension
+    dimension = _released(device.context, plan.round).dimension
     return unpack(_answer(device, plan, start), plan.length(dimension), plan.bits)
 
 
@@ -579,9 +579,9 @@ def _answered(device: Device, plan: Plan) -> bool:
     The same contribution is never masked twice: two sums over different survivors would differ by
     single contributions. A test seed, which protects nobody, repeats a round.
     """
-    desk = device.desk
-    kept = desk.ledger.resend(device.name, plan.run, plan.round, plan.digest)
-    if kept is not None and desk.config.insecure_test_seed is None:
+    context = device.context
+    kept = context.ledger.resend(device.name, plan.run, plan.round, plan.digest)
+    if kept is not None and context.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
     return kept is not None
 

@@ -181,10 +181,14 @@ class EnrolledParticipant:
         joined = self._home.joined
         closed = joined is not None and joined.closed
         config = own_config(self._home.policy, offer.config, closed)
-        desk = self._desk
-        if desk is None or (desk.run, desk.place) != (run, number) or desk.config != config:
-            desk = self._desk = self._opened(run, config, number)
-        return desk
+        context = self._desk
+        if (
+            context is None
+            or (context.run, context.place) != (run, number)
+            or context.config != config
+        ):
+            context = self._desk = self._opened(run, config, number)
+        return context
 
     def _refuse_other_server(self) -> None:
         joined = self._home.joined
@@ -240,13 +244,13 @@ class EnrolledParticipant:
         from ..personal.kept_head import keep
 
         try:
-            desk = self._desk_of(run, NOBODY, begins=False)
-            if desk.config.trial is not None:
-                self._home.refuse_to_keep(run, adapter, layout(desk.config.trial).dimension)
+            context = self._desk_of(run, NOBODY, begins=False)
+            if context.config.trial is not None:
+                self._home.refuse_to_keep(run, adapter, layout(context.config.trial).dimension)
                 self._home.keep(run, {})
                 return
-            self._home.refuse_to_keep(run, adapter, exchange_at(desk).state.dimension)
-            keep(desk, self._home, run, adapter)
+            self._home.refuse_to_keep(run, adapter, exchange_at(context).state.dimension)
+            keep(context, self._home, run, adapter)
         except PrivetError as refusal:
             self._home.note(str(refusal))
 

@@ -22,14 +22,14 @@ from .person_losses import evaluator_of
 __all__ = ["keep"]
 
 
-def keep(desk: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.float32]) -> None:
+def keep(context: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.float32]) -> None:
     """Fit the head on the own records under the run's last adapter, and keep both.
 
     Of several personas the one that fits the own records is chosen here, and kept: its adapter
     vector, and its number in `persona/RUN`.
 
     Args:
-        desk: what the device works with in the run.
+        context: what the device works with in the run.
         home: the owner's; head and adapter go into its vault.
         run: the run's name.
         state: the run's last: one adapter vector, or one for each persona.
@@ -40,15 +40,17 @@ def keep(desk: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.flo
     The server sees how long it takes: so the same is done on dummies first, and says when the
     answer leaves (`client/runtime/answer_pace.py`).
     """
-    me, config = Device(ME, desk), desk.config
-    if desk.pace is not None:
-        desk.pace.rehearse(("keep", run), config.rounds.tick_s, lambda: _rehearsal(desk, state))
+    me, config = Device(ME, context), context.config
+    if context.pace is not None:
+        context.pace.rehearse(
+            ("keep", run), config.rounds.tick_s, lambda: _rehearsal(context, state)
+        )
     persona, adapter = persona_of(me, state)
     entries = {f"adapters/{run}": safetensors.numpy.save({"adapter": adapter})}
     if config.groups.count > 1:
         entries[f"persona/{run}"] = str(persona).encode()
     own, held_out = me.measured_on()
-    evaluator = evaluator_of(desk.trainer.adapter, adapter, kept_half(me), config.pairs)
+    evaluator = evaluator_of(context.trainer.adapter, adapter, kept_half(me), config.pairs)
     try:
         person = evaluator.person(own, held_out, fit=True)
     except PrivetError as failed:
@@ -64,12 +66,12 @@ def keep(desk: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.flo
     home.keep(run, entries)
 
 
-def _rehearsal(desk: DeviceContext, state: NDArray[np.float32]) -> None:
+def _rehearsal(context: DeviceContext, state: NDArray[np.float32]) -> None:
     """Do the most that `keep` may have to do, on made-up records, to learn how long it takes.
 
     Nothing of it is kept.
     """
-    adapter, config, exchange = desk.trainer.adapter, desk.config, exchange_at(desk)
+    adapter, config, exchange = context.trainer.adapter, context.config, exchange_at(context)
     personas, live = exchange.personas(state), exchange.groups.live(config.rounds.count + 1)
     persona = choose(adapter, personas, live, (), choice_of(config))
     evaluator = evaluator_of(adapter, personas[persona], pairs=config.pairs)

@@ -56,7 +56,7 @@ class _Free:
 
 
 @dataclass(frozen=True, eq=False)
-class DeviceContext:
+class FreeContext:
     """What a device works with in this benchmark, with its records in memory."""
 
     config: Config
@@ -162,7 +162,7 @@ def _mode(config: Config, trainer: Trainer, rounds: int, paced: bool) -> dict[st
     texts = [" ".join(drawn.choice(WORDS, 40)) for _ in range(RECORDS + 1)]  # one is held out
     people = {"without records": (), "full batch": tuple(map(data.Record, texts))}
     devices = {
-        role: Device(role, DeviceContext(config, trainer, own, Pace() if paced else None))
+        role: Device(role, FreeContext(config, trainer, own, Pace() if paced else None))
         for role, own in people.items()
     }
     adapter = trainer.adapter
@@ -171,7 +171,7 @@ def _mode(config: Config, trainer: Trainer, rounds: int, paced: bool) -> dict[st
     for turn in range(rounds + 2):
         for role in ROLES if turn % 2 else reversed(ROLES):
             device, began = devices[role], time.perf_counter()
-            pace = device.desk.pace
+            pace = device.context.pace
             if pace is not None:
                 pace.begin()
             payload = take_part(device, plan, adapter.start)

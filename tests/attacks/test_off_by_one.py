@@ -140,16 +140,16 @@ def other_plan(plan: Plan, name: str, up: bool) -> Plan:
 def test_a_plan_one_off_is_refused_by_name_or_no_weaker(bench, tmp_path, name, up):
     row = PLAN[name][up]
     with Ledger.open(tmp_path / "ledger", owner=bench.run) as ledger:
-        desk = dataclasses.replace(bench, ledger=ledger)
+        context = dataclasses.replace(bench, ledger=ledger)
         plan = plan_of(bench)
         if row.startswith(NO):
-            said = refusal_of(functools.partial(first_phase, desk, plan, name, up))
+            said = refusal_of(functools.partial(first_phase, context, plan, name, up))
             assert row.removeprefix(NO) in said
             assert ledger.clients() == []
             return
         other = other_plan(plan, name, up)
         start = bench.trainer.adapter.start
-        total, *_ = masked_sum(Devices(desk).ask, EVERYBODY, other, start)
+        total, *_ = masked_sum(Devices(context).ask, EVERYBODY, other, start)
         if row.startswith(OK):
             assert total is not None
             assert ledger.declined() == []
@@ -161,13 +161,13 @@ def test_a_plan_one_off_is_refused_by_name_or_no_weaker(bench, tmp_path, name, u
         assert ledger.clients() == []  # no vector was released
 
 
-def first_phase(desk: SimulatedContext, plan: Plan, name: str, up: bool) -> None:
+def first_phase(context: SimulatedContext, plan: Plan, name: str, up: bool) -> None:
     """Keys, as `client/app.py` has them made; the refusal is what the device's ledger has."""
-    other, device = other_plan(plan, name, up), desk.device(0)
+    other, device = other_plan(plan, name, up), context.device(0)
     state, sent = masked_phase(device, "keys", other, b"", None, None)
     assert state is None
     assert sent is None
-    (found,) = desk.ledger.declined(device.name)
+    (found,) = context.ledger.declined(device.name)
     raise ProtocolError(found.reason)
 
 

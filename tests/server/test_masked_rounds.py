@@ -485,8 +485,8 @@ def test_a_roster_below_the_devices_own_smallest_cohort_is_refused_by_the_device
     own = bench.config.model_copy(
         update={"masking": bench.config.masking.model_copy(update={"smallest_cohort": 11})}
     )
-    for desk, declined in ((dataclasses.replace(bench, config=own), True), (bench, False)):
-        devices = Devices(desk)
+    for context, declined in ((dataclasses.replace(bench, config=own), True), (bench, False)):
+        devices = Devices(context)
         plan = plan_of(bench, attempt=2 if declined else 3)
         terms = plan.terms(bench.trainer.adapter.layout.dimension)
         replies = {number: devices.phase(number, "keys", plan) for number in EVERYBODY[:10]}

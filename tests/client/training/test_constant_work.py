@@ -227,7 +227,7 @@ class _Free:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DeviceContext:
+class FreeContext:
     """As far as one round needs it."""
 
     config: Config
@@ -265,7 +265,9 @@ def config_of(folder: Path, **changes: Any) -> Config:
     return tiny_config(folder, **table | changes)
 
 
-def answers(config: Config, people: Sequence[Sequence[Record]], **desk: Any) -> list[bytes | None]:
+def answers(
+    config: Config, people: Sequence[Sequence[Record]], **context: Any
+) -> list[bytes | None]:
     """What each answers in round 2, when there are two personas."""
     from privet.common.model.exchange_layout import Exchange
 
@@ -275,7 +277,7 @@ def answers(config: Config, people: Sequence[Sequence[Record]], **desk: Any) -> 
     state: NDArray[np.float32] = exchange.start
     given = make_plan(config, "run", 2, "", state, exchange)
     return [
-        take_part(Device("me", DeviceContext(config, trainer, own, **desk)), given, state)  # type: ignore[arg-type]
+        take_part(Device("me", FreeContext(config, trainer, own, **context)), given, state)  # type: ignore[arg-type]
         for own in people
     ]
 

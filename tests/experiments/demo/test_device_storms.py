@@ -60,7 +60,7 @@ class Unspent:
 
 @dataclass(frozen=True, eq=False)
 class Again(EnrolledContext):
-    """The device's desk, with nothing spent."""
+    """The device's context, with nothing spent."""
 
     @property
     def ledger(self) -> Any:
@@ -72,8 +72,8 @@ def contribution(
 ) -> bytes:
     """What this device gives to a round, with the test seed; before the masks."""
     own = own_config(home.policy, config)
-    desk = Again(home, plan.run, own, Trainer.of(shared(own), own.speed.cache_mb), 0)
-    return devices._answer(devices.Device(ME, desk), plan, start)
+    context = Again(home, plan.run, own, Trainer.of(shared(own), own.speed.cache_mb), 0)
+    return devices._answer(devices.Device(ME, context), plan, start)
 
 
 def written(home: DeviceStore, plan: Plan) -> str | None:
