@@ -416,7 +416,13 @@ class DeviceStore:
     def _make_room_for_an_offer(self) -> None:
         if len(self.vault.names("runs/")) < MOST_RUNS:
             return
-        oldest = next((offer.run for offer, consent in self.runs() if consent is None), None)
+        # what was agreed to once is kept, so that no flood of offers makes a weaker one a first one
+        idle = (
+            offer.run
+            for offer, consent in self.runs()
+            if consent is None and (self.declined(offer.run) or self.agreed(offer.run) is None)
+        )
+        oldest = next(idle, None)
         if oldest is None:
             raise PrivacyError(
                 f"this device has agreed to {MOST_RUNS} runs already and keeps no more; "

@@ -141,6 +141,22 @@ def test_a_changed_run_whose_masks_promise_less_waits_for_the_owner_where_the_po
     assert home.receive("run-1", text(**{**agreed, **fewer}))
 
 
+def test_no_flood_of_offers_makes_a_changed_run_a_first_one(
+    home: DeviceStore, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(homes, "MOST_RUNS", 3)
+    weaker = text(masking={"colluding": 2})
+    ask_nobody(home)
+    assert home.receive("run-1", text(masking={"colluding": 3}))
+    assert not home.receive("run-1", weaker)
+    refused = text(privacy={"client": {"noise_at": "server"}, "example": {"enabled": False}})
+    for number in range(4):
+        with pytest.raises(PrivacyError):
+            home.receive(f"filler-{number}", refused)
+    assert home.agreed("run-1") is not None
+    assert not home.receive("run-1", weaker)
+
+
 def test_a_no_stands_also_where_the_policy_says_yes_by_itself(home: DeviceStore):
     ask_nobody(home)
     assert home.receive("run-1", text())
