@@ -13,7 +13,6 @@ declined, who was silent, whose bytes it could not use. Why a device declines st
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -108,7 +107,7 @@ def cohort_of(
         number, seed: of the public draw.
 
     Those who declined, were silent or did not fit are asked last: somebody else may take part,
-    and first who was asked in the fewest rounds, so that nobody pays twice before everybody once.
+    and first who has come in the fewest rounds, and so has paid least.
     """
     before = repeats(records, number)
     if not before:
@@ -121,11 +120,12 @@ def cohort_of(
             n for kind in ("declined", "silent") for by in missing[kind].values() for n in by
         }
         absent |= {int(client) for client in missing["refused"]}
-    others = [one["who"]["asked"] for one in records if one["round"] != number and "who" in one]
-    rounds = Counter(chain.from_iterable(others))
+    # a round that was asked again under its number is paid once
+    came = {(one["round"], n) for one in records if "who" in one for n in one["who"]["came"]}
+    paid = Counter(n for other, n in came if other != number)
     order = np.random.default_rng([seed, number, len(before)]).permutation(len(there))
     mixed = [there[int(place)] for place in order]
-    ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), rounds[n]))
+    ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), paid[n]))
     return sorted(ranked[: len(drawn)])
 
 
