@@ -154,7 +154,9 @@ def report(run: str | Path | Run) -> Path:
 
 
 def _toml(key: str, value: Any) -> str:
-    """A value as TOML writes it."""
+    """Write a value as TOML does."""
+    if "=" in key or isinstance(value, Mapping):
+        raise ConfigError(f"{key} = {value!r}: expected section.key and one value for it")
     try:
         return tomli_w.dumps({"value": value}).partition("=")[2].strip()
     except TypeError:

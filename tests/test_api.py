@@ -52,6 +52,8 @@ def test_settings_come_by_name_from_a_file_and_from_a_table(tmp_path: Path):
         ("nope", {}, "there is no configuration 'nope'"),
         ("demo", {"rounds.cuont": 1}, "rounds.cuont: unknown key; did you mean count"),
         ("demo", {"rounds.count": object()}, "rounds.count = .*: expected what TOML can hold"),
+        ("demo", {"rounds.count=3 #": 1}, "expected section.key and one value"),
+        ("demo", {"privacy.budget": {"client": 2.0}}, "expected section.key and one value"),
         ({"rounds": {"count": "x"}}, {}, "rounds.count = 'x'"),
     ],
 )

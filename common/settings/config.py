@@ -539,6 +539,7 @@ class Config(_Settings):
             ("rounds.count", self.rounds.count, trial.looks),
             ("privacy.client.enabled", client.enabled, True),
             ("privacy.client.clip", client.clip, trial.norm),
+            ("privacy.client.bits", client.bits, 32),  # a device holds the grid of these alone
             ("privacy.example.enabled", example.enabled, False),
             ("statistics.enabled", self.statistics.enabled, False),
         ):
