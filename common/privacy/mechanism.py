@@ -37,8 +37,8 @@ class Mechanism:
         fine_variance: from this variance of the sum on, the noise is as good as Gaussian; a grid
             that is chosen freely is made that fine.
         least_variance: of the sum, where a device agreed to the largest modulus, and so to a fine
-            grid: what it costs beyond Gaussian noise of the same size is some hundredths of an
-            epsilon. With few steps of noise it is a multiple.
+            grid. What a release then costs beyond Gaussian noise of the same size is about a tenth
+            of an epsilon; with few steps of noise it is a multiple.
 
     **Guarantee**: what an instance must keep. Variance 0 is no noise. No draw is beyond
     `encoding.NOISE_DEVIATIONS` standard deviations plus `NOISE_EXTRA`, so that no sum wraps. Shares
