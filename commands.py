@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -41,13 +42,15 @@ _SINGLE = {
     "evaluate": "experiment",
     "report": "experiment",
     "generate": "experiment",
-    "personas": "experiment",
+    "clusters": "experiment",
     "chat": "chat_command",
     "ab": "ab_command",
     "coldstart": "cold_start_command",
     "lamp": "lamp_command",
 }
 """Commands without sub-commands, and the module of each in `experiments/commands/`."""
+_FORMER = {"personas": "clusters"}
+"""Commands that have another name now."""
 _GROUPS = ("assets", "client", "prompts", "server")
 
 
@@ -64,7 +67,13 @@ def run(arguments: Sequence[str]) -> int:
     `-v` is taken at any place, because it is what the last line of an error tells to add.
     """
     verbose = bool(_VERBOSE & set(arguments))
+    if not verbose:
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     arguments = [argument for argument in arguments if argument not in _VERBOSE]
+    if arguments and arguments[0] in _FORMER:
+        today = _FORMER[arguments[0]]
+        _say(f"warning: `privet {arguments[0]}` is called `privet {today}` now", 0)
+        arguments[0] = today
     try:
         code = _command(arguments)(
             arguments, prog_name="privet", standalone_mode=False, obj=_Reports()

@@ -66,10 +66,10 @@ __all__ = [
     "Device",
     "DeviceContext",
     "SimulatedContext",
+    "cluster_of",
     "exchange_at",
     "kept_half",
     "masked_phase",
-    "persona_of",
     "take_part",
 ]
 
@@ -178,7 +178,7 @@ class SimulatedContext:
     @lru_cache(maxsize=1)
     def open(cls, folder: Path) -> "SimulatedContext":
         """Load what a run folder names, once per process."""
-        config = settings.read(folder / "config.toml")
+        config = settings.of_run(folder)
         torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
         run = run_id(folder)
@@ -303,8 +303,8 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     """
     context, name = device.context, device.name
     ledger, privacy = context.ledger, context.config.privacy
-    if context.config.trial is not None:
-        return _look(device, plan, context.config.trial)
+    if context.config.ab_run is not None:
+        return _look(device, plan, context.config.ab_run)
     exchange = exchange_at(context)
     released = exchange.released(plan.round)
     plan.refuse_if_laxer(context.config, released.dimension)
@@ -318,22 +318,24 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
     seed = context.config.insecure_test_seed
     label = f"{name} round {plan.round}"
-    work, personas = work_of(context.config, plan), exchange.personas(start)
+    work, cluster_vectors = work_of(context.config, plan), exchange.cluster_vectors(start)
     if work is not None and context.pace is not None:
-        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(personas))
+        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(cluster_vectors))
         context.pace.rehearse(
-            kind, context.config.rounds.tick_s, lambda: _rehearsal(device, plan, personas, work)
+            kind,
+            context.config.rounds.tick_s,
+            lambda: _rehearsal(device, plan, cluster_vectors, work),
         )
     adapter, records, live = (
         context.trainer.adapter,
         device.records(),
-        exchange.groups.live(plan.round),
+        exchange.clusters.active_clusters(plan.round),
     )
-    place = choose(adapter, personas, live, records, None if work is None else work.choice)
+    place = choose(adapter, cluster_vectors, live, records, None if work is None else work.choice)
     half = kept_half(device, plan.round)
     trained = train(
         context.trainer,
-        personas[place],
+        cluster_vectors[place],
         records,
         plan,
         batches=_batches(seed, label),
@@ -359,22 +361,24 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         ledger,
         privacy,
         noise.source(seed, f"{label} release"),
-        _statistics(device, plan, personas[place], half, trained.statistics, work),
+        _statistics(device, plan, cluster_vectors[place], half, trained.statistics, work),
     )
 
 
-def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: Work) -> None:
+def _rehearsal(
+    device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work
+) -> None:
     """Do a round's work on dummy records alone, to learn how long it takes.
 
     Nothing of it is kept.
     """
     context, exchange = device.context, exchange_at(device.context)
-    adapter, live = context.trainer.adapter, exchange.groups.live(plan.round)
-    place = choose(adapter, personas, live, (), work.choice)
+    adapter, live = context.trainer.adapter, exchange.clusters.active_clusters(plan.round)
+    place = choose(adapter, cluster_vectors, live, (), work.choice)
     own = np.zeros(adapter.own.dimension, np.float32) if adapter.own.dimension else None
     train(
         context.trainer,
-        personas[place],
+        cluster_vectors[place],
         (),
         plan,
         batches=_batches(0, "rehearsal"),
@@ -383,20 +387,20 @@ def _rehearsal(device: Device, plan: Plan, personas: NDArray[np.float32], work: 
         shape=work.step,
     )
     if plan.gains_bound or plan.arms_bound:
-        _evaluated(device, personas[place], own, ([], []), work)
+        _evaluated(device, cluster_vectors[place], own, ([], []), work)
 
 
-def _look(device: Device, plan: Plan, trial: AbRunSettings) -> bytes:
+def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
     """Answer one look of an A/B experiment, with the outcome in the entries of the device's arm."""
     context, name = device.context, device.name
     if context.pace is not None:
         context.pace.rehearse(("look", plan.run), context.config.rounds.tick_s, _nothing)
     return ab_outcome.answered(
-        trial,
+        ab_run,
         context.config,
         plan,
         name,
-        arm_of(context.identity(name).seed, plan.run, len(trial.arms)),
+        arm_of(context.identity(name).seed, plan.run, len(ab_run.arms)),
         context.outcome(name),
         context.ledger,
         noise.source(context.config.insecure_test_seed, f"{name} round {plan.round} release"),
@@ -412,26 +416,31 @@ def _released(context: DeviceContext, number: int) -> Layout:
 
     That of an A/B experiment is known without loading a model.
     """
-    trial = context.config.trial
-    return exchange_at(context).released(number) if trial is None else layout(trial)
+    ab_run = context.config.ab_run
+    return exchange_at(context).released(number) if ab_run is None else layout(ab_run)
 
 
 def exchange_at(context: DeviceContext) -> Exchange:
     """Return what this device and its server exchange, by the device's own settings."""
     adapter = context.trainer.adapter
-    return Exchange(adapter.layout, adapter.start, context.config.groups)
+    return Exchange(adapter.layout, adapter.start, context.config.clusters)
 
 
-def persona_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
-    """Return the persona that fits this device's training records after a run, and its adapter.
+def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
+    """Return the cluster that fits this device's training records after a run, and its adapter.
 
     Private: it is for this device alone, or for an experimenter who reads simulated devices.
     """
     context, exchange = device.context, exchange_at(device.context)
-    personas, live = exchange.personas(state), exchange.groups.live(context.config.rounds.count + 1)
+    cluster_vectors, live = (
+        exchange.cluster_vectors(state),
+        exchange.clusters.active_clusters(context.config.rounds.count + 1),
+    )
     records = device.records() if live > 1 else ()
-    place = choose(context.trainer.adapter, personas, live, records, choice_of(context.config))
-    return place, personas[place]
+    place = choose(
+        context.trainer.adapter, cluster_vectors, live, records, choice_of(context.config)
+    )
+    return place, cluster_vectors[place]
 
 
 def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] | None:

@@ -23,8 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import ConfigError
 from .model.vector_layout import Layout
-from .privacy.statistics_blocks import MOST_ARMS
-from .settings.config import AbRunSettings, Adjacency, Config, MaskingSettings, faults, parse
+from .privacy.statistics_blocks import MAX_ARMS
+from .settings import former_names
+from .settings.config import (
+    AbRunSettings,
+    Adjacency,
+    Config,
+    SecureAggregationSettings,
+    faults,
+    parse,
+)
 
 __all__ = ["AbTestSettings", "OnDevices", "layout", "read", "run_settings"]
 
@@ -52,7 +60,7 @@ class AbPrivacy(_Settings):
     adjacency: Adjacency = "add_remove"
 
 
-class Made(_Settings):
+class SimulatedPeople(_Settings):
     """Simulated people with a truth that is known."""
 
     means: tuple[float, ...] = Field((0.5, 0.6), description="of the outcome, arm by arm")
@@ -75,37 +83,38 @@ class AbTestSettings(AbRunSettings):
     """One experiment: arms, outcome, looks, and what it may cost."""
 
     name: str = Field("ab", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    arms: tuple[str, ...] = Field(("A", "B"), min_length=2, max_length=MOST_ARMS)
+    arms: tuple[str, ...] = Field(("A", "B"), min_length=2, max_length=MAX_ARMS)
     clients: int = Field(2000, ge=2, description="devices asked at each look")
     privacy: AbPrivacy = Field(default_factory=AbPrivacy)
-    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    secure_aggregation: SecureAggregationSettings = Field(default_factory=SecureAggregationSettings)
     devices: OnDevices = Field(default_factory=OnDevices)
-    made: Made = Field(default_factory=Made)
+    simulated: SimulatedPeople = Field(default_factory=SimulatedPeople)
 
     @property
-    def trial(self) -> AbRunSettings:
+    def ab_run(self) -> AbRunSettings:
         """The part of the experiment that devices are told."""
         return AbRunSettings(**{name: getattr(self, name) for name in AbRunSettings.model_fields})
 
     @model_validator(mode="after")
     def _a_truth_for_each_arm(self) -> Self:
-        if len(self.made.means) != len(self.arms):
+        if len(self.simulated.means) != len(self.arms):
             raise ValueError(
-                f"made.means = {list(self.made.means)}: expected one for each of the "
+                f"simulated.means = {list(self.simulated.means)}: expected one for each of the "
                 f"{len(self.arms)} arms"
             )
-        if not all(self.low <= mean <= self.high for mean in self.made.means):
+        if not all(self.low <= mean <= self.high for mean in self.simulated.means):
             raise ValueError(
-                f"made.means = {list(self.made.means)}: expected numbers from {self.low} to "
-                f"{self.high}"
+                f"simulated.means = {list(self.simulated.means)}: expected numbers from "
+                f"{self.low} to {self.high}"
             )
         return self
 
     @model_validator(mode="after")
     def _masks_need_shares_of_noise(self) -> Self:
-        if self.made.masks and self.privacy.noise_at == "device":
+        if self.simulated.masks and self.privacy.noise_at == "device":
             raise ValueError(
-                'made.masks = true: expected privacy.noise_at = "distributed", for a sum under '
+                'simulated.masks = true: expected privacy.noise_at = "distributed", for a sum '
+                "under "
                 "masks is made of the devices' shares of its noise"
             )
         return self
@@ -124,7 +133,9 @@ def read(path: Path) -> AbTestSettings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     try:
-        settings = AbTestSettings.model_validate(table)
+        settings = AbTestSettings.model_validate(
+            former_names.with_names_of_today(table, former_names.AB_TEST)
+        )
     except ValidationError as error:
         raise ConfigError(f"{path} does not fit:\n{faults(error, AbTestSettings)}") from None
     run_settings(settings)
@@ -163,8 +174,8 @@ def run_settings(settings: AbTestSettings, slack: float = 0.0, ratio: float = 0.
         "name": settings.name,
         "data": {"source": "ab", "clients": settings.clients, "test_clients": 0},
         # no release beyond the looks, which the epsilon is of
-        "rounds": {"count": settings.looks, "cohort": settings.clients, "spare": 0},
-        "masking": settings.masking.model_dump(),
+        "rounds": {"count": settings.looks, "cohort": settings.clients, "extra_releases": 0},
+        "secure_aggregation": settings.secure_aggregation.model_dump(),
         "privacy": {
             "delta": asked.delta,
             "example": {"enabled": False},

@@ -9,7 +9,7 @@ import tomli_w
 
 from ..common.errors import ConfigError
 from ..common.files import write_json_atomic
-from ..common.settings.config import DEVICES, Config, parse, read
+from ..common.settings.config import DEVICES, Config, of_run, parse
 from .named import RUNS, configuration, run_folder
 
 __all__ = ["Run", "evaluate", "load_config", "report", "simulate"]
@@ -37,7 +37,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved settings that the run was made with."""
-        return read(self.folder / "config.toml")
+        return of_run(self.folder)
 
     @property
     def summary(self) -> Mapping[str, Any]:

@@ -181,7 +181,7 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
         )
     if not (folder / "config.toml").is_file():
         raise RunExists(f"{folder} exists but holds no run of privet; choose another name")
-    kept = settings.read(folder / "config.toml")
+    kept = settings.of_run(folder)
     index = records.read_index(folder)
     ledger_path(folder)
     return resumed(folder, kept, _with_task(config, index))

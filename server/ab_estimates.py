@@ -83,7 +83,7 @@ def device_settings(settings: AbTestSettings, enrolled: int) -> Config:
     table = _sized(settings).model_dump(mode="json", exclude_none=True)
     times = settings.devices
     table["data"] |= {"source": DEVICES, "clients": enrolled}
-    table["ab"] = settings.trial.model_dump(mode="json")
+    table["ab_test"] = settings.ab_run.model_dump(mode="json")
     table["rounds"] |= {"gather_s": times.gather_s, "timeout_s": times.timeout_s,
                         "answer_timeout_s": times.answer_s, "patience": times.patience,
                         "wait_s": times.wait_s}  # fmt: skip

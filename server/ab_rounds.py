@@ -31,7 +31,7 @@ GREET_S = 30.0
 def run_looks(
     ask: Ask,
     config: Config,
-    trial: AbRunSettings,
+    ab_run: AbRunSettings,
     run: str,
     folder: Path,
     show: Show,
@@ -51,16 +51,16 @@ def run_looks(
     Raises:
         RunUnfinished: `rounds.patience` attempts in a row were void.
     """
-    start = np.zeros(layout(trial).dimension, np.float32)
+    start = np.zeros(layout(ab_run).dimension, np.float32)
     voids, unsure = 0, begun_before(folder)
-    while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= trial.looks:
-        if trial.stop and _found(folder):
+    while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= ab_run.looks:
+        if ab_run.stop and _found(folder):
             break
-        _wait(folder, look, trial.hours, greet)
+        _wait(folder, look, ab_run.hours, greet)
         there, began = present(), time.perf_counter()
         # a void look is none; where somebody may have released in it, its number is used up
         number = 1 + max((one["round"] for one in records if not one.get("again")), default=0)
-        plan = ab_estimates.plan_of(config, trial, run, number)
+        plan = ab_estimates.plan_of(config, ab_run, run, number)
         total, record, phases = attempt(
             ask, config, there, plan, start, folder, len(start), number == unsure
         )
@@ -70,7 +70,7 @@ def run_looks(
         else:
             shown = dataclasses.replace(plan, round=look)
             record["look"] = ab_estimates.told(
-                ab_estimates.sums_of(total, plan), shown, record["answered"], trial
+                ab_estimates.sums_of(total, plan), shown, record["answered"], ab_run
             )
         record |= {"seconds": time.perf_counter() - began, "phases": phases}
         append_line(folder / LOG, record)

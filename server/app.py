@@ -48,7 +48,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
 
     At the end the adapter is there as a PEFT folder.
     """
-    config = settings.read(folder / "config.toml")
+    config = settings.of_run(folder)
     run = (folder / "run-id").read_text().strip()
     text = (folder / "config.toml").read_text("utf-8")
     offer = {"version": version("privet"), "run": run, "config": text}
@@ -92,7 +92,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
         if phase in WITH_ADAPTER:
             common["adapter"] = ArrayRecord({"vector": Array(start)})
         limit = config.rounds.timeout_s
-        if phase not in WITH_ADAPTER or config.trial is not None:  # which trains nothing
+        if phase not in WITH_ADAPTER or config.ab_run is not None:  # which trains nothing
             limit = min(limit, config.rounds.answer_timeout_s)
         limit = within(limit)
         outgoing = []
@@ -107,7 +107,7 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     if real:
         content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
         nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
-        limit = config.rounds.timeout_s if config.trial is None else config.rounds.answer_timeout_s
+        limit = config.rounds.timeout_s if config.ab_run is None else config.rounds.answer_timeout_s
         ends = [addressed(content, node, "query.keep", limit) for node in nodes]
         for _ in replies(grid, ends, limit):
             pass

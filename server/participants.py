@@ -66,7 +66,7 @@ class Participants:
         config, began = self.config, time.monotonic()
         real = config.data.source == DEVICES
         wanted = config.rounds.cohort if real else config.data.clients
-        least = max(2, config.smallest_sum) if real else wanted
+        least = max(2, config.min_sum) if real else wanted
         gather_s = config.rounds.gather_s
         limit_s = max(gather_s, config.rounds.timeout_s)
         while True:

@@ -31,7 +31,7 @@ from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.terms import Graph, sized_graph
-from ..common.settings.config import Config, MaskingSettings
+from ..common.settings.config import Config, SecureAggregationSettings
 from . import aggregation, server_step, unmasking, void_rounds
 from .cohort import draw
 from .round_statistics import told
@@ -100,7 +100,7 @@ def run_rounds(
         config: the resolved experiment.
         run: id of the run.
         layout: digest of the state's layout.
-        start: state before the first round, shape (d,): the adapter, or those of all personas.
+        start: state before the first round, shape (d,): the adapter, or those of all clusters.
         folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
         show: called with the record of each attempt, void ones too.
         present: the clients that are there as a round begins, ascending; all of them when None.
@@ -179,7 +179,7 @@ def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None
         return
     done, what = (
         void_rounds.trained(read_lines(folder / LOG)),
-        "looks" if config.trial else "rounds",
+        "looks" if config.ab_run else "rounds",
     )
     raise RunUnfinished(
         f"{done} of {config.rounds.count} {what} of {config.name} are done, and the last "
@@ -253,7 +253,7 @@ def summed(
     """
     _announce(folder, cohort, plan, dimension)
     phases: dict[str, float] = {}
-    wire, masks = seen.watch(_timed(ask, phases)), config.masking
+    wire, masks = seen.watch(_timed(ask, phases)), config.secure_aggregation
     total, came, counts = _sum(wire, cohort, plan, start, folder, dimension, masks, seen)
     few = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
     record: dict[str, Any] = {
@@ -282,7 +282,7 @@ def _unmoved(
     config: Config, exchange: Exchange | None, number: int, state: State
 ) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
     """Return the state after a void round: unchanged, but for what is due by the round's number."""
-    if exchange is None or exchange.groups.count == 1:
+    if exchange is None or exchange.clusters.count == 1:
         return state.adapter, dict(state.optimizer), {}
     return server_step.turned(config, exchange, number, state.adapter, state.optimizer)
 
@@ -310,7 +310,7 @@ def _sum(
     adapter: Vector,
     folder: Path,
     dimension: int,
-    masks: MaskingSettings,
+    masks: SecureAggregationSettings,
     seen: void_rounds.Seen,
 ) -> Summed:
     """Collect the sum of the contributions, mod 2**bits. None where masking reveals none."""

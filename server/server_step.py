@@ -1,9 +1,9 @@
-"""What the server does with a round's mean, by family and by persona. All of it post-processing.
+"""What the server does with a round's mean, by family and by cluster. All of it post-processing.
 
     tiny, ffa, lora, fedsa   a step of the optimiser (`server/aggregation.py`)
     rolora                   the same, of the half that was trained
     fedsvd                   the same, of B; then B A = U S V' is split anew: A = V', B = U S
-    groups                   a step for each persona, over its own members; at published rounds
+    groups                   a step for each cluster, over its own members; at published rounds
                              the one there is is split, or the closest two are merged
 
 **Guarantee**: everything here is a function of public settings, of the state, and of the noised
@@ -40,7 +40,7 @@ def step(
     Args:
         mean: noised mean over the public cohort, as `exchange.released(number)` has it.
     """
-    if exchange.groups.count > 1:
+    if exchange.clusters.count > 1:
         return _grouped(config, exchange, number, state, memory, mean)
     places = exchange.adapter.places(exchange.released(number))
     part = {name: values[places] for name, values in memory.items()}
@@ -55,22 +55,22 @@ def step(
     return new, kept, {}
 
 
-# --- personas -----------------------------------------------------------------------------------
+# --- clusters -----------------------------------------------------------------------------------
 
 
 def turned(
     config: Config, exchange: Exchange, number: int, state: Vector, memory: Memory
 ) -> Stepped:
-    """Split or merge personas if that is due after round `number`, even after a void one.
+    """Split or merge clusters if that is due after round `number`, even after a void one.
 
-    When it is due hangs on public settings alone (`GroupSettings.live`); which two are merged, on
+    When it is due hangs on public settings alone (`active_clusters`); which two are merged, on
     the state and on the noised numbers of members since the last time.
     """
-    settings = exchange.groups
-    live, after = settings.live(number), settings.live(number + 1)
+    settings = exchange.clusters
+    live, after = settings.active_clusters(number), settings.active_clusters(number + 1)
     if after == live:
         return state, dict(memory), {}
-    new = exchange.personas(state).copy()
+    new = exchange.cluster_vectors(state).copy()
     kept = {name: v.reshape(len(new), -1).copy() for name, v in memory.items() if name != MEMBERS}
     said: dict[str, Any] = {"split": after}
     if after > live:
@@ -88,12 +88,16 @@ def _grouped(
     memory: Memory,
     mean: NDArray[np.float64],
 ) -> Stepped:
-    """Take a step for each persona over its own members, then the split or merger that is due."""
-    most, live, cohort = exchange.groups.most, exchange.groups.live(number), config.rounds.cohort
+    """Take a step for each cluster over its own members, then the split or merger that is due."""
+    most, live, cohort = (
+        exchange.clusters.max_clusters,
+        exchange.clusters.active_clusters(number),
+        config.rounds.cohort,
+    )
     sums = (mean[:-most] * cohort).reshape(most, -1)
     members = mean[-most:] * cohort / exchange.mark(config.privacy.client.clip)
     told = memory.get(MEMBERS, np.zeros(most + 1)) + np.append(members, 1.0)
-    new = exchange.personas(state).copy()
+    new = exchange.cluster_vectors(state).copy()
     kept = {name: v.reshape(most, -1).copy() for name, v in memory.items() if name != MEMBERS}
     usual = _usual(config, exchange, number, {MEMBERS: told})
     for place in range(live):
@@ -109,38 +113,43 @@ def _grouped(
 
 
 def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:
-    """Estimate the members of each persona in round `number`, by which the server divides.
+    """Estimate the members of each cluster in round `number`, by which the server divides.
 
     It is a mean over the rounds since the last turn: the noise of one round is as large as a small
-    persona. Where it is below the public floor, `groups.smallest` of the cohort, it is the floor.
+    cluster. Where it is below the public floor, `clusters.min_share` of the cohort, it is the
+    floor.
     """
-    told = memory.get(MEMBERS, np.zeros(exchange.groups.most + 1)).astype(np.float64)
-    usual = told[: exchange.groups.live(number)] / max(told[-1], 1.0)
-    return np.asarray(np.maximum(usual, exchange.groups.smallest * config.rounds.cohort))
+    told = memory.get(MEMBERS, np.zeros(exchange.clusters.max_clusters + 1)).astype(np.float64)
+    usual = told[: exchange.clusters.active_clusters(number)] / max(told[-1], 1.0)
+    return np.asarray(np.maximum(usual, exchange.clusters.min_share * config.rounds.cohort))
 
 
-def _split(exchange: Exchange, number: int, personas: Vector, memory: Mapping[str, Vector]) -> None:
+def _split(
+    exchange: Exchange, number: int, cluster_vectors: Vector, memory: Mapping[str, Vector]
+) -> None:
     """Replace the first adapter by `most` around it, each a step in a public random direction.
 
     Its members, each by its own loss, take the side their own gradients point to. The step is
-    about `groups.spread` of how far the adapter has come. Momentum begins anew.
+    about `clusters.spread` of how far the adapter has come. Momentum begins anew.
     """
-    middle, first = personas[0].astype(np.float64), exchange.first
+    middle, first = cluster_vectors[0].astype(np.float64), exchange.first
     way = float(np.linalg.norm(middle - first)) or 1e-2
-    drawn = np.random.default_rng([exchange.groups.seed, number]).normal(size=personas.shape)
+    drawn = np.random.default_rng([exchange.clusters.seed, number]).normal(
+        size=cluster_vectors.shape
+    )
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    personas[:] = middle + exchange.groups.spread * way * (drawn - drawn.mean(0))
+    cluster_vectors[:] = middle + exchange.clusters.spread * way * (drawn - drawn.mean(0))
     for name, values in memory.items():
         values[:] = 0.0 if name == "momentum" else values[0]
 
 
 def _merge(
     exchange: Exchange,
-    personas: Vector,
+    cluster_vectors: Vector,
     memory: Mapping[str, Vector],
     members: NDArray[np.float64],
 ) -> list[int]:
-    """Merge the two closest personas into one, their mean weighted by members.
+    """Merge the two closest clusters into one, their mean weighted by members.
 
     Returns which two they were, by place.
 
@@ -153,13 +162,13 @@ def _merge(
     pairs = [(one, two) for one in range(live) for two in range(one + 1, live)]
 
     def cost(pair: tuple[int, int]) -> float:
-        apart = personas[pair[0]].astype(np.float64) - personas[pair[1]]
+        apart = cluster_vectors[pair[0]].astype(np.float64) - cluster_vectors[pair[1]]
         a, b = members[list(pair)]
         return float(a * b / (a + b) * (apart @ apart))
 
     one, two = min(pairs, key=cost)
     share = members[[one, two]] / members[[one, two]].sum()
-    for name, values in {"": personas, **memory}.items():
+    for name, values in {"": cluster_vectors, **memory}.items():
         values[one] = share @ values[[one, two]]
         values[two : live - 1] = values[two + 1 : live].copy()
         values[live - 1] = 0.0 if name else exchange.first

@@ -4,7 +4,7 @@ A round is void where too few answered; it does not count towards `rounds.count`
 again. Where nobody can have released under masks it keeps its number: a device that answered
 without masks sends the same bytes again at no cost (`client/device.py`). Otherwise its number is
 used up, because no device masks the same contribution twice; those who had released may answer the
-next number afresh, and pay again, as often as their owner allows (`Config.most_releases`).
+next number afresh, and pay again, as often as their owner allows (`Config.max_releases`).
 
 **Guarantee**: what is written down here is what the server saw of the wire: who was asked, who
 declined, who was silent, whose bytes it could not use. Why a device declines stays on it.

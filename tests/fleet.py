@@ -50,8 +50,8 @@ NOISE = 16.0
 """So much that the homes of one fleet can take part in a hundred rounds with a finite epsilon."""
 OWNER: dict[str, dict[str, Any]] = {
     "budget": {"client": 1e5, "example": 1e5},
-    "limits": {"smallest_cohort": 3, "colluding": 0.0, "smallest_example_noise": 0.0},
-    "when": {"largest_load": 1000.0},
+    "limits": {"min_cohort": 3, "colluding": 0.0, "min_example_noise": 0.0},
+    "when": {"max_load": 1000.0},
     "resources": {"nice": 0},
     "consent": {"ask": False},
 }
@@ -375,7 +375,7 @@ def run_config(base: Path, people: int, name: str, **changes: Any) -> Config:
                 "example": {"enabled": False},
                 "budget": {"client": 100000.0, "example": 100000.0},
             },
-            "masking": {"survivors": 0.6, "colluding": 0.0, "smallest_cohort": 3},
+            "secure_aggregation": {"survivors": 0.6, "colluding": 0.0, "min_cohort": 3},
             "speed": {"threads": 1},
             "insecure_test_seed": 1,
         }

@@ -128,7 +128,7 @@ LAXER: dict[str, tuple[Terms, MaskingPolicy, int]] = {
     "a round before the last": (TERMS, POLICY, 9),
     "too few survivors accepted": (terms(survivors=2), POLICY, 6),
     "fewer colluders than the policy reckons with": (terms(colluders=0), POLICY, 6),
-    "a modulus below the policy": (TERMS, dataclasses.replace(POLICY, smallest_bits=24), 6),
+    "a modulus below the policy": (TERMS, dataclasses.replace(POLICY, min_bits=24), 6),
 }
 
 

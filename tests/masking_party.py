@@ -13,7 +13,7 @@ from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, Terms, 
 from privet.server import unmasking as server
 
 PHASES = ("keys", "shares", "receive", "mask", "confirm", "unmask")
-POLICY = MaskingPolicy(smallest_cohort=5, smallest_survivors=3)
+POLICY = MaskingPolicy(min_cohort=5, min_survivors=3)
 
 
 def stream(label: str) -> Callable[[int], bytes]:

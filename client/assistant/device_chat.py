@@ -21,7 +21,7 @@ from ...common.errors import AssetError, ConfigError, PrivacyError, StateError
 from ...common.model.adapter import shared
 from ...common.model.assets import CATALOGUE, status
 from ...common.model.base_model import BaseModel, load
-from ..enrolled.ab_assignment import Trial, current
+from ..enrolled.ab_assignment import AbAssignment, current
 from ..personal.text_head import TextHead
 from ..store import verdicts
 from ..store.device_store import DeviceStore
@@ -88,7 +88,7 @@ def assistant_of(
         AssetError: a model is not in the cache; a chat fetches nothing.
     """
     chosen = _ended(home, run)
-    used, trial = _template(home, template)
+    used, ab_run = _template(home, template)
     head = None
     if chosen is None:
         base = loaded(BASE)
@@ -107,26 +107,26 @@ def assistant_of(
     profile = profile_of(records, public_chances(base.tokenizer))
     home.vault.put("profile", profile.to_bytes())
     index = index_of(home, [record.text for record in records], encoder)
-    if trial is not None and trial.arm == "shared":
+    if ab_run is not None and ab_run.arm == "shared":
         head = None
-    name = "" if trial is None else trial.run
+    name = "" if ab_run is None else ab_run.run
     return Assistant(base, chosen or "", head, index, profile, used, sampling, name)
 
 
-def _template(home: DeviceStore, asked: str | None) -> tuple[Template, Trial | None]:
+def _template(home: DeviceStore, asked: str | None) -> tuple[Template, AbAssignment | None]:
     """Return the template to use, and the A/B experiment it is an arm of.
 
     An arm whose template this device has not, or trusts no more, is not taken part in: the chat is
     as ever, and its verdicts are no outcome.
     """
-    trial = None if asked is not None else current(home)
-    wanted = None if trial is None else trial.template
+    ab_run = None if asked is not None else current(home)
+    wanted = None if ab_run is None else ab_run.template
     if wanted is not None:
         try:
-            return template_store.trusted(home, *wanted), trial
+            return template_store.trusted(home, *wanted), ab_run
         except (ConfigError, PrivacyError):
-            trial = None
-    return template_store.in_use(home, asked or TEMPLATE), trial
+            ab_run = None
+    return template_store.in_use(home, asked or TEMPLATE), ab_run
 
 
 def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:

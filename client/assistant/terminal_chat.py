@@ -195,7 +195,7 @@ def facts(reply: "Reply", assistant: "Assistant") -> dict[str, Any]:
             "head": reply.with_head,
             "profile": reply.with_profile,
             "template": reply.template,
-            "experiment": assistant.trial or None,
+            "experiment": assistant.ab_run or None,
             "retrieved": [asdict(source) for source in reply.sources],
         },
         "first_token_s": {"global": reply.shared.first_s, "personal": reply.personal.first_s},
@@ -230,7 +230,7 @@ def _origin(reply: "Reply", assistant: "Assistant") -> str:
         "own head" if reply.with_head else "no head that helped",
         "profile" if reply.with_profile else "no profile",
         f"own texts {places}" if places else "no own text",
-        *([f"an arm of {assistant.trial}"] if assistant.trial else []),
+        *([f"an arm of {assistant.ab_run}"] if assistant.ab_run else []),
     ]
     return (
         f"personal: {'; '.join(parts)} (template {reply.template}; :why shows them)\n"

@@ -139,7 +139,7 @@ class Assistant:
     profile: Profile | None = field(repr=False)
     template: Template
     sampling: Sampling
-    trial: str = ""
+    ab_run: str = ""
 
     def reply(self, prompt: str, heard: Heard | None = None) -> Reply:
         """Answer one prompt with the shared and with the personal model.

@@ -54,15 +54,14 @@ def not_now(policy: Policy, now: datetime, reading: Reading) -> str | None:
         return f"it is {now:%H:%M}, outside when.hours = {when.hours!r}"
     if reading.on_battery and not when.on_battery:
         return "the device runs on battery, and when.on_battery = false"
-    if reading.battery is not None and reading.battery < when.smallest_battery:
+    if reading.battery is not None and reading.battery < when.min_battery:
         return (
-            f"the battery has {reading.battery:.0f} %, below when.smallest_battery = "
-            f"{when.smallest_battery:g}"
+            f"the battery has {reading.battery:.0f} %, below when.min_battery = "
+            f"{when.min_battery:g}"
         )
-    if reading.load is not None and reading.load > when.largest_load:
+    if reading.load is not None and reading.load > when.max_load:
         return (
-            f"the load is {reading.load:.1f} for each core, above when.largest_load = "
-            f"{when.largest_load:g}"
+            f"the load is {reading.load:.1f} for each core, above when.max_load = {when.max_load:g}"
         )
     return None
 

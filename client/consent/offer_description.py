@@ -73,13 +73,13 @@ def describe(
     server makes it, and rounded up to two digits; without `dimension`, for an adapter of a usual
     size. Of names that the server chose, what a terminal would obey is replaced.
     """
-    config, trial = offer.config, offer.config.trial
+    config, ab_run = offer.config, offer.config.ab_run
     rows = [
         ("run", shown(offer.run)),
         ("server", shown(offer.server)),
         ("received", f"{datetime.fromtimestamp(offer.received, UTC):%Y-%m-%d %H:%M} UTC"),
     ]
-    if trial is None:
+    if ab_run is None:
         rows += [
             ("base model", shown(config.model.base)),
             ("adapter", _adapter(config, dimension)),
@@ -87,8 +87,8 @@ def describe(
             ("work", _work(config)),
         ]
     else:
-        dimension = trial.entries * len(trial.arms)
-        rows += [("experiment", _experiment(trial)), ("looks", _rounds(config))]
+        dimension = ab_run.entries * len(ab_run.arms)
+        rows += [("experiment", _experiment(ab_run)), ("looks", _rounds(config))]
     found, own = reasons(policy, config, offer.server), own_config(policy, config, closed)
     rows.append(("noise", _noise(config)))
     try:
@@ -146,8 +146,8 @@ def shortage(
     """
     from ..privacy.affordable_rounds import fewest
 
-    config, trial = offer.config, offer.config.trial
-    dimension = None if trial is None else trial.entries * len(trial.arms)
+    config, ab_run = offer.config, offer.config.ab_run
+    dimension = None if ab_run is None else ab_run.entries * len(ab_run.arms)
     left = config.rounds.count - len(in_run)
     mine = [charge for release in in_run for charge in release]
     own = own_config(policy, config, closed)
@@ -248,7 +248,7 @@ def _growing(config: Config, own: Config, once: Sequence["Charge"]) -> str:
     """State a figure after one release, after all of the run, and with all that may be repeated."""
     from ..privacy.collusion import reckoned
 
-    count, most, delta = config.rounds.count, config.most_releases, own.privacy.delta
+    count, most, delta = config.rounds.count, config.max_releases, own.privacy.delta
     shown = once[0].against == "unmasked server"  # else without a bound there is no figure
     found = [reckoned([*once] * n, delta) for n in (1, count, most)]
     first, always, worst = (
@@ -336,9 +336,10 @@ def _adapter(config: Config, dimension: int | None) -> str:
     own = config.adapter
     said = f"{own.family}, rank {own.rank}, in the last {own.last_blocks} blocks"
     said += "" if dimension is None else f", {dimension:,} numbers"
-    if config.groups.count > 1:
+    if config.clusters.count > 1:
         said += (
-            f"; {config.groups.count} personas, of which this device trains the one that fits your "
+            f"; {config.clusters.count} clusters, of which this device trains the one that fits "
+            "your "
             "records; which one that is leaves in noised sums only"
         )
     if own.start:
@@ -348,13 +349,14 @@ def _adapter(config: Config, dimension: int | None) -> str:
     return said
 
 
-def _experiment(trial: AbRunSettings) -> str:
+def _experiment(ab_run: AbRunSettings) -> str:
     said = (
-        f"A/B: for at most {trial.days:g} days `privet chat --device` answers with one of "
-        f"{', '.join(map(shown, trial.arms))}, which of them is drawn on this device and not sent; "
+        f"A/B: for at most {ab_run.days:g} days `privet chat --device` answers with one of "
+        f"{', '.join(map(shown, ab_run.arms))}, which of them is drawn on this device and not "
+        "sent; "
         "what may leave is the share of those answers that you took"
     )
-    if trial.outcome == "binary":
+    if ab_run.outcome == "binary":
         said += ", as more than half or not"
     return f"{said}, in a noised, masked sum; nothing is trained"
 
@@ -363,21 +365,21 @@ def _rounds(config: Config) -> str:
     own = config.rounds
     said = (
         f"{own.count}, of {own.cohort} devices each{_before(config)}; this device may be asked for "
-        f"one release in each, {config.most_releases} at most"
-        + ("" if config.most_releases == own.count else ", should rounds come to nothing")
+        f"one release in each, {config.max_releases} at most"
+        + ("" if config.max_releases == own.count else ", should rounds come to nothing")
         + ", and what it sends cannot be taken back"
     )
     if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
         said += (
-            f"; a sum is opened from {config.smallest_sum} devices on, and holds if at most "
+            f"; a sum is opened from {config.min_sum} devices on, and holds if at most "
             f"{config.colluders} of all enrolled devices work for the server"
         )
     return said
 
 
 def _before(config: Config) -> str:
-    hours = config.ab.hours
-    return f", {hours:g} hours or more before each" if config.trial is not None and hours else ""
+    hours = config.ab_test.hours
+    return f", {hours:g} hours or more before each" if config.ab_run is not None and hours else ""
 
 
 def _work(config: Config) -> str:
@@ -402,7 +404,7 @@ def _noise(config: Config) -> str:
             f"client-level: contribution clipped to {client.clip:g}, noise of "
             f"{client.noise_multiplier:g} times that; {PLACES[client.noise_at]}"
         ]
-    if config.trial is not None:
+    if config.ab_run is not None:
         masked = client.noise_at == "distributed"
         said += ["should the masks fail, only this device's share of it is left"] if masked else []
         return "; ".join(said)

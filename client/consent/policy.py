@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from ...common.errors import ConfigError, PrivacyError, StateError
 from ...common.files import explain_os_errors, write_atomic
 from ...common.settings.config import Config, NoiseAt, faults, shortened
+from ...common.settings.former_names import POLICY, with_names_of_today
 from .policy_settings import OwnBudget, Policy
 
 __all__ = [
@@ -66,7 +67,7 @@ def read(path: Path) -> Policy:
     except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, numbers without end
         raise ConfigError(f"the policy {path} is not valid TOML: {error}") from None
     try:
-        return Policy.model_validate(table)
+        return Policy.model_validate(with_names_of_today(table, POLICY))
     except ValidationError as error:
         raise ConfigError(f"the policy {path} does not fit:\n{faults(error, Policy)}") from None
 
@@ -112,7 +113,7 @@ def reasons(policy: Policy, config: Config, server: str) -> tuple[str, ...]:
         for field, value, kept, demand, key in (
             *_promises(policy, config),
             *_masks(policy, config),
-            *(_work(policy, config) if config.trial is None else ()),
+            *(_work(policy, config) if config.ab_run is None else ()),
             *_uses(policy, config, server),
         )
         if not kept
@@ -131,7 +132,7 @@ def refuse_run(policy: Policy, config: Config, server: str) -> None:
         PrivacyError: all reasons, one a line.
 
     The run's own `privacy.budget` is no reason: the ledger stops at either. Neither is
-    `masking.smallest_cohort`, of which the larger holds.
+    `secure_aggregation.min_cohort`, of which the larger holds.
     """
     found = reasons(policy, config, server)
     if found:
@@ -163,9 +164,13 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
     An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
     of its outcome, and what it may cost is in its noise and its number of looks. So it has no cap.
     """
-    limits, budget, trains = policy.limits, policy.budget, config.trial is None
-    client, example, masking = config.privacy.client, config.privacy.example, config.masking
-    has_examples = trains and (example.enabled or limits.smallest_example_noise > 0)
+    limits, budget, trains = policy.limits, policy.budget, config.ab_run is None
+    client, example, secure_aggregation = (
+        config.privacy.client,
+        config.privacy.example,
+        config.secure_aggregation,
+    )
+    has_examples = trains and (example.enabled or limits.min_example_noise > 0)
     cap = config.privacy.budget
     privacy = {
         "delta": min(config.privacy.delta, budget.delta),
@@ -179,39 +184,39 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
         "directory": config.privacy.directory if closed else "open",
         "client": _with(
             client,
-            enabled=client.enabled or limits.smallest_noise > 0 or not has_examples,
+            enabled=client.enabled or limits.min_noise > 0 or not has_examples,
             noise_at=min(client.noise_at, limits.noise_at, key=PLACES.index),
-            noise_multiplier=max(client.noise_multiplier, limits.smallest_noise),
-            clip=min(client.clip, limits.largest_clip) if trains else client.clip,
-            bits=max(client.bits, limits.smallest_bits),
+            noise_multiplier=max(client.noise_multiplier, limits.min_noise),
+            clip=min(client.clip, limits.max_clip) if trains else client.clip,
+            bits=max(client.bits, limits.min_bits),
             adjacency=budget.client_adjacency,
         ),
         "example": _with(
             example,
             enabled=has_examples,
-            noise_multiplier=max(example.noise_multiplier, limits.smallest_example_noise),
+            noise_multiplier=max(example.noise_multiplier, limits.min_example_noise),
             adjacency=budget.example_adjacency,
         ),
     }
     return _with(
         config,
         privacy=_with(config.privacy, **privacy),
-        masking=_with(
-            masking,
-            survivors=max(masking.survivors, limits.smallest_survivors),
+        secure_aggregation=_with(
+            secure_aggregation,
+            survivors=max(secure_aggregation.survivors, limits.min_survivors),
             colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
-            smallest_cohort=max(masking.smallest_cohort, limits.smallest_cohort),
+            min_cohort=max(secure_aggregation.min_cohort, limits.min_cohort),
         ),
         statistics=_with(
             config.statistics,
             enabled=config.statistics.enabled and policy.allowed.statistics,
             **{
-                name: max(getattr(config.statistics, name), limits.smallest_noise)
+                name: max(getattr(config.statistics, name), limits.min_noise)
                 for name in BLOCK_NOISE
             },
         ),
         training=_with(
-            config.training, steps=min(config.training.steps, limits.largest_steps)
+            config.training, steps=min(config.training.steps, limits.max_steps)
         ),
         insecure_test_seed=config.insecure_test_seed if policy.allowed.insecure_test_seed else None,
     )  # fmt: skip
@@ -224,52 +229,52 @@ _Check = tuple[str, Any, bool, str, str]
 def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
     limits, budget = policy.limits, policy.budget
     client, example = config.privacy.client, config.privacy.example
-    noise, record_noise = limits.smallest_noise, limits.smallest_example_noise
+    noise, record_noise = limits.min_noise, limits.min_example_noise
     yield _at_most("privacy.delta", config.privacy.delta, budget.delta, "budget.delta")
     if not client.enabled and not example.enabled:
         demand = "asks for a claim at client or example level"
-        key = "limits.smallest_noise, limits.smallest_example_noise"
+        key = "limits.min_noise, limits.min_example_noise"
         yield "privacy.client.enabled", False, False, demand, key
     elif not client.enabled:
         demand = f"asks for client-level noise of {noise:g}"
-        yield "privacy.client.enabled", False, noise == 0, demand, "limits.smallest_noise"
-    elif not example.enabled and config.trial is None:
-        demand, key = f"asks for {record_noise:g} at example level", "limits.smallest_example_noise"
+        yield "privacy.client.enabled", False, noise == 0, demand, "limits.min_noise"
+    elif not example.enabled and config.ab_run is None:
+        demand, key = f"asks for {record_noise:g} at example level", "limits.min_example_noise"
         yield "privacy.example.enabled", False, record_noise == 0, demand, key
     if client.enabled:
         allowed = PLACES[: PLACES.index(limits.noise_at) + 1]
         demand, key = f"accepts {' or '.join(allowed)}", "limits.noise_at"
         yield "privacy.client.noise_at", client.noise_at, client.noise_at in allowed, demand, key
         field, given = "privacy.client.noise_multiplier", client.noise_multiplier
-        yield _at_least(field, given, noise, "limits.smallest_noise")
+        yield _at_least(field, given, noise, "limits.min_noise")
         yield _adjacency("client", client.adjacency, budget.client_adjacency)
     if example.enabled:
         field, given = "privacy.example.noise_multiplier", example.noise_multiplier
-        yield _at_least(field, given, record_noise, "limits.smallest_example_noise")
+        yield _at_least(field, given, record_noise, "limits.min_example_noise")
         yield _adjacency("example", example.adjacency, budget.example_adjacency)
     for name, asked in zip(BLOCK_NOISE, config.statistics.asked_for, strict=True):
         if asked:
             given = getattr(config.statistics, name)
-            yield _at_least(f"statistics.{name}", given, noise, "limits.smallest_noise")
-    if config.trial is None:
-        clip, key = limits.largest_clip, "limits.largest_clip"
+            yield _at_least(f"statistics.{name}", given, noise, "limits.min_noise")
+    if config.ab_run is None:
+        clip, key = limits.max_clip, "limits.max_clip"
         yield _at_most("privacy.client.clip", client.clip, clip, key)
 
 
 def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
-    limits, client, masking = policy.limits, config.privacy.client, config.masking
-    cohort, least = config.rounds.cohort, limits.smallest_cohort
-    yield _at_least("rounds.cohort", cohort, least, "limits.smallest_cohort")
+    limits, client, given = policy.limits, config.privacy.client, config.secure_aggregation
+    cohort, least = config.rounds.cohort, limits.min_cohort
+    yield _at_least("rounds.cohort", cohort, least, "limits.min_cohort")
     if client.bits:  # 0: chosen, and then never below 16
-        bits = limits.smallest_bits
-        yield _at_least("privacy.client.bits", client.bits, bits, "limits.smallest_bits")
+        bits = limits.min_bits
+        yield _at_least("privacy.client.bits", client.bits, bits, "limits.min_bits")
     if client.enabled and client.noise_at == "distributed":
-        survivors, key = limits.smallest_survivors, "limits.smallest_survivors"
-        yield _at_least("masking.survivors", masking.survivors, survivors, key)
+        survivors, key = limits.min_survivors, "limits.min_survivors"
+        yield _at_least("secure_aggregation.survivors", given.survivors, survivors, key)
         feared = limits.colluders(cohort)
         yield (
-            "masking.colluding",
-            masking.colluding,
+            "secure_aggregation.colluding",
+            given.colluding,
             config.colluders >= feared,
             f"asks for at least {feared} colluding devices in a cohort of {cohort}",
             "limits.colluding",
@@ -279,12 +284,12 @@ def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
 def _work(policy: Policy, config: Config) -> Iterator[_Check]:
     limits, training, data = policy.limits, config.training, config.data
     for field, given, most, key in (
-        ("training.steps", training.steps, limits.largest_steps, "largest_steps"),
-        ("training.batch_size", training.batch_size, limits.largest_batch, "largest_batch"),
-        ("data.records_per_client", data.records_per_client, limits.largest_records,
-         "largest_records"),
-        ("data.max_tokens", data.max_tokens, limits.largest_tokens, "largest_tokens"),
-        ("training.packed", training.packed, limits.largest_tokens, "largest_tokens"),
+        ("training.steps", training.steps, limits.max_steps, "max_steps"),
+        ("training.batch_size", training.batch_size, limits.max_batch, "max_batch"),
+        ("data.records_per_client", data.records_per_client, limits.max_records,
+         "max_records"),
+        ("data.max_tokens", data.max_tokens, limits.max_tokens, "max_tokens"),
+        ("training.packed", training.packed, limits.max_tokens, "max_tokens"),
     ):  # fmt: skip
         yield _at_most(field, given, most, f"limits.{key}")
 
@@ -292,7 +297,7 @@ def _work(policy: Policy, config: Config) -> Iterator[_Check]:
 def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     allowed, base, seed = policy.allowed, config.model.base, config.insecure_test_seed
     demand = f"allows {', '.join(allowed.models)}"
-    loads = config.trial is None
+    loads = config.ab_run is None
     yield "model.base", base, not loads or matches(base, allowed.models), demand, "allowed.models"
     demand, known = f"allows {', '.join(allowed.servers)}", [one.lower() for one in allowed.servers]
     kept = not known or matches(server.lower(), known)
@@ -301,7 +306,7 @@ def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     demand, key = "allows no statistics", "allowed.statistics"
     yield "statistics.enabled", config.statistics.enabled, kept, demand, key
     kept = allowed.statistics or loads
-    yield "ab.arms", list(config.ab.arms), kept, demand, key
+    yield "ab_test.arms", list(config.ab_test.arms), kept, demand, key
     kept = allowed.insecure_test_seed or seed is None
     demand, key = "takes no part in runs that are not private", "allowed.insecure_test_seed"
     yield "insecure_test_seed", seed, kept, demand, key

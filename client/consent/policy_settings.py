@@ -13,8 +13,8 @@ from ...common.settings.config import (
     NEW_DEVICE,
     Adjacency,
     BudgetSettings,
-    MaskingSettings,
     NoiseAt,
+    SecureAggregationSettings,
     quorum,
 )
 
@@ -22,7 +22,7 @@ __all__ = [
     "Allowed",
     "Budget",
     "Consent",
-    "Intake",
+    "ImportTexts",
     "Limits",
     "Outbox",
     "OwnBudget",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DAY = 24 * 60
-LEAST_COLLUDERS = 2
+MIN_COLLUDERS = 2
 """Of a share: in a cohort of ten, two devices of a server's own would read everybody else's."""
 
 MODELS = ("smollm2-135m-instruct", "minilm")
@@ -105,24 +105,24 @@ class Limits(_Section):
         'shares by the devices, under masks) or "server" (you trust the server); what comes before '
         "it in this list is accepted too",
     )
-    smallest_noise: float = Field(
+    min_noise: float = Field(
         1.0,
         ge=0,
         description="client-level noise in a sum, in multiples of the clip; 0 accepts runs without "
         "it, if they have example-level noise",
     )
-    smallest_example_noise: float = Field(
+    min_example_noise: float = Field(
         0.5,
         ge=0,
         description="example-level noise in each training step, in multiples of one record's clip; "
         "it is what is left should the masks fail; 0 accepts runs without it, if they have "
         "client-level noise",
     )
-    largest_clip: float = Field(
+    max_clip: float = Field(
         1.0, gt=0, description="l2 norm that one contribution may have, in units of the adapter"
     )
-    smallest_cohort: int = Field(10, ge=3, description="devices asked in one round")
-    smallest_survivors: float = Field(
+    min_cohort: int = Field(10, ge=3, description="devices asked in one round")
+    min_survivors: float = Field(
         0.6, gt=0, le=1, description="share of the cohort that a sum must have to be opened"
     )
     colluding: float = Field(
@@ -132,31 +132,31 @@ class Limits(_Section):
         "server: their number, or between 0 and 1 that share of the run's cohort, and then 2 at "
         "least, which whoever runs a server soon has",
     )
-    smallest_bits: int = Field(
+    min_bits: int = Field(
         12, ge=12, le=16, description="of the numbers under masks: sums are taken modulo 2**bits"
     )
-    largest_steps: int = Field(20, ge=1, description="training steps in one round")
-    largest_batch: int = Field(32, ge=1, description="expected records in one step")
-    largest_records: int = Field(1000, ge=1, description="own records that a run may train on")
-    largest_tokens: int = Field(512, ge=4, description="tokens read of one record")
+    max_steps: int = Field(20, ge=1, description="training steps in one round")
+    max_batch: int = Field(32, ge=1, description="expected records in one step")
+    max_records: int = Field(1000, ge=1, description="own records that a run may train on")
+    max_tokens: int = Field(512, ge=4, description="tokens read of one record")
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        cohort, feared = self.smallest_cohort, self.colluders(self.smallest_cohort)
-        masking = MaskingSettings(survivors=self.smallest_survivors)
-        smallest = max(masking.smallest_sum(cohort), quorum(cohort, feared))
+        cohort, feared = self.min_cohort, self.colluders(self.min_cohort)
+        secure_aggregation = SecureAggregationSettings(survivors=self.min_survivors)
+        smallest = max(secure_aggregation.min_sum(cohort), quorum(cohort, feared))
         honest = min(smallest, cohort) - feared
         if honest < 2:
             raise ValueError(
                 f"colluding = {self.colluding:g} leaves {max(honest, 0)} honest survivors of "
-                f"smallest_cohort = {cohort}, but a sum needs at least 2; raise smallest_cohort"
+                f"min_cohort = {cohort}, but a sum needs at least 2; raise min_cohort"
             )
         return self
 
     def colluders(self, cohort: int) -> int:
         """Return how many devices a run with this cohort must count as working for its server."""
-        found = MaskingSettings(colluding=self.colluding).colluders(cohort)
-        return max(found, LEAST_COLLUDERS) if 0 < self.colluding < 1 else found
+        found = SecureAggregationSettings(colluding=self.colluding).colluders(cohort)
+        return max(found, MIN_COLLUDERS) if 0 < self.colluding < 1 else found
 
 
 class Allowed(_Section):
@@ -199,10 +199,10 @@ class When(_Section):
         description='local time, such as "22:00-07:00, 12:30-13:00"; empty: at any hour',
     )
     on_battery: bool = Field(False, description="whether to train without mains power")
-    smallest_battery: float = Field(
+    min_battery: float = Field(
         30.0, ge=0, le=100, description="charge in percent, also while charging"
     )
-    largest_load: float = Field(
+    max_load: float = Field(
         2.0, gt=0, description="1-minute load average for each core, from all programs"
     )
 
@@ -239,7 +239,7 @@ class Consent(_Section):
     )
 
 
-class Intake(_Section):
+class ImportTexts(_Section):
     """The folders of `privet client add`."""
 
     rescan_minutes: float = Field(15.0, gt=0, description="between two looks for new records")
@@ -280,7 +280,7 @@ class Policy(_Section):
     when: When = When()
     resources: Resources = Resources()
     consent: Consent = Consent()
-    intake: Intake = Intake()
+    import_texts: ImportTexts = ImportTexts()
     outbox: Outbox = Outbox()
     prompts: Prompts = Prompts()
 

@@ -161,7 +161,7 @@ def promises_less(before: Offer, after: Offer) -> bool:
     return (
         new.rounds.cohort < old.rounds.cohort
         or new.colluders < old.colluders
-        or new.smallest_sum - new.colluders < old.smallest_sum - old.colluders
+        or new.min_sum - new.colluders < old.min_sum - old.colluders
     )
 
 

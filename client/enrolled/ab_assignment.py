@@ -1,6 +1,6 @@
 """The A/B experiment that this device's chat is part of: its arm, and the owner's outcome.
 
-    agreed   the arm is in use from the owner's yes to the experiment's end, `ab.days` at most
+    agreed   the arm is in use from the owner's yes to the experiment's end, `ab_test.days` at most
     arm      a template (memory, memory@1.0.0), or the usual one with the personal head or without
              it (personal, shared)
     outcome  the share of the arm's answers that the owner took, of those with a verdict
@@ -18,7 +18,7 @@ from ..consent.run_offers import Offer
 from ..store import verdicts
 from ..store.device_store import DeviceStore
 
-__all__ = ["HEADS", "Trial", "current", "of", "outcome"]
+__all__ = ["HEADS", "AbAssignment", "current", "of", "outcome"]
 
 HEADS = ("personal", "shared")
 """Arms that are no templates: with the personal head, and without it."""
@@ -27,7 +27,7 @@ DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
-class Trial:
+class AbAssignment:
     """One experiment and this device's arm in it."""
 
     run: str
@@ -44,7 +44,7 @@ class Trial:
         return None if self.arm in HEADS else (name, version or None)
 
 
-def current(home: DeviceStore) -> Trial | None:
+def current(home: DeviceStore) -> AbAssignment | None:
     """Return the experiment agreed to last that has not ended.
 
     None where this device is in none.
@@ -60,19 +60,19 @@ def current(home: DeviceStore) -> Trial | None:
     return None
 
 
-def of(home: DeviceStore, offer: Offer) -> Trial | None:
+def of(home: DeviceStore, offer: Offer) -> AbAssignment | None:
     """Return this device's part in an offered A/B experiment.
 
     None where the offer is no experiment.
     """
-    trial = offer.config.trial
-    if trial is None:
+    ab_run = offer.config.ab_run
+    if ab_run is None:
         return None
-    place = arm_of(home.identity.seed, offer.run, len(trial.arms))
-    return Trial(offer.run, trial, trial.arms[place])
+    place = arm_of(home.identity.seed, offer.run, len(ab_run.arms))
+    return AbAssignment(offer.run, ab_run, ab_run.arms[place])
 
 
-def outcome(home: DeviceStore, run: str, trial: AbRunSettings) -> float | None:
+def outcome(home: DeviceStore, run: str, ab_run: AbRunSettings) -> float | None:
     """Return the share of the arm's answers that the owner took, 0 to 1.
 
     For a binary outcome it is 1 for more than half, and else 0. None without a verdict.
@@ -81,4 +81,4 @@ def outcome(home: DeviceStore, run: str, trial: AbRunSettings) -> float | None:
     if not taken:
         return None
     share = sum(taken) / len(taken)
-    return float(share > 0.5) if trial.outcome == "binary" else share
+    return float(share > 0.5) if ab_run.outcome == "binary" else share

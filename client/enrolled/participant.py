@@ -89,8 +89,8 @@ class EnrolledContext:
         """Return what the owner's verdicts say of the answers of this device's arm."""
         from .ab_assignment import outcome
 
-        trial = self.config.trial
-        return None if trial is None else outcome(self.home, self.run, trial)
+        ab_run = self.config.ab_run
+        return None if ab_run is None else outcome(self.home, self.run, ab_run)
 
     def at_home(self, _: str) -> bytes | None:
         """Read the part of the adapter that stays on this device from the vault."""
@@ -206,7 +206,7 @@ class EnrolledParticipant:
         from ..training.local_training import Trainer
 
         torch.set_num_threads(threads(self._home.policy.resources))
-        if config.trial is not None:  # nothing is trained: no model is loaded
+        if config.ab_run is not None:  # nothing is trained: no model is loaded
             return EnrolledContext(
                 self._home, run, config, cast("Trainer", None), number, self.pace
             )
@@ -245,8 +245,8 @@ class EnrolledParticipant:
 
         try:
             context = self._desk_of(run, NOBODY, begins=False)
-            if context.config.trial is not None:
-                self._home.refuse_to_keep(run, adapter, layout(context.config.trial).dimension)
+            if context.config.ab_run is not None:
+                self._home.refuse_to_keep(run, adapter, layout(context.config.ab_run).dimension)
                 self._home.keep(run, {})
                 return
             self._home.refuse_to_keep(run, adapter, exchange_at(context).state.dimension)

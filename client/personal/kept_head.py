@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ...common.errors import PrivetError
-from ..device import Device, DeviceContext, exchange_at, kept_half, persona_of
+from ..device import Device, DeviceContext, cluster_of, exchange_at, kept_half
 from ..store.device_store import ME, DeviceStore
 from ..training.cluster_choice import choose
 from ..training.constant_work import choice_of, missing
@@ -25,14 +25,14 @@ __all__ = ["keep"]
 def keep(context: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.float32]) -> None:
     """Fit the head on the own records under the run's last adapter, and keep both.
 
-    Of several personas the one that fits the own records is chosen here, and kept: its adapter
+    Of several clusters the one that fits the own records is chosen here, and kept: its adapter
     vector, and its number in `persona/RUN`.
 
     Args:
         context: what the device works with in the run.
         home: the owner's; head and adapter go into its vault.
         run: the run's name.
-        state: the run's last: one adapter vector, or one for each persona.
+        state: the run's last: one adapter vector, or one for each cluster.
 
     Also kept: the losses on the person's held-out records under the base model, the shared adapter
     and the head, for the person to see. Somebody without held-out records keeps the adapter alone.
@@ -45,10 +45,10 @@ def keep(context: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.
         context.pace.rehearse(
             ("keep", run), config.rounds.tick_s, lambda: _rehearsal(context, state)
         )
-    persona, adapter = persona_of(me, state)
+    cluster, adapter = cluster_of(me, state)
     entries = {f"adapters/{run}": safetensors.numpy.save({"adapter": adapter})}
-    if config.groups.count > 1:
-        entries[f"persona/{run}"] = str(persona).encode()
+    if config.clusters.count > 1:
+        entries[f"persona/{run}"] = str(cluster).encode()
     own, held_out = me.measured_on()
     evaluator = evaluator_of(context.trainer.adapter, adapter, kept_half(me), config.pairs)
     try:
@@ -72,9 +72,12 @@ def _rehearsal(context: DeviceContext, state: NDArray[np.float32]) -> None:
     Nothing of it is kept.
     """
     adapter, config, exchange = context.trainer.adapter, context.config, exchange_at(context)
-    personas, live = exchange.personas(state), exchange.groups.live(config.rounds.count + 1)
-    persona = choose(adapter, personas, live, (), choice_of(config))
-    evaluator = evaluator_of(adapter, personas[persona], pairs=config.pairs)
+    cluster_vectors, live = (
+        exchange.cluster_vectors(state),
+        exchange.clusters.active_clusters(config.rounds.count + 1),
+    )
+    cluster = choose(adapter, cluster_vectors, live, (), choice_of(config))
+    evaluator = evaluator_of(adapter, cluster_vectors[cluster], pairs=config.pairs)
     own, held_out = missing(config, (), (), len(adapter.base.tokenizer))
     with suppress(PrivetError):
         person = evaluator.person(own, held_out, fit=True)

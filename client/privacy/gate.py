@@ -103,7 +103,8 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     the smallest accepted sum less the colluders; with `server` it holds only against whoever sees
     what is published. Should masking not hold, the device's own share is left: the charge against
     the "unmasked server". It is the one against the server too where the device's directory is
-    open, because a server that invents the other devices reads the share alone (docs/masking.md).
+    open, because a server that invents the other devices reads the share alone
+    (docs/secure-aggregation.md).
 
     Example level against the server: Opacus's noise in each local step. Against the analyst the
     release noise counts as well: after one local step a record moves the delta by at most
@@ -229,10 +230,11 @@ def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
     Raises:
         PrivacyError: this client has made them in this run.
     """
-    if ledger.releases_of(client, plan.run) >= own.most_releases:
+    if ledger.releases_of(client, plan.run) >= own.max_releases:
         raise PrivacyError(
-            f"round {plan.round}: this device has made the {own.most_releases} releases in run "
-            f"{plan.run} that it may (rounds.count, and rounds.spare for rounds that came to "
+            f"round {plan.round}: this device has made the {own.max_releases} releases in run "
+            f"{plan.run} that it may (rounds.count, and rounds.extra_releases for rounds that came "
+            "to "
             "nothing); a server that wants more offers the run again with a larger rounds.count"
         )
 

@@ -8,13 +8,13 @@ their secrets and drop them after use; the caller keeps the newest one only, and
 number before it sends an announcement. A `ProtocolError` ends the round for this device: keep no
 state.
 
-**Guarantee** (`docs/masking.md` has the argument): the server learns of this device's vector no
-more than the sum over the honest members of one survivor list that has at least `terms.survivors`
-members and that a quorum of a roster signed which passed this device's directory and policy; if at
-most `terms.colluders` devices of the whole fleet collude with the server. Where everybody is a
-neighbour (up to `COMPLETE` participants) that is certain, on a sparse graph up to a chance of
-2^-100 for a server that tries 2^60 rosters. Source: Bonawitz et al. 2017 (section 6, active
-adversary), Bell et al. 2020 (neighbour graph).
+**Guarantee** (`docs/secure-aggregation.md` has the argument): the server learns of this device's
+vector no more than the sum over the honest members of one survivor list that has at least
+`terms.survivors` members and that a quorum of a roster signed which passed this device's directory
+and policy; if at most `terms.colluders` devices of the whole fleet collude with the server. Where
+everybody is a neighbour (up to `COMPLETE` participants) that is certain, on a sparse graph up to a
+chance of 2^-100 for a server that tries 2^60 rosters. Source: Bonawitz et al. 2017 (section 6,
+active adversary), Bell et al. 2020 (neighbour graph).
 """
 
 from collections.abc import Callable, Mapping
@@ -570,7 +570,7 @@ def _refuse_own_absence(party: Party, cohort: Cohort, survivors: Survivors) -> N
 
 
 def _refuse_few_survivors(party: Party, survivors: Survivors) -> None:
-    least = max(party.terms.survivors, party.policy.smallest_survivors)
+    least = max(party.terms.survivors, party.policy.min_survivors)
     if len(survivors.alive) < least:
         raise party.refuse(f"{len(survivors.alive)} survivors, fewer than the smallest, {least}")
 

@@ -30,7 +30,7 @@ from ...common.secure_aggregation.keys import (
 )
 from ...common.secure_aggregation.messages import DIGEST_BYTES, Entry, Survivors
 from ...common.secure_aggregation.shamir import SHARE_BYTES
-from ...common.secure_aggregation.terms import MOST_PARTICIPANTS, Graph, MaskingPolicy, Terms
+from ...common.secure_aggregation.terms import MAX_PARTICIPANTS, Graph, MaskingPolicy, Terms
 from .masked_upload import (
     Announced,
     Cohort,
@@ -158,7 +158,7 @@ class _Fields:
         return Secret(self.take("seed", KEY_BYTES))
 
     def table(
-        self, name: str, form: struct.Struct, below: int, most: int = MOST_PARTICIPANTS
+        self, name: str, form: struct.Struct, below: int, most: int = MAX_PARTICIPANTS
     ) -> list[tuple[Any, ...]]:
         """Read records that start with an ascending number, all of them smaller than `below`."""
         found = list(form.iter_unpack(self.take(name, form.size, 0, most)))
@@ -219,7 +219,7 @@ def _read_cohort(fields: _Fields) -> Cohort:
     """
     degree, threshold, position = _COHORT.unpack(fields.take("cohort", _COHORT.size))
     found = fields.take("roster's digest", DIGEST_BYTES)
-    joined = fields.take("identities", KEY_BYTES, 1, MOST_PARTICIPANTS)
+    joined = fields.take("identities", KEY_BYTES, 1, MAX_PARTICIPANTS)
     identities = tuple(joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES))
     listed = fields.table("entries", _ENTRY, len(identities))
     entries = {at: Entry(*rest) for at, *rest in listed}

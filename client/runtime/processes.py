@@ -166,7 +166,7 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
 
 
 def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: Say) -> None:
-    """Look for new records every `intake.rescan_minutes`, and wait while a message is answered.
+    """Look for new records every `import_texts.rescan_minutes`, and wait while one is answered.
 
     What is wrong is said and tried again the next time; nothing ends this but `stop`.
     """
@@ -180,7 +180,7 @@ def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: S
     minutes = DEFAULT_MINUTES
     while not stop.is_set():
         try:
-            minutes = home.policy.intake.rescan_minutes
+            minutes = home.policy.import_texts.rescan_minutes
             wait(None)
             found = watched_folders.rescan(home, progress=wait)
             if found.found or found.gone:

@@ -1,4 +1,4 @@
-"""The choice of the persona whose adapter fits the own records best.
+"""The choice of the cluster whose adapter fits the own records best.
 
 It is made on the device, and never sent.
 
@@ -26,18 +26,18 @@ _CHUNK = 32
 
 def choose(
     adapter: Adapter,
-    personas: NDArray[np.float32],
+    cluster_vectors: NDArray[np.float32],
     live: int,
     records: Sequence[Tokenised],
     shape: Shape | None = None,
 ) -> int:
-    """Return the persona with the smallest mean loss on the own training records.
+    """Return the cluster with the smallest mean loss on the own training records.
 
     Of equals it is the first.
 
     Args:
         adapter: overwritten.
-        personas: each one's adapter, shape (k, d).
+        clusters: each one's adapter, shape (k, d).
         live: how many of them there are already; with one there is nothing to choose.
         records: own training records. With nothing to learn the choice is the first; a device
             without any records contributes to none (`common/model/exchange_layout.py`).
@@ -45,13 +45,13 @@ def choose(
     """
     if live == 1 or not (records or shape):
         return 0
-    return int(np.argmin(mean_losses(adapter, personas[:live], records, shape)))
+    return int(np.argmin(mean_losses(adapter, cluster_vectors[:live], records, shape)))
 
 
 @torch.no_grad()
 def mean_losses(
     adapter: Adapter,
-    personas: NDArray[np.float32],
+    cluster_vectors: NDArray[np.float32],
     records: Sequence[Tokenised],
     shape: Shape | None = None,
 ) -> NDArray[np.float64]:
@@ -60,7 +60,7 @@ def mean_losses(
     Infinite where it is not finite, 0 where there are no records.
     """
     base, first = adapter.base, adapter.first_block
-    found = np.zeros(len(personas))
+    found = np.zeros(len(cluster_vectors))
     ordered = sorted(records, key=lambda record: len(record.ids))
     if shape is None:
         chunks = [ordered[i : i + _CHUNK] for i in range(0, len(ordered), _CHUNK)]
@@ -73,7 +73,7 @@ def mean_losses(
         labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
         batch = collate(ids, labels, [record.learnt for record in chunk], tokens)
         prefix = prefix_states(base, first, *pad(ids, tokens=tokens))
-        for place, vector in enumerate(personas):
+        for place, vector in enumerate(cluster_vectors):
             adapter.write(vector)
             with resumed_at(base, first, prefix):
                 losses = record_losses(base, batch, adapter.head).double()

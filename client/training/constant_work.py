@@ -4,7 +4,7 @@ A step of training is always the same number of chunks of the same shape: what t
 leaves empty, dummies fill, whose gradients are set to zero before they are clipped and summed. When
 the answer leaves is said by `client/runtime/answer_pace.py`.
 
-**Guarantee**: the shapes of all tensors in training, in the choice of a persona and in the states
+**Guarantee**: the shapes of all tensors in training, in the choice of a cluster and in the states
 of what is measured, and the number of passes over the model, follow from the run's settings and the
 plan; but for a batch larger than `Shape.capacity`, which comes in one step of 2^40. Reading and
 tokenising the records, fitting a head on them, and single numbers that a processor takes longer
@@ -23,7 +23,7 @@ from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config
 from .records import Tokenised
 
-__all__ = ["DUMMY", "Shape", "Work", "choice_of", "missing", "most_drawn", "work_of"]
+__all__ = ["DUMMY", "Shape", "Work", "choice_of", "max_drawn", "missing", "work_of"]
 
 _T = TypeVar("_T")
 
@@ -59,10 +59,10 @@ class Shape:
         return self.chunks * (self.rows - 1)
 
     @classmethod
-    def of(cls, records: int, tokens: int, most_rows: int) -> "Shape":
+    def of(cls, records: int, tokens: int, max_rows: int) -> "Shape":
         """Return the shape for so many records, with few chunks of equal size."""
         records = max(1, records)
-        rows = max(_FEWEST_ROWS, min(most_rows, _PLACES // tokens))
+        rows = max(_FEWEST_ROWS, min(max_rows, _PLACES // tokens))
         chunks = math.ceil(records / (rows - 1))
         return cls(chunks, math.ceil(records / chunks) + 1, tokens)
 
@@ -85,7 +85,7 @@ class Work:
 
     Attributes:
         step: one local step of training.
-        choice: of a persona, from all own training records.
+        choice: of a cluster, from all own training records.
         tokens: of a record that is measured.
     """
 
@@ -102,13 +102,13 @@ def work_of(config: Config, plan: Plan) -> Work | None:
     choice = choice_of(config)
     if choice is None:
         return None
-    most = most_drawn(config.data.records_per_client, plan.rate)
+    most = max_drawn(config.data.records_per_client, plan.rate)
     step = Shape.of(most, choice.tokens, _STEP_ROWS)
     return Work(step, choice, config.data.max_tokens)
 
 
 def choice_of(config: Config) -> Shape | None:
-    """Return the shape of a device's choice of its persona.
+    """Return the shape of a device's choice of its cluster.
 
     None where it does what its records ask for.
     """
@@ -142,7 +142,7 @@ def _made_up(number: int, tokens: int, words: int) -> Tokenised:
 
 
 @lru_cache(maxsize=16)
-def most_drawn(count: int, rate: float) -> int:
+def max_drawn(count: int, rate: float) -> int:
     """Return the most records that a Poisson draw has, but for one case in 2^40 at most.
 
     It is the smallest k such that a draw from `count` records has more than k in at most one case

@@ -160,7 +160,7 @@ def shared(config: Config) -> "Adapter":
 def exchanged(config: Config) -> Exchange:
     """What server and devices exchange in an experiment, from `shared`."""
     adapter = shared(config)
-    return Exchange(adapter.layout, adapter.start, config.groups)
+    return Exchange(adapter.layout, adapter.start, config.clusters)
 
 
 @lru_cache(maxsize=1)
@@ -208,7 +208,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
         state |= {HEAD: head.weight, HEAD_BIAS: head.bias}
     layout, at_home = (
         Layout(
-            family.digest_name,
+            family.name,
             base.fingerprint,
             tuple((n, tuple(p.shape)) for n, p in some.items()),
         )

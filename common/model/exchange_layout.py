@@ -1,17 +1,17 @@
 """What server and devices exchange: the state that is sent, and what of it a contribution holds.
 
-    state      one adapter vector, or one for each persona (`groups.most`), in a row; the first
-               `groups.live` of them are there to pick from
+    state      one adapter vector, or one for each cluster (`max_clusters`), in a row; the first
+               `active_clusters` of them are there to pick from
     released   the numbers of a contribution, which the plan's layout digest names:
 
         a family's turn (`families.py`): every number of the adapter vector, or some of its
         factors
 
-        groups                   a vector for each persona, zero but for the chosen one, and
-                                 `members`: a number for each persona, zero but for the chosen one
+        clusters                 a vector for each cluster, zero but for the chosen one, and
+                                 `members`: a number for each cluster, zero but for the chosen one
 
-**Guarantee**: a contribution to one of several personas is clipped as one vector, `members` and
-all. Its l2 norm, and so what a client can move, is that of a contribution without personas: the
+**Guarantee**: a contribution to one of several clusters is clipped as one vector, `members` and
+all. Its l2 norm, and so what a client can move, is that of a contribution without clusters: the
 choice is as private as the delta (client level). A client without records contributes zero and is
 nobody's member, so that with its records and without differ by one clip at most. At example level
 the choice is not private: a record that changes it moves the contribution from one block to
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..errors import ProtocolError
 from ..privacy.clipping import clip
-from ..settings.config import GroupSettings
+from ..settings.config import ClusterSettings
 from .families import A, B, R, family_named
 from .vector_layout import Layout
 
@@ -61,22 +61,26 @@ class Exchange:
     Attributes:
         adapter: layout of one adapter vector.
         first: the adapter vector before the first round, shape (d,).
-        groups: how many personas, and how they are told apart.
+        clusters: how many clusters, and how they are told apart.
     """
 
     adapter: Layout
     first: Vector = field(repr=False)
-    groups: GroupSettings
+    clusters: ClusterSettings
 
     @cached_property
     def state(self) -> Layout:
-        """Layout of what the server keeps and sends, shape (personas * d,)."""
+        """Layout of what the server keeps and sends, shape (clusters * d,)."""
         return self._wide(self.adapter)
 
     @property
     def start(self) -> Vector:
         """The state before the first round."""
-        return self.first if self.groups.count == 1 else np.tile(self.first, self.groups.most)
+        return (
+            self.first
+            if self.clusters.count == 1
+            else np.tile(self.first, self.clusters.max_clusters)
+        )
 
     def released(self, number: int) -> Layout:
         """Layout of a contribution to round `number`."""
@@ -84,20 +88,20 @@ class Exchange:
 
     @cached_property
     def _turns(self) -> tuple[Layout, ...]:
-        count = self.groups.most
+        count = self.clusters.max_clusters
         if count == 1:
             return turns(self.adapter)
         return (replace(self.state, pieces=(*self.state.pieces, (MEMBERS, (count,)))),)
 
     def _wide(self, one: Layout) -> Layout:
-        if self.groups.count == 1:
+        if self.clusters.count == 1:
             return one
-        every = range(self.groups.most)
-        pieces = tuple((f"persona {place}: {n}", s) for place in every for n, s in one.pieces)
+        every = range(self.clusters.max_clusters)
+        pieces = tuple((f"cluster {place}: {n}", s) for place in every for n, s in one.pieces)
         return replace(one, pieces=pieces)
 
-    def personas(self, state: Vector) -> NDArray[np.float32]:
-        """The adapter vector of each persona, shape (personas, d).
+    def cluster_vectors(self, state: Vector) -> NDArray[np.float32]:
+        """The adapter vector of each cluster, shape (clusters, d).
 
         Raises:
             ProtocolError: the state is not of this run's shape.
@@ -105,20 +109,20 @@ class Exchange:
         if state.shape != (self.state.dimension,):
             raise ProtocolError(
                 f"expected a state of {self.state.dimension} numbers, got shape {state.shape}; "
-                "both sides need the same groups.count, groups.spare and adapter settings"
+                "both sides need the same clusters.count, clusters.extra and adapter settings"
             )
-        return state.reshape(self.groups.most, -1)
+        return state.reshape(self.clusters.max_clusters, -1)
 
     def contribution(self, delta: Vector, place: int | None, bound: float) -> Vector:
         """Build the vector that a client hands to the gate.
 
         Args:
             delta: what it trained, as `released` has it for one adapter.
-            place: the chosen persona; private. None: the client has no records, and contributes
+            place: the chosen cluster; private. None: the client has no records, and contributes
                 zero: neither what the noise of its training made, nor a member.
             bound: the clip of the whole contribution.
         """
-        count = self.groups.most
+        count = self.clusters.max_clusters
         if place is None:
             return np.zeros(len(delta) * count + (count if count > 1 else 0), np.float32)
         if count == 1:
@@ -135,5 +139,5 @@ class Exchange:
         return np.concatenate([found.ravel(), mark]).astype(np.float32)
 
     def mark(self, bound: float) -> float:
-        """Return the number that each member of a persona adds to `members`."""
-        return self.groups.members_share * bound
+        """Return the number that each member of a cluster adds to `members`."""
+        return self.clusters.members_share * bound

@@ -52,7 +52,7 @@ class Family:
         clusters: whether it is built for several clusters of clients.
         after_step: what the server does with state and optimiser's memory after each of its steps,
             in place.
-        before: its name in older versions, which layouts' and settings' digests keep.
+        before: its former name, which settings still take.
     """
 
     name: str
@@ -63,11 +63,6 @@ class Family:
     clusters: bool = False
     after_step: "AfterStep | None" = None
     before: str = ""
-
-    @property
-    def digest_name(self) -> str:
-        """The family's name in digests: the one of older versions, where it had another."""
-        return self.before or self.name
 
     @property
     def local(self) -> tuple[str, ...]:

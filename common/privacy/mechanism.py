@@ -36,7 +36,7 @@ class Mechanism:
             of shares -> how close that sum is to a rounded Gaussian of this variance.
         fine_variance: from this variance of the sum on, the noise is as good as Gaussian; a grid
             that is chosen freely is made that fine.
-        least_variance: of the sum, where a device agreed to the largest modulus, and so to a fine
+        min_variance: of the sum, where a device agreed to the largest modulus, and so to a fine
             grid. What a release then costs beyond Gaussian noise of the same size is about a tenth
             of an epsilon; with few steps of noise it is a multiple.
 
@@ -50,7 +50,7 @@ class Mechanism:
     sample: Callable[[float, int, Source], NDArray[np.int64]]
     closeness: Callable[[float, int, int], Closeness]
     fine_variance: float
-    least_variance: float
+    min_variance: float
 
     def counted_variance(self, variance: float, shares: int) -> float:
         """Variance that a claim may count of `shares` adders, each of whom adds `variance`."""
@@ -91,7 +91,7 @@ def _skellam(variance: float, count: int, source: Source) -> NDArray[np.int64]:
 
 
 SKELLAM = Mechanism(
-    "Skellam noise", _skellam, gaussian_closeness, fine_variance=2.0**21, least_variance=2.0**18
+    "Skellam noise", _skellam, gaussian_closeness, fine_variance=2.0**21, min_variance=2.0**18
 )
 """Exact integer Skellam noise (`noise.py`): from 2^21 on a log-likelihood ratio below 0.01 tells
 it from Gaussian noise."""

@@ -45,7 +45,7 @@ def make_plan(
     cohort = config.rounds.cohort
     noise_at = client.noise_at if client.enabled else "none"
     masked = noise_at == "distributed"
-    survivors = config.smallest_sum if masked else 0
+    survivors = config.min_sum if masked else 0
     colluders = config.colluders if masked else 0
     shares = survivors - colluders if masked else 1
     released = None if exchange is None else exchange.released(number)

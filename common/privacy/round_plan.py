@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ProtocolError
-from ..secure_aggregation.terms import MOST_PARTICIPANTS, Terms
+from ..secure_aggregation.terms import MAX_PARTICIPANTS, Terms
 from ..settings.config import Config
 from .encoding import rounded_sensitivity
 from .mechanism import SKELLAM, Mechanism
@@ -40,8 +40,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "step": (5e-324, math.inf),
     "bits": (8, 32),
     "variance": (0, MAX_VARIANCE),
-    "survivors": (0, MOST_PARTICIPANTS),
-    "colluders": (0, MOST_PARTICIPANTS),
+    "survivors": (0, MAX_PARTICIPANTS),
+    "colluders": (0, MAX_PARTICIPANTS),
     "attempt": (1, 2**32 - 1),
     "learning_rate": (5e-324, math.inf),
     "local_steps": (1, math.inf),
@@ -271,7 +271,7 @@ class Plan:
         noise = multiplier * client.clip
         adapter, *blocks = self.parts(dimension)
         # a server that was restarted often, and none that has devices fill their disks; how often
-        # one device releases is bounded by its ledger (`Config.most_releases`)
+        # one device releases is bounded by its ledger (`Config.max_releases`)
         attempts = 100 + 10 * own.rounds.count
         checks: tuple[tuple[str, bool, float | str], ...] = (
             ("round", self.round <= attempts, attempts),
@@ -291,7 +291,7 @@ class Plan:
         )
         if client.enabled:
             placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
-            enough = self.mechanism.least_variance
+            enough = self.mechanism.min_variance
             fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
             checks += (
                 ("noise_at", placed, client.noise_at),
@@ -300,7 +300,7 @@ class Plan:
                 ("squared steps of noise", fine, enough),
             )  # fmt: skip
         if self.masked:
-            least = own.smallest_sum
+            least = own.min_sum
             feared = own.colluders
             honest = self.survivors - self.colluders
             checks += (

@@ -25,12 +25,12 @@ if TYPE_CHECKING:  # every command reads settings, and few need numpy
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["ARMS", "BOUNDS", "ENTRIES", "MOST_ARMS", "Block", "arm_names"]
+__all__ = ["ARMS", "BOUNDS", "ENTRIES", "MAX_ARMS", "Block", "arm_names"]
 
 ARMS = ("base", "shared", "personal")
 """The models that a comparison may compare."""
 
-MOST_ARMS = 8
+MAX_ARMS = 8
 ENTRIES = {"losses": 2, "gains": 3, "arms": 3}
 """Numbers in a block; of arms, for each arm."""
 
@@ -94,8 +94,8 @@ def arm_names(text: str) -> tuple[str, ...]:
         ValueError: an unknown arm, fewer than 2, more than 8, or all the same.
     """
     names = tuple(text.split(",")) if text else ()
-    if names and not (set(names) <= {*ARMS} and len(names) <= MOST_ARMS and len({*names}) > 1):
+    if names and not (set(names) <= {*ARMS} and len(names) <= MAX_ARMS and len({*names}) > 1):
         raise ValueError(
-            f"expected 2 to {MOST_ARMS} of {', '.join(ARMS)}, at least two of them different"
+            f"expected 2 to {MAX_ARMS} of {', '.join(ARMS)}, at least two of them different"
         )
     return names

@@ -23,7 +23,7 @@ from ..errors import ProtocolError
 from .keys import KEY_BYTES, SIGNATURE_BYTES, Purpose, Secret, digest
 from .sealing import SEALING_OVERHEAD
 from .shamir import SHARE_BYTES
-from .terms import MOST_PARTICIPANTS, Graph, Terms
+from .terms import MAX_PARTICIPANTS, Graph, Terms
 
 __all__ = [
     "SERVER",
@@ -257,7 +257,7 @@ def decode_roster(data: bytes, terms: Terms) -> Roster:
 
     So nobody is on a roster twice. Keys and signatures are not checked here.
     """
-    four, most = (4, 1, 1), MOST_PARTICIPANTS
+    four, most = (4, 1, 1), MAX_PARTICIPANTS
     bounds = (four, four, (_ENTRY_BYTES, 1, most), (SIGNATURE_BYTES, 0, most))
     degree, threshold, listed, signatures = _decode(data, Kind.ROSTER, terms, SERVER, bounds)
     entries = tuple(
@@ -330,7 +330,7 @@ def decode_deal(data: bytes, terms: Terms, client: int) -> Deal:
     bounds = (
         (DIGEST_BYTES, 1, 1),
         (2 * DIGEST_BYTES, 1, 1),
-        (_PACKAGE_BYTES, 0, MOST_PARTICIPANTS),
+        (_PACKAGE_BYTES, 0, MAX_PARTICIPANTS),
     )
     commitment, own, packages = _decode(data, Kind.DEAL, terms, client, bounds)
     kept = Package(b"", own[:DIGEST_BYTES], own[DIGEST_BYTES:])
@@ -361,7 +361,7 @@ def decode_inbox(data: bytes, terms: Terms, participants: int) -> Inbox:
 
     Raises ProtocolError for any other bytes, and for senders that do not ascend.
     """
-    bounds = ((-(-participants // 8), 1, 1), (_PACKAGE_BYTES, 0, MOST_PARTICIPANTS))
+    bounds = ((-(-participants // 8), 1, 1), (_PACKAGE_BYTES, 0, MAX_PARTICIPANTS))
     dealt, packages = _decode(data, Kind.INBOX, terms, SERVER, bounds)
     return Inbox(
         _decode_packages(terms, SERVER, packages),
@@ -460,7 +460,7 @@ def decode_survivors(
     lists are disjoint.
     """
     one = (-(-participants // 8), 1, 1)
-    bounds = (one, one, (SIGNATURE_BYTES, 0, MOST_PARTICIPANTS))
+    bounds = (one, one, (SIGNATURE_BYTES, 0, MAX_PARTICIPANTS))
     alive, dropped, signatures = _decode(data, Kind.SURVIVORS, terms, SERVER, bounds)
     found = (_positions(terms, Kind.SURVIVORS, bits, participants) for bits in (alive, dropped))
     return Survivors(*found), tuple(_records(signatures, SIGNATURE_BYTES))
@@ -516,7 +516,7 @@ def decode_confirmations(data: bytes, terms: Terms) -> Confirmations:
 
     Raises ProtocolError for any other bytes, and for positions that do not ascend.
     """
-    bounds = ((4 + SIGNATURE_BYTES, 0, MOST_PARTICIPANTS),)
+    bounds = ((4 + SIGNATURE_BYTES, 0, MAX_PARTICIPANTS),)
     (body,) = _decode(data, Kind.CONFIRMATIONS, terms, SERVER, bounds)
     records = _records(body, 4 + SIGNATURE_BYTES)
     _refuse_disorder(terms, SERVER, [_number(one[:4]) for one in records])
@@ -572,7 +572,7 @@ def decode_opening(data: bytes, terms: Terms, client: int) -> Opening:
 
     Raises ProtocolError for any other bytes, and for owners that do not ascend.
     """
-    bounds = ((_OPENED_BYTES, 0, MOST_PARTICIPANTS),)
+    bounds = ((_OPENED_BYTES, 0, MAX_PARTICIPANTS),)
     (body,) = _decode(data, Kind.OPENING, terms, client, bounds)
     records = _records(body, _OPENED_BYTES)
     _refuse_disorder(terms, client, [_number(one[:4]) for one in records])

@@ -3,7 +3,7 @@
 The protocol is SecAgg+ (Bell, Bonawitz, Gascon, Lepoint, Raykova 2020, "Secure single-server
 aggregation with (poly)logarithmic overhead") over double masking (Bonawitz et al. 2017, "Practical
 secure aggregation for privacy-preserving machine learning"). `experiments/protocol.py` shows it
-with every party; `docs/masking.md` says what it is trusted with.
+with every party; `docs/secure-aggregation.md` says what it is trusted with.
 
 Words: *participants* announced keys and are on the roster, in the order of their client numbers;
 their place there is their *position*. *Holders* of a participant are its neighbours and itself:
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, ProtocolError
-from ..settings.config import MOST_PARTICIPANTS, Config, MaskingSettings, quorum
+from ..settings.config import MAX_PARTICIPANTS, Config, SecureAggregationSettings, quorum
 from .keys import Purpose, Secret, derive, digest
 from .keystream import keystream
 
 __all__ = [
     "COMPLETE",
-    "MOST_PARTICIPANTS",
+    "MAX_PARTICIPANTS",
     "SECRECY",
     "Graph",
     "MaskingPolicy",
@@ -81,8 +81,8 @@ class Terms:
             ("plan (its length)", len(self.plan), 32, 32),
             ("dimension", self.dimension, 1, MOST_DIMENSION),
             ("bits", self.bits, 8, 32),
-            ("survivors", self.survivors, 1, MOST_PARTICIPANTS),
-            ("colluders", self.colluders, 0, MOST_PARTICIPANTS),
+            ("survivors", self.survivors, 1, MAX_PARTICIPANTS),
+            ("colluders", self.colluders, 0, MAX_PARTICIPANTS),
         ):
             if not low <= value <= high:
                 raise ConfigError(
@@ -156,7 +156,7 @@ def default_graph(participants: int, colluders: int, dropping: float = 0.1) -> G
     return Graph(complete, default_threshold(participants, colluders, complete))
 
 
-def sized_graph(settings: MaskingSettings, colluders: int, participants: int) -> Graph:
+def sized_graph(settings: SecureAggregationSettings, colluders: int, participants: int) -> Graph:
     """The graph a server takes: the default one, or a denser one that the settings ask for."""
     found = default_graph(participants, colluders)
     degree = max(found.degree, min(settings.degree, participants - 1))
@@ -313,52 +313,52 @@ class MaskingPolicy:
     """What a device's owner insists on, whatever a server asks for.
 
     Attributes:
-        smallest_cohort, largest_cohort: participants on a roster.
-        smallest_survivors: vectors in a sum.
-        smallest_bits: of the modulus.
+        min_cohort, max_cohort: participants on a roster.
+        min_survivors: vectors in a sum.
+        min_bits: of the modulus.
         colluders: devices of the whole fleet that may work with the server; an absolute number,
             whatever the size of the roster.
-        smallest_degree, smallest_threshold: of the graph, where the run that the owner agreed to
+        min_degree, min_threshold: of the graph, where the run that the owner agreed to
             names them; 0: what `secrecy_bits` and `quorum` ask for.
     """
 
-    smallest_cohort: int = 10
-    smallest_survivors: int = 7
-    smallest_bits: int = 8
+    min_cohort: int = 10
+    min_survivors: int = 7
+    min_bits: int = 8
     colluders: int = 1
-    largest_cohort: int = MOST_PARTICIPANTS
-    smallest_degree: int = 0
-    smallest_threshold: int = 0
+    max_cohort: int = MAX_PARTICIPANTS
+    min_degree: int = 0
+    min_threshold: int = 0
 
     def __post_init__(self) -> None:
-        if self.smallest_cohort < 3 or self.smallest_survivors < 2:
+        if self.min_cohort < 3 or self.min_survivors < 2:
             raise ConfigError(
                 "masking policy: a cohort has at least 3 participants and a sum at least 2 "
-                f"vectors, got {self.smallest_cohort} and {self.smallest_survivors}: with fewer "
+                f"vectors, got {self.min_cohort} and {self.min_survivors}: with fewer "
                 "the sum shows one person's numbers"
             )
-        if not 0 <= self.colluders <= self.smallest_survivors - 2:
+        if not 0 <= self.colluders <= self.min_survivors - 2:
             raise ConfigError(
-                f"masking policy: colluders must be from 0 to smallest_survivors - 2 = "
-                f"{self.smallest_survivors - 2}, got {self.colluders}: a sum needs at least two "
+                f"masking policy: colluders must be from 0 to min_survivors - 2 = "
+                f"{self.min_survivors - 2}, got {self.colluders}: a sum needs at least two "
                 "honest devices"
             )
 
     @classmethod
-    def agreed(cls, config: Config, largest_cohort: int = MOST_PARTICIPANTS) -> "MaskingPolicy":
+    def agreed(cls, config: Config, max_cohort: int = MAX_PARTICIPANTS) -> "MaskingPolicy":
         """Return what a device with these settings insists on.
 
-        `largest_cohort` is that of the plan.
+        `max_cohort` is that of the plan.
         """
-        own = config.masking
+        own = config.secure_aggregation
         return cls(
-            smallest_cohort=own.smallest_cohort,
-            smallest_survivors=max(config.smallest_sum, config.colluders + 2),
-            smallest_bits=max(8, config.privacy.client.bits),
+            min_cohort=own.min_cohort,
+            min_survivors=max(config.min_sum, config.colluders + 2),
+            min_bits=max(8, config.privacy.client.bits),
             colluders=config.colluders,
-            largest_cohort=largest_cohort,
-            smallest_degree=own.degree,
-            smallest_threshold=own.threshold,
+            max_cohort=max_cohort,
+            min_degree=own.degree,
+            min_threshold=own.threshold,
         )
 
     def refuse_terms(self, terms: Terms) -> None:
@@ -369,8 +369,8 @@ class MaskingPolicy:
                 and sender.
         """
         for name, found, least in (
-            ("survivors", terms.survivors, self.smallest_survivors),
-            ("bits", terms.bits, self.smallest_bits),
+            ("survivors", terms.survivors, self.min_survivors),
+            ("bits", terms.bits, self.min_bits),
             ("colluders", terms.colluders, self.colluders),
             ("survivors less colluders", terms.survivors - terms.colluders, 2),
         ):
@@ -397,17 +397,17 @@ class MaskingPolicy:
         self._refuse_sparse(participants, colluders, graph)
 
     def _refuse_small(self, participants: int) -> None:
-        if participants < self.smallest_cohort:
+        if participants < self.min_cohort:
             raise ProtocolError(
                 f"the roster has {participants} participants, this device asks for at least "
-                f"{self.smallest_cohort}"
+                f"{self.min_cohort}"
             )
 
     def _refuse_large(self, participants: int) -> None:
-        if participants > self.largest_cohort:
+        if participants > self.max_cohort:
             raise ProtocolError(
                 f"the roster has {participants} participants, the plan's cohort is "
-                f"{self.largest_cohort}"
+                f"{self.max_cohort}"
             )
 
     def _refuse_degree(self, participants: int, graph: Graph) -> None:
@@ -421,17 +421,17 @@ class MaskingPolicy:
                 f"the roster gives each of {participants} participants {degree} neighbours, "
                 f"expected {expected}"
             )
-        if degree < min(self.smallest_degree, everybody):
+        if degree < min(self.min_degree, everybody):
             raise ProtocolError(
                 f"the roster gives each participant {degree} neighbours, this device agreed to "
-                f"{self.smallest_degree}"
+                f"{self.min_degree}"
             )
 
     def _refuse_threshold(self, participants: int, colluders: int, graph: Graph) -> None:
         holders = graph.degree + 1
         least = max(
             default_threshold(participants, colluders, graph.degree),
-            min(self.smallest_threshold, holders),
+            min(self.min_threshold, holders),
         )
         if not least <= graph.threshold <= holders:
             raise ProtocolError(

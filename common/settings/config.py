@@ -5,7 +5,6 @@ Privacy settings are a type of their own (`PrivacySettings`); speed settings ano
 nearest known one, a wrong value with its name, the value, and what is allowed.
 """
 
-import copy
 import difflib
 import hashlib
 import json
@@ -28,7 +27,8 @@ from pydantic import (
 
 from ..errors import ConfigError
 from ..model.families import FAMILIES, family_named
-from ..privacy.statistics_blocks import MOST_ARMS
+from ..privacy.statistics_blocks import MAX_ARMS
+from . import former_names
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
@@ -87,31 +87,31 @@ class AdapterSettings(_Settings):
     start: str = Field("", max_length=1024, description="a run to start from; empty: anew")
 
 
-class GroupSettings(_Settings):
-    """Persona adapters: each device picks one in private, and trains that one."""
+class ClusterSettings(_Settings):
+    """Cluster adapters: each device picks one in private, and trains that one."""
 
-    count: int = Field(1, ge=1, le=16, description="persona adapters; 1: one for everybody")
-    spare: int = Field(2, ge=0, le=16, description="more than that while groups are looked for")
+    count: int = Field(1, ge=1, le=16, description="cluster adapters; 1: one for everybody")
+    extra: int = Field(2, ge=0, le=16, description="more than that while groups are looked for")
     warmup: int = Field(1, ge=1, description="rounds with one adapter, before it is split")
     merge_every: int = Field(3, ge=1, description="rounds from the split, or a merger, to the next")
     spread: float = Field(0.3, gt=0, le=1, description="of the split, over how far it has moved")
-    smallest: float = Field(0.05, gt=0, lt=1, description="share of members: least denominator")
+    min_share: float = Field(0.05, gt=0, lt=1, description="share of members: least denominator")
     members_share: float = Field(0.35, gt=0, lt=1, description="of the clip, for the members")
     seed: int = Field(7, ge=0, description="public: in which directions the adapter is split")
 
     @property
-    def most(self) -> int:
-        """The most personas there are at any time. A state has a place for each."""
-        return 1 if self.count == 1 else self.count + self.spare
+    def max_clusters(self) -> int:
+        """The most clusters there are at any time. A state has a place for each."""
+        return 1 if self.count == 1 else self.count + self.extra
 
-    def live(self, number: int) -> int:
-        """Return how many personas there are to pick from in round `number`.
+    def active_clusters(self, number: int) -> int:
+        """Return how many clusters there are to pick from in round `number`.
 
-        It is one while warming up, then `most`, then one less each merger, down to `count`.
+        It is one while warming up, then `max_clusters`, then one less each merger, down to `count`.
         """
         if number <= self.warmup:
             return 1
-        return max(self.count, self.most - (number - 1 - self.warmup) // self.merge_every)
+        return max(self.count, self.max_clusters - (number - 1 - self.warmup) // self.merge_every)
 
 
 class TrainingSettings(_Settings):
@@ -165,7 +165,7 @@ class ClientPrivacySettings(_Settings):
     bits: int = Field(0, ge=0, le=32, description="the sum is taken modulo 2**bits; 0: chosen")
 
 
-MOST_PARTICIPANTS = 1 << 14
+MAX_PARTICIPANTS = 1 << 14
 """Largest roster; it bounds every masked message but the vector."""
 
 
@@ -179,7 +179,7 @@ def quorum(participants: int, colluders: int) -> int:
     return (participants + colluders) // 2 + 1
 
 
-class MaskingSettings(_Settings):
+class SecureAggregationSettings(_Settings):
     """Secure aggregation, with `noise_at = "distributed"`: what a sum must have to be opened."""
 
     survivors: float = Field(0.6, gt=0, le=1, description="smallest accepted share of the cohort")
@@ -189,11 +189,11 @@ class MaskingSettings(_Settings):
         description="devices of the whole fleet that may work with the server: their number, or "
         "below 1 that share of rounds.cohort, rounded up",
     )
-    smallest_cohort: int = Field(10, ge=3, description="the device's own: no roster below it")
+    min_cohort: int = Field(10, ge=3, description="the device's own: no roster below it")
     degree: int = Field(0, ge=0, description="neighbours of each device; 0: sized from the above")
     threshold: int = Field(0, ge=0, description="holders that open a secret; 0: sized likewise")
 
-    def smallest_sum(self, cohort: int) -> int:
+    def min_sum(self, cohort: int) -> int:
         """Return how many vectors a sum must have. Every device's noise is sized for it."""
         return math.ceil(self.survivors * cohort - 1e-9)
 
@@ -212,7 +212,7 @@ class StatisticsSettings(_Settings):
     gain_bound: float = Field(0.5, gt=0, description="a gain is clipped to -this .. this")
     gain_noise_multiplier: float = Field(4.0, gt=0)
     arms: tuple[Literal["base", "shared", "personal"], ...] = Field(
-        (), max_length=MOST_ARMS, description="models compared: a device measures one of them"
+        (), max_length=MAX_ARMS, description="models compared: a device measures one of them"
     )
     arm_noise_multiplier: float = Field(4.0, gt=0)
 
@@ -295,7 +295,7 @@ class RoundSettings(_Settings):
     wait_s: float = Field(
         120.0, ge=0, description="real devices: longest wait after a void attempt; 1, 2, 4 s first"
     )
-    spare: int = Field(
+    extra_releases: int = Field(
         2, ge=0, description="releases a device makes beyond count, where rounds were void"
     )
     timeout_s: float = Field(3600.0, gt=0, description="what training may last on a device")
@@ -317,7 +317,6 @@ class HeadSettings(_Settings):
     """The personal head, which is fitted after the release and kept on the device."""
 
     enabled: bool = True
-    in_the_loop: bool = False
 
 
 class SimulationSettings(_Settings):
@@ -334,7 +333,7 @@ class AbRunSettings(_Settings):
     See `common/ab_test.py`.
     """
 
-    arms: tuple[str, ...] = Field((), max_length=MOST_ARMS, description="empty: no experiment")
+    arms: tuple[str, ...] = Field((), max_length=MAX_ARMS, description="empty: no experiment")
     outcome: Literal["binary", "bounded"] = "binary"
     low: float = Field(0.0, ge=-1e12, description="public bounds of an outcome; binary: 0 and 1")
     high: float = Field(1.0, le=1e12)
@@ -395,14 +394,14 @@ class Config(_Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
-    groups: GroupSettings = Field(default_factory=GroupSettings)
+    clusters: ClusterSettings = Field(default_factory=ClusterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     preference: PreferenceSettings = Field(default_factory=PreferenceSettings)
     privacy: PrivacySettings = Field(default_factory=PrivacySettings)
     rounds: RoundSettings = Field(default_factory=RoundSettings)
-    masking: MaskingSettings = Field(default_factory=MaskingSettings)
+    secure_aggregation: SecureAggregationSettings = Field(default_factory=SecureAggregationSettings)
     statistics: StatisticsSettings = Field(default_factory=StatisticsSettings)
-    ab: AbRunSettings = Field(default_factory=AbRunSettings)
+    ab_test: AbRunSettings = Field(default_factory=AbRunSettings)
     head: HeadSettings = Field(default_factory=HeadSettings)
     simulation: SimulationSettings = Field(default_factory=SimulationSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -427,13 +426,6 @@ class Config(_Settings):
                 f"privacy.client.bits = {self.privacy.client.bits}: expected 12 to 32, or 0 for "
                 "the smallest modulus that costs next to nothing"
             )
-        if self.head.in_the_loop and self.privacy.example.enabled:
-            raise ValueError(
-                "head.in_the_loop = true lets a head fitted without DP take part in training, so "
-                "no example-level claim can be made; set privacy.example.enabled = false"
-            )
-        if self.head.in_the_loop:
-            raise ValueError("head.in_the_loop = true is not built yet; leave it false")
         if self.privacy.example.enabled and self.privacy.example.adjacency == "add_remove":
             raise ValueError(
                 "privacy.example.adjacency = 'add_remove': a record put in moves others across the "
@@ -442,8 +434,8 @@ class Config(_Settings):
                 "nothing in its place) or replace_one"
             )
         self._refuse_false_claims()
-        if self.trial is not None:
-            self._refuse_wrong_trial(self.trial)
+        if self.ab_run is not None:
+            self._refuse_wrong_ab_run(self.ab_run)
         if 0 < self.training.packed < self.data.max_tokens:
             raise ValueError(
                 f"training.packed = {self.training.packed} is smaller than data.max_tokens = "
@@ -461,7 +453,7 @@ class Config(_Settings):
             )
         client = self.privacy.client
         if client.enabled and client.noise_at == "distributed":
-            self._refuse_hopeless_masking()
+            self._refuse_hopeless_secure_aggregation()
         if self.statistics.enabled:
             self._refuse_hopeless_statistics()
         elif self.statistics.gains or self.statistics.arms:
@@ -474,7 +466,7 @@ class Config(_Settings):
         return self
 
     def _refuse_false_claims(self) -> None:
-        groups, family = self.groups.count, self.adapter.family
+        groups, family = self.clusters.count, self.adapter.family
         if self.training.packed and self.privacy.example.enabled:
             raise ValueError(
                 f"training.packed = {self.training.packed}: a record acts on the losses of those "
@@ -483,7 +475,7 @@ class Config(_Settings):
             )
         if groups > 1 and self.privacy.example.enabled:
             raise ValueError(
-                f"groups.count = {groups}: which persona a device picks depends on each of its "
+                f"clusters.count = {groups}: which cluster a device picks depends on each of its "
                 "records without DP, and one record that changes the pick moves the contribution "
                 "by up to sqrt(2) times the clip, so no example-level claim can be made; set "
                 "privacy.example.enabled = false"
@@ -491,21 +483,21 @@ class Config(_Settings):
         if groups > 1 and not FAMILIES[family].clusters:
             able = ", ".join(one.name for one in FAMILIES.values() if one.clusters)
             raise ValueError(
-                f"groups.count = {groups} with adapter.family = {family!r}: personas are built for "
-                f"{able}; take one of these, or groups.count = 1"
+                f"clusters.count = {groups} with adapter.family = {family!r}: clusters are built "
+                f"for {able}; take one of these, or clusters.count = 1"
             )
-        needed = self.groups.warmup + self.groups.spare * self.groups.merge_every + 1
+        needed = self.clusters.warmup + self.clusters.extra * self.clusters.merge_every + 1
         if groups > 1 and self.rounds.count < needed:
             raise ValueError(
-                f"groups.count = {groups} with groups.spare = {self.groups.spare}: in "
+                f"clusters.count = {groups} with clusters.extra = {self.clusters.extra}: in "
                 f"rounds.count = {self.rounds.count} rounds they are not all merged and trained "
-                f"once more; take at least {needed}, or a smaller groups.warmup, groups.spare or "
-                "groups.merge_every"
+                f"once more; take at least {needed}, or a smaller clusters.warmup, clusters.extra "
+                "or clusters.merge_every"
             )
         local = FAMILIES[family].local
         if self.pairs and (groups > 1 or local):
             raise ValueError(
-                "data.task = 'preference' with groups.count above 1, or with adapter.family = "
+                "data.task = 'preference' with clusters.count above 1, or with adapter.family = "
                 "'fedsa', is not built; take another family and one group"
             )
         if local and self.privacy.example.enabled:
@@ -520,25 +512,25 @@ class Config(_Settings):
                 "and the gradient of A exactly zero, so noise alone would leave; take at least 2"
             )
 
-    def _refuse_wrong_trial(self, trial: AbRunSettings) -> None:
+    def _refuse_wrong_ab_run(self, ab_run: AbRunSettings) -> None:
         if self.data.source != DEVICES:
             raise ValueError(
-                f"ab.arms with data.source = {self.data.source!r}: a run with arms is one on "
+                f"ab_test.arms with data.source = {self.data.source!r}: a run with arms is one on "
                 "devices; `privet ab` simulates an experiment"
             )
-        odd = [arm for arm in trial.arms if not _ARM.fullmatch(arm)]
+        odd = [arm for arm in ab_run.arms if not _ARM.fullmatch(arm)]
         if odd:
             raise ValueError(
-                f"ab.arms has {odd[0]!r}: on devices an arm is a template, such as memory or "
+                f"ab_test.arms has {odd[0]!r}: on devices an arm is a template, such as memory or "
                 'memory@1.0.0, or "personal" or "shared"'
             )
         client, example = self.privacy.client, self.privacy.example
         for name, found, wanted in (
-            ("ab.low", trial.low, 0.0),
-            ("ab.high", trial.high, 1.0),
-            ("rounds.count", self.rounds.count, trial.looks),
+            ("ab_test.low", ab_run.low, 0.0),
+            ("ab_test.high", ab_run.high, 1.0),
+            ("rounds.count", self.rounds.count, ab_run.looks),
             ("privacy.client.enabled", client.enabled, True),
-            ("privacy.client.clip", client.clip, trial.norm),
+            ("privacy.client.clip", client.clip, ab_run.norm),
             ("privacy.client.bits", client.bits, 32),  # a device holds the grid of these alone
             ("privacy.example.enabled", example.enabled, False),
             ("statistics.enabled", self.statistics.enabled, False),
@@ -551,27 +543,29 @@ class Config(_Settings):
                 'take "distributed" or "device"'
             )
 
-    def _refuse_hopeless_masking(self) -> None:
-        cohort, masking = self.rounds.cohort, self.masking
-        smallest, colluders = self.smallest_sum, self.colluders
-        if cohort < masking.smallest_cohort:
+    def _refuse_hopeless_secure_aggregation(self) -> None:
+        cohort, secure_aggregation = self.rounds.cohort, self.secure_aggregation
+        smallest, colluders = self.min_sum, self.colluders
+        if cohort < secure_aggregation.min_cohort:
             raise ValueError(
-                f"rounds.cohort = {cohort} is smaller than masking.smallest_cohort = "
-                f"{masking.smallest_cohort}, so every device would decline; "
+                f"rounds.cohort = {cohort} is smaller than secure_aggregation.min_cohort = "
+                f"{secure_aggregation.min_cohort}, so every device would decline; "
                 f'{self._cohort_needed()}, or set privacy.client.noise_at = "device"'
             )
         if smallest - colluders < 2:
             raise ValueError(
-                f"masking.colluding = {masking.colluding:g} lets {colluders} devices collude and "
-                f"leaves {max(smallest - colluders, 0)} honest survivors of a cohort of {cohort}, "
-                f"but a sum needs at least 2: {self._cohort_needed()}"
+                f"secure_aggregation.colluding = {secure_aggregation.colluding:g} lets "
+                f"{colluders} devices collude and leaves {max(smallest - colluders, 0)} honest "
+                f"survivors of a cohort of {cohort}, but a sum needs at least 2: "
+                f"{self._cohort_needed()}"
             )
-        holders = (masking.degree or cohort - 1) + 1
-        if masking.threshold and not colluders < masking.threshold <= holders:
+        holders = (secure_aggregation.degree or cohort - 1) + 1
+        if secure_aggregation.threshold and not colluders < secure_aggregation.threshold <= holders:
             raise ValueError(
-                f"masking.threshold = {masking.threshold}: expected 0 (sized), or from "
-                f"{colluders + 1}, as {colluders} colluding devices open every secret together, "
-                f"to {holders}, the holders of a secret"
+                f"secure_aggregation.threshold = {secure_aggregation.threshold}: expected 0 "
+                "(sized), "
+                f"or from {colluders + 1}, as {colluders} colluding devices open every secret "
+                f"together, to {holders}, the holders of a secret"
             )
 
     def _refuse_hopeless_statistics(self) -> None:
@@ -597,17 +591,18 @@ class Config(_Settings):
 
     def _cohort_needed(self) -> str:
         """Say what would help: the smallest cohort in which two honest survivors are left."""
-        feared = self.masking.colluders
+        feared = self.secure_aggregation.colluders
         sizes = range(
-            max(self.rounds.cohort + 1, self.masking.smallest_cohort), MOST_PARTICIPANTS + 1
+            max(self.rounds.cohort + 1, self.secure_aggregation.min_cohort), MAX_PARTICIPANTS + 1
         )
         found = next((n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2), None)
         if found is None:
-            return f"no cohort of up to {MOST_PARTICIPANTS:,} would do; lower masking.colluding"
+            most = f"no cohort of up to {MAX_PARTICIPANTS:,} would do"
+            return f"{most}; lower secure_aggregation.colluding"
         return f"it would need rounds.cohort = {found}"
 
     @property
-    def smallest_sum(self) -> int:
+    def min_sum(self) -> int:
         """Number of vectors that a masked sum must have. Every device's noise is sized for it.
 
         One below the round's quorum would be opened for nothing, and one that fewer than a majority
@@ -617,7 +612,7 @@ class Config(_Settings):
         cohort = self.rounds.cohort
         answers = math.ceil(self.rounds.quorum * cohort - 1e-9)
         signed = quorum(cohort, self.colluders)
-        return min(cohort, max(answers, signed, self.masking.smallest_sum(cohort)))
+        return min(cohort, max(answers, signed, self.secure_aggregation.min_sum(cohort)))
 
     @property
     def colluders(self) -> int:
@@ -625,15 +620,15 @@ class Config(_Settings):
 
         Absolute, and of the whole fleet: whom a server asks in a round does not change it.
         """
-        return self.masking.colluders(self.rounds.cohort)
+        return self.secure_aggregation.colluders(self.rounds.cohort)
 
     @property
-    def most_releases(self) -> int:
+    def max_releases(self) -> int:
         """The most releases of one device in the run, as void rounds may be asked for anew.
 
         An experiment's epsilon is that of its looks, so there it is their number.
         """
-        return self.rounds.count + (0 if self.trial else self.rounds.spare)
+        return self.rounds.count + (0 if self.ab_run else self.rounds.extra_releases)
 
     @property
     def digest(self) -> str:
@@ -641,31 +636,14 @@ class Config(_Settings):
 
         How long a server waits for devices that do not come decides none.
         """
-        # without groups, pairs or arms, the digest of a run begun before there were any stays valid
-        unused = {
-            "groups": self.groups.count == 1, "preference": not self.pairs, "ab": not self.ab.arms
-        }  # fmt: skip
-        left_out = {"speed", "name", *(name for name, left in unused.items() if left)}
-        settings = self.model_dump(mode="json", exclude=left_out)
-        # nor do a run's settings change by what it left as it was
-        for section, kind, names in (
-            ("training", TrainingSettings, ("ends", "opening", "packed", "constant")),
-            ("masking", MaskingSettings, ("degree", "threshold")),
-            ("privacy", PrivacySettings, ("clip_chosen", "directory")),
-            ("adapter", AdapterSettings, ("start",)),
-            ("rounds", RoundSettings, ("tick_s",)),
-        ):
-            for name in names:
-                if settings[section][name] == kind.model_fields[name].default:
-                    del settings[section][name]
-        settings["adapter"]["family"] = FAMILIES[self.adapter.family].digest_name
-        # a run begun when every run had a cap had this one where it named none
-        settings["privacy"]["budget"].update(self.privacy.budget.simulated)
-        if not self.privacy.budget.open_directory:
-            del settings["privacy"]["budget"]["open_directory"]
-        for name in ("patience", "wait_s", "spare"):
-            del settings["rounds"][name]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        waiting = {"patience", "wait_s", "extra_releases"}
+        settings = self.model_dump(
+            mode="json",
+            exclude_defaults=True,  # so that a run keeps its digest when there is a new setting
+            exclude={"speed": True, "name": True, "rounds": waiting},
+        )
+        text = json.dumps(_without_empty(settings), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def sampling_rate(self) -> float:
@@ -687,9 +665,9 @@ class Config(_Settings):
         return self.preference if self.data.task == "preference" else None
 
     @property
-    def trial(self) -> AbRunSettings | None:
+    def ab_run(self) -> AbRunSettings | None:
         """The A/B experiment that this run is. None where it trains an adapter."""
-        return self.ab if self.ab.arms else None
+        return self.ab_test if self.ab_test.arms else None
 
     @property
     def outputs(self) -> int:
@@ -708,7 +686,7 @@ class Config(_Settings):
             )
         if not self.privacy.client.enabled:
             found.append("privacy.client.enabled = false: no client-level claim is made")
-        if not self.privacy.example.enabled and self.trial is None:
+        if not self.privacy.example.enabled and self.ab_run is None:
             found.append("privacy.example.enabled = false: no DP-SGD noise inside training")
         elif self.privacy.example.enabled and self.privacy.example.noise_multiplier == 0:
             found.append(
@@ -720,18 +698,30 @@ class Config(_Settings):
         return found
 
 
+def _without_empty(table: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {k: _without_empty(v) if isinstance(v, Mapping) else v for k, v in table.items()}
+    return {key: value for key, value in inner.items() if value != {}}
+
+
 def parse(
     table: Mapping[str, Any],
     *,
     source: str = "the configuration",
     overrides: Iterable[str] = (),
+    quiet: bool = False,
 ) -> Config:
     """Validate settings from a parsed TOML table, with `section.key=value` overrides on top.
+
+    Args:
+        table: of sections; keys may have their former names (`former_names.py`).
+        source: what sentences about faults begin with.
+        overrides: `section.key=value`, such as `rounds.count=8`.
+        quiet: no warnings of former names.
 
     Raises:
         ConfigError: one sentence for each fault, all faults at once.
     """
-    own = copy.deepcopy(dict(table))  # the caller's stays as it is
+    own = former_names.with_names_of_today(table, former_names.CONFIG, quiet=quiet)
     for override in overrides:
         _set(own, override)
     try:
@@ -740,7 +730,12 @@ def parse(
         raise ConfigError(f"{source} does not fit:\n{faults(error, Config)}") from None
 
 
-def read(path: Path, overrides: Iterable[str] = ()) -> Config:
+def of_run(folder: Path) -> Config:
+    """Settings of the run in a folder, also of one begun when keys had other names."""
+    return read(folder / "config.toml", quiet=True)
+
+
+def read(path: Path, overrides: Iterable[str] = (), *, quiet: bool = False) -> Config:
     """Settings from a TOML file, with `section.key=value` overrides on top."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
@@ -748,7 +743,7 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    return parse(table, source=str(path), overrides=overrides)
+    return parse(table, source=str(path), overrides=overrides, quiet=quiet)
 
 
 def to_toml(config: Config) -> str:
@@ -769,7 +764,7 @@ def _set(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, last = key.strip().split(".")
+    *parents, last = former_names.key_of_today(key.strip(), former_names.CONFIG).split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):

@@ -76,8 +76,8 @@ def check(settings: AbTestSettings, repetitions: int, folder: Path) -> dict[str,
     through_the_gate = simulated_ab_test.run(settings, folder)
     null = settings.model_copy(
         update={
-            "made": settings.made.model_copy(
-                update={"means": settings.made.means[:1] * len(settings.arms)}
+            "simulated": settings.simulated.model_copy(
+                update={"means": settings.simulated.means[:1] * len(settings.arms)}
             )
         }
     )
@@ -109,7 +109,7 @@ class _Tally:
     null_covered_last: int = 0
 
     def add(self, null: bool, looks: list[dict[str, Any]], settings: AbTestSettings) -> None:
-        truth = [mean - settings.made.means[0] for mean in settings.made.means[1:]]
+        truth = [mean - settings.simulated.means[0] for mean in settings.simulated.means[1:]]
         covered = [
             all(
                 one["interval"] is None or one["interval"][0] <= true <= one["interval"][1]
@@ -143,7 +143,7 @@ def _repetition(
     plan = look_plan(settings, settings.name, 1)
     looks = []
     for look in range(1, settings.looks + 1):
-        there = rng.random(settings.clients) >= settings.made.dropout
+        there = rng.random(settings.clients) >= settings.simulated.dropout
         now = np.where((since <= look)[:, None], vectors, 0.0)[there]
         plan = dataclasses.replace(plan, round=look)
         sums = sums_of(summed(now, plan, noise.SystemSource()), plan)

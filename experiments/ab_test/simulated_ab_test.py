@@ -5,8 +5,8 @@
     report    table, `ab.json`, `ab.svg`; what was spent is read from the devices' ledgers
 
 Outcomes come in over the looks: at look k of K the first k / K of the devices have one, the others
-release zeros. With `made.masks` the masking protocol runs; otherwise the vectors are added as masks
-would have revealed them, and nothing else is used of them.
+release zeros. With `simulated.masks` the masking protocol runs; otherwise the vectors are added as
+masks would have revealed them, and nothing else is used of them.
 """
 
 import json
@@ -71,14 +71,14 @@ def outcomes(
     settings: AbTestSettings, arms: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Draw one outcome a person, shape (clients,), with the arm's made mean."""
-    means = np.array(settings.made.means)[arms]
+    means = np.array(settings.simulated.means)[arms]
     if settings.outcome == "binary":
         return (rng.random(len(arms)) < means).astype(np.float64)
     # a two-sided Beta keeps both the mean and the bounds, which a clipped Gaussian would not
     width = settings.high - settings.low
     mean = np.clip((means - settings.low) / width, 1e-6, 1 - 1e-6)
     most = mean * (1 - mean)
-    size = most / np.minimum((settings.made.spread / width) ** 2, 0.99 * most) - 1
+    size = most / np.minimum((settings.simulated.spread / width) ** 2, 0.99 * most) - 1
     return settings.low + width * rng.beta(mean * size, (1 - mean) * size)
 
 
@@ -113,7 +113,9 @@ def run(settings: AbTestSettings, folder: Path) -> dict[str, Any]:
         privacy = spent(settings, ledger)
     facts = {
         "settings": settings.model_dump(mode="json"),
-        "masks": "run" if settings.made.masks else "not run: vectors added as masks reveal them",
+        "masks": "run"
+        if settings.simulated.masks
+        else "not run: vectors added as masks reveal them",
         "looks": read_lines(folder / "looks.jsonl"),
         "privacy": privacy,
     }
@@ -132,7 +134,7 @@ def _look(
     The commit of each release is durable, so this takes some milliseconds a device.
     """
     length = len(settings.arms) * (2 if settings.outcome == "binary" else 3)
-    there = rng.random(settings.clients) >= settings.made.dropout
+    there = rng.random(settings.clients) >= settings.simulated.dropout
     vectors: dict[int, NDArray[np.uint32]] = {}
     with progress.counting(f"look {plan.round}", int(there.sum()), "devices") as one:
         for number in map(int, np.flatnonzero(there)):
@@ -148,7 +150,7 @@ def _look(
             if payload is not None:
                 vectors[number] = unpack(payload, length, plan.bits)
             one()
-    if settings.made.masks:
+    if settings.simulated.masks:
         return _unmasked(settings, plan, people, vectors)
     if len(vectors) < max(plan.survivors, 2):
         raise RoundVoid(

@@ -1,9 +1,10 @@
 """How well private choices find three made dialects: adjusted Rand index, seed by seed.
 
-    python -m privet.experiments.benchmarks.cluster_recovery --seeds 21,22,23 [--set groups.spare=0]
+    python -m privet.experiments.benchmarks.cluster_recovery --seeds 21,22,23 [--set
+    clusters.extra=0]
 
 Each seed is a run of `privet simulate groups` with that `data.seed`, up to its last round: other
-people, other cohorts, other noise. What the personas are worth is measured by `privet personas`.
+people, other cohorts, other noise. What the clusters are worth is measured by `privet clusters`.
 A run that is there in `--runs` goes on, so an interrupted command is given again.
 """
 

@@ -42,8 +42,8 @@ PASSPHRASE = "own"
 WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
 OWNER: Mapping[str, Mapping[str, Any]] = {
     "budget": {"client": 1e5, "example": 1e5},
-    "limits": {"smallest_cohort": 3, "colluding": 0.0, "smallest_example_noise": 0.0},
-    "when": {"largest_load": 1000.0},
+    "limits": {"min_cohort": 3, "colluding": 0.0, "min_example_noise": 0.0},
+    "when": {"max_load": 1000.0},
     "resources": {"nice": 0},
     "consent": {"ask": False},
 }
@@ -153,7 +153,7 @@ def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) ->
         "rounds": {"count": rounds, "cohort": count, "timeout_s": 900.0, "answer_timeout_s": 600.0},
         "head": {"enabled": False},
         "privacy": {"budget": {"client": 1e5, "example": 1e5}},
-        "masking": {"survivors": 0.6, "colluding": 0.0, "smallest_cohort": 3},
+        "secure_aggregation": {"survivors": 0.6, "colluding": 0.0, "min_cohort": 3},
         "speed": {"threads": 1},
     }
     return parse({**table, **changes})

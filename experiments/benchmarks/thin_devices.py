@@ -81,10 +81,10 @@ class Thin:
         """One phase of a masked round."""
         if name == "keys":
             policy = MaskingPolicy(
-                smallest_cohort=3,
-                largest_cohort=plan.cohort,
-                smallest_survivors=2,
-                smallest_bits=8,
+                min_cohort=3,
+                max_cohort=plan.cohort,
+                min_survivors=2,
+                min_bits=8,
                 colluders=0,
             )
             terms = plan.terms(self.dimension)

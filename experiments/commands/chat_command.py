@@ -102,4 +102,4 @@ def _own(
     with opened(home, passphrase) as found:
         torch.set_num_threads(threads(found.policy.resources))
         assistant = assistant_of(found, run, template, encoder, sampling)
-        yield assistant, VaultRecorder(found, assistant.trial)
+        yield assistant, VaultRecorder(found, assistant.ab_run)

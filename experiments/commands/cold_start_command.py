@@ -18,12 +18,12 @@ def coldstart(
 ) -> None:
     """How many own labels a newcomer needs: personal, shared and somebody else's head."""
     from ...common.files import explain_os_errors, write_atomic, write_json_atomic
-    from ...common.settings.config import read
+    from ...common.settings.config import of_run
     from ..evaluation import cold_start
     from ..named import run_folder
 
     folder = run_folder(run)
-    found = cold_start.cold_start(folder, read(folder / "config.toml"))
+    found = cold_start.cold_start(folder, of_run(folder))
     place = out or folder
     with explain_os_errors(place, "make the folder"):
         place.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ from ...common.errors import PrivetError
 from ..named import CONFIGS, RUNS, configuration, run_folder
 
 __all__ = [
+    "clusters",
     "demo_devices",
     "evaluate",
     "generate",
-    "personas",
     "report",
     "reported",
     "simulate",
@@ -97,15 +97,15 @@ def evaluate(
         terminal.show(facts, _console())
 
 
-def personas(
+def clusters(
     run: _Run,
     against: Annotated[str, typer.Option(help="A run of the same people with one adapter.")],
     as_json: _Json = False,
 ) -> None:
-    """A run with persona groups: who chose which, and what it is worth against one adapter."""
-    from ..evaluation import cluster_evaluation as groups
+    """A run with clusters: who chose which, and what it is worth against one adapter."""
+    from ..evaluation import cluster_evaluation
 
-    found = groups.compared(run_folder(run), run_folder(against))
+    found = cluster_evaluation.compared(run_folder(run), run_folder(against))
     if as_json:
         _print_json(found)
         return
@@ -125,7 +125,7 @@ def personas(
         for pair in ("base_minus_global", "base_minus_group", "global_minus_group"):
             low, high = own[pair]["ci95"]
             print(f"  {pair:<20} {own[pair]['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")
-        print(f"  better with the own persona: {own['share_better']:.0%}")
+        print(f"  better with the own cluster: {own['share_better']:.0%}")
 
 
 def _is_scenario(what: str, known: list[str]) -> bool:

@@ -13,7 +13,7 @@ from ...client.device import SimulatedContext
 from ...client.training import records
 from ...common.errors import ConfigError, DataError
 from ...common.files import append_line
-from ...common.settings.config import read
+from ...common.settings.config import of_run
 from ..evaluation.generation import kept_head
 from ..evaluation.run_evaluation import global_adapter
 
@@ -43,7 +43,7 @@ def assistant_of(
             f"no template {template!r} comes with privet: {', '.join(known)}; one of your own is "
             "for a device (privet prompts add)"
         )
-    loaded(read(folder / "config.toml").model.base)
+    loaded(of_run(folder).model.base)
     bench = SimulatedContext.open(folder.resolve())
     if bench.config.outputs:
         raise ConfigError(f"{folder} predicts labels; a chat needs a run that makes text")

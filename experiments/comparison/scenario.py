@@ -48,7 +48,7 @@ class RetrievalSettings(_Settings):
 
 
 class AnswerSettings(_Settings):
-    """Texts that are made: overlap, style, diversity, persona swap."""
+    """Texts that are made: overlap, style, diversity, cluster swap."""
 
     users: int = Field(0, ge=0)
     records: int = Field(4, ge=1)

@@ -63,7 +63,7 @@ class Study:
         Who is measured is drawn here too.
         """
         run = run_of(scenario, runs)
-        if settings.read(run / "config.toml").data.source == DEVICES:
+        if settings.of_run(run).data.source == DEVICES:
             raise ConfigError(f"{run} is a run on real devices: nobody's records can be read here")
         bench = SimulatedContext.open(run.resolve())
         kept = _adapter(bench)
@@ -219,7 +219,7 @@ def _adapter(bench: SimulatedContext) -> Vector | None:
 def _of_other_run(bench: SimulatedContext, run: str) -> Vector:
     """The shared adapter of another run, which must have the same layout."""
     folder = Path(run)
-    config = settings.read(folder / "config.toml")
+    config = settings.of_run(folder)
     layout = bench.trainer.adapter.layout.digest
     kept = kept_state(folder, run_id(folder), config, layout)
     if kept is None:

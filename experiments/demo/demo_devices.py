@@ -47,11 +47,11 @@ MEMORY_S = 2.0
 DEALT_S = 1.0  # shares are written down before they are on their way
 
 POLICY_CHANGES: Mapping[str, tuple[str, str]] = {
-    "smallest_cohort": ("4", "there are six devices in all, where the default asks for ten"),
+    "min_cohort": ("4", "there are six devices in all, where the default asks for ten"),
     "colluding": ("1", "of six devices more than one cannot be reckoned with"),
-    "largest_load": ("1000.0", "all six share this machine, with whatever else it does"),
+    "max_load": ("1000.0", "all six share this machine, with whatever else it does"),
     "on_battery": ("true", "a laptop may show this demo too"),
-    "smallest_battery": ("0.0", "a laptop may show this demo too"),
+    "min_battery": ("0.0", "a laptop may show this demo too"),
     "nice": ("0", "the demo would wait for every other program of this machine"),
 }
 """Key of policy.toml -> its value here, and why."""

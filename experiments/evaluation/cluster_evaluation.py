@@ -1,6 +1,6 @@
-"""Runs with several personas, as the experimenter reads them off the simulated devices.
+"""Runs with several clusters, as the experimenter reads them off the simulated devices.
 
-Which persona a device has is private. On a simulation the experimenter may read it, as everything
+Which cluster a device has is private. On a simulation the experimenter may read it, as everything
 else of a simulated device; nothing of it passes the server, and no epsilon covers it.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...client.device import Device, SimulatedContext, exchange_at, kept_half, persona_of
+from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, kept_half
 from ...client.personal.person_losses import evaluator_of
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
@@ -28,14 +28,14 @@ __all__ = [
     "compared",
     "evaluate_people",
     "kept_state",
-    "largest_persona",
+    "largest_cluster",
     "recovered",
     "state_of",
 ]
 
 
 def state_of(folder: Path) -> Vector:
-    """The state after a run's last finished round: one adapter vector a persona, in a row.
+    """The state after a run's last finished round: one adapter vector a cluster, in a row.
 
     Raises:
         StateError: no round was finished.
@@ -62,26 +62,28 @@ def kept_state(folder: Path, run: str, config: Config, layout: str) -> Vector | 
 
 
 def adapter_of(bench: SimulatedContext, user: str, state: Vector) -> Vector:
-    """Return the adapter vector of a person's own persona, shape (d,).
+    """Return the adapter vector of a person's own cluster, shape (d,).
 
-    With one persona it is everybody's.
+    With one cluster it is everybody's.
     """
-    return persona_of(Device(user, bench), state)[1]
+    return cluster_of(Device(user, bench), state)[1]
 
 
-def largest_persona(bench: SimulatedContext, state: Vector) -> Vector:
-    """The adapter vector for somebody without records: of the persona with most members."""
+def largest_cluster(bench: SimulatedContext, state: Vector) -> Vector:
+    """The adapter vector for somebody without records: of the cluster with most members."""
     return np.asarray(
-        exchange_at(bench).personas(state)[largest(bench.folder, bench.config.groups.count)]
+        exchange_at(bench).cluster_vectors(state)[
+            largest(bench.folder, bench.config.clusters.count)
+        ]
     )
 
 
 def choices(bench: SimulatedContext, users: Sequence[str], state: Vector) -> list[int]:
-    """Return the persona that each person chooses."""
+    """Return the cluster that each person chooses."""
     with progress.counting("choosing", len(users), "people") as one:
         found = []
         for user in users:
-            found.append(persona_of(Device(user, bench), state)[0])
+            found.append(cluster_of(Device(user, bench), state)[0])
             one()
     return found
 
@@ -91,14 +93,14 @@ def evaluate_people(
 ) -> dict[str, list[Any]]:
     """Compute losses on held-out records as in `run_evaluation.py`, and those of one's own adapter.
 
-    `global` is what somebody without records would get: the persona with most members, of fedsa A
-    without any B. `group` is the own persona, of fedsa `own_half` A with the own device's B;
+    `global` is what somebody without records would get: the cluster with most members, of fedsa A
+    without any B. `group` is the own cluster, of fedsa `own_half` A with the own device's B;
     `personal` the same with the head fitted on it.
     """
-    mine = "group" if bench.config.groups.count > 1 else "own_half"
+    mine = "group" if bench.config.clusters.count > 1 else "own_half"
     device = {user: Device(user, bench) for user in users}
-    personas = exchange_at(bench).personas(state)
-    everybody = evaluator_of(bench.trainer.adapter, largest_persona(bench, state))
+    cluster_vectors = exchange_at(bench).cluster_vectors(state)
+    everybody = evaluator_of(bench.trainer.adapter, largest_cluster(bench, state))
     found: dict[str, dict[str, float]] = {}
     for user in users:
         person = everybody.person(*device[user].measured_on(), False)
@@ -106,7 +108,7 @@ def evaluate_people(
             found[user] = {"base": person.base, "global": person.loss(None)}
     own = dict(zip(found, choices(bench, list(found), state), strict=True))
     for user in found:
-        vector = personas[own[user]]
+        vector = cluster_vectors[own[user]]
         evaluator = evaluator_of(bench.trainer.adapter, vector, kept_half(device[user]))
         person = evaluator.person(*device[user].measured_on(), heads)
         if person is not None:
@@ -121,11 +123,11 @@ def recovered(folder: Path) -> dict[str, Any]:
     """How well the private choices of a run fit the true groups, after its last finished round.
 
     Args:
-        folder: of a run with personas, of a source whose users' names begin with their group.
+        folder: of a run with clusters, of a source whose users' names begin with their group.
 
     Returns:
         `ari`: adjusted Rand index over everybody who was trained on; `people`: how many these are;
-        `choices`: of each true group, how many picked each persona.
+        `choices`: of each true group, how many picked each cluster.
     """
     return _recovered(SimulatedContext.open(folder.resolve()), state_of(folder))
 
@@ -133,10 +135,10 @@ def recovered(folder: Path) -> dict[str, Any]:
 def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
     from sklearn.metrics import adjusted_rand_score
 
-    count, train = bench.config.groups.count, bench.index.train_users
+    count, train = bench.config.clusters.count, bench.index.train_users
     if count == 1:
         raise ConfigError(
-            f"{bench.folder} has one adapter for everybody; name a run with groups.count > 1"
+            f"{bench.folder} has one adapter for everybody; name a run with clusters.count > 1"
         )
     chosen = choices(bench, train, state)
     truth = [dialect_of(user) for user in train]
@@ -147,10 +149,10 @@ def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
 
 
 def compared(folder: Path, other: Path) -> Mapping[str, Any]:
-    """Compare a run with personas to one without, on the same people's later records.
+    """Compare a run with clusters to one without, on the same people's later records.
 
     Args:
-        folder: of the run with personas, of a source whose users' names begin with their group.
+        folder: of the run with clusters, of a source whose users' names begin with their group.
         other: of a run with one adapter, of the same people and base model.
 
     Returns:
@@ -165,11 +167,11 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
     grouped = {name: evaluate_people(bench, users, state, False) for name, users in people.items()}
     alone, single = SimulatedContext.open(other.resolve()), state_of(other)
-    if alone.config.groups.count != 1 or alone.index.sha256 != bench.index.sha256:
-        raise ConfigError(f"{other} must have groups.count = 1 and the same people as {folder}")
+    if alone.config.clusters.count != 1 or alone.index.sha256 != bench.index.sha256:
+        raise ConfigError(f"{other} must have clusters.count = 1 and the same people as {folder}")
     shared = {name: evaluate_people(alone, users, single, False) for name, users in people.items()}
     if any(shared[name]["users"] != grouped[name]["users"] for name in people):
-        raise StateError("the two runs measured different people; run `privet personas` again")
+        raise StateError("the two runs measured different people; run `privet clusters` again")
     return {
         **found,
         **{name: _gains(grouped[name], shared[name]) for name in people},

@@ -42,7 +42,7 @@ def side_by_side(
     ids = bench.trainer.adapter.base.tokenizer(as_text(prompt))["input_ids"]
     if not ids:
         raise ConfigError("--prompt is empty; give the model a few words to begin with")
-    # of several personas the person's own one
+    # of several clusters the person's own one
     adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, drawn)}

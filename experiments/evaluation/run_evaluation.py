@@ -6,7 +6,7 @@ epsilon covers it. On a real device the same functions run and the figures stay 
     base          the base model, no adapter (labels: every prediction 0)
     global        the shared adapter of the run
     personal      the shared adapter and the head fitted on the person's own earlier records
-    group         of several personas the own one; global is then the one with most members
+    group         of several clusters the own one; global is then the one with most members
     own_half      fedsa: the shared A with the B of the own device; global is then A without B
     swapped_head  the shared adapter and somebody else's head: the gain must be lost
 
@@ -46,7 +46,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = SimulatedContext.open(folder.resolve())
-    several = config.groups.count > 1 or bool(bench.trainer.adapter.own.pieces)
+    several = config.clusters.count > 1 or bool(bench.trainer.adapter.own.pieces)
     final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
@@ -109,12 +109,12 @@ def _of_pairs(
 def global_adapter(folder: Path) -> Vector:
     """The shared adapter after the last finished round of the run in `folder`.
 
-    Of several personas the one with most members: what somebody without records would get.
+    Of several clusters the one with most members: what somebody without records would get.
 
     Raises:
         StateError: no round was finished.
     """
-    return cluster_evaluation.largest_persona(
+    return cluster_evaluation.largest_cluster(
         SimulatedContext.open(folder.resolve()), cluster_evaluation.state_of(folder)
     )
 

@@ -401,9 +401,10 @@ def assumptions(
     if at == "distributed" and release and not by_share and config.privacy.directory == "closed":
         most = f"at most {config.colluders} of the {config.data.clients:,} enrolled devices collude"
         said.append(
-            "masking holds (SecAgg+, docs/masking.md): the devices check each other's identities "
+            "masking holds (SecAgg+, docs/secure-aggregation.md): the devices check each other's "
+            "identities "
             "against a closed directory, which the server cannot add to, a sum is opened from "
-            f"{config.smallest_sum} devices on, and {most} with the server"
+            f"{config.min_sum} devices on, and {most} with the server"
         )
         if config.data.source == DEVICES:
             said.append(
@@ -479,9 +480,10 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
             f"and {noise} of {client.noise_multiplier:g} times that clip is added "
             + _PLACES[client.noise_at]
         )
-    if client.enabled and config.groups.count > 1:
+    if client.enabled and config.clusters.count > 1:
         said.append(
-            f"To each person: the device picks one of up to {config.groups.most} group adapters by "
+            f"To each person: the device picks one of up to {config.clusters.max_clusters} group "
+            "adapters by "
             "itself. The contribution has a block for each, zero but for the picked one, and is "
             "clipped as a whole: the pick is as hidden as the rest of it, by the same noise. A "
             "noised sum tells how many picked each."
@@ -502,10 +504,10 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
         )
     if config.statistics.enabled and client.enabled:
         said += _measured_promises(noise, config.statistics, _PLACES[client.noise_at])
-    if config.trial is not None:
+    if config.ab_run is not None:
         said.append(
             "Of each device: it writes down what it spends before it answers, answers each of "
-            f"{config.trial.looks} looks once at most, which cost epsilon "
+            f"{config.ab_run.looks} looks once at most, which cost epsilon "
             f"{privacy.budget.client:g} (client-level) in all at delta {privacy.delta:g}, and "
             "declines a look that would bring its total, over all runs, above its owner's limits."
         )

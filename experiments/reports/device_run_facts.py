@@ -24,7 +24,7 @@ from ...common.errors import ProtocolError, StateError
 from ...common.files import read_lines
 from ...common.privacy.release_facts import Asked
 from ...common.privacy.round_plan import Plan
-from ...common.settings.config import Config, read
+from ...common.settings.config import Config, of_run
 from ...server.rounds import LOG, PLANS
 from . import claims
 from .privacy_facts import History, facts_of
@@ -52,7 +52,7 @@ def device_facts(run_folder: Path) -> dict[str, Any]:
     Raises:
         StateError: a file is missing, damaged, of another run, or lacks a round's plan.
     """
-    config = read(run_folder / "config.toml")
+    config = of_run(run_folder)
     rounds, records = _announced(run_folder), read_lines(run_folder / LOG)
     _refuse_gaps(run_folder, rounds, records)
     facts = facts_of(config, histories(config, rounds))

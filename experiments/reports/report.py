@@ -13,7 +13,7 @@ from typing import Any
 
 from ...common.errors import StateError
 from ...common.files import keep_aside, read_lines, write_atomic, write_json_atomic
-from ...common.settings.config import DEVICES, read
+from ...common.settings.config import DEVICES, of_run
 from ...server.run_folder import starting
 from .. import progress
 from .device_run_facts import device_facts, device_measured
@@ -42,7 +42,7 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
     else:
         privacy = privacy_facts(run_folder)
         known = _measured(run_folder)
-    config = read(run_folder / "config.toml")
+    config = of_run(run_folder)
     start = starting.facts(run_folder)
     if start is not None:
         said = starting.said(start, config.data.source == DEVICES)
@@ -74,8 +74,8 @@ def _looks(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _of_devices(run_folder: Path) -> bool:
     """Whether people were real devices, whose ledgers are not here."""
-    settings = run_folder / "config.toml"
-    return settings.is_file() and read(settings).data.source == DEVICES
+    known = (run_folder / "config.toml").is_file()
+    return known and of_run(run_folder).data.source == DEVICES
 
 
 def _statistics(run_folder: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ MEASURED = ("seconds", "peak_rss_bytes", "upload_bytes_per_client_round", "dimen
 NAMES = {
     "base": "base model",
     "global": "shared model",
-    "group": "own persona",
+    "group": "own cluster",
     "own_half": "own B with the shared A",
     "personal": "personal head",
     "swapped_head": "another person's head",
@@ -50,7 +50,7 @@ def build_summary(
         "run": config.name,
         "private": facts["private"],
         "dataset": config.data.source,
-        "base_model": config.model.base if config.trial is None else _arms(config.trial),
+        "base_model": config.model.base if config.ab_run is None else _arms(config.ab_run),
         "adapter": {"family": config.adapter.family, "dimension": known.pop("dimension")},
         "clients": config.data.clients,
         "rounds": len(facts["rounds"]),
@@ -212,5 +212,5 @@ def _spoken(name: str) -> str:
     return f"{left} over {right}, {group} people"
 
 
-def _arms(trial: AbRunSettings) -> str:
-    return f"A/B of {', '.join(trial.arms)}"
+def _arms(ab_run: AbRunSettings) -> str:
+    return f"A/B of {', '.join(ab_run.arms)}"

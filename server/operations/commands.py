@@ -175,7 +175,7 @@ def run(
     from . import setup
 
     server, settings = setup.load(folder), read(config, set_ or [])
-    if settings.trial is not None:
+    if settings.ab_run is not None:
         raise ConfigError(
             f"{config} has arms: `privet server ab` runs an experiment, from a file with its arms, "
             "looks and epsilon"
@@ -209,7 +209,7 @@ def ab(
     asked = settings.privacy
     masks = ""
     if asked.noise_at == "distributed":
-        most = settings.masking.colluders(settings.clients)
+        most = settings.secure_aggregation.colluders(settings.clients)
         masks = (
             f" (if: closed directory; at most {most} of the {enrolled:,} enrolled devices collude "
             "with the server)"
@@ -235,7 +235,7 @@ def _followed(server: "Server", settings: "Config", again: str) -> Path:
     place = server.folder / "runs" / settings.name
     going = _going(server, place)
     flower = going if going is not None else control.start_run(server, place)
-    what = "rounds" if settings.trial is None else "looks"
+    what = "rounds" if settings.ab_run is None else "looks"
     print(
         f"run {settings.name}: {settings.rounds.count} {what} of {settings.rounds.cohort} devices"
     )
@@ -368,7 +368,7 @@ def prepare(
         RunExists: there is a run of this name, and `resume` is false.
         StateError: nothing to resume, or nobody is enrolled.
     """
-    from ...common.settings.config import read, to_toml
+    from ...common.settings.config import of_run, to_toml
     from ..run_folder.resuming import resumed
     from ..run_folder.starting import keep
     from .directory_listing import newest
@@ -382,7 +382,7 @@ def prepare(
                 "--set name=..."
             )
         newest(place)  # refuses a directory that does not continue the run's
-        return resumed(place, read(place / "config.toml"), config)
+        return resumed(place, of_run(place), config)
     config, start = _try_out(server, config, refuse)
     partial = place.with_name(f".{place.name}.partial")
     try:
@@ -475,8 +475,8 @@ def _try_out(
     from ..ab_estimates import plan_of
     from ..run_folder.starting import take
 
-    if config.trial is not None:
-        plan_of(config, config.trial, config.name, 1)
+    if config.ab_run is not None:
+        plan_of(config, config.ab_run, config.name, 1)
         return config, None
     sent = exchanged(config)
     plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)

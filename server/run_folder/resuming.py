@@ -22,7 +22,7 @@ __all__ = ["CHANGEABLE", "resumed"]
 CHANGEABLE = tuple(
     f"rounds.{name}"
     for name in (
-        "count", "patience", "wait_s", "spare", "timeout_s", "answer_timeout_s", "gather_s"
+        "count", "patience", "wait_s", "extra_releases", "timeout_s", "answer_timeout_s", "gather_s"
     )
 )  # fmt: skip
 OF_THE_END = ("evaluation.json", "summary.json", "privacy.json", "report.html")

@@ -26,8 +26,8 @@ def whole(
 
     A trained adapter is then a PEFT folder.
     """
-    if config.trial is not None:
-        return run_looks(ask, config, config.trial, run, folder, show, present, greet)
+    if config.ab_run is not None:
+        return run_looks(ask, config, config.ab_run, run, folder, show, present, greet)
     adapter, sent = shared(config), started(folder, config, exchanged(config))
     final = run_rounds(ask, config, run, sent.state.digest, sent.start, folder, show, present, sent)
     save(adapter, sent, final, folder)

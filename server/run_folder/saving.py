@@ -1,4 +1,4 @@
-"""A finished run's adapter as plain PEFT folders: `adapter/`, and in it one for each persona."""
+"""A finished run's adapter as plain PEFT folders: `adapter/`, and in it one for each cluster."""
 
 from pathlib import Path
 
@@ -14,21 +14,21 @@ LOG = "rounds.jsonl"
 
 
 def save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> None:
-    """Write `folder/adapter`, and of several personas `folder/adapter/persona-0` and so on.
+    """Write `folder/adapter`, and of several clusters `folder/adapter/cluster-0` and so on.
 
     Of several, `adapter` itself is the one with most members: for somebody who has no records to
     choose by.
     """
-    personas = exchange.personas(final)[: exchange.groups.count]
-    for place, vector in enumerate(personas if len(personas) > 1 else ()):
+    cluster_vectors = exchange.cluster_vectors(final)[: exchange.clusters.count]
+    for place, vector in enumerate(cluster_vectors if len(cluster_vectors) > 1 else ()):
         adapter.write(vector)
-        adapter.save(folder / "adapter" / f"persona-{place}")
-    adapter.write(personas[largest(folder, exchange.groups.count)])
+        adapter.save(folder / "adapter" / f"cluster-{place}")
+    adapter.write(cluster_vectors[largest(folder, exchange.clusters.count)])
     adapter.save(folder / "adapter")
 
 
 def largest(folder: Path, count: int) -> int:
-    """Return which of `count` personas has most members.
+    """Return which of `count` clusters has most members.
 
     It goes by the noised numbers of the rounds since there are no more of them, and is 0 where no
     such round was finished.

@@ -20,7 +20,7 @@ from safetensors import numpy as safetensors_numpy
 from ...common.errors import CheckpointCorrupt, ConfigError, StateError
 from ...common.files import read_lines, write_atomic, write_json_atomic
 from ...common.model.exchange_layout import Exchange
-from ...common.settings.config import Config, read
+from ...common.settings.config import Config, of_run
 from ..void_rounds import trained
 from . import checkpoint
 
@@ -65,7 +65,7 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
             f"adapter.start = {asked!r}: expected a run's folder or name, and none of "
             f"{', '.join(map(str, tried))} has a config.toml"
         )
-    old = read(folder / "config.toml")
+    old = of_run(folder)
     _refuse_other_kind(folder, old, config)
     run = (folder / "run-id").read_text("utf-8").strip()
     kept = checkpoint.load(folder, run=run, config_hash=old.digest, layout=exchange.adapter.digest)
@@ -83,7 +83,10 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
 
 
 def _refuse_other_kind(folder: Path, old: Config, new: Config) -> None:
-    pairs = [("model.base", old.model.base, new.model.base), ("groups.count", old.groups.count, 1)]
+    pairs = [
+        ("model.base", old.model.base, new.model.base),
+        ("clusters.count", old.clusters.count, 1),
+    ]
     pairs += [
         (f"adapter.{name}", getattr(old.adapter, name), getattr(new.adapter, name))
         for name in _SAME

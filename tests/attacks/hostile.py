@@ -22,7 +22,7 @@ import pytest
 from privet.client.privacy import masked_upload as client
 from privet.common.errors import ProtocolError
 from privet.common.secure_aggregation import messages
-from privet.common.secure_aggregation import terms as masking
+from privet.common.secure_aggregation import terms as secure_aggregation
 from privet.common.secure_aggregation.keys import (
     Directory,
     Identity,
@@ -257,17 +257,17 @@ def without(*checks: str, sparse: bool = False, ideal: bool = True) -> Iterator[
             if owner is not None:
                 patch.setattr(owner, attribute, instead)
         if sparse:
-            patch.setattr(masking, "COMPLETE", 4)
-            patch.setattr(masking, "_FEWEST_NEIGHBOURS", 6)
-            patch.setattr(masking, "SECRECY", 1.0)
-            patch.setattr(masking, "MOST_PARTICIPANTS", 1 << 14)
+            patch.setattr(secure_aggregation, "COMPLETE", 4)
+            patch.setattr(secure_aggregation, "_FEWEST_NEIGHBOURS", 6)
+            patch.setattr(secure_aggregation, "SECRECY", 1.0)
+            patch.setattr(secure_aggregation, "MAX_PARTICIPANTS", 1 << 14)
         if ideal:
             idealise(patch)
-        masking.window_colluders.cache_clear()
-        masking.default_graph.cache_clear()
+        secure_aggregation.window_colluders.cache_clear()
+        secure_aggregation.default_graph.cache_clear()
         yield
-    masking.window_colluders.cache_clear()
-    masking.default_graph.cache_clear()
+    secure_aggregation.window_colluders.cache_clear()
+    secure_aggregation.default_graph.cache_clear()
 
 
 # Ideal signatures and exchanges: a hash for each curve operation, a hundred times as fast. Nothing
@@ -345,10 +345,10 @@ class Fleet:
             bad,
             identities,
             MaskingPolicy(
-                smallest_cohort=3,
-                smallest_survivors=survivors,
+                min_cohort=3,
+                min_survivors=survivors,
                 colluders=m,
-                largest_cohort=cohort,
+                max_cohort=cohort,
             ),
             Directory({n: i.public for n, i in identities.items()}, closed=True),
         )
@@ -452,7 +452,7 @@ class Server:
         """A roster: some honest devices, colluders with keys of any kind, and worse."""
         draw = self.draw
         many = draw.randint(1, 8) if self.lies("invented", 0.9) else 0
-        room = max(1, self.fleet.policy.largest_cohort - len(self.fleet.bad) - many)
+        room = max(1, self.fleet.policy.max_cohort - len(self.fleet.bad) - many)
         chosen = draw.sample(sorted(entries), min(room, len(entries)))
         chosen = self.some(chosen, 0.8) if self.lies("shrunk") else sorted(chosen)
         listed = {n: entries[n][0] for n in chosen}
@@ -496,7 +496,7 @@ class Server:
         roster = Roster(order, self.graph(len(order), terms.colluders), ())
         digest = roster.digest(terms)
         beside = tuple(
-            tuple(masking.neighbours(digest, len(order), roster.graph.degree, at))
+            tuple(secure_aggregation.neighbours(digest, len(order), roster.graph.degree, at))
             for at in range(len(order))
         )
         places = {entry.client: at for at, entry in enumerate(order)}
@@ -507,7 +507,7 @@ class Server:
         degree = size - 1
         if self.sparse and size > 8 and self.draw.random() < 0.9:
             degree = self.draw.choice((6, 8)) if size > 9 else 6
-        threshold = masking.default_threshold(size, m, degree)
+        threshold = secure_aggregation.default_threshold(size, m, degree)
         if self.lies("threshold"):
             threshold = self.draw.randint(1, threshold)
         if self.lies("degree"):
@@ -661,7 +661,7 @@ class Server:
             self.open(terms, view, n, after[n][0], lists[after[n][0]], signed)
 
     def window(self, view: View, every: Collection[int]) -> list[int]:
-        order, _ = masking._ring(view.digest, len(view.roster.entries))
+        order, _ = secure_aggregation._ring(view.digest, len(view.roster.entries))
         start = self.draw.randrange(len(order))
         around = [int(order[(start + i) % len(order)]) for i in range(len(order))]
         half = view.roster.graph.degree // 2
@@ -724,13 +724,13 @@ class Server:
             if degree >= size - 1:
                 continue
             bad = {at for at, one in enumerate(roster.entries) if one.client not in honest}
-            order, _ = masking._ring(digest, size)
+            order, _ = secure_aggregation._ring(digest, size)
             window = degree // 2
-            most = masking.window_colluders(size, self.fleet.policy.colluders, window)
+            most = secure_aggregation.window_colluders(size, self.fleet.policy.colluders, window)
             around = [int(order[at % size]) for at in range(size + window)]
             if any(len(bad & {*around[at : at + window]}) > most for at in range(size)):
                 return True
-            beside = (masking.neighbours(digest, size, degree, at) for at in range(size))
+            beside = (secure_aggregation.neighbours(digest, size, degree, at) for at in range(size))
             if any(len(bad & {*one}) >= roster.graph.threshold for one in beside):
                 return True
         return False
@@ -755,7 +755,7 @@ def schedule(seed: int, *lacking: str, sparse: bool = False) -> Played:
         for check in lacking:
             kinds |= _TEMPTS.get(check, frozenset())
         lying = Server(draw, fleet, frozenset(lacking), sparse, kinds=kinds)
-        least = fleet.policy.smallest_survivors
+        least = fleet.policy.min_survivors
         for attempt in range(1, 2 + lying.lies("attempts", 0.9)):
             again = "once an attempt" in lacking
             terms = Terms(

@@ -94,7 +94,7 @@ def _the_server_checks_nothing(monkeypatch: Patch) -> None:
 
 def cohort(n: int, m: int, survivors: int, graph: Graph | None = None, **more: Any) -> Party:
     its = terms(survivors=survivors, colluders=m, dimension=1)
-    policy = MaskingPolicy(smallest_cohort=3, smallest_survivors=survivors, colluders=m)
+    policy = MaskingPolicy(min_cohort=3, min_survivors=survivors, colluders=m)
     return Party(terms=its, numbers=tuple(range(1, n + 1)), policy=policy, graph=graph, **more)
 
 
@@ -252,7 +252,7 @@ def test_no_two_lists_are_signed_by_a_quorum_each(n, monkeypatch):
     idealise(monkeypatch)
     m, digest = tenth(n), b"r" * 32
     its = terms(survivors=m + 2, colluders=m)
-    party = client.Party(1, identity(0), its, MaskingPolicy(smallest_survivors=m + 2, colluders=m))
+    party = client.Party(1, identity(0), its, MaskingPolicy(min_survivors=m + 2, colluders=m))
     known = [identity(at) for at in range(n)]
     public = tuple(one.public for one in known)
     cohort_ = client.Cohort({}, public, digest, default_graph(n, m), m, ())
@@ -273,13 +273,13 @@ def test_no_two_lists_are_signed_by_a_quorum_each(n, monkeypatch):
 SIZES = [10, 64, 104, 256, 1000]
 
 
-def agreed(n: int, **masking: Any) -> Config:
+def agreed(n: int, **secure_aggregation: Any) -> Config:
     """Settings of a run with a cohort of n and, unless it says otherwise, a tenth colluding."""
     return parse(
         {
             "data": {"clients": max(n, 10)},
             "rounds": {"cohort": n},
-            "masking": {"smallest_cohort": min(n, 10), **masking},
+            "secure_aggregation": {"min_cohort": min(n, 10), **secure_aggregation},
             "privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}},
         }
     )

@@ -35,7 +35,7 @@ VICTIM, U = 10, 0
 """Client number and position of the device whose vector the server wants."""
 
 TEN = tuple(range(10, 20))
-STRICT = MaskingPolicy(smallest_cohort=5, smallest_survivors=3)
+STRICT = MaskingPolicy(min_cohort=5, min_survivors=3)
 Learned = np.ndarray
 Patch = pytest.MonkeyPatch
 
@@ -135,7 +135,7 @@ def ask(party: Party, lists: Mapping[int, Survivors], answering: Iterable[int]) 
 
 def small_cohort() -> Learned:
     """Ask the victim and one colluding client only."""
-    policy = MaskingPolicy(smallest_cohort=5, smallest_survivors=2, colluders=0)
+    policy = MaskingPolicy(min_cohort=5, min_survivors=2, colluders=0)
     party = Party(numbers=(10, 11), terms=terms(survivors=2, colluders=0), policy=policy)
     return rest(party, party.outcome())
 

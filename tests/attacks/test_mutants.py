@@ -102,7 +102,7 @@ MUTANTS = (
            "(total.double() + self.noise * drawn)", "total.double()", EMPTY),
     # what the owner agreed to
     Mutant("the owner's smallest cohort replaced by 3", "common/secure_aggregation/terms.py",
-           "smallest_cohort=own.smallest_cohort,", "smallest_cohort=3,",
+           "min_cohort=own.min_cohort,", "min_cohort=3,",
            "common/secure_aggregation/test_terms.py::test_a_device_insists_on_the_cohort_its_owner_set"),
     Mutant("the plan's cohort not compared", "common/privacy/round_plan.py",
            '("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),\n', "\n",

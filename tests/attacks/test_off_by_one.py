@@ -185,7 +185,7 @@ def refusal_of(step: Callable[[], object]) -> str:
 SPACED = tuple(range(10, 130, 10))
 """Twelve clients, whose numbers are not next to each other."""
 
-POLICY = MaskingPolicy(smallest_cohort=11, smallest_survivors=8, smallest_bits=20, colluders=2)
+POLICY = MaskingPolicy(min_cohort=11, min_survivors=8, min_bits=20, colluders=2)
 TERMS = terms(survivors=8, colluders=2)
 ANOTHER = NO + "made for another plan"
 

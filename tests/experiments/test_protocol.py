@@ -12,7 +12,7 @@ from privet.server import unmasking as server
 
 from ..masking_party import identity, stream, terms
 
-POLICY = MaskingPolicy(smallest_cohort=3, smallest_survivors=2, colluders=0)
+POLICY = MaskingPolicy(min_cohort=3, min_survivors=2, colluders=0)
 
 
 def cohort(size: int, policy: MaskingPolicy = POLICY) -> dict[int, Device]:

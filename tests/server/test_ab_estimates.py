@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from privet.client import ab_outcome as device
 from privet.client.privacy.ledger import Ledger
 from privet.commands import run as command
-from privet.common.ab_test import AbTestSettings, Made, read, run_settings
+from privet.common.ab_test import AbTestSettings, SimulatedPeople, read, run_settings
 from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.privacy.accounting import epsilon
 from privet.common.privacy.encoding import unpack
@@ -30,8 +30,8 @@ def experiment(**changes) -> AbTestSettings:
 
 
 def three_arms(outcome: str) -> AbTestSettings:
-    made = Made(means=(0.5, 0.5, 0.6))
-    return experiment(arms=("a", "b", "c"), outcome=outcome, made=made)
+    made = SimulatedPeople(means=(0.5, 0.5, 0.6))
+    return experiment(arms=("a", "b", "c"), outcome=outcome, simulated=made)
 
 
 @pytest.fixture
@@ -200,20 +200,20 @@ def simulated(
 
 def test_a_true_difference_is_found_a_null_is_not_and_the_interval_holds_the_truth():
     settings = read(CONFIG)
-    true = settings.made.means[1] - settings.made.means[0]
+    true = settings.simulated.means[1] - settings.simulated.means[0]
     looks = [looks[0]["differences"][0] for looks in simulated(settings, 60)]
     assert sum(one["found"] for one in looks) >= 54
     assert sum(one["interval"][0] <= true <= one["interval"][1] for one in looks) >= 54
-    null = settings.model_copy(update={"made": Made(means=(0.5, 0.5))})
+    null = settings.model_copy(update={"simulated": SimulatedPeople(means=(0.5, 0.5))})
     assert sum(looks[0]["differences"][0]["found"] for looks in simulated(null, 60)) <= 6
 
 
 @pytest.mark.parametrize("kind", ["binary", "bounded"])
 def test_standard_errors_are_those_of_sampling_and_noise_together(kind):
     """At this epsilon noise is three quarters of the variance, so neither part can be left out."""
-    made = Made(means=(0.5, 0.8), spread=0.4)
+    made = SimulatedPeople(means=(0.5, 0.8), spread=0.4)
     privacy = {"epsilon": 0.6}
-    settings = AbTestSettings(clients=400, outcome=kind, made=made, privacy=privacy)
+    settings = AbTestSettings(clients=400, outcome=kind, simulated=made, privacy=privacy)
     found = [looks[0]["differences"][0] for looks in simulated(settings, 300)]
     values = np.array([one["difference"] for one in found if one["difference"] is not None])
     errors = np.array([one["error"] for one in found if one["difference"] is not None])
@@ -232,7 +232,7 @@ def test_an_arm_whose_devices_all_agree_is_not_called_certain():
 @pytest.mark.parametrize("spending", ["equal", "late"])
 def test_peeking_passes_the_error_rate_and_the_corrected_looks_do_not(spending):
     settings = AbTestSettings(
-        clients=300, looks=5, spending=spending, made=Made(means=(0.5, 0.5)),
+        clients=300, looks=5, spending=spending, simulated=SimulatedPeople(means=(0.5, 0.5)),
         privacy={"epsilon": 8.0},
     )  # fmt: skip
 
@@ -279,8 +279,8 @@ def test_where_the_noise_hides_how_many_devices_there_are_nothing_is_said(count)
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_a_small_cohort_from_outcomes_to_the_report(tmp_path, masks):
-    made = Made(means=(0.1, 0.9), masks=masks)
-    settings = experiment(clients=60, looks=2, made=made)
+    made = SimulatedPeople(means=(0.1, 0.9), masks=masks)
+    settings = experiment(clients=60, looks=2, simulated=made)
     facts = simulated_ab_test.run(settings, tmp_path / "run")
     assert [look["answered"] for look in facts["looks"]] == [60, 60]
     last = facts["looks"][-1]
@@ -303,8 +303,8 @@ def test_a_small_cohort_from_outcomes_to_the_report(tmp_path, masks):
 
 
 def test_an_experiment_that_stops_early_spends_less(tmp_path):
-    made = Made(means=(0.0, 1.0))
-    settings = experiment(clients=90, looks=3, stop=True, made=made)
+    made = SimulatedPeople(means=(0.0, 1.0))
+    settings = experiment(clients=90, looks=3, stop=True, simulated=made)
     facts = simulated_ab_test.run(settings, tmp_path / "run")
     taken = len(facts["looks"])
     assert taken < 3
@@ -314,7 +314,7 @@ def test_an_experiment_that_stops_early_spends_less(tmp_path):
 
 def test_too_few_devices_open_nothing(tmp_path):
     with pytest.raises(RoundVoid):
-        simulated_ab_test.run(experiment(made=Made(dropout=0.95)), tmp_path / "run")
+        simulated_ab_test.run(experiment(simulated=SimulatedPeople(dropout=0.95)), tmp_path / "run")
     assert not (tmp_path / "run" / "looks.jsonl").exists()
 
 
@@ -323,7 +323,7 @@ def test_the_check_counts_and_reads_the_epsilon_off_the_ledgers(tmp_path, capsys
     path = tmp_path / "mine.toml"
     path.write_text(
         'name = "mine"\nclients = 60\nlooks = 2\n[privacy]\nepsilon = 20.0\n'
-        "[made]\nmeans = [0.1, 0.9]\n"
+        "[simulated]\nmeans = [0.1, 0.9]\n"
     )
     assert command(["ab", str(path), "--check", "5", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -347,14 +347,17 @@ def test_the_check_counts_and_reads_the_epsilon_off_the_ledgers(tmp_path, capsys
         ('arms = ["a", "a"]', "expected names that differ"),
         ("low = 2.0", "low = 2.0 must be below high"),
         ("high = 5.0", "binary"),
-        ("[made]\nmeans = [0.5]", "one for each of the 2 arms"),
-        ("[made]\nmeans = [0.5, 1.5]", "expected numbers from 0.0 to 1.0"),
+        ("[simulated]\nmeans = [0.5]", "one for each of the 2 arms"),
+        ("[simulated]\nmeans = [0.5, 1.5]", "expected numbers from 0.0 to 1.0"),
         ("[privacy]\nepsilon = -1", "privacy.epsilon = -1"),
         ("[privacy]\nepsilon = 1e-9", "privacy.epsilon = 1e-09"),
         ('outcome = "bounded"\nhigh = 1e300', "high = 1e+300"),
-        ("clients = 5", "  clients = 5 is smaller than masking.smallest_cohort"),
+        ("clients = 5", "  clients = 5 is smaller than secure_aggregation.min_cohort"),
         ("clients = 5", 'set privacy.noise_at = "device"'),
-        ('[privacy]\nnoise_at = "device"\n[made]\nmasks = true', "made.masks = true: expected"),
+        (
+            '[privacy]\nnoise_at = "device"\n[simulated]\nmasks = true',
+            "simulated.masks = true: expected",
+        ),
         ("not toml", "not valid TOML"),
     ],
 )
@@ -368,7 +371,7 @@ def test_a_wrong_file_is_answered_with_a_sentence(tmp_path, capsys, text, senten
 def test_the_shipped_experiment_is_the_issues_floor():
     settings = read(CONFIG)
     assert (settings.clients, settings.privacy.epsilon, settings.privacy.delta) == (2000, 1.0, 1e-5)
-    assert settings.made.means == (0.5, 0.6)
+    assert settings.simulated.means == (0.5, 0.6)
     assert run_settings(settings).privacy.client.noise_at == "distributed"
 
 

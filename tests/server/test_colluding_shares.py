@@ -1,5 +1,5 @@
-"""masking.colluding, from a share of 0.05 to 0.3 and as a number: a run works to its end, or is
-refused at its start with the cohort it would need, and that one works."""
+"""`colluding`, from a share of 0.05 to 0.3 and as a number: a run works to its end, or is refused
+at its start with the cohort it would need, and that one works."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from privet.client.device import SimulatedContext
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.files import read_lines
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, sized_graph
-from privet.common.settings.config import MaskingSettings, parse, quorum
+from privet.common.settings.config import SecureAggregationSettings, parse, quorum
 from privet.experiments import engine
 from privet.experiments.reports.privacy_facts import privacy_facts
 from privet.experiments.simulate import prepare
@@ -44,7 +44,7 @@ def run(llama_folder: Path, people: Path, tmp_path: Path, monkeypatch: pytest.Mo
             data={"clients": 20},
             rounds={"count": 1, "cohort": cohort},
             privacy={"client": {"noise_at": "distributed"}},
-            masking={"colluding": colluding},
+            secure_aggregation={"colluding": colluding},
         )
         seen: list[Any] = []
         unmask = served.unmask
@@ -112,8 +112,8 @@ def test_a_run_that_could_not_work_is_refused_at_its_start_with_a_cohort_that_do
 
 @pytest.mark.parametrize("colluding", [0.9999999, 1e7, 1 << 14])
 def test_colluders_for_whom_no_cohort_is_enough_are_refused_in_a_sentence(colluding):
-    table = {"rounds": {"cohort": 12}, "masking": {"colluding": colluding}}
-    sentence = r"no cohort of up to 16,384 would do; lower masking\.colluding"
+    table = {"rounds": {"cohort": 12}, "secure_aggregation": {"colluding": colluding}}
+    sentence = r"no cohort of up to 16,384 would do; lower secure_aggregation\.colluding"
     with pytest.raises(ConfigError, match=sentence):
         parse(table)
 
@@ -123,14 +123,14 @@ def test_a_threshold_that_m_breaks_is_taken_by_no_device_and_made_by_no_server(n
     """Two lists could both be opened where 2T - n <= m: all colluders hold shares under both."""
     m = data.draw(st.integers(0, n - 2))
     asked = data.draw(st.integers(1, n))
-    policy = MaskingPolicy(smallest_cohort=3, smallest_survivors=m + 2, colluders=m)
+    policy = MaskingPolicy(min_cohort=3, min_survivors=m + 2, colluders=m)
     graph = Graph(n - 1, asked)
     if 2 * asked - n <= m:
         with pytest.raises(ProtocolError, match=f"threshold {asked} for {n} holders"):
             policy.refuse_cohort(n, m, graph)
     else:
         policy.refuse_cohort(n, m, graph)
-    made = sized_graph(MaskingSettings(threshold=asked), m, n)
+    made = sized_graph(SecureAggregationSettings(threshold=asked), m, n)
     assert made.threshold == max(asked, quorum(n, m))
     assert 2 * made.threshold - n > m
     policy.refuse_cohort(n, m, made)

@@ -92,8 +92,8 @@ def test_a_device_shown_another_history_declines_and_says_what_happened(
 def test_more_colluders_than_leave_two_honest_devices_are_refused_in_a_sentence(
     early: list[DeviceStore], llama_folder: Path
 ):
-    masking = {"smallest_cohort": 3, "survivors": 1.0, "colluding": 2}
-    config = config_of(llama_folder, masking=masking)
+    secure_aggregation = {"min_cohort": 3, "survivors": 1.0, "colluding": 2}
+    config = config_of(llama_folder, secure_aggregation=secure_aggregation)
     fleet_directory.refuse_colluders(config, 4)
     fleet_directory.refuse_colluders(config, None)
     sentence = "reckons with 2 colluding devices .* 3 devices are enrolled: .* at most 1 may"

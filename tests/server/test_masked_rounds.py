@@ -297,8 +297,8 @@ def test_void_before_anybody_was_asked_for_a_vector_nothing_is_spent_and_the_num
 
 def test_a_server_that_goes_on_numbering_gets_no_more_releases_than_the_owner_agreed_to(bench):
     """Void rounds use numbers up; what a device counts is its own releases."""
-    most = bench.config.most_releases
-    assert most == bench.config.rounds.count + bench.config.rounds.spare == 4
+    most = bench.config.max_releases
+    assert most == bench.config.rounds.count + bench.config.rounds.extra_releases == 4
     answered = [
         round_of(Devices(bench), plan_of(bench, number, attempt=number)) is not None
         for number in range(3, 9)
@@ -323,11 +323,11 @@ def test_the_smallest_sum_is_opened_and_one_less_is_not(bench):
 def test_no_sum_is_opened_that_the_quorum_would_then_call_void(
     prepared, folder, quorum, survivors, smallest
 ):
-    sections = {"rounds": {"quorum": quorum}, "masking": {"survivors": survivors}}
+    sections = {"rounds": {"quorum": quorum}, "secure_aggregation": {"survivors": survivors}}
     config = changed(prepared[1], **sections)
     bench = dataclasses.replace(SimulatedContext.open(folder), config=config)
     plan = plan_of(bench)
-    assert plan.survivors == config.smallest_sum == smallest
+    assert plan.survivors == config.min_sum == smallest
     assert smallest >= quorum * 12 - 1e-9
     plan.refuse_if_laxer(config)
 
@@ -483,7 +483,11 @@ def test_a_masked_plan_asked_for_without_masks_gets_nothing(bench):
 def test_a_roster_below_the_devices_own_smallest_cohort_is_refused_by_the_devices_themselves(bench):
     """The server asked twelve and names ten: enough for every other rule, too few for her."""
     own = bench.config.model_copy(
-        update={"masking": bench.config.masking.model_copy(update={"smallest_cohort": 11})}
+        update={
+            "secure_aggregation": bench.config.secure_aggregation.model_copy(
+                update={"min_cohort": 11}
+            )
+        }
     )
     for context, declined in ((dataclasses.replace(bench, config=own), True), (bench, False)):
         devices = Devices(context)
@@ -524,7 +528,7 @@ def wary(bench: SimulatedContext, **sections: Any) -> SimulatedContext:
     """The devices of owners who agreed to a cohort of twelve with four colluders; no test seed."""
     agreed: dict[str, Any] = {
         "rounds": {"cohort": 12},
-        "masking": {"colluding": 0.3, "smallest_cohort": 3},
+        "secure_aggregation": {"colluding": 0.3, "min_cohort": 3},
     }
     for name, values in sections.items():
         agreed[name] = {**agreed.get(name, {}), **values}
@@ -537,7 +541,7 @@ def offered(bench: SimulatedContext, cohort: int, attempt: int = 1) -> Plan:
     Of the agreed settings nothing but the cohort, and what follows from it, is different.
     """
     return plan_of(
-        wary(bench, rounds={"cohort": cohort}, masking={"colluding": 1}), attempt=attempt
+        wary(bench, rounds={"cohort": cohort}, secure_aggregation={"colluding": 1}), attempt=attempt
     )
 
 
@@ -582,9 +586,9 @@ def test_of_the_agreed_cohort_no_sum_is_smaller_and_no_fewer_colluders_are_recko
 def servers_word() -> Iterator[None]:
     """The old rule: what a device insists on follows from the cohort that the plan names."""
 
-    def of_the_plan(config: Config, largest_cohort: int) -> MaskingPolicy:
-        of = changed(config, rounds={"cohort": largest_cohort}, masking={"colluding": 1})
-        return agreed(of, largest_cohort)
+    def of_the_plan(config: Config, max_cohort: int) -> MaskingPolicy:
+        of = changed(config, rounds={"cohort": max_cohort}, secure_aggregation={"colluding": 1})
+        return agreed(of, max_cohort)
 
     agreed = MaskingPolicy.agreed
     with pytest.MonkeyPatch.context() as patch:

@@ -23,7 +23,7 @@ def settings(source: str = "devices", **rounds: Any) -> Config:
         {
             "data": {"source": source, "clients": 4},
             "rounds": {"cohort": 4, "timeout_s": 0.3, "gather_s": 0.0} | rounds,
-            "masking": {"smallest_cohort": 3},
+            "secure_aggregation": {"min_cohort": 3},
         }
     )
 

@@ -321,7 +321,10 @@ def test_the_wait_grows_up_to_its_cap_on_devices_and_is_none_in_a_simulation():
 
 def test_how_long_a_server_waits_is_no_part_of_what_a_run_is():
     plain = configured()
-    assert configured(rounds={"patience": 1, "wait_s": 1.0, "spare": 9}).digest == plain.digest
+    assert (
+        configured(rounds={"patience": 1, "wait_s": 1.0, "extra_releases": 9}).digest
+        == plain.digest
+    )
 
 
 def test_the_line_of_a_void_round_names_who_is_missing_and_what_it_cost():

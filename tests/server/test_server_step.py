@@ -1,4 +1,4 @@
-"""server/server_step.py: what the server makes of a noised mean, by family and by persona."""
+"""server/server_step.py: what the server makes of a noised mean, by family and by cluster."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ import pytest
 
 from privet.common.model.adapter import attach
 from privet.common.model.exchange_layout import Exchange
-from privet.common.settings.config import AdapterSettings, Config, GroupSettings, parse
+from privet.common.settings.config import AdapterSettings, ClusterSettings, Config, parse
 from privet.server import aggregation, server_step
 
 RNG = np.random.default_rng
 
 
-def exchange_of(base: Any, family: str, **groups: Any) -> Exchange:
+def exchange_of(base: Any, family: str, **clusters: Any) -> Exchange:
     adapter = attach(base, AdapterSettings(family=family, rank=2, last_blocks=1))
-    return Exchange(adapter.layout, adapter.start, GroupSettings(**groups))
+    return Exchange(adapter.layout, adapter.start, ClusterSettings(**clusters))
 
 
 def configured(count: int = 40, cohort: int = 100, **rounds: Any) -> Config:
@@ -154,14 +154,14 @@ def test_with_plain_averaging_fedsvd_is_ffa_with_orthonormal_a(llama):
     assert all(np.allclose(left[name], right[name], atol=1e-5) for name in left)
 
 
-# --- personas -----------------------------------------------------------------------------------
+# --- clusters -----------------------------------------------------------------------------------
 
-GROUPS = {"count": 3, "spare": 2, "warmup": 2, "merge_every": 3, "smallest": 0.1}
+GROUPS = {"count": 3, "extra": 2, "warmup": 2, "merge_every": 3, "min_share": 0.1}
 SETTLED = 20  # a round when all that are to be merged are
 
 
 def mean_of(exchange: Exchange, config: Config, members: Any, directions: Any) -> Any:
-    """The mean that members of each persona give, without noise: each a delta of its direction."""
+    """The mean that members of each cluster give, without noise: each a delta of its direction."""
     total = np.zeros(exchange.released(1).dimension)
     for place, count in enumerate(members):
         delta = directions[place].astype(np.float32)
@@ -177,7 +177,7 @@ def test_each_persona_moves_by_the_mean_of_its_own_members(llama):
     directions = 0.01 * RNG(0).normal(size=(3, exchange.adapter.dimension))
     mean = mean_of(exchange, config, (50, 30, 20), directions)
     new, _, said = server_step.step(config, exchange, SETTLED, state, memory, mean)
-    moved = exchange.personas(new) - exchange.personas(state)
+    moved = exchange.cluster_vectors(new) - exchange.cluster_vectors(state)
     assert np.allclose(moved[:3], directions, atol=1e-6)
     assert said == {"members": [50, 30, 20]}
 
@@ -197,7 +197,7 @@ def test_where_a_noised_number_is_small_or_below_zero_the_public_floor_divides(l
     mean = mean_of(exchange, config, (60, 38, 2), directions)
     mean[-3] = -5 * mean[-3]
     new, _, said = server_step.step(config, exchange, SETTLED, state, memory, mean)
-    moved = exchange.personas(new) - exchange.personas(state)
+    moved = exchange.cluster_vectors(new) - exchange.cluster_vectors(state)
     assert said["members"][2] == -10
     assert np.allclose(moved[2], directions[2] * 2 / 10, atol=1e-6)  # floor: 0.1 of 100
 
@@ -210,8 +210,10 @@ def test_personas_that_are_not_there_stay_as_they_are(llama):
             config, exchange, number, state, memory, drawn(exchange, 1)
         )
         assert len(said["members"]) == live
-        assert np.array_equal(exchange.personas(new)[live:], exchange.personas(state)[live:])
-        assert all(not exchange.personas(kept[name])[live:].any() for name in memory)
+        assert np.array_equal(
+            exchange.cluster_vectors(new)[live:], exchange.cluster_vectors(state)[live:]
+        )
+        assert all(not exchange.cluster_vectors(kept[name])[live:].any() for name in memory)
 
 
 def test_one_adapter_becomes_all_personas_around_it_when_it_is_warm(llama):
@@ -223,25 +225,25 @@ def test_one_adapter_becomes_all_personas_around_it_when_it_is_warm(llama):
     assert "split" not in said
     state, memory, said = server_step.step(config, exchange, 2, state, memory, mean)
     assert said["split"] == 5
-    personas = exchange.personas(state).astype(np.float64)
-    middle = personas.mean(0)
+    cluster_vectors = exchange.cluster_vectors(state).astype(np.float64)
+    middle = cluster_vectors.mean(0)
     way = np.linalg.norm(middle - exchange.first)
-    steps = np.linalg.norm(personas - middle, axis=1) / way
+    steps = np.linalg.norm(cluster_vectors - middle, axis=1) / way
     assert (steps > 0.2).all()
     assert (steps < 0.35).all()  # 0.3, less what all of them have in common
-    assert np.linalg.matrix_rank(personas - middle, tol=0.01 * way) == 4
-    assert not exchange.personas(memory["momentum"]).any()
+    assert np.linalg.matrix_rank(cluster_vectors - middle, tol=0.01 * way) == 4
+    assert not exchange.cluster_vectors(memory["momentum"]).any()
 
 
 def spread_out(exchange: Exchange, config: Config, places: Any) -> tuple[Any, Any]:
-    """A state and an optimiser's memory whose personas stand where they are put."""
+    """A state and an optimiser's memory whose clusters stand where they are put."""
     _, memory = begun(config, exchange)
-    personas = exchange.personas(exchange.start).copy()
+    cluster_vectors = exchange.cluster_vectors(exchange.start).copy()
     for number, place in enumerate(places):
-        personas[number, :2] += place
+        cluster_vectors[number, :2] += place
     for values in memory.values():
-        exchange.personas(values)[: len(places)] = np.arange(1, len(places) + 1)[:, None]
-    return personas.ravel(), memory
+        exchange.cluster_vectors(values)[: len(places)] = np.arange(1, len(places) + 1)[:, None]
+    return cluster_vectors.ravel(), memory
 
 
 def test_two_personas_that_share_a_group_out_become_one_and_the_others_move_up(llama):
@@ -258,10 +260,10 @@ def test_two_personas_that_share_a_group_out_become_one_and_the_others_move_up(l
         assert np.allclose(unmerged, state, atol=1e-6)
     new, kept, said = server_step.step(config, exchange, 5, state, memory, mean)
     assert said["merged"] == [0, 2]
-    found = exchange.personas(new - exchange.start)[:, :2]
+    found = exchange.cluster_vectors(new - exchange.start)[:, :2]
     expected = [(5.0, 0.75), (0.0, 5.0), (-5.0, 0.0), (0.0, -5.0), (0.0, 0.0)]
     assert np.allclose(found, expected, atol=1e-5)
-    momentum = exchange.personas(kept["momentum"])[:, 0] / config.rounds.momentum
+    momentum = exchange.cluster_vectors(kept["momentum"])[:, 0] / config.rounds.momentum
     assert np.allclose(momentum, [2.5, 2, 4, 5, 0], atol=1e-5)  # (10 * 1 + 30 * 3) / 40
     again, _, said = server_step.step(config, exchange, 8, new, kept, mean)
     assert "merged" in said
@@ -281,7 +283,7 @@ def test_a_persona_that_almost_nobody_picks_is_merged_before_two_groups_are(llam
 
 
 def test_what_is_due_after_a_void_round_is_done(llama):
-    """Else the next round would ask for five personas of which four are the base model."""
+    """Else the next round would ask for five clusters of which four are the base model."""
     exchange, config = exchange_of(llama, "tiny", **GROUPS), configured()
     state, memory = begun(config, exchange)
     mean = drawn(exchange, 1)
@@ -289,10 +291,10 @@ def test_what_is_due_after_a_void_round_is_done(llama):
     assert server_step.turned(config, exchange, 1, state, memory)[2] == {}
     split, kept, said = server_step.turned(config, exchange, 2, state, memory)
     assert said == {"split": 5}
-    assert len({one.tobytes() for one in exchange.personas(split)}) == 5
+    assert len({one.tobytes() for one in exchange.cluster_vectors(split)}) == 5
     merged, _, said = server_step.turned(config, exchange, 5, split, kept)
     assert list(said) == ["merged"]
-    assert np.array_equal(exchange.personas(merged)[4], exchange.first)
+    assert np.array_equal(exchange.cluster_vectors(merged)[4], exchange.first)
 
 
 def test_a_step_is_a_function_of_public_numbers_and_the_noised_mean(llama):
@@ -315,7 +317,7 @@ def test_the_members_of_a_persona_are_a_mean_over_rounds_since_the_last_turn(lla
     directions = 0.01 * RNG(0).normal(size=(3, exchange.adapter.dimension))
     for number, third in ((SETTLED, 30), (SETTLED + 1, 10)):
         mean = mean_of(exchange, config, (40, 40, third), directions)
-        before = exchange.personas(state)
+        before = exchange.cluster_vectors(state)
         state, memory, _ = server_step.step(config, exchange, number, state, memory, mean)
-    moved = exchange.personas(state) - before
+    moved = exchange.cluster_vectors(state) - before
     assert np.allclose(moved[2], directions[2] * 10 / 20, atol=1e-6)

@@ -60,11 +60,11 @@ def prepared(
     for number, home in enumerate(made):
         home.join(Joined(SERVER, "PEM", closed=True), directory)
         for before, after in (
-            ("smallest_cohort = 10", "smallest_cohort = 3"),
+            ("min_cohort = 10", "min_cohort = 3"),
             ("colluding = 0.1", "colluding = 0.0"),
-            ("smallest_example_noise = 0.5", "smallest_example_noise = 0.0"),
+            ("min_example_noise = 0.5", "min_example_noise = 0.0"),
             ("models = [\n", f'models = [\n    "{llama_folder}",\n'),
-            ("largest_load = 2.0", "largest_load = 1000.0"),
+            ("max_load = 2.0", "max_load = 1000.0"),
             ("insecure_test_seed = false", "insecure_test_seed = true"),
             ("publishers = []", f'publishers = ["{PUBLISHER.public.hex()}"]'),
         ):

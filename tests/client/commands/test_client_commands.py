@@ -156,8 +156,8 @@ def test_the_policy_is_shown_checked_and_its_mistakes_named(made: Path, ask: Any
     assert ask("policy")["limits"]["budget"]["client"] == 10.0
 
     path = made / "policy.toml"
-    path.write_text(path.read_text().replace("largest_clip =", "largest_clap ="))
-    assert "limits.largest_clap: unknown key; did you mean largest_clip?" in refuse("policy")
+    path.write_text(path.read_text().replace("max_clip =", "max_clap ="))
+    assert "limits.max_clap: unknown key; did you mean max_clip?" in refuse("policy")
     path.write_text("[limits]\nsmallest_cohort = 3\nsmallest_survivors = 0.1\n")
     assert "honest survivors" in refuse("policy", "--check")
 
@@ -492,7 +492,7 @@ def test_a_run_past_the_policy_is_refused_with_every_reason(offered: Path, capsy
         home.receive("run-2", text(training={"steps": 99}))
     capsys.readouterr()
     assert main.run(["client", "runs", "run-2", "--agree"]) == 2
-    assert "limits.largest_steps" in capsys.readouterr().err
+    assert "limits.max_steps" in capsys.readouterr().err
     with Device(offered) as home:
         assert home.run("run-2")[1] is None
 

@@ -87,13 +87,13 @@ def test_the_reason_names_the_time_and_the_key():
         (Reading(on_battery=True, battery=90.0), {}, "on_battery = false"),
         (Reading(on_battery=True, battery=90.0), {"on_battery": True}, None),
         (Reading(on_battery=True, battery=29.0), {"on_battery": True}, "has 29 %, below"),
-        (Reading(on_battery=False, battery=29.0), {}, "below when.smallest_battery = 30"),
+        (Reading(on_battery=False, battery=29.0), {}, "below when.min_battery = 30"),
         (
             Reading(on_battery=True, battery=0.0),
-            {"on_battery": True, "smallest_battery": 0.0},
+            {"on_battery": True, "min_battery": 0.0},
             None,
         ),
-        (Reading(load=2.1), {}, "the load is 2.1 for each core, above when.largest_load = 2"),
+        (Reading(load=2.1), {}, "the load is 2.1 for each core, above when.max_load = 2"),
         (Reading(load=2.0), {}, None),
     ],
 )

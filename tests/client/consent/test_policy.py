@@ -66,7 +66,7 @@ def test_the_default_file_is_the_default_policy_and_every_key_has_a_comment(tmp_
     )
 
 
-@given(st.builds(Policy, limits=st.builds(Limits, smallest_noise=st.floats(0, 9)),
+@given(st.builds(Policy, limits=st.builds(Limits, min_noise=st.floats(0, 9)),
                  budget=st.builds(Budget, delta=st.floats(1e-300, 0.5))))  # fmt: skip
 def test_what_is_written_is_read_back_the_same(policy):
     assert Policy.model_validate(tomllib.loads(text(policy))) == policy
@@ -128,19 +128,19 @@ def test_an_editors_byte_order_mark_is_no_fault(tmp_path):
     [
         ("limit.colluding = 0.1", "limit: unknown key; did you mean limits?"),
         (
-            "limits.smallest_cohrt = 9",
-            "limits.smallest_cohrt: unknown key; did you mean smallest_coh",
+            "limits.min_cohrt = 9",
+            "limits.min_cohrt: unknown key; did you mean min_coh",
         ),
         ("budget.zzz = 1", "budget.zzz: unknown key; known: client, example, delta"),
         ("limits = 3", "limits = 3: expected a section, as in [limits]"),
         (
-            "limits.smallest_cohort = 2",
-            "limits.smallest_cohort = 2: expected greater than or equal",
+            "limits.min_cohort = 2",
+            "limits.min_cohort = 2: expected greater than or equal",
         ),
-        ("limits.smallest_cohort = 10.0", "smallest_cohort = 10.0: expected a valid integer"),
-        ('limits.smallest_cohort = "10"', "smallest_cohort = '10': expected a valid integer"),
-        ("limits.largest_clip = true", "limits.largest_clip = True: expected a valid number"),
-        ("limits.largest_clip = nan", "expected a finite number"),
+        ("limits.min_cohort = 10.0", "min_cohort = 10.0: expected a valid integer"),
+        ('limits.min_cohort = "10"', "min_cohort = '10': expected a valid integer"),
+        ("limits.max_clip = true", "limits.max_clip = True: expected a valid number"),
+        ("limits.max_clip = nan", "expected a finite number"),
         ("budget.client = inf", "budget.client = inf: expected a finite number"),
         ("budget.client = 0", "budget.client = 0: expected greater than 0"),
         ("budget.delta = 1", "budget.delta = 1: expected less than 1"),
@@ -148,7 +148,7 @@ def test_an_editors_byte_order_mark_is_no_fault(tmp_path):
         ('limits.noise_at = "cloud"', "expected 'device', 'distributed' or 'server'"),
         ("when.on_battery = 1", "when.on_battery = 1: expected true or false"),
         ('consent.ask = "no"', "consent.ask = 'no': expected true or false"),
-        ("when.smallest_battery = 101", "when.smallest_battery = 101: expected less than or equal"),
+        ("when.min_battery = 101", "when.min_battery = 101: expected less than or equal"),
         ("resources.cpu_share = 0", "resources.cpu_share = 0: expected greater than 0"),
         ("resources.memory_mb = 100", "resources.memory_mb = 100: expected greater than"),
         ("allowed.models = []", "allowed.models: no run could use a model; name one"),
@@ -161,7 +161,7 @@ def test_an_editors_byte_order_mark_is_no_fault(tmp_path):
         ('when.hours = "08:60-09:00"', "'08:60-09:00' has no such time of day"),
         ('when.hours = "22:00-22:00"', "'22:00-22:00' never comes"),
         ('when.hours = " , "', "has no hours"),
-        ("limits.colluding = 9", "colluding = 9 leaves 1 honest survivors of smallest_cohort = 10"),
+        ("limits.colluding = 9", "colluding = 9 leaves 1 honest survivors of min_cohort = 10"),
         ("limits.colluding = 0.99", "colluding = 0.99 leaves 0 honest"),
     ],
 )
@@ -202,36 +202,38 @@ def test_a_usual_run_is_accepted_by_the_default_policy():
     [
         ({"privacy": {"delta": 1e-4}}, "privacy.delta = 0.0001:", "budget.delta"),
         ({"privacy": {"client": {"enabled": False}}}, "privacy.client.enabled = False:",
-         "limits.smallest_noise"),
+         "limits.min_noise"),
         ({"privacy": {"example": {"enabled": False}}}, "privacy.example.enabled = False:",
-         "limits.smallest_example_noise"),
+         "limits.min_example_noise"),
         ({"privacy": {"client": {"noise_at": "server"}}}, "privacy.client.noise_at = 'server':",
          "limits.noise_at"),
         ({"privacy": {"client": {"noise_multiplier": 0.9}}}, "noise_multiplier = 0.9:",
-         "limits.smallest_noise"),
+         "limits.min_noise"),
         ({"privacy": {"client": {"clip": 1.5}}}, "privacy.client.clip = 1.5:",
-         "limits.largest_clip"),
+         "limits.max_clip"),
         ({"privacy": {"client": {"adjacency": "zero_out"}}}, "adjacency = 'zero_out':",
          "budget.client_adjacency"),
         ({"privacy": {"example": {"adjacency": "replace_one"}}}, "adjacency = 'replace_one':",
          "budget.example_adjacency"),
         ({"privacy": {"example": {"noise_multiplier": 0.1}}}, "noise_multiplier = 0.1:",
-         "limits.smallest_example_noise"),
-        ({"rounds": {"cohort": 9}, "masking": {"smallest_cohort": 5, "colluding": 2}},
-         "rounds.cohort = 9:", "limits.smallest_cohort"),
-        ({"masking": {"survivors": 0.5}}, "masking.survivors = 0.5:", "limits.smallest_survivors"),
-        ({"masking": {"colluding": 0.0}}, "masking.colluding = 0.0:", "limits.colluding"),
-        ({"training": {"steps": 21}}, "training.steps = 21:", "limits.largest_steps"),
+         "limits.min_example_noise"),
+        ({"rounds": {"cohort": 9}, "secure_aggregation": {"min_cohort": 5, "colluding": 2}},
+         "rounds.cohort = 9:", "limits.min_cohort"),
+        ({"secure_aggregation": {"survivors": 0.5}},
+         "secure_aggregation.survivors = 0.5:", "limits.min_survivors"),
+        ({"secure_aggregation": {"colluding": 0.0}},
+         "secure_aggregation.colluding = 0.0:", "limits.colluding"),
+        ({"training": {"steps": 21}}, "training.steps = 21:", "limits.max_steps"),
         ({"training": {"batch_size": 33}, "data": {"clients": 16, "records_per_client": 99}},
-         "training.batch_size = 33:", "limits.largest_batch"),
+         "training.batch_size = 33:", "limits.max_batch"),
         ({"data": {"clients": 16, "records_per_client": 1001}}, "data.records_per_client = 1001:",
-         "limits.largest_records"),
+         "limits.max_records"),
         ({"data": {"clients": 16, "max_tokens": 513}}, "data.max_tokens = 513:",
-         "limits.largest_tokens"),
+         "limits.max_tokens"),
         ({"model": {"base": "evil/model"}}, "model.base = 'evil/model':", "allowed.models"),
         ({"insecure_test_seed": 7}, "insecure_test_seed = 7:", "allowed.insecure_test_seed"),
         ({"statistics": {"enabled": True, "noise_multiplier": 0.5}},
-         "statistics.noise_multiplier = 0.5:", "limits.smallest_noise"),
+         "statistics.noise_multiplier = 0.5:", "limits.min_noise"),
     ],
 )  # fmt: skip
 def test_a_laxer_run_is_refused_with_field_value_limit_and_key(sections, field, key):
@@ -252,7 +254,7 @@ def test_all_reasons_are_said_at_once():
 
 
 def test_a_run_that_claims_nothing_is_refused_by_every_policy():
-    limits = {"smallest_noise": 0.0, "smallest_example_noise": 0.0, "noise_at": "server"}
+    limits = {"min_noise": 0.0, "min_example_noise": 0.0, "noise_at": "server"}
     generous = Policy.model_validate({"limits": limits})
     off = {"enabled": False}
     refuse_run(generous, run(privacy={"client": off}), SERVER)
@@ -366,9 +368,9 @@ tables = st.fixed_dictionaries(
                 ).map(lambda two: two[0] | two[1]),
             }
         ),
-        "masking": st.fixed_dictionaries(
+        "secure_aggregation": st.fixed_dictionaries(
             {},
-            optional={"survivors": share, "colluding": share, "smallest_cohort": st.integers(3, 9)},
+            optional={"survivors": share, "colluding": share, "min_cohort": st.integers(3, 9)},
         ),
         "statistics": st.fixed_dictionaries({"enabled": st.booleans(), "noise_multiplier": above}),
     },
@@ -381,14 +383,14 @@ owners = st.fixed_dictionaries(
             {},
             optional={
                 "noise_at": st.sampled_from(PLACES),
-                "smallest_noise": multiplier,
-                "smallest_example_noise": multiplier,
-                "largest_clip": above,
-                "smallest_cohort": st.integers(3, 40),
-                "smallest_survivors": share,
+                "min_noise": multiplier,
+                "min_example_noise": multiplier,
+                "max_clip": above,
+                "min_cohort": st.integers(3, 40),
+                "min_survivors": share,
                 "colluding": share,
-                "smallest_bits": st.integers(12, 16),
-                "largest_steps": st.integers(1, 40),
+                "min_bits": st.integers(12, 16),
+                "max_steps": st.integers(1, 40),
             },
         ),
         "allowed": st.fixed_dictionaries(
@@ -420,31 +422,32 @@ def laxer(own: Config, config: Config, policy: Policy) -> list[str]:
         "budget.example": budgets(mine)["example"] <= budget.example,
         "cap.client": caps(mine).get("client", np.inf) <= (given.budget.client or np.inf),
         "cap.example": caps(mine).get("example", np.inf) <= (given.budget.example or np.inf),
-        "client": mine.client.enabled >= max(given.client.enabled, limits.smallest_noise > 0),
+        "client": mine.client.enabled >= max(given.client.enabled, limits.min_noise > 0),
         "noise_at": place(mine.client.noise_at)
         <= min(place(given.client.noise_at), place(limits.noise_at)),
         "noise": mine.client.noise_multiplier
-        >= max(given.client.noise_multiplier, limits.smallest_noise),
-        "clip": mine.client.clip <= min(given.client.clip, limits.largest_clip),
-        "bits": mine.client.bits >= max(given.client.bits, limits.smallest_bits),
+        >= max(given.client.noise_multiplier, limits.min_noise),
+        "clip": mine.client.clip <= min(given.client.clip, limits.max_clip),
+        "bits": mine.client.bits >= max(given.client.bits, limits.min_bits),
         "adjacency": (mine.client.adjacency, mine.example.adjacency)
         == (budget.client_adjacency, budget.example_adjacency),
         "example": mine.example.enabled
-        >= max(given.example.enabled, limits.smallest_example_noise > 0),
+        >= max(given.example.enabled, limits.min_example_noise > 0),
         "record noise": mine.example.noise_multiplier
-        >= max(given.example.noise_multiplier, limits.smallest_example_noise),
+        >= max(given.example.noise_multiplier, limits.min_example_noise),
         "record clip": mine.example.clip <= given.example.clip,
         "some claim": mine.client.enabled or mine.example.enabled,
-        "survivors": own.masking.survivors
-        >= max(config.masking.survivors, limits.smallest_survivors),
-        "colluding": own.masking.colluding >= max(config.masking.colluding, limits.colluding),
-        "cohort": own.masking.smallest_cohort
-        >= max(config.masking.smallest_cohort, limits.smallest_cohort),
+        "survivors": own.secure_aggregation.survivors
+        >= max(config.secure_aggregation.survivors, limits.min_survivors),
+        "colluding": own.secure_aggregation.colluding
+        >= max(config.secure_aggregation.colluding, limits.colluding),
+        "cohort": own.secure_aggregation.min_cohort
+        >= max(config.secure_aggregation.min_cohort, limits.min_cohort),
         "statistics": own.statistics.enabled
         <= min(config.statistics.enabled, allowed.statistics),
         "statistics noise": own.statistics.noise_multiplier
-        >= max(config.statistics.noise_multiplier, limits.smallest_noise),
-        "steps": own.training.steps <= min(config.training.steps, limits.largest_steps),
+        >= max(config.statistics.noise_multiplier, limits.min_noise),
+        "steps": own.training.steps <= min(config.training.steps, limits.max_steps),
         "batch": own.training.batch_size >= config.training.batch_size,
         "rate": own.sampling_rate <= config.sampling_rate,
         "learning rate": own.training.learning_rate <= config.training.learning_rate,
@@ -468,15 +471,15 @@ def just_accepting(config: Config) -> Policy:
     limits = Limits().model_copy(
         update={
             "noise_at": client.noise_at,
-            "smallest_noise": min(noises),
-            "smallest_example_noise": example.noise_multiplier if example.enabled else 0.0,
-            "largest_clip": client.clip,
-            "smallest_cohort": config.rounds.cohort,
-            "smallest_survivors": config.masking.survivors,
-            "colluding": config.masking.colluding,
-            "largest_steps": config.training.steps,
-            "largest_batch": config.training.batch_size,
-            "largest_records": config.data.records_per_client,
+            "min_noise": min(noises),
+            "min_example_noise": example.noise_multiplier if example.enabled else 0.0,
+            "max_clip": client.clip,
+            "min_cohort": config.rounds.cohort,
+            "min_survivors": config.secure_aggregation.survivors,
+            "colluding": float(config.colluders),  # as a number: a share asks for two at least
+            "max_steps": config.training.steps,
+            "max_batch": config.training.batch_size,
+            "max_records": config.data.records_per_client,
         }
     )
     budget = Budget(delta=config.privacy.delta, client_adjacency=client.adjacency)
@@ -486,7 +489,7 @@ def just_accepting(config: Config) -> Policy:
 
 def test_the_noise_of_blocks_nobody_asked_for_refuses_no_run():
     asked = {"statistics": {"enabled": True, "noise_multiplier": 6.0}}
-    policy = Policy(limits=Limits(smallest_noise=5.0))
+    policy = Policy(limits=Limits(min_noise=5.0))
     said = "\n".join(reasons(policy, parse(asked), SERVER))
     assert "statistics" not in said
     with_gains = {"statistics": {**asked["statistics"], "gains": True}}
@@ -513,9 +516,10 @@ def test_own_settings_of_an_accepted_run_are_valid_and_accept_its_own_plan(confi
         ({"privacy": {"client": {"noise_at": "distributed", "noise_multiplier": 0.5}}}, "noise"),
         ({"privacy": {"client": {"noise_at": "server"}}}, "noise_at"),
         ({"privacy": {"client": {"enabled": False}}}, "noise"),
-        ({"masking": {"survivors": 0.5}, "rounds": {"cohort": 64}, "data": {"clients": 64}},
+        ({"secure_aggregation": {"survivors": 0.5}, "rounds": {"cohort": 64},
+          "data": {"clients": 64}},
          "survivors"),
-        ({"masking": {"colluding": 0.0}}, "colluders"),
+        ({"secure_aggregation": {"colluding": 0.0}}, "colluders"),
         ({"training": {"steps": 21}}, "local_steps"),
         ({"privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}}},
          "record_clip"),
@@ -534,9 +538,7 @@ def test_a_plan_of_a_laxer_configuration_is_refused_by_the_own_settings(sections
 def taken_over(policy: Policy, config: Config) -> Config:
     """Faulty: takes the owner's numbers where they are set, though the run's may be stricter."""
     own = own_config(policy, config)
-    client = own.privacy.client.model_copy(
-        update={"noise_multiplier": policy.limits.smallest_noise}
-    )
+    client = own.privacy.client.model_copy(update={"noise_multiplier": policy.limits.min_noise})
     return own.model_copy(update={"privacy": own.privacy.model_copy(update={"client": client})})
 
 
@@ -572,9 +574,9 @@ def test_lax_types_would_have_taken_a_yes_for_a_number():
     class Lax(Limits):
         model_config = ConfigDict(strict=False)
 
-    assert Lax.model_validate({"largest_clip": True}).largest_clip == 1.0
-    with pytest.raises(ValueError, match="largest_clip"):
-        Limits.model_validate({"largest_clip": True})
+    assert Lax.model_validate({"max_clip": True}).max_clip == 1.0
+    with pytest.raises(ValueError, match="max_clip"):
+        Limits.model_validate({"max_clip": True})
 
 
 def test_the_places_of_noise_are_the_plans_in_the_same_order():
@@ -591,4 +593,4 @@ def test_a_row_of_packed_records_is_no_longer_than_the_policy_allows():
     assert not any("training.packed" in said for said in reasons(Policy(), short, SERVER))
     said = next(said for said in reasons(Policy(), long, SERVER) if "training.packed" in said)
     assert "training.packed = 513:" in said
-    assert "(limits.largest_tokens in policy.toml)" in said
+    assert "(limits.max_tokens in policy.toml)" in said

@@ -103,7 +103,7 @@ def test_a_digest_of_the_run_id_alone_would_have_let_the_server_change_the_noise
 def test_nobodys_yes_goes_past_the_policy():
     lax = offered(run(training={"steps": 99}))
     for how in ("owner", "policy"):
-        with pytest.raises(PrivacyError, match=r"limits\.largest_steps"):
+        with pytest.raises(PrivacyError, match=r"limits\.max_steps"):
             agree(lax, Policy(), how, NOW)
     with pytest.raises(PrivacyError, match="waits for your yes"):
         agree(offered(), Policy(), "policy", NOW)
@@ -134,7 +134,7 @@ def test_a_run_is_told_in_plain_words():
 
 
 def test_the_most_releases_the_budget_allows_are_said_from_the_ledger_on():
-    free = Policy.model_validate({"limits": {"smallest_example_noise": 0.0}})
+    free = Policy.model_validate({"limits": {"min_example_noise": 0.0}})
     config = client_level().model_copy(
         update={"rounds": run().rounds.model_copy(update={"count": 9})}
     )
@@ -155,7 +155,7 @@ def test_the_most_releases_the_budget_allows_are_said_from_the_ledger_on():
 
 def test_a_runs_own_cap_is_named_as_the_runs_and_counts_this_run_alone():
     generous = Policy.model_validate(
-        {"limits": {"smallest_example_noise": 0.0}, "budget": {"client": 60.0}}
+        {"limits": {"min_example_noise": 0.0}, "budget": {"client": 60.0}}
     )
     config = run(
         rounds={"cohort": 16, "count": 4},

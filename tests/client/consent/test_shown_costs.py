@@ -75,10 +75,10 @@ def test_the_figures_of_an_ab_offer_are_those_of_its_first_ledger_row(tmp_path: 
     asked = AbPrivacy(epsilon=0.5, noise_at="device")
     settings = AbTestSettings(arms=("memory", "shared"), clients=40, looks=4, privacy=asked)
     config = device_settings(settings, enrolled=40)
-    assert config.trial is not None
-    plan = plan_of(config, config.trial, "run", 1)
+    assert config.ab_run is not None
+    plan = plan_of(config, config.ab_run, "run", 1)
     with Ledger.open(tmp_path / "ledger", owner="test") as ledger:
-        answered(config.trial, config, plan, "ann", 0, 1.0, ledger, TestSource(1, "release"))
+        answered(config.ab_run, config, plan, "ann", 0, 1.0, ledger, TestSource(1, "release"))
         row = ledger.rows("ann")[0]
     assert expected(config, layout(settings).dimension) == row.charges
     assert shown(config) == charged(row.charges, config.privacy.delta)

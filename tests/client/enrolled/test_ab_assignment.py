@@ -28,9 +28,9 @@ def agreed(home: DeviceStore, arms: tuple[str, ...], run: str = RUN) -> Config:
     """The owner has said yes to an experiment with these arms."""
     config = config_of(arms=list(arms))
     for before, after in (
-        ("smallest_cohort = 10", "smallest_cohort = 3"),
+        ("min_cohort = 10", "min_cohort = 3"),
         ("colluding = 0.1", "colluding = 0.0"),
-        ("smallest_noise = 1.0", "smallest_noise = 0.5"),
+        ("min_noise = 1.0", "min_noise = 0.5"),
     ):
         if before in (home.folder / homes.POLICY).read_text():
             allow(home, before, after)
@@ -49,7 +49,7 @@ def second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_chat_answers_with_the_arms_template_from_the_yes_until_the_end(home: DeviceStore):
     def used() -> tuple[str, str]:
         found = assistant_of(home, TRAINED, None, "none", SHORT)
-        return found.template.name, found.trial
+        return found.template.name, found.ab_run
 
     assert used() == ("memory", "")
     agreed(home, ("memory", "notes@1.0.0"))
@@ -67,8 +67,8 @@ def test_an_arm_is_in_use_for_the_days_that_were_agreed_to_and_no_longer(
 ):
     agreed(home, ("memory", "notes"))
     since = time.time()
-    assert ab_assignment.current(home) == ab_assignment.Trial(
-        RUN, config_of(arms=["memory", "notes"]).ab, "notes"
+    assert ab_assignment.current(home) == ab_assignment.AbAssignment(
+        RUN, config_of(arms=["memory", "notes"]).ab_test, "notes"
     )
     for days, there in ((29.9, True), (30.1, False)):
         monkeypatch.setattr(
@@ -92,20 +92,20 @@ def test_the_arm_without_the_head_is_the_shared_model_with_the_same_template(hom
     assert assistant_of(home, TRAINED, None, "none", SHORT).head is not None
     agreed(home, ("personal", "shared"))
     found = assistant_of(home, TRAINED, None, "none", SHORT)
-    assert (found.head, found.template.name, found.trial) == (None, "memory", RUN)
+    assert (found.head, found.template.name, found.ab_run) == (None, "memory", RUN)
     agreed(home, ("shared", "personal"), "turned")
     found = assistant_of(home, TRAINED, None, "none", SHORT)
-    assert (found.head is None, found.trial) == (False, "turned")
+    assert (found.head is None, found.ab_run) == (False, "turned")
 
 
 @pytest.mark.usefixtures("second")
 def test_a_template_this_device_has_not_and_one_the_owner_asks_for_are_no_arm(home: DeviceStore):
     agreed(home, ("memory", "letters"))
     found = assistant_of(home, TRAINED, None, "none", SHORT)
-    assert (found.template.name, found.trial) == ("memory", "")
+    assert (found.template.name, found.ab_run) == ("memory", "")
     agreed(home, ("memory", "notes"), "other")
     found = assistant_of(home, TRAINED, "memory", "none", SHORT)
-    assert (found.template.name, found.trial) == ("memory", "")
+    assert (found.template.name, found.ab_run) == ("memory", "")
 
 
 @pytest.mark.usefixtures("second")
@@ -113,7 +113,7 @@ def test_verdicts_of_a_chat_in_an_arm_are_its_outcome_and_no_others(
     home: DeviceStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     config = agreed(home, ("memory", "notes"))
-    assert ab_assignment.outcome(home, RUN, config.ab) is None
+    assert ab_assignment.outcome(home, RUN, config.ab_test) is None
     text = home.records()[0].text
     lines = f"{text[:5]}\n:accept\n:global\n:reject\n{text[:9]}\n:edit something else\n:accept\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
@@ -125,16 +125,18 @@ def test_verdicts_of_a_chat_in_an_arm_are_its_outcome_and_no_others(
         (RUN, True), (RUN, False), (RUN, False), (RUN, False), (RUN, True),
     ]  # fmt: skip
     VaultRecorder(home)("accept", "ba", "da", over=None, edited=None, taken=True)
-    assert ab_assignment.outcome(home, RUN, config.ab) == 0.4
+    assert ab_assignment.outcome(home, RUN, config.ab_test) == 0.4
     assert (
-        ab_assignment.outcome(home, RUN, config.ab.model_copy(update={"outcome": "binary"})) == 0.0
+        ab_assignment.outcome(home, RUN, config.ab_test.model_copy(update={"outcome": "binary"}))
+        == 0.0
     )
     verdicts.forget(home, [2, 3])
-    assert ab_assignment.outcome(home, RUN, config.ab) == 2 / 3
+    assert ab_assignment.outcome(home, RUN, config.ab_test) == 2 / 3
     assert (
-        ab_assignment.outcome(home, RUN, config.ab.model_copy(update={"outcome": "binary"})) == 1.0
+        ab_assignment.outcome(home, RUN, config.ab_test.model_copy(update={"outcome": "binary"}))
+        == 1.0
     )
-    assert ab_assignment.outcome(home, "another", config.ab) is None
+    assert ab_assignment.outcome(home, "another", config.ab_test) is None
 
 
 def test_a_verdict_kept_by_an_earlier_privet_is_of_no_experiment(home: DeviceStore):

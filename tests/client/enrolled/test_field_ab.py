@@ -60,7 +60,7 @@ def experiment(**changes: Any) -> AbTestSettings:
         "outcome": "bounded",
         "clients": PEOPLE,
         "privacy": {"epsilon": EPSILON},
-        "masking": {"smallest_cohort": 3, "colluding": 0.0},
+        "secure_aggregation": {"min_cohort": 3, "colluding": 0.0},
         "devices": {
             "timeout_s": 0.5,
             "gather_s": 0.1,
@@ -78,7 +78,7 @@ def config_of(**changes: Any) -> Config:
 
 def owners_who_agree(world: World, homes: list[DeviceStore]) -> None:
     for home in homes:
-        allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+        allow(home, "min_noise = 1.0", "min_noise = 0.5")
         agree(home, world.config)
 
 
@@ -102,7 +102,7 @@ def judged(home: DeviceStore, *taken: bool, run: str = RUN) -> None:
 
 
 def plan_of(config: Config, look: int = 1, **changes: Any) -> Plan:
-    return dataclasses.replace(ab_estimates.plan_of(config, config.ab, RUN, look), **changes)
+    return dataclasses.replace(ab_estimates.plan_of(config, config.ab_test, RUN, look), **changes)
 
 
 # --- a whole experiment --------------------------------------------------------------------------
@@ -114,11 +114,11 @@ def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released
     judged(homes_of_four[0], True, True, True, False)
     judged(homes_of_four[1], False)
     judged(homes_of_four[2], True, run="another experiment")
-    dimension = layout(world.config.ab).dimension
+    dimension = layout(world.config.ab_test).dimension
     shown, plan, total = released_and_opened(world, homes_of_four, dimension, monkeypatch)
     assert plan.length(dimension) == dimension
     sums = ab_estimates.sums_of(total, plan)
-    assert shown[1]["look"] == ab_estimates.told(sums, plan, 4, world.config.ab)
+    assert shown[1]["look"] == ab_estimates.told(sums, plan, 4, world.config.ab_test)
     for home in homes_of_four:
         assert home.vault.names("adapters/") == home.vault.names("heads/") == []
         assert ab_assignment.current(home) is None  # it has ended, and so has the arm
@@ -173,15 +173,15 @@ def test_the_server_finds_what_is_true_of_the_people(
     monkeypatch.setattr("privet.client.device.arm_of", lambda seed, *_: places[seed])
     known = {n: home.identity.public for n, home in enumerate(homes)}
     settings = experiment(outcome="binary", clients=people, privacy={"epsilon": 16.0},
-                          masking={"survivors": 1.0, "colluding": 0.0})  # fmt: skip
+                          secure_aggregation={"survivors": 1.0, "colluding": 0.0})  # fmt: skip
     config = ab_estimates.device_settings(settings, people)
     world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes])
     for number, home in enumerate(homes):
         home.join(Joined(SERVER, "PEM", closed=True), Directory(known, closed=True))
         allow(home, "colluding = 0.1", "colluding = 0.0")
-        allow(home, "smallest_noise = 1.0", "smallest_noise = 0.3")
+        allow(home, "min_noise = 1.0", "min_noise = 0.3")
         allow(home, "client = 10.0", "client = 16.0")
-        allow(home, "largest_load = 2.0", "largest_load = 1000.0")
+        allow(home, "max_load = 2.0", "max_load = 1000.0")
         agree(home, config)
         judged(home, number // 2 < (2 if number % 2 == 0 else 6))
     (shown,) = world.serve()
@@ -265,7 +265,7 @@ def test_without_an_owners_yes_nothing_leaves(tmp_path: Path, homes_of_four: lis
         tmp_path / "run", config_of(), [EnrolledParticipant(home) for home in homes_of_four]
     )
     for home in homes_of_four:
-        allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+        allow(home, "min_noise = 1.0", "min_noise = 0.5")
     with pytest.raises(StateError, match="have accepted the run, and 0 of 4"):
         world.serve()
     for home in homes_of_four:
@@ -290,11 +290,11 @@ def test_a_budget_that_is_spent_declines_the_look_and_the_owners_no_ends_it(
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
-        ("smallest_noise = 0.5", "smallest_noise = 5.0", "limits.smallest_noise"),
-        ("smallest_cohort = 3", "smallest_cohort = 5", "limits.smallest_cohort"),
+        ("min_noise = 0.5", "min_noise = 5.0", "limits.min_noise"),
+        ("min_cohort = 3", "min_cohort = 5", "limits.min_cohort"),
         ("statistics = true", "statistics = false", "allowed.statistics"),
         ('client_adjacency = "add_remove"', 'client_adjacency = "zero_out"', "client_adjacency"),
-        ("smallest_survivors = 0.6", "smallest_survivors = 0.9", "limits.smallest_survivors"),
+        ("min_survivors = 0.6", "min_survivors = 0.9", "limits.min_survivors"),
         ("ask = false", "ask = true", ""),
     ],
 )
@@ -304,7 +304,7 @@ def test_what_is_laxer_than_the_policy_is_not_even_begun(
     config = config_of()
     world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     home = homes_of_four[0]
-    allow(home, "smallest_noise = 1.0", "smallest_noise = 0.5")
+    allow(home, "min_noise = 1.0", "min_noise = 0.5")
     allow(home, "ask = true", "ask = false")
     assert hello(world, 0, config)
     assert not declined(keys(world, 0, plan_of(config)))
@@ -322,7 +322,7 @@ def test_what_training_is_limited_by_is_no_reason_to_refuse_an_experiment(
 ):
     """No gradient, no clip in units of an adapter, no model: the default policy has all three."""
     home, config = homes_of_four[0], config_of(privacy={"epsilon": 1.0})
-    allow(home, "smallest_example_noise = 0.0", "smallest_example_noise = 0.5")
+    allow(home, "min_example_noise = 0.0", "min_example_noise = 0.5")
     path = home.folder / "policy.toml"
     path.write_text(path.read_text().replace('"smollm2-135m-instruct"', '"nothing"'))
     agree(home, config)
@@ -367,8 +367,10 @@ AGREED = 2000
 
 
 def asking(clients: int) -> Config:
-    masking = {"smallest_cohort": 10, "colluding": 0.1}
-    made = experiment(clients=clients, privacy={"epsilon": 1.0}, masking=masking)
+    secure_aggregation = {"min_cohort": 10, "colluding": 0.1}
+    made = experiment(
+        clients=clients, privacy={"epsilon": 1.0}, secure_aggregation=secure_aggregation
+    )
     return ab_estimates.device_settings(made, AGREED)
 
 
@@ -530,7 +532,7 @@ def test_too_few_devices_open_nothing_and_nothing_is_told(
     [
         ({"arms": ["A", "B"]}, "an arm is a template"),
         ({"arms": ["memory@1", "notes"]}, "an arm is a template"),
-        ({"low": 1.0, "high": 5.0, "made": {"means": (2.0, 3.0)}}, "ab.low"),
+        ({"low": 1.0, "high": 5.0, "simulated": {"means": (2.0, 3.0)}}, "ab_test.low"),
         ({"clients": 5}, "4 devices are enrolled"),
     ],
 )

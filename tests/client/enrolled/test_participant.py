@@ -67,11 +67,11 @@ def homes_of_four(tmp_path: Path, llama_folder: Path) -> Iterator[list[DeviceSto
     directory = Directory({n: home.identity.public for n, home in enumerate(made)}, closed=True)
     for number, home in enumerate(made):
         home.join(Joined(SERVER, "PEM", closed=True), directory)
-        allow(home, "smallest_cohort = 10", "smallest_cohort = 3")
+        allow(home, "min_cohort = 10", "min_cohort = 3")
         allow(home, "colluding = 0.1", "colluding = 0.0")
-        allow(home, "smallest_example_noise = 0.5", "smallest_example_noise = 0.0")
+        allow(home, "min_example_noise = 0.5", "min_example_noise = 0.0")
         allow(home, "models = [\n", f'models = [\n    "{llama_folder}",\n')
-        allow(home, "largest_load = 2.0", "largest_load = 1000.0")
+        allow(home, "max_load = 2.0", "max_load = 1000.0")
         home.vault.put("records/own", records(number))
     yield made
     for home in made:
@@ -108,7 +108,7 @@ def config_of(llama_folder: Path, **changes: Any) -> Config:
             "wait_s": 0.01,
         },
         "privacy": {"client": {"noise_at": "distributed"}, "example": {"enabled": False}},
-        "masking": {"smallest_cohort": 3, "colluding": 0.0},
+        "secure_aggregation": {"min_cohort": 3, "colluding": 0.0},
         "insecure_test_seed": None,
     }
     for section, values in changes.items():
@@ -226,8 +226,8 @@ def test_a_masked_run_of_own_devices_gives_the_sum_of_what_their_gates_released(
 def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_which(
     tmp_path: Path, llama_folder: Path, homes_of_four: list[DeviceStore]
 ):
-    groups = {"count": 2, "spare": 0}
-    config = config_of(llama_folder, groups=groups)
+    clusters = {"count": 2, "extra": 0}
+    config = config_of(llama_folder, clusters=clusters)
     for home in homes_of_four:
         agree(home, config)
     world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
@@ -236,7 +236,7 @@ def test_of_several_personas_the_vault_keeps_the_own_one_and_no_message_says_whi
     for home in homes_of_four:
         place = int(home.vault.get(f"persona/{RUN}") or b"-1")
         kept = safetensors.numpy.load(home.vault.get(f"adapters/{RUN}") or b"")["adapter"]
-        assert np.array_equal(kept, sent.personas(state)[place])
+        assert np.array_equal(kept, sent.cluster_vectors(state)[place])
         size = -(-sent.released(1).dimension * 32 // 8) + 150  # header, lengths and a signature
         assert all(len(home.payload(one.seq) or b"") <= size or one.phase != "vector"
                    for one in home.outbox())  # fmt: skip
@@ -304,7 +304,7 @@ def from_round_two(change: Callable[[], None]) -> Callable[[int, Message], None]
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda home: allow(home, "largest_clip = 1.0", "largest_clip = 0.5"), "largest_clip"),
+        (lambda home: allow(home, "max_clip = 1.0", "max_clip = 0.5"), "max_clip"),
         (lambda home: home.pause(True), "paused"),
         (lambda home: home.withdraw(home.run(RUN)[0]), "waits for your yes"),
         (lambda home: home.leave(), "no run"),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.import_texts import formats
-from privet.client.import_texts import scan as intake
+from privet.client.import_texts import scan as import_texts
 from privet.client.import_texts.scan import (
     Found,
     Ignored,
@@ -159,13 +159,13 @@ def test_a_file_that_vanishes_after_the_walk_is_ignored(tmp_path, monkeypatch):
 
 
 def swap_after_walk(monkeypatch, swap):
-    real = intake._is_same
+    real = import_texts._is_same
 
     def late(*args):
         swap()
         return real(*args)
 
-    monkeypatch.setattr(intake, "_is_same", late)
+    monkeypatch.setattr(import_texts, "_is_same", late)
 
 
 def test_a_missing_root_is_ignored_with_its_path(tmp_path):
@@ -275,7 +275,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_once_more(
             write(path, "new text", mtime=number)
         return real(*args)
 
-    monkeypatch.setattr(intake, "read", changing)
+    monkeypatch.setattr(import_texts, "read", changing)
     (result,) = scan([tmp_path])
     if outcome:
         assert found([result]) == {"a.txt": [outcome]}
@@ -376,13 +376,13 @@ def test_over_the_total_size_the_newest_files_are_kept_and_the_others_never_open
         os.truncate(path, 600_000)  # zeros: not text
         os.utime(path, (number, number))
     opened: list[str] = []
-    real = intake._open
+    real = import_texts._open
 
     def noting(path):
         opened.append(path)
         return real(path)
 
-    monkeypatch.setattr(intake, "_open", noting)
+    monkeypatch.setattr(import_texts, "_open", noting)
     results = list(scan([tmp_path], limits=Limits(total_mb=2)))
     assert sorted(ignored(results)) == ["0.txt", "1.txt", "2.txt", "3.txt"]
     assert ignored(results)["0.txt"].startswith("this file is left out (0.6 MB): the limit is 2 MB")

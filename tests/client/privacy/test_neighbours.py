@@ -21,7 +21,7 @@ from privet.experiments.simulate import prepare
 from ...tiny import population, tiny_config
 
 FAMILIES = ("tiny", "ffa", "lora", "fedsvd", "rolora", "fedsa")
-TWO = {"count": 2, "spare": 0, "warmup": 1}
+TWO = {"count": 2, "extra": 0, "warmup": 1}
 MEASURED = {"enabled": True, "gains": True, "arms": ["base", "personal"], "loss_bound": 5.0}
 MEASURED_BLOCKS = ("losses", "gains", "arms")
 Parts = dict[str, Any]
@@ -49,7 +49,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(base: Path, people: Path, folder: Path, family: str, **changes: Any) -> SimulatedContext:
     """A prepared run whose deltas are past the clip; with Opacus's noise where it may be."""
-    private = family != "fedsa" and "groups" not in changes
+    private = family != "fedsa" and "clusters" not in changes
     config = tiny_config(
         base, people, adapter={"family": family}, rounds={"count": 4},
         training={"steps": changes.pop("steps", 1), "learning_rate": 300.0, "batch_size": 8},
@@ -93,7 +93,7 @@ def moved(one: Parts, two: Parts) -> dict[str, float]:
 
 
 def apart(bench: SimulatedContext, seed: int) -> Any:
-    """A state whose personas differ."""
+    """A state whose clusters differ."""
     sent = exchange_at(bench)
     drawn = 0.5 * np.random.default_rng(seed).normal(size=sent.state.dimension)
     return (sent.start + drawn).astype(np.float32)
@@ -145,8 +145,10 @@ def test_the_noise_of_training_alone_is_no_contribution_of_a_person_without_reco
 def test_all_records_of_one_person_move_the_contribution_by_one_clip_whichever_persona_fits(
     family, llama_folder, people, tmp_path, monkeypatch
 ):
-    bench = opened(llama_folder, people, tmp_path / "run", family, groups=TWO, statistics=MEASURED)
-    picked, past = set[int](), (1 + bench.config.groups.members_share**2) ** 0.5
+    bench = opened(
+        llama_folder, people, tmp_path / "run", family, clusters=TWO, statistics=MEASURED
+    )
+    picked, past = set[int](), (1 + bench.config.clusters.members_share**2) ** 0.5
     for seed in range(8):
         state = apart(bench, seed)
         assert holds(bench, 2, state)
@@ -162,4 +164,4 @@ def test_all_records_of_one_person_move_the_contribution_by_one_clip_whichever_p
         assert found["adapter"] == pytest.approx(past, rel=1e-3)
         if picked == {0, 1}:
             return
-    raise AssertionError("one persona was picked by nobody: the test shows nothing")
+    raise AssertionError("one cluster was picked by nobody: the test shows nothing")

@@ -55,7 +55,7 @@ def text(**sections: Any) -> str:
 
 def ask_for_no_example_noise(folder: Path) -> None:
     """The policy that such a run needs."""
-    path, key = folder / "policy.toml", "smallest_example_noise ="
+    path, key = folder / "policy.toml", "min_example_noise ="
     path.write_text(path.read_text().replace(f"{key} 0.5", f"{key} 0.0"))
 
 
@@ -123,14 +123,14 @@ def test_nothing_is_answered_before_the_owner_agrees_and_after_the_offer_changes
     "fewer",
     [
         {"rounds": {"cohort": 15}},
-        {"masking": {"colluding": 2, "survivors": 0.9}},
-        {"masking": {"colluding": 3, "survivors": 0.8}},
+        {"secure_aggregation": {"colluding": 2, "survivors": 0.9}},
+        {"secure_aggregation": {"colluding": 3, "survivors": 0.8}},
     ],
 )
 def test_a_changed_run_whose_masks_promise_less_waits_for_the_owner_where_the_policy_agrees(
     home: DeviceStore, fewer: dict[str, Any]
 ):
-    agreed = {"masking": {"colluding": 3, "survivors": 0.9}}
+    agreed = {"secure_aggregation": {"colluding": 3, "survivors": 0.9}}
     ask_nobody(home)
     assert home.receive("run-1", text(**agreed))
     assert home.receive("run-1", text(**agreed, rounds={"cohort": 16, "count": 3}))
@@ -145,9 +145,9 @@ def test_no_flood_of_offers_makes_a_changed_run_a_first_one(
     home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(homes, "MOST_RUNS", 3)
-    weaker = text(masking={"colluding": 2})
+    weaker = text(secure_aggregation={"colluding": 2})
     ask_nobody(home)
-    assert home.receive("run-1", text(masking={"colluding": 3}))
+    assert home.receive("run-1", text(secure_aggregation={"colluding": 3}))
     assert not home.receive("run-1", weaker)
     refused = text(privacy={"client": {"noise_at": "server"}, "example": {"enabled": False}})
     for number in range(4):

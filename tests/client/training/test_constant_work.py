@@ -15,7 +15,7 @@ from privet.client.device import Device, take_part, tokenised
 from privet.client.runtime.answer_pace import Pace
 from privet.client.training import records as data
 from privet.client.training.cluster_choice import mean_losses
-from privet.client.training.constant_work import DUMMY, Shape, most_drawn, work_of
+from privet.client.training.constant_work import DUMMY, Shape, max_drawn, work_of
 from privet.client.training.local_training import Trainer, train
 from privet.client.training.records import Record, Tokenised
 from privet.common.model import base_model, objective
@@ -188,10 +188,10 @@ def test_the_prefix_cache_rests_so_that_no_time_tells_which_records_it_has_met(l
 
 @pytest.mark.parametrize(("count", "rate"), [(8, 0.5), (32, 0.25), (200, 0.04), (1000, 0.01)])
 def test_a_draw_exceeds_what_is_provided_for_once_in_2_to_the_40(count: int, rate: float):
-    most = most_drawn(count, rate)
+    most = max_drawn(count, rate)
     assert binom.sf(most, count, rate) <= 2.0**-40
     assert most == count or binom.sf(most - 1, count, rate) > 2.0**-40
-    assert most_drawn(count, 1.0) == count
+    assert max_drawn(count, 1.0) == count
 
 
 @pytest.mark.parametrize("tokens", [4, 48, 512, 4096])
@@ -258,7 +258,7 @@ def config_of(folder: Path, **changes: Any) -> Config:
     table: dict[str, Any] = {
         "training": {"constant": True},
         "rounds": {"optimizer": "fedavg", "count": 20},
-        "groups": {"count": 2, "spare": 0},
+        "clusters": {"count": 2, "extra": 0},
         "privacy": {"client": {"noise_at": "device"}, "example": {"enabled": False}},
         "statistics": {"enabled": True, "gains": True},
     }
@@ -268,12 +268,12 @@ def config_of(folder: Path, **changes: Any) -> Config:
 def answers(
     config: Config, people: Sequence[Sequence[Record]], **context: Any
 ) -> list[bytes | None]:
-    """What each answers in round 2, when there are two personas."""
+    """What each answers in round 2, when there are two clusters."""
     from privet.common.model.exchange_layout import Exchange
 
     adapter = attach(fresh(Path(config.model.base)), config.adapter)
     trainer = Trainer.of(adapter)
-    exchange = Exchange(adapter.layout, adapter.start, config.groups)
+    exchange = Exchange(adapter.layout, adapter.start, config.clusters)
     state: NDArray[np.float32] = exchange.start
     given = make_plan(config, "run", 2, "", state, exchange)
     return [
@@ -339,8 +339,8 @@ def test_the_digest_of_a_run_begun_before_these_settings_stays_valid(llama_folde
 def test_a_persona_is_chosen_alike_with_dummies_and_without(texts: Trainer):
     adapter = texts.adapter
     moved = np.random.default_rng(3).normal(size=(3, adapter.layout.dimension))
-    personas = (adapter.start + moved).astype(np.float32)
+    cluster_vectors = (adapter.start + moved).astype(np.float32)
     for count in (1, 5, 20):
         own = records(count)
-        plain, padded = (mean_losses(adapter, personas, own, one) for one in (None, SHAPE))
+        plain, padded = (mean_losses(adapter, cluster_vectors, own, one) for one in (None, SHAPE))
         assert np.allclose(plain, padded, rtol=1e-5)

@@ -17,7 +17,7 @@ from privet.common.model import adapter as adapters
 from privet.common.model.adapter import Layout, attach, shared, usual_modules
 from privet.common.model.base_model import final_states, pad
 from privet.common.model.exchange_layout import Exchange
-from privet.common.settings.config import AdapterSettings, GroupSettings
+from privet.common.settings.config import AdapterSettings, ClusterSettings
 
 from ...tiny import fresh, tiny_config
 
@@ -310,7 +310,7 @@ def test_the_saved_configuration_is_an_ordinary_one(llama, tmp_path):
 def test_only_lora_loses_something_when_vectors_are_averaged(llama, family, turn):
     """mean(BA) - mean(B) mean(A) is zero where all clients share one factor (PRIVACY.md, LoRA)."""
     adapter = attach(llama, settings(family))
-    exchange = Exchange(adapter.layout, adapter.start, GroupSettings())
+    exchange = Exchange(adapter.layout, adapter.start, ClusterSettings())
     places = adapter.layout.places(exchange.released(turn))
     sent = adapter.start + random_vector(adapter, 9)
     vectors = [sent.copy() for _ in range(5)]
@@ -349,4 +349,3 @@ def test_the_name_of_before_is_the_same_family_to_settings_and_digests(llama_fol
     before, now = (attach(fresh(llama_folder), settings(name)) for name in ("tiny", "lora_xs"))
     assert before.settings == now.settings
     assert before.layout.digest == now.layout.digest
-    assert before.layout.family == "tiny"  # as layouts and settings were digested

@@ -53,7 +53,7 @@ TOY = Mechanism(
     irwin_hall,
     lambda *_: Closeness(0.01, 1e-9),
     fine_variance=2.0**24,
-    least_variance=2.0**18,
+    min_variance=2.0**18,
 )
 
 

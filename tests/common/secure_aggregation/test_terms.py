@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.secure_aggregation.terms import (
     COMPLETE,
-    MOST_PARTICIPANTS,
+    MAX_PARTICIPANTS,
     SECRECY,
     Graph,
     MaskingPolicy,
@@ -23,7 +23,7 @@ from privet.common.secure_aggregation.terms import (
     sized_graph,
     window_colluders,
 )
-from privet.common.settings.config import MaskingSettings, parse
+from privet.common.settings.config import SecureAggregationSettings, parse
 
 from ...masking_party import terms
 
@@ -38,7 +38,7 @@ def test_every_term_changes_the_binding():
     "change",
     [{"run": ""}, {"run": "r" * 65}, {"round": 0}, {"round": 2**32}, {"plan": b"short"},
      {"dimension": 0}, {"dimension": 2**28 + 1}, {"bits": 7}, {"bits": 33}, {"survivors": 0},
-     {"survivors": MOST_PARTICIPANTS + 1}, {"colluders": -1}],
+     {"survivors": MAX_PARTICIPANTS + 1}, {"colluders": -1}],
 )  # fmt: skip
 def test_terms_out_of_range_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
@@ -118,13 +118,13 @@ def test_the_default_graph_of_large_cohorts_grows_slowly():
 
 
 def test_a_denser_graph_and_a_higher_threshold_can_be_asked_for():
-    assert sized_graph(MaskingSettings(), 7, 64) == Graph(63, 36)
-    assert sized_graph(MaskingSettings(threshold=40), 7, 64) == Graph(63, 40)
-    assert sized_graph(MaskingSettings(threshold=64), 7, 20) == Graph(19, 20)
-    plain = sized_graph(MaskingSettings(), 100, 1000)
-    assert sized_graph(MaskingSettings(degree=301), 100, 1000) == Graph(302, 152)
-    assert sized_graph(MaskingSettings(degree=20), 100, 1000) == plain
-    assert sized_graph(MaskingSettings(degree=1000), 100, 1000) == Graph(999, 551)
+    assert sized_graph(SecureAggregationSettings(), 7, 64) == Graph(63, 36)
+    assert sized_graph(SecureAggregationSettings(threshold=40), 7, 64) == Graph(63, 40)
+    assert sized_graph(SecureAggregationSettings(threshold=64), 7, 20) == Graph(19, 20)
+    plain = sized_graph(SecureAggregationSettings(), 100, 1000)
+    assert sized_graph(SecureAggregationSettings(degree=301), 100, 1000) == Graph(302, 152)
+    assert sized_graph(SecureAggregationSettings(degree=20), 100, 1000) == plain
+    assert sized_graph(SecureAggregationSettings(degree=1000), 100, 1000) == Graph(999, 551)
 
 
 @given(st.integers(3, 400), st.integers(2, 40), st.floats(0.0, 0.9), st.data())
@@ -185,8 +185,8 @@ def test_two_windows_that_only_colluders_survive_are_a_gap():
 
 
 def test_policies_that_show_one_person_are_refused():
-    for wrong in ({"smallest_cohort": 2}, {"smallest_survivors": 1}, {"colluders": -1},
-                  {"smallest_survivors": 7, "colluders": 6}):  # fmt: skip
+    for wrong in ({"min_cohort": 2}, {"min_survivors": 1}, {"colluders": -1},
+                  {"min_survivors": 7, "colluders": 6}):  # fmt: skip
         with pytest.raises(ConfigError, match="masking policy"):
             MaskingPolicy(**wrong)
 
@@ -196,7 +196,7 @@ def test_policies_that_show_one_person_are_refused():
     [("survivors", 9, 8), ("bits", 20, 19), ("colluders", 4, 3)],
 )
 def test_terms_below_the_policy_are_refused_with_the_field_named(name, least, given_):
-    policy = MaskingPolicy(smallest_survivors=9, smallest_bits=20, colluders=4)
+    policy = MaskingPolicy(min_survivors=9, min_bits=20, colluders=4)
     good = {"survivors": 9, "bits": 20, "colluders": 4}
     policy.refuse_terms(terms(**good))
     with pytest.raises(ProtocolError, match=f"{name} = {given_}, .* at least {least}"):
@@ -208,7 +208,7 @@ def test_a_device_insists_on_the_cohort_its_owner_set():
         {
             "data": {"clients": 64},
             "rounds": {"cohort": 64},
-            "masking": {"smallest_cohort": 40},
+            "secure_aggregation": {"min_cohort": 40},
             "privacy": {"client": {"noise_at": "distributed"}},
         }
     )
@@ -219,7 +219,7 @@ def test_a_device_insists_on_the_cohort_its_owner_set():
 
 
 def test_terms_that_leave_fewer_than_two_honest_devices_are_refused():
-    policy = MaskingPolicy(smallest_survivors=9, colluders=4)
+    policy = MaskingPolicy(min_survivors=9, colluders=4)
     policy.refuse_terms(terms(survivors=9, colluders=7))
     with pytest.raises(ProtocolError, match="survivors less colluders = 1"):
         policy.refuse_terms(terms(survivors=9, colluders=8))
@@ -241,7 +241,7 @@ def test_terms_that_leave_fewer_than_two_honest_devices_are_refused():
     ],
 )
 def test_cohorts_below_the_policy_are_refused(participants, degree, threshold, word):
-    policy = MaskingPolicy(smallest_survivors=9, colluders=6, largest_cohort=100)
+    policy = MaskingPolicy(min_survivors=9, colluders=6, max_cohort=100)
     with pytest.raises(ProtocolError, match=word):
         policy.refuse_cohort(participants, 6, Graph(degree, threshold))
 
@@ -258,14 +258,14 @@ def test_cohorts_below_the_policy_are_refused(participants, degree, threshold, w
     ],
 )
 def test_sparse_graphs_below_the_policy_are_refused(degree, threshold, word):
-    policy = MaskingPolicy(smallest_survivors=600, colluders=100)
+    policy = MaskingPolicy(min_survivors=600, colluders=100)
     with pytest.raises(ProtocolError, match=word):
         policy.refuse_cohort(1000, 100, Graph(degree, threshold))
 
 
 def test_a_graph_sparser_than_the_one_agreed_to_is_refused():
-    policy = MaskingPolicy(smallest_survivors=600, colluders=100, smallest_degree=300,
-                           smallest_threshold=200)  # fmt: skip
+    policy = MaskingPolicy(min_survivors=600, colluders=100, min_degree=300,
+                           min_threshold=200)  # fmt: skip
     policy.refuse_cohort(1000, 100, Graph(300, 200))
     policy.refuse_cohort(20, 2, Graph(19, 20))  # of a smaller roster everybody
     with pytest.raises(ProtocolError, match="298 neighbours, this device agreed to 300"):
@@ -277,7 +277,7 @@ def test_a_graph_sparser_than_the_one_agreed_to_is_refused():
 @given(st.integers(12, 5000), st.floats(0.0, 0.3))
 def test_the_default_graphs_pass_the_policy_that_reckons_with_as_many(participants, share):
     colluders = int(share * participants)
-    policy = MaskingPolicy(smallest_survivors=colluders + 2, colluders=colluders)
+    policy = MaskingPolicy(min_survivors=colluders + 2, colluders=colluders)
     policy.refuse_cohort(participants, colluders, default_graph(participants, colluders))
 
 

@@ -32,8 +32,8 @@ hours = 0.005            # eighteen seconds: the arms are in use, verdicts come 
 [privacy]
 epsilon = 4.0
 
-[masking]
-smallest_cohort = 3
+[secure_aggregation]
+min_cohort = 3
 colluding = 0.0
 
 [devices]
@@ -108,6 +108,6 @@ def test_wrong_experiments_are_answered_with_a_sentence_and_leave_no_folder(
 
 def test_a_run_without_arms_has_the_digest_it_always_had():
     plain = parse({"data": {"clients": 64}})
-    assert plain.trial is None
-    assert json.loads(plain.model_dump_json())["ab"]["arms"] == []
-    assert parse({"data": {"clients": 64}, "ab": {"looks": 3}}).digest == plain.digest
+    assert plain.ab_run is None
+    assert json.loads(plain.model_dump_json())["ab_test"]["arms"] == []
+    assert parse({"data": {"clients": 64}, "ab_test": {"looks": 3}}).digest == plain.digest

@@ -71,12 +71,12 @@ def test_the_demos_run_is_within_the_adapted_policy_and_outside_the_default_one(
     path.write_text(adapted(DEFAULT))
     config = configs.read(demo_devices.CONFIG)
     assert not reasons(read(path), config, "localhost:1")
-    assert any("smallest_cohort" in why for why in reasons(Policy(), config, "localhost:1"))
+    assert any("min_cohort" in why for why in reasons(Policy(), config, "localhost:1"))
 
 
 def test_four_of_six_devices_are_enough_and_three_are_not():
     config = configs.read(demo_devices.CONFIG)
-    assert config.smallest_sum == demo_devices.DEVICES - 2
+    assert config.min_sum == demo_devices.DEVICES - 2
 
 
 def test_equal_figures_share_a_column_and_a_device_without_one_has_none():

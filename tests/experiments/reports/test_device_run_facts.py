@@ -57,7 +57,7 @@ def folder(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         population(place / "people", CLIENTS + 3, 8),
         rounds={"count": 3, "cohort": CLIENTS, "gather_s": 0.0},
         privacy={"client": {"noise_at": "distributed"}},
-        masking={"smallest_cohort": 4},
+        secure_aggregation={"min_cohort": 4},
     )
     kept = parse({k: v for k, v in config.model_dump().items() if k != "insecure_test_seed"})
     run = place / "run"

@@ -134,9 +134,9 @@ def test_a_unit_that_is_off_gets_a_sentence_and_no_line(unit):
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_promises_name_the_personas_a_device_picks_from(count):
-    groups = {"count": count, "spare": 2, "warmup": 1, "merge_every": 3}
+    clusters = {"count": count, "extra": 2, "warmup": 1, "merge_every": 3}
     off = {"example": {"enabled": False}}
-    config = fake_config(groups=groups, privacy=off, rounds={"count": 12})
+    config = fake_config(clusters=clusters, privacy=off, rounds={"count": 12})
     facts = facts_of(config, [history("a", [1], fake_charges(config))])
     said = " ".join(facts["promised"]["sentences"])
     assert ("one of up to 5 group adapters" in said) == (count == 3)

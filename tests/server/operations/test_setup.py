@@ -298,7 +298,7 @@ def settings(llama: Path, **more: Any) -> Any:
             "model": {"base": str(llama)},
             "adapter": {"last_blocks": 1},
             "rounds": {"cohort": 4, "count": 3, **more.pop("rounds", {})},
-            "masking": {"smallest_cohort": 3},
+            "secure_aggregation": {"min_cohort": 3},
             "insecure_test_seed": 1,
             **more,
         }
@@ -367,7 +367,7 @@ def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritt
     ("more", "told"),
     [
         (
-            {"masking": {"smallest_cohort": 3, "survivors": 1.0, "colluding": 3}},
+            {"secure_aggregation": {"min_cohort": 3, "survivors": 1.0, "colluding": 3}},
             r"at most 2 may collude|colluding",
         ),
         ({"data": {"source": "shakespeare"}}, "data.source"),
@@ -394,7 +394,7 @@ def test_a_run_that_its_own_cap_does_not_pay_for_is_refused_at_the_start(
             llama_folder,
             privacy={**private, "client": {"noise_at": "distributed"}},
             rounds={"count": count, "cohort": cohort},
-            masking={"smallest_cohort": 3, "colluding": 0},
+            secure_aggregation={"min_cohort": 3, "colluding": 0},
             name=f"run-{count}-{cohort}-{len(budget)}",
         )
         refuse = main._Reports().refuse_unpaid
