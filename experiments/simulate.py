@@ -34,7 +34,6 @@ from ..common.settings import config as settings
 from ..common.settings.config import Config
 from ..server.rounds import LOG
 from ..server.run_folder import starting
-from ..server.run_folder.resuming import resumed
 from ..server.void_rounds import trained
 from . import engine, progress, run_costs
 from .data import population
@@ -174,6 +173,8 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def _resolved(config: Config, folder: Path, resume: bool) -> Config:
+    from ..server.run_folder.resuming import resumed
+
     if not resume:
         raise RunExists(
             f"{folder} holds a run already; go on with --resume, or choose another name with "

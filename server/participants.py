@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.errors import ProtocolError, StateError
 from ..common.secure_aggregation.keys import Directory, greeting, verify
 from ..common.settings.config import DEVICES, Config
-from .operations.attendance import Attendance
+
+if TYPE_CHECKING:  # the operator's side, which a simulation has not
+    from .operations.attendance import Attendance
 
 __all__ = ["Participants"]
 
@@ -44,7 +46,7 @@ class Participants:
     directory: Directory
     config: Config
     run: str
-    attendance: Attendance | None = None
+    attendance: "Attendance | None" = None
     newest: Callable[[], Directory] | None = None
     accepted: dict[int, int] = field(default_factory=dict)
     _stale: set[int] = field(default_factory=set)

@@ -369,9 +369,9 @@ def prepare(
         StateError: nothing to resume, or nobody is enrolled.
     """
     from ...common.settings.config import of_run, to_toml
+    from ..directory_listing import newest
     from ..run_folder.resuming import resumed
     from ..run_folder.starting import keep
-    from .directory_listing import newest
 
     config = _resolved(server, config, resume)
     place = server.folder / "runs" / config.name

@@ -28,10 +28,10 @@ from privet.common.files import append_line
 from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.common.settings.config import parse, read
+from privet.server import directory_listing
 from privet.server.operations import (
     commands,
     control,
-    directory_listing,
     enrolment,
     proxy,
     services,

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ProtocolError, StateError
-from ...common.secure_aggregation import fleet_directory as directories
-from ...common.secure_aggregation.fleet_directory import Chain
-from ...common.secure_aggregation.keys import Directory
+from ..common.errors import ProtocolError, StateError
+from ..common.secure_aggregation import fleet_directory as directories
+from ..common.secure_aggregation.fleet_directory import Chain
+from ..common.secure_aggregation.keys import Directory
 
 __all__ = ["Listing", "newest"]
 
