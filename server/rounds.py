@@ -295,7 +295,7 @@ def _sum(
     """Collect the sum of the contributions, mod 2**bits. None where masking reveals none."""
     if plan.masked:
         tried = dataclasses.replace(plan, attempt=_next_attempt(run.folder))
-        sized = functools.partial(sized_graph, run.config.masking, plan.colluders)
+        sized = functools.partial(sized_graph, run.config.secure_aggregation, plan.colluders)
         return masked_sum(run.ask, cohort, tried, adapter, dimension, sized, why)
     replies = run.ask("round", dict.fromkeys(cohort, b""), plan, adapter)
     return _collect(replies, plan, plan.length(dimension), cohort, why)
