@@ -207,7 +207,7 @@ def _people(config: Config) -> population.Population:
     return found
 
 
-def _with_task(config: Config, people: Any) -> Config:
+def _with_task(config: Config, people: population.Population | records.Index) -> Config:
     chosen = {"task": people.task, "classes": tuple(people.classes or ())}
     for name, value in chosen.items():
         asked = getattr(config.data, name)
