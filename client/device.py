@@ -319,11 +319,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     contribution = exchange.contribution(
         trained.delta, None if device.is_empty() else place, plan.clip
     )
-    if len(contribution) != released.dimension:
-        raise GateRefused(
-            f"round {plan.round}: {len(contribution)} numbers were trained to be released, the "
-            f"round's layout has {released.dimension}; nothing left"
-        )
+    _refuse_other_length(plan, len(contribution), released.dimension)
     return release(
         contribution,
         released.digest,
@@ -554,28 +550,40 @@ def masked_phase(
         What to keep for the next phase, and the bytes that leave; None and None when the device
         declines. Why stays in its ledger.
     """
-    context = device.context
     try:
         if not plan.masked:
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(_released(context, plan.round).dimension)
+        terms = plan.terms(_released(device.context, plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
-        if phase == "shares":
-            shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
-            context.pin(shared.directory)
-            return shared, sealed
-        if phase == "vector" and start is not None:
-            received = masked_upload.receive(state, message)
-            return masked_upload.mask(received, _contribution(device, plan, start))
-        if phase == "confirm":
-            return masked_upload.confirm(state, message)
-        return masked_upload.unmask(state, message)
+        return _went_on(device, phase, plan, message, start, state)
     except (PrivacyError, ProtocolError) as refusal:
-        context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        device.context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
+
+
+def _went_on(
+    device: Device,
+    phase: str,
+    plan: Plan,
+    message: bytes,
+    start: NDArray[np.float32] | None,
+    state: masked_upload.State,
+) -> tuple[masked_upload.State, bytes]:
+    """Answer a phase after the first, from what the phase before kept."""
+    context = device.context
+    if phase == "shares":
+        shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
+        context.pin(shared.directory)
+        return shared, sealed
+    if phase == "vector" and start is not None:
+        received = masked_upload.receive(state, message)
+        return masked_upload.mask(received, _contribution(device, plan, start))
+    if phase == "confirm":
+        return masked_upload.confirm(state, message)
+    return masked_upload.unmask(state, message)
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
@@ -613,6 +621,14 @@ def _answered(device: Device, plan: Plan) -> bool:
     if kept is not None and context.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
     return kept is not None
+
+
+def _refuse_other_length(plan: Plan, length: int, dimension: int) -> None:
+    if length != dimension:
+        raise GateRefused(
+            f"round {plan.round}: {length} numbers were trained to be released, the round's layout "
+            f"has {dimension}; nothing left"
+        )
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

@@ -72,16 +72,7 @@ def simulate(
         progress.warn(warning)
     missing = trained(read_lines(folder / LOG)) < config.rounds.count
     if missing or not (folder / "adapter" / "adapter_config.json").exists():
-        progress.say(
-            f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
-            f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
-        )
-        try:
-            with run_costs.measuring(folder, "rounds"):
-                engine.run(engine_name, folder, config)
-        except RunUnfinished:
-            _tell_why_devices_declined(folder)
-            raise
+        _run_rounds(config, folder, engine_name)
     if not (folder / "evaluation.json").exists():
         progress.say("measuring base, shared and personal models on held-out records")
         with run_costs.measuring(folder, "evaluation"):
@@ -89,6 +80,19 @@ def simulate(
     report.write(folder, measured(folder))
     progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def _run_rounds(config: Config, folder: Path, engine_name: str) -> None:
+    progress.say(
+        f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
+        f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
+    )
+    try:
+        with run_costs.measuring(folder, "rounds"):
+            engine.run(engine_name, folder, config)
+    except RunUnfinished:
+        _tell_why_devices_declined(folder)
+        raise
 
 
 def _tell_why_devices_declined(folder: Path) -> None:

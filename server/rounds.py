@@ -134,11 +134,8 @@ def run_rounds(run: ServedRun, exchange: Exchange) -> Vector:
         else:
             record |= ask_again(config, voids)
             if not record["again"]:
-                adapter, memory, facts = server_step.turned(
-                    config, exchange, number, state.adapter, state.optimizer
-                )
+                state, facts = _passed(config, exchange, state)
                 record |= facts
-                state = State(number, adapter, memory)
         record["seconds"] = time.perf_counter() - began
         if record.get("again"):
             append_line(folder / LOG, record)
@@ -147,6 +144,15 @@ def run_rounds(run: ServedRun, exchange: Exchange) -> Vector:
         run.show(record)
         wait_or_end(config, record, folder)
     return state.adapter
+
+
+def _passed(config: Config, exchange: Exchange, state: State) -> tuple[State, dict[str, Any]]:
+    """Use up a round's number: the state is the same, but for what is due by the number."""
+    number = state.round + 1
+    adapter, memory, facts = server_step.turned(
+        config, exchange, number, state.adapter, state.optimizer
+    )
+    return State(number, adapter, memory), facts
 
 
 def _moved(
@@ -226,8 +232,7 @@ def attempt(
     Args:
         run: what is served.
         there: who is present.
-        plan: of the round.
-        start: the global adapter.
+        plan, start: of the round, and the global adapter it starts from.
         dimension: numbers in a contribution, without blocks.
         unsure: whether a process that has ended may have asked for this round's vectors.
 
@@ -251,13 +256,8 @@ def attempt(
         "phases": phases,
     }
     if few:
-        spent = seen.released or unsure
-        record |= {
-            "needed": void_rounds.needed(config, len(cohort), plan.survivors),
-            "missing": seen.missing,
-            "spent": spent,
-            "again": not (plan.masked and spent),
-        }
+        needed = void_rounds.needed(config, len(cohort), plan.survivors)
+        record |= {"needed": needed, **seen.facts(plan.masked, unsure)}
     return None if few else total, record
 
 

@@ -56,6 +56,14 @@ class Seen:
         """Whether somebody may have released: asked for a masked vector, or answered without."""
         return bool(self.asked.get("vector") or self.answered.get("round"))
 
+    def facts(self, masked: bool, unsure: bool) -> dict[str, Any]:
+        """What the record of a void attempt says of who came, what it cost, and what is next.
+
+        `unsure`: whether somebody may have released without this process knowing.
+        """
+        spent = self.released or unsure
+        return {"missing": self.missing, "spent": spent, "again": not (masked and spent)}
+
     @property
     def missing(self) -> dict[str, dict[str, Any]]:
         """Clients whose answers are missing: `declined`, `silent` and `refused`.
