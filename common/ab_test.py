@@ -25,14 +25,9 @@ from .errors import ConfigError
 from .model.vector_layout import Layout
 from .privacy.statistics_blocks import MAX_ARMS
 from .settings import former_names
-from .settings.config import (
-    AbRunSettings,
-    Adjacency,
-    Config,
-    SecureAggregationSettings,
-    faults,
-    parse,
-)
+from .settings.config import Config, parse
+from .settings.faults import faults
+from .settings.sections import AbRunSettings, Adjacency, SecureAggregationSettings
 
 __all__ = ["AbTestSettings", "OnDevices", "layout", "read", "run_settings"]
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
-from ..common.settings.config import AbRunSettings, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import AbRunSettings
 from . import ab_estimates, void_rounds
 from .rounds import LOG, Ask, Present, Show, Vector, ask_again, attempt, begun_before, wait_or_end
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..common.settings.config import RoundSettings
+from ..common.settings.sections import RoundSettings
 
 __all__ = ["apply", "begin"]
 

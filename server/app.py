@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..common.errors import ConfigError
 from ..common.privacy.round_plan import Plan
 from ..common.settings import config as settings
-from ..common.settings.config import DEVICES
+from ..common.settings.sections import DEVICES
 from .operations.attendance import of_run
 from .operations.directory_listing import Listing
 from .participants import Participants

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..common.errors import ProtocolError, StateError
 from ..common.secure_aggregation.keys import Directory, greeting, verify
-from ..common.settings.config import DEVICES, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import DEVICES
 from .operations.attendance import Attendance
 
 __all__ = ["Participants"]

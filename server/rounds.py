@@ -31,7 +31,8 @@ from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.terms import Graph, sized_graph
-from ..common.settings.config import Config, SecureAggregationSettings
+from ..common.settings.config import Config
+from ..common.settings.sections import SecureAggregationSettings
 from . import aggregation, server_step, unmasking, void_rounds
 from .cohort import draw
 from .round_statistics import told

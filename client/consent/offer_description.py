@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError, PrivacyError
 from ...common.model.families import FAMILIES
-from ...common.settings.config import AbRunSettings, Config
+from ...common.settings.config import Config
+from ...common.settings.sections import AbRunSettings
 from .policy import own_config, reasons, shown
 from .policy_settings import Policy
 

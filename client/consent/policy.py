@@ -21,8 +21,10 @@ from pydantic import BaseModel, ValidationError
 
 from ...common.errors import ConfigError, PrivacyError, StateError
 from ...common.files import explain_os_errors, write_atomic
-from ...common.settings.config import Config, NoiseAt, faults, shortened
+from ...common.settings.config import Config
+from ...common.settings.faults import faults, shortened
 from ...common.settings.former_names import POLICY, with_names_of_today
+from ...common.settings.sections import NoiseAt
 from .policy_settings import OwnBudget, Policy
 
 __all__ = [

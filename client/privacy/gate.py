@@ -28,7 +28,8 @@ from ...common.privacy.release_facts import Asked
 from ...common.privacy.rotation import flat_bound, rotate
 from ...common.privacy.round_plan import Plan
 from ...common.privacy.statistics_blocks import Block
-from ...common.settings.config import Config, PrivacySettings
+from ...common.settings.config import Config
+from ...common.settings.sections import PrivacySettings
 from ..consent.policy_settings import OwnBudget
 from .ledger import Ledger, Limit
 

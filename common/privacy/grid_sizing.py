@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..settings.config import ClientPrivacySettings
+from ..settings.sections import ClientPrivacySettings
 from .encoding import (
     NOISE_DEVIATIONS,
     NOISE_EXTRA,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from privet.common.settings.config import RoundSettings
+from privet.common.settings.sections import RoundSettings
 from privet.server.aggregation import apply, begin
 
 
