@@ -109,8 +109,7 @@ class AbTestSettings(AbRunSettings):
         if self.simulated.masks and self.privacy.noise_at == "device":
             raise ValueError(
                 'simulated.masks = true: expected privacy.noise_at = "distributed", for a sum '
-                "under "
-                "masks is made of the devices' shares of its noise"
+                "under masks is made of the devices' shares of its noise"
             )
         return self
 

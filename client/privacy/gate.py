@@ -235,8 +235,7 @@ def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
         raise PrivacyError(
             f"round {plan.round}: this device has made the {own.max_releases} releases in run "
             f"{plan.run} that it may (rounds.count, and rounds.extra_releases for rounds that came "
-            "to "
-            "nothing); a server that wants more offers the run again with a larger rounds.count"
+            "to nothing); a server that wants more offers the run again with a larger rounds.count"
         )
 
 

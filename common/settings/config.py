@@ -236,9 +236,8 @@ class Config(Section):
         if secure_aggregation.threshold and not colluders < secure_aggregation.threshold <= holders:
             raise ValueError(
                 f"secure_aggregation.threshold = {secure_aggregation.threshold}: expected 0 "
-                "(sized), "
-                f"or from {colluders + 1}, as {colluders} colluding devices open every secret "
-                f"together, to {holders}, the holders of a secret"
+                f"(sized), or from {colluders + 1}, as {colluders} colluding devices open every "
+                f"secret together, to {holders}, the holders of a secret"
             )
 
     def _refuse_hopeless_statistics(self) -> None:
