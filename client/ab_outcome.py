@@ -11,7 +11,8 @@ from ..common.ab_test import AbTestSettings, layout, run_settings
 from ..common.errors import DataError, PrivacyError, ProtocolError
 from ..common.privacy import noise
 from ..common.privacy.round_plan import Plan
-from ..common.settings.config import AbRunSettings, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import AbRunSettings
 from .privacy.gate import refuse_more, release
 from .privacy.ledger import Ledger
 

@@ -39,7 +39,8 @@ from ..common.secure_aggregation.keys import (
 )
 from ..common.secure_aggregation.terms import MaskingPolicy
 from ..common.settings import config as settings
-from ..common.settings.config import AbRunSettings, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import AbRunSettings
 from .personal.person_losses import (
     Losses,
     arms_block,

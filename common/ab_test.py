@@ -25,14 +25,9 @@ from .errors import ConfigError
 from .model.vector_layout import Layout
 from .privacy.statistics_blocks import MAX_ARMS
 from .settings import former_names
-from .settings.config import (
-    AbRunSettings,
-    Adjacency,
-    Config,
-    SecureAggregationSettings,
-    faults,
-    parse,
-)
+from .settings.config import Config, parse
+from .settings.faults import faults
+from .settings.sections import AbRunSettings, Adjacency, SecureAggregationSettings
 
 __all__ = ["AbTestSettings", "OnDevices", "layout", "read", "run_settings"]
 
@@ -114,8 +109,7 @@ class AbTestSettings(AbRunSettings):
         if self.simulated.masks and self.privacy.noise_at == "device":
             raise ValueError(
                 'simulated.masks = true: expected privacy.noise_at = "distributed", for a sum '
-                "under "
-                "masks is made of the devices' shares of its noise"
+                "under masks is made of the devices' shares of its noise"
             )
         return self
 

@@ -9,7 +9,8 @@ import tomli_w
 
 from ..common.errors import ConfigError
 from ..common.files import write_json_atomic
-from ..common.settings.config import DEVICES, Config, of_run, parse
+from ..common.settings.config import Config, of_run, parse
+from ..common.settings.sections import DEVICES
 from .named import RUNS, configuration, run_folder
 
 __all__ = ["Run", "evaluate", "load_config", "report", "simulate"]

@@ -28,7 +28,7 @@ def configuration(named: str | Path, overrides: Sequence[str] = ()) -> "Config":
     Raises:
         ConfigError: there is none, or a setting is wrong; names it.
     """
-    from ..common.settings.config import read  # pydantic takes its time
+    from ..common.settings.config import read
 
     path = CONFIGS / f"{named}.toml"
     if Path(named).suffix == ".toml" or not path.exists():

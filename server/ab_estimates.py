@@ -28,7 +28,8 @@ from ..common.privacy.encoding import decode, unwrap
 from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
-from ..common.settings.config import DEVICES, AbRunSettings, Config, parse
+from ..common.settings.config import Config, parse
+from ..common.settings.sections import DEVICES, AbRunSettings
 
 __all__ = [
     "device_settings",

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
-from ..common.settings.config import AbRunSettings
+from ..common.settings.sections import AbRunSettings
 from . import ab_estimates, void_rounds
 from .rounds import LOG, ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..common.errors import ConfigError
 from ..common.privacy.round_plan import Plan
 from ..common.settings import config as settings
-from ..common.settings.config import DEVICES, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import DEVICES
 from .directory_listing import Listing
 from .participants import Participants
 from .replies import addressed, enough_s, replies

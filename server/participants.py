@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..common.errors import ProtocolError, StateError
 from ..common.secure_aggregation.keys import Directory, greeting, verify
-from ..common.settings.config import DEVICES, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import DEVICES
 
 if TYPE_CHECKING:  # the operator's side, which a simulation has not
     from .operations.attendance import Attendance

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ..common.settings.config import DEVICES, Config
+from ..common.settings.config import Config
+from ..common.settings.sections import DEVICES
 
 __all__ = ["Seen", "cohort_of", "needed", "round_line", "sentence", "trained", "wait_s"]
 

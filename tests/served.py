@@ -8,7 +8,8 @@ import numpy as np
 
 from privet.common.model.exchange_layout import Exchange
 from privet.common.model.vector_layout import Layout
-from privet.common.settings.config import ClusterSettings, Config
+from privet.common.settings.config import Config
+from privet.common.settings.sections import ClusterSettings
 from privet.server.rounds import Ask, ServedRun
 
 RUN = "run-1"

@@ -31,7 +31,7 @@ from ...common.secure_aggregation.keys import (
     digest,
     verify,
 )
-from ...common.settings.config import faults
+from ...common.settings.faults import faults
 
 __all__ = [
     "PLACEHOLDERS",

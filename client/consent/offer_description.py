@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError, PrivacyError
 from ...common.model.families import FAMILIES
-from ...common.settings.config import AbRunSettings, Config
+from ...common.settings.config import Config
+from ...common.settings.sections import AbRunSettings
 from .policy import own_config, reasons, shown
 from .policy_settings import Policy
 
@@ -339,8 +340,7 @@ def _adapter(config: Config, dimension: int | None) -> str:
     if config.clusters.count > 1:
         said += (
             f"; {config.clusters.count} clusters, of which this device trains the one that fits "
-            "your "
-            "records; which one that is leaves in noised sums only"
+            "your records; which one that is leaves in noised sums only"
         )
     if own.start:
         said += f"; it starts from what another run released (SHA-256 {shown(own.start[:16])})"
@@ -353,8 +353,7 @@ def _experiment(ab_run: AbRunSettings) -> str:
     said = (
         f"A/B: for at most {ab_run.days:g} days `privet chat --device` answers with one of "
         f"{', '.join(map(shown, ab_run.arms))}, which of them is drawn on this device and not "
-        "sent; "
-        "what may leave is the share of those answers that you took"
+        "sent; what may leave is the share of those answers that you took"
     )
     if ab_run.outcome == "binary":
         said += ", as more than half or not"

@@ -21,8 +21,10 @@ from pydantic import BaseModel, ValidationError
 
 from ...common.errors import ConfigError, PrivacyError, StateError
 from ...common.files import explain_os_errors, write_atomic
-from ...common.settings.config import Config, NoiseAt, faults, shortened
+from ...common.settings.config import Config
+from ...common.settings.faults import faults, shortened
 from ...common.settings.former_names import POLICY, with_names_of_today
+from ...common.settings.sections import NoiseAt, PrivacySettings
 from .policy_settings import OwnBudget, Policy
 
 __all__ = [
@@ -164,62 +166,58 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
     An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
     of its outcome, and what it may cost is in its noise and its number of looks. So it has no cap.
     """
-    limits, budget, trains = policy.limits, policy.budget, config.ab_run is None
-    client, example, secure_aggregation = (
-        config.privacy.client,
-        config.privacy.example,
-        config.secure_aggregation,
+    limits, given, allowed = policy.limits, config.secure_aggregation, policy.allowed
+    blocks = {name: max(getattr(config.statistics, name), limits.min_noise) for name in BLOCK_NOISE}
+    return _with(
+        config,
+        privacy=_own_privacy(policy, config, closed),
+        secure_aggregation=_with(
+            given,
+            survivors=max(given.survivors, limits.min_survivors),
+            colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
+            min_cohort=max(given.min_cohort, limits.min_cohort),
+        ),
+        statistics=_with(
+            config.statistics,
+            enabled=config.statistics.enabled and allowed.statistics,
+            **blocks,
+        ),
+        training=_with(config.training, steps=min(config.training.steps, limits.max_steps)),
+        insecure_test_seed=config.insecure_test_seed if allowed.insecure_test_seed else None,
     )
-    has_examples = trains and (example.enabled or limits.min_example_noise > 0)
-    cap = config.privacy.budget
-    privacy = {
-        "delta": min(config.privacy.delta, budget.delta),
-        "budget": OwnBudget(
+
+
+def _own_privacy(policy: Policy, config: Config, closed: bool) -> PrivacySettings:
+    limits, budget, trains = policy.limits, policy.budget, config.ab_run is None
+    given, cap = config.privacy, config.privacy.budget
+    has_examples = trains and (given.example.enabled or limits.min_example_noise > 0)
+    return _with(
+        given,
+        delta=min(given.delta, budget.delta),
+        budget=OwnBudget(
             client=cap.client if trains else None,
             example=cap.example if trains else None,
             owner_client=budget.client,
             owner_example=budget.example,
             open_directory=budget.open_directory,
         ),
-        "directory": config.privacy.directory if closed else "open",
-        "client": _with(
-            client,
-            enabled=client.enabled or limits.min_noise > 0 or not has_examples,
-            noise_at=min(client.noise_at, limits.noise_at, key=PLACES.index),
-            noise_multiplier=max(client.noise_multiplier, limits.min_noise),
-            clip=min(client.clip, limits.max_clip) if trains else client.clip,
-            bits=max(client.bits, limits.min_bits),
+        directory=given.directory if closed else "open",
+        client=_with(
+            given.client,
+            enabled=given.client.enabled or limits.min_noise > 0 or not has_examples,
+            noise_at=min(given.client.noise_at, limits.noise_at, key=PLACES.index),
+            noise_multiplier=max(given.client.noise_multiplier, limits.min_noise),
+            clip=min(given.client.clip, limits.max_clip) if trains else given.client.clip,
+            bits=max(given.client.bits, limits.min_bits),
             adjacency=budget.client_adjacency,
         ),
-        "example": _with(
-            example,
+        example=_with(
+            given.example,
             enabled=has_examples,
-            noise_multiplier=max(example.noise_multiplier, limits.min_example_noise),
+            noise_multiplier=max(given.example.noise_multiplier, limits.min_example_noise),
             adjacency=budget.example_adjacency,
         ),
-    }
-    return _with(
-        config,
-        privacy=_with(config.privacy, **privacy),
-        secure_aggregation=_with(
-            secure_aggregation,
-            survivors=max(secure_aggregation.survivors, limits.min_survivors),
-            colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
-            min_cohort=max(secure_aggregation.min_cohort, limits.min_cohort),
-        ),
-        statistics=_with(
-            config.statistics,
-            enabled=config.statistics.enabled and policy.allowed.statistics,
-            **{
-                name: max(getattr(config.statistics, name), limits.min_noise)
-                for name in BLOCK_NOISE
-            },
-        ),
-        training=_with(
-            config.training, steps=min(config.training.steps, limits.max_steps)
-        ),
-        insecure_test_seed=config.insecure_test_seed if policy.allowed.insecure_test_seed else None,
-    )  # fmt: skip
+    )
 
 
 _Check = tuple[str, Any, bool, str, str]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ...common.settings.config import (
+from ...common.settings.sections import (
     NEW_DEVICE,
     Adjacency,
     BudgetSettings,

@@ -12,7 +12,7 @@ hands the outcome to the gate, and nothing else reads it.
 import time
 from dataclasses import dataclass
 
-from ...common.settings.config import AbRunSettings
+from ...common.settings.sections import AbRunSettings
 from ..ab_arm import arm_of
 from ..consent.run_offers import Offer
 from ..store import verdicts

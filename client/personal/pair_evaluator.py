@@ -16,7 +16,7 @@ from torch.nn import functional
 from ...common.model.adapter import Adapter, Vector
 from ...common.model.base_model import final_states, pad, prefix_states, resumed_at
 from ...common.model.objective import pooled
-from ...common.settings.config import PreferenceSettings
+from ...common.settings.sections import PreferenceSettings
 from ..training.records import Tokenised
 from .head import PersonalHead, head_of_kind
 from .label_head import LabelHead

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...common.errors import DataError
 from ...common.model.adapter import Adapter, Vector
 from ...common.privacy.statistics_blocks import ENTRIES
-from ...common.settings.config import PreferenceSettings
+from ...common.settings.sections import PreferenceSettings
 from ..training.records import Tokenised
 from .evaluator import Evaluator
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...common.settings.config import PreferenceSettings
+from ...common.settings.sections import PreferenceSettings
 from .text_head import SharedScores, TextHead, TokenStates, no_text_head, shared_scores
 
 __all__ = [

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...common.errors import DataError
-from ...common.settings.config import PreferenceSettings
+from ...common.settings.sections import PreferenceSettings
 from .label_head import LabelHead
 
 __all__ = ["fit_score_head", "widened"]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ...common.errors import ConfigError
 from ...common.privacy.accounting import Charge, epsilon, payable
 from ...common.privacy.round_plan import Plan
-from ...common.settings.config import DEVICES, Config, PrivacySettings
+from ...common.settings.config import Config
+from ...common.settings.sections import DEVICES, PrivacySettings
 from .gate import budgets, caps, charges
 from .ledger import Limit, budget_of, without_directory
 

@@ -28,7 +28,8 @@ from ...common.privacy.release_facts import Asked
 from ...common.privacy.rotation import flat_bound, rotate
 from ...common.privacy.round_plan import Plan
 from ...common.privacy.statistics_blocks import Block
-from ...common.settings.config import Config, PrivacySettings
+from ...common.settings.config import Config
+from ...common.settings.sections import PrivacySettings
 from ..consent.policy_settings import OwnBudget
 from .ledger import Ledger, Limit
 
@@ -234,8 +235,7 @@ def refuse_more(ledger: Ledger, client: str, plan: Plan, own: Config) -> None:
         raise PrivacyError(
             f"round {plan.round}: this device has made the {own.max_releases} releases in run "
             f"{plan.run} that it may (rounds.count, and rounds.extra_releases for rounds that came "
-            "to "
-            "nothing); a server that wants more offers the run again with a larger rounds.count"
+            "to nothing); a server that wants more offers the run again with a larger rounds.count"
         )
 
 

@@ -28,7 +28,7 @@ from ...common.errors import PrivacyError, ProtocolError, StateError
 from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain, refuse_colluders
 from ...common.secure_aggregation.keys import Directory, Identity
-from ...common.settings.config import DEVICES
+from ...common.settings.sections import DEVICES
 from ..consent import device_conditions, offer_description, run_offers
 from ..consent import policy as policies
 from ..consent.policy_settings import Policy

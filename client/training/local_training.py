@@ -46,7 +46,7 @@ from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import collate, record_losses
 from ...common.privacy.noise import Source
 from ...common.privacy.round_plan import Plan
-from ...common.settings.config import PreferenceSettings
+from ...common.settings.sections import PreferenceSettings
 from .constant_work import Shape
 from .records import Tokenised, poisson_indices
 

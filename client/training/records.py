@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import numpy as np
 
 from ...common.errors import ConfigError, DataError
-from ...common.settings.config import TrainingSettings
+from ...common.settings.sections import TrainingSettings
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError
 from ..files import write_atomic
-from ..settings.config import AdapterSettings, Config
+from ..settings.config import Config
+from ..settings.sections import AdapterSettings
 from .base_model import BaseModel, load
 from .exchange_layout import Exchange, Vector, turns
 from .families import A, B, Family, R, family_named

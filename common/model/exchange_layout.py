@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..errors import ProtocolError
 from ..privacy.clipping import clip
-from ..settings.config import ClusterSettings
+from ..settings.sections import ClusterSettings
 from .families import A, B, R, family_named
 from .vector_layout import Layout
 

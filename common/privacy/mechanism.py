@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..settings.config import ClientPrivacySettings
+from ..settings.sections import ClientPrivacySettings
 from .encoding import rounded_sensitivity
 from .noise import Closeness, Source, gaussian_closeness, skellam, skellam_table
 from .statistics_blocks import Block

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..model.exchange_layout import Exchange
-from ..settings.config import ClientPrivacySettings, Config
+from ..settings.config import Config
+from ..settings.sections import ClientPrivacySettings
 from .encoding import (
     NOISE_DEVIATIONS,
     NOISE_EXTRA,

@@ -425,8 +425,7 @@ def refuse_colluders(config: "Config", enrolled: int | None) -> None:
     if colluders and enrolled is not None and colluders > enrolled - 2:
         raise PrivacyError(
             f"the run reckons with {colluders} colluding devices (secure_aggregation.colluding), "
-            "and "
-            f"{enrolled} devices are enrolled: at least two must be honest, so at most "
+            f"and {enrolled} devices are enrolled: at least two must be honest, so at most "
             f"{max(enrolled - 2, 0)} may collude; enrol more devices or lower "
             "secure_aggregation.colluding"
         )

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, ProtocolError
-from ..settings.config import MAX_PARTICIPANTS, Config, SecureAggregationSettings, quorum
+from ..settings.config import Config
+from ..settings.sections import MAX_PARTICIPANTS, SecureAggregationSettings, quorum
 from .keys import Purpose, Secret, derive, digest
 from .keystream import keystream
 

@@ -18,14 +18,15 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ...common.errors import ConfigError
-from ...common.settings.config import _Settings, faults
+from ...common.settings.faults import faults
+from ...common.settings.sections import Section
 
 __all__ = ["FOLDER", "Scenario", "known", "read"]
 
 FOLDER = Path(__file__).parent.parent / "scenarios"
 
 
-class PeopleSettings(_Settings):
+class PeopleSettings(Section):
     """Who is measured, and on what."""
 
     users: int = Field(48, ge=1)
@@ -39,7 +40,7 @@ class PeopleSettings(_Settings):
     seed: int = Field(7, ge=0, description="public: who is drawn")
 
 
-class RetrievalSettings(_Settings):
+class RetrievalSettings(Section):
     """The earlier text that retrieval puts in front of a record."""
 
     tokens: int = Field(96, ge=2, description="of earlier text, whole records")
@@ -47,7 +48,7 @@ class RetrievalSettings(_Settings):
     meaning: bool = Field(True, description="sentence vectors (MiniLM) besides words")
 
 
-class AnswerSettings(_Settings):
+class AnswerSettings(Section):
     """Texts that are made: overlap, style, diversity, cluster swap."""
 
     users: int = Field(0, ge=0)
@@ -56,7 +57,7 @@ class AnswerSettings(_Settings):
     temperature: float = Field(0.8, ge=0.01, le=100)
 
 
-class ColdStartSettings(_Settings):
+class ColdStartSettings(Section):
     """A newcomer with so many records."""
 
     users: int = Field(0, ge=0)
@@ -70,7 +71,7 @@ class ColdStartSettings(_Settings):
         return counts
 
 
-class HarmSettings(_Settings):
+class HarmSettings(Section):
     """What counts as a finding, and how many people's rare strings are tried."""
 
     memory_users: int = Field(0, ge=0)
@@ -83,7 +84,7 @@ class HarmSettings(_Settings):
     exposure: float = Field(1.0, gt=0, description="bits above the base model")
 
 
-class Scenario(_Settings):
+class Scenario(Section):
     """One comparison: which models, on whom, by what measures."""
 
     name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$")

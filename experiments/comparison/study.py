@@ -23,7 +23,7 @@ from ...common.files import (
 )
 from ...common.model.adapter import Vector
 from ...common.settings import config as settings
-from ...common.settings.config import DEVICES
+from ...common.settings.sections import DEVICES
 from .. import progress, simulate
 from ..evaluation import run_evaluation
 from ..evaluation.cluster_evaluation import kept_state

@@ -14,7 +14,8 @@ from ...client.privacy.collusion import conditions
 from ...common.privacy.accounting import Charge
 from ...common.privacy.mechanism import mechanism_of
 from ...common.privacy.statistics_blocks import BOUNDS
-from ...common.settings.config import DEVICES, Config, StatisticsSettings
+from ...common.settings.config import Config
+from ...common.settings.sections import DEVICES, StatisticsSettings
 
 __all__ = [
     "ADDERS",

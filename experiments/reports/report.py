@@ -13,7 +13,8 @@ from typing import Any
 
 from ...common.errors import StateError
 from ...common.files import keep_aside, read_lines, write_atomic, write_json_atomic
-from ...common.settings.config import DEVICES, of_run
+from ...common.settings.config import of_run
+from ...common.settings.sections import DEVICES
 from ...server.run_folder import starting
 from .. import progress
 from .device_run_facts import device_facts, device_measured

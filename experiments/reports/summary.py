@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...common.errors import StateError
-from ...common.settings.config import AbRunSettings, Config
+from ...common.settings.config import Config
+from ...common.settings.sections import AbRunSettings
 from ..evaluation.user_statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
 
 __all__ = ["MEASURED", "build_summary"]

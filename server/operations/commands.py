@@ -431,7 +431,7 @@ def _refuse_colluders(server: "Server", config: "Config") -> None:
 
 def _resolved(server: "Server", config: "Config", resume: bool) -> "Config":
     """Fill in the number of devices and the task."""
-    from ...common.settings.config import DEVICES
+    from ...common.settings.sections import DEVICES
 
     enrolled = _enrolled(server, config.name, resume)
     data, simulation = config.data, config.simulation

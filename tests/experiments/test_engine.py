@@ -53,6 +53,7 @@ def spent(folder: Path) -> dict[str, Any]:
     return {name: ledger.charges(name) for name in ledger.clients()}
 
 
+@pytest.mark.heavy  # tests/server/test_masked_rounds.py compares the engines under masking
 def test_the_local_grid_and_flowers_ray_engine_give_the_same_adapter_and_ledgers(
     prepared, tmp_path, capfd
 ):

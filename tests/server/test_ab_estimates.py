@@ -18,7 +18,7 @@ from privet.common.errors import DataError, PrivacyError, RoundVoid, RunExists
 from privet.common.privacy.accounting import epsilon
 from privet.common.privacy.encoding import unpack
 from privet.common.privacy.noise import TestSource
-from privet.common.settings.config import BudgetSettings
+from privet.common.settings.sections import BudgetSettings
 from privet.experiments.ab_test import coverage_check, simulated_ab_test
 from privet.server.ab_estimates import _mean, look_plan, spent_alpha, sums_of, told
 

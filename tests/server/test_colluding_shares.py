@@ -15,7 +15,8 @@ from privet.client.device import SimulatedContext
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.files import read_lines
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, sized_graph
-from privet.common.settings.config import SecureAggregationSettings, parse, quorum
+from privet.common.settings.config import parse
+from privet.common.settings.sections import SecureAggregationSettings, quorum
 from privet.experiments import engine
 from privet.experiments.reports.privacy_facts import privacy_facts
 from privet.experiments.simulate import prepare

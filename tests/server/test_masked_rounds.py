@@ -909,11 +909,16 @@ def test_killed_without_a_seed_nobody_releases_twice_in_a_round(killed, name, an
 # --- the other engine --------------------------------------------------------------------------
 
 
-def test_flowers_ray_engine_gives_the_same_bits_under_masking(prepared, folder, tmp_path):
+def test_flowers_ray_engine_gives_the_same_bits_under_masking(prepared, folder, tmp_path, capfd):
     ray = Path(shutil.copytree(prepared[0], tmp_path / "ray"))
     engine.run("local", folder, prepared[1])
-    patiently(lambda: engine.run("ray", ray, prepared[1]), lambda: None)
+    capfd.readouterr()
+    patiently(lambda: engine.run("ray", ray, prepared[1]), capfd.readouterr)
+    told = capfd.readouterr().err.splitlines()
+    assert [line[:9] for line in told] == ["round 1/2", "round 2/2"]  # and no word of Ray's
     assert kept(folder).adapter.tobytes() == kept(ray).adapter.tobytes()
+    trained = [one / "adapter" / "adapter_model.safetensors" for one in (folder, ray)]
+    assert trained[0].read_bytes() == trained[1].read_bytes()
     lines = [json.loads(line) for line in (ray / "rounds.jsonl").read_text().splitlines()]
     assert [line["answered"] for line in lines] == [12, 12]
     ledgers = []

@@ -38,7 +38,8 @@ from privet.common.privacy.noise import TestSource, skellam, skellam_table
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.privacy.statistics_blocks import BOUNDS
-from privet.common.settings.config import AdapterSettings, Config, parse
+from privet.common.settings.config import Config, parse
+from privet.common.settings.sections import AdapterSettings
 from privet.experiments import engine, progress
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.experiments.simulate import prepare

@@ -8,7 +8,8 @@ import pytest
 from privet.common.model.adapter import attach
 from privet.common.model.exchange_layout import Exchange
 from privet.common.model.server_optimizers import optimizer_named
-from privet.common.settings.config import AdapterSettings, ClusterSettings, Config, parse
+from privet.common.settings.config import Config, parse
+from privet.common.settings.sections import AdapterSettings, ClusterSettings
 from privet.server import server_step
 
 RNG = np.random.default_rng

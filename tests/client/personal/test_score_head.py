@@ -18,7 +18,7 @@ from privet.client.personal.score_head import (
     widened,
 )
 from privet.common.errors import DataError
-from privet.common.settings.config import PreferenceSettings
+from privet.common.settings.sections import PreferenceSettings
 
 HEAD = PreferenceSettings(score="head", beta=1.0)
 

@@ -31,7 +31,8 @@ from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.release_facts import Asked, restored
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Directory
-from privet.common.settings.config import NEW_DEVICE, Config, parse, to_toml
+from privet.common.settings.config import Config, parse, to_toml
+from privet.common.settings.sections import NEW_DEVICE
 from privet.experiments.reports import figures, html_page, privacy_facts, report, terminal
 from privet.experiments.reports.claims import headline, line_name, main_line
 from privet.experiments.reports.privacy_facts import History, facts_of

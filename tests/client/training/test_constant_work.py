@@ -24,7 +24,8 @@ from privet.common.privacy.noise import TestSource
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.secure_aggregation.keys import Identity
-from privet.common.settings.config import Config, PreferenceSettings
+from privet.common.settings.config import Config
+from privet.common.settings.sections import PreferenceSettings
 
 from ...tiny import VOCABULARY, WORDS, fresh, tiny_config
 

@@ -23,7 +23,7 @@ from privet.common.model.base_model import final_states, load
 from privet.common.model.objective import collate, label_losses, pooled, record_losses
 from privet.common.privacy.noise import TestSource
 from privet.common.privacy.round_plan import Plan
-from privet.common.settings.config import AdapterSettings, PrivacySettings
+from privet.common.settings.sections import AdapterSettings, PrivacySettings
 
 from ...tiny import VOCABULARY, fresh, tiny_config
 

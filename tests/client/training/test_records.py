@@ -28,7 +28,7 @@ from privet.client.training.records import (
     tokenize,
 )
 from privet.common.errors import ConfigError, DataError
-from privet.common.settings.config import TrainingSettings
+from privet.common.settings.sections import TrainingSettings
 
 
 @pytest.fixture

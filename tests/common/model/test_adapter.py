@@ -17,7 +17,7 @@ from privet.common.model import adapter as adapters
 from privet.common.model.adapter import Layout, attach, shared, usual_modules
 from privet.common.model.base_model import final_states, pad
 from privet.common.model.exchange_layout import Exchange
-from privet.common.settings.config import AdapterSettings, ClusterSettings
+from privet.common.settings.sections import AdapterSettings, ClusterSettings
 
 from ...tiny import fresh, tiny_config
 

@@ -27,7 +27,7 @@ from privet.common.model import dpo
 from privet.common.model.adapter import attach
 from privet.common.model.dpo import answer_scores, margins, preference_losses
 from privet.common.privacy.noise import TestSource
-from privet.common.settings.config import AdapterSettings, PreferenceSettings
+from privet.common.settings.sections import AdapterSettings, PreferenceSettings
 
 from ...client.training.test_local_training import clipped, moved_start, plan
 from ...tiny import VOCABULARY, WORDS, fresh

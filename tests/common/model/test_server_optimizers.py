@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from privet.common.model.server_optimizers import OPTIMIZERS, optimizer_named
-from privet.common.settings.config import RoundSettings
+from privet.common.settings.sections import RoundSettings
 
 
 def test_fedavg_adds_the_mean_times_the_learning_rate():

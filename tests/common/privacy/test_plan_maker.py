@@ -11,7 +11,8 @@ from privet.common.privacy.noise import TestSource, skellam_table
 from privet.common.privacy.plan_maker import make_plan, size
 from privet.common.privacy.rotation import flat_bound
 from privet.common.privacy.round_plan import Plan
-from privet.common.settings.config import ClientPrivacySettings, parse
+from privet.common.settings.config import parse
+from privet.common.settings.sections import ClientPrivacySettings
 
 
 @settings(deadline=None, max_examples=60)

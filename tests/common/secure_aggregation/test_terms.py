@@ -23,7 +23,8 @@ from privet.common.secure_aggregation.terms import (
     sized_graph,
     window_colluders,
 )
-from privet.common.settings.config import SecureAggregationSettings, parse
+from privet.common.settings.config import parse
+from privet.common.settings.sections import SecureAggregationSettings
 
 from ...masking_party import terms
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from privet.common.errors import ConfigError
-from privet.common.settings.config import (
-    AdapterSettings,
-    Config,
-    SecureAggregationSettings,
-    parse,
-    read,
-    to_toml,
-)
+from privet.common.settings.config import Config, parse, read, to_toml
+from privet.common.settings.sections import AdapterSettings, SecureAggregationSettings
 
 
 def refused(**table):

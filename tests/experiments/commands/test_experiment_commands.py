@@ -72,7 +72,7 @@ def sets(*changes: str) -> list[str]:
         ("rounds.cohort=100", r"rounds\.cohort = 100 is larger than data\.clients = 6"),
         ("data.clients=100", r"10 users .* 7 left to train where 100 were asked for"),
         ("data.clint=3", r"data\.clint: unknown key; did you mean clients\?"),
-        ("colour=3", r"colour: unknown key; known: name, data"),
+        ("wyvwy=3", r"wyvwy: unknown key; known: name, data"),
         ("name=a/b", r"name = 'a/b': expected"),
         ("privacy.client.adjacency=none", r"adjacency = 'none': expected 'add_remove'"),
         ("nonsense", r"--set 'nonsense': expected KEY=VALUE, such as rounds.count=8"),

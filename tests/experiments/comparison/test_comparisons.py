@@ -9,7 +9,7 @@ import torch
 
 from privet.client.assistant.retrieval import Index
 from privet.common.model.adapter import attach
-from privet.common.settings.config import AdapterSettings
+from privet.common.settings.sections import AdapterSettings
 from privet.experiments.comparison import comparisons, tables
 from privet.experiments.comparison.comparisons import (
     ComparisonEvaluator,

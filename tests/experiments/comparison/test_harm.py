@@ -9,7 +9,7 @@ import torch
 
 from privet.common.model.adapter import attach
 from privet.common.model.base_model import final_states
-from privet.common.settings.config import AdapterSettings
+from privet.common.settings.sections import AdapterSettings
 from privet.experiments.comparison import harm, tables
 from privet.experiments.comparison.comparisons import ComparisonEvaluator, OwnSide, summed
 from privet.experiments.comparison.scenario import Scenario
