@@ -55,26 +55,13 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     At the end the adapter is there as a PEFT folder.
     """
     wire = _Wire.of(grid, folder)
+    config, run, listing = wire.config, wire.run, wire.listing
+    attendance, now = _attendance(folder) if wire.real else None, listing.directory
     crowd = Participants(
-        grid.get_node_ids,
-        wire.hello,
-        wire.listing.directory(),
-        wire.config,
-        wire.run,
-        attendance=_attendance(folder) if wire.real else None,
-        newest=wire.listing.directory,
+        grid.get_node_ids, wire.hello, now(), config, run, attendance=attendance, newest=now
     )
-    final = whole(
-        ServedRun(
-            wire.config,
-            wire.run,
-            folder,
-            partial(wire.ask, crowd),
-            crowd.present,
-            show,
-            crowd.greet,
-        )
-    )
+    ask = partial(wire.ask, crowd)
+    final = whole(ServedRun(config, run, folder, ask, crowd.present, show, crowd.greet))
     if wire.real:
         wire.end(set(grid.get_node_ids()) & set(crowd.accepted.values()), final)
 
@@ -166,15 +153,12 @@ class _Wire:
 
     def end(self, nodes: Iterable[int], final: NDArray[np.float32]) -> None:
         """Tell devices that the run is over, and what it came to."""
-        content = {
-            "offer": ConfigRecord(dict(self.offer)),
-            "adapter": ArrayRecord({"vector": Array(final)}),
-        }
+        content = {"offer": ConfigRecord(dict(self.offer))}
+        content["adapter"] = ArrayRecord({"vector": Array(final)})
         rounds = self.config.rounds
         limit = rounds.timeout_s if self.config.ab_run is None else rounds.answer_timeout_s
-        for _ in replies(
-            self.grid, [addressed(content, node, "query.keep", limit) for node in nodes], limit
-        ):
+        ends = [addressed(content, node, "query.keep", limit) for node in nodes]
+        for _ in replies(self.grid, ends, limit):
             pass
 
 
