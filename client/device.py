@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.ab_test import layout
 from ..common.errors import GateRefused, PrivacyError, ProtocolError
 from ..common.files import explain_os_errors, write_atomic
 from ..common.model.adapter import shared
@@ -42,8 +41,6 @@ from ..common.secure_aggregation.terms import MaskingPolicy
 from ..common.settings import config as settings
 from ..common.settings.config import Config
 from ..common.settings.sections import AbRunSettings
-from . import ab_outcome
-from .ab_arm import arm_of
 from .personal.person_losses import (
     Losses,
     arms_block,
@@ -55,13 +52,14 @@ from .privacy import masked_upload
 from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
 from .privacy.ledger import Ledger
 from .privacy.run_ledger import run_id, run_ledger
-from .runtime.answer_pace import Pace
 from .training import local_factor as at_home
 from .training import records as data
 from .training.cluster_choice import choose
 from .training.constant_work import Work, choice_of, missing, work_of
-from .training.local_training import Trainer, train
-from .training.preference_pairs import tokenize_pairs
+from .training.local_training import Trained, Trainer, train
+
+if TYPE_CHECKING:
+    from .runtime.answer_pace import Pace
 
 __all__ = [
     "Device",
@@ -141,7 +139,7 @@ class DeviceContext(Protocol):
         """Keep that part of the adapter durably."""
 
     @property
-    def pace(self) -> Pace | None:
+    def pace(self) -> "Pace | None":
         """The times at which this device's answers leave.
 
         None where nobody sees when they do.
@@ -154,6 +152,8 @@ def tokenised(
     """Return records as token ids, each class name replaced by its number."""
     tokenizer = trainer.adapter.base.tokenizer
     if config.pairs is not None:
+        from .training.preference_pairs import tokenize_pairs
+
         return tokenize_pairs(records, tokenizer, config.data.max_tokens, config.pairs.score)
     found = data.tokenize(records, tokenizer, config.data.max_tokens, task)
     if not config.data.classes:
@@ -302,68 +302,79 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     another, up to two. Whether there are any is asked of the records themselves: what a record says
     may decide that nothing of it is learnt, and must not decide that nothing is contributed.
     """
-    context, name = device.context, device.name
-    ledger, privacy = context.ledger, context.config.privacy
-    if context.config.ab_run is not None:
-        return _look(device, plan, context.config.ab_run)
+    context, name, config = device.context, device.name, device.context.config
+    if config.ab_run is not None:
+        return _look(device, plan, config.ab_run)
     exchange = exchange_at(context)
     released = exchange.released(plan.round)
-    plan.refuse_if_laxer(context.config, released.dimension)
+    plan.refuse_if_laxer(config, released.dimension)
     _refuse_other_start(plan, start)
-    kept = ledger.resend(name, plan.run, plan.round, plan.digest)
+    kept = context.ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
-    refuse_more(ledger, name, plan, context.config)
-    # a device that may not release does not train either
-    cost = charges(plan, released.dimension, privacy)
-    ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
-    seed = context.config.insecure_test_seed
-    label = f"{name} round {plan.round}"
-    work, cluster_vectors = work_of(context.config, plan), exchange.cluster_vectors(start)
-    if work is not None and context.pace is not None:
-        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(cluster_vectors))
-        context.pace.rehearse(
-            kind,
-            context.config.rounds.tick_s,
-            lambda: _rehearsal(device, plan, cluster_vectors, work),
-        )
-    adapter, records, live = (
-        context.trainer.adapter,
-        device.records(),
-        exchange.clusters.active_clusters(plan.round),
-    )
-    place = choose(adapter, cluster_vectors, live, records, None if work is None else work.choice)
-    half = kept_half(device, plan.round)
-    trained = train(
-        context.trainer,
-        cluster_vectors[place],
-        records,
-        plan,
-        batches=_batches(seed, label),
-        source=noise.source(seed, f"{label} training"),
-        own=half,
-        shape=None if work is None else work.step,
-    )
-    if len(trained.own):
-        context.keep_at_home(name, at_home.added(context.at_home(name), plan.round, trained.own))
+    _refuse_unpaid(device, plan, released.dimension)
+    work, cluster_vectors = work_of(config, plan), exchange.cluster_vectors(start)
+    if work is not None:
+        _rehearse(device, plan, cluster_vectors, work)
+    place, half, trained = _learnt(device, plan, cluster_vectors, work)
     contribution = exchange.contribution(
         trained.delta, None if device.is_empty() else place, plan.clip
     )
-    if len(contribution) != released.dimension:
-        raise GateRefused(
-            f"round {plan.round}: {len(contribution)} numbers were trained to be released, the "
-            f"round's layout has {released.dimension}; nothing left"
-        )
+    _refuse_other_length(plan, len(contribution), released.dimension)
     return release(
         contribution,
         released.digest,
         plan,
         name,
-        ledger,
-        privacy,
-        noise.source(seed, f"{label} release"),
+        context.ledger,
+        config.privacy,
+        noise.source(config.insecure_test_seed, f"{name} round {plan.round} release"),
         _statistics(device, plan, cluster_vectors[place], half, trained.statistics, work),
     )
+
+
+def _refuse_unpaid(device: Device, plan: Plan, dimension: int) -> None:
+    """Refuse a round that the ledger does not pay for: such a device does not train either."""
+    context, privacy = device.context, device.context.config.privacy
+    refuse_more(context.ledger, device.name, plan, context.config)
+    cost = charges(plan, dimension, privacy)
+    context.ledger.check(
+        device.name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy)
+    )
+
+
+def _learnt(
+    device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work | None
+) -> tuple[int, NDArray[np.float32] | None, Trained]:
+    """Choose a cluster and train it: which one, the half that the device had kept, the results."""
+    context, config, exchange = device.context, device.context.config, exchange_at(device.context)
+    records, live = device.records(), exchange.clusters.active_clusters(plan.round)
+    choice, shape = (None, None) if work is None else (work.choice, work.step)
+    place = choose(context.trainer.adapter, cluster_vectors, live, records, choice)
+    half, label = kept_half(device, plan.round), f"{device.name} round {plan.round}"
+    trained = train(
+        context.trainer,
+        cluster_vectors[place],
+        records,
+        plan,
+        batches=_batches(config.insecure_test_seed, label),
+        source=noise.source(config.insecure_test_seed, f"{label} training"),
+        own=half,
+        shape=shape,
+    )
+    if len(trained.own):
+        kept = at_home.added(context.at_home(device.name), plan.round, trained.own)
+        context.keep_at_home(device.name, kept)
+    return place, half, trained
+
+
+def _rehearse(device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work) -> None:
+    """Learn how long a round's work takes, where it matters when the answer leaves."""
+    pace = device.context.pace
+    if pace is not None:
+        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(cluster_vectors))
+        tick_s = device.context.config.rounds.tick_s
+        pace.rehearse(kind, tick_s, lambda: _rehearsal(device, plan, cluster_vectors, work))
 
 
 def _rehearsal(
@@ -393,6 +404,9 @@ def _rehearsal(
 
 def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
     """Answer one look of an A/B experiment, with the outcome in the entries of the device's arm."""
+    from . import ab_outcome
+    from .ab_arm import arm_of
+
     context, name = device.context, device.name
     if context.pace is not None:
         context.pace.rehearse(("look", plan.run), context.config.rounds.tick_s, _nothing)
@@ -418,7 +432,11 @@ def _released(context: DeviceContext, number: int) -> Layout:
     That of an A/B experiment is known without loading a model.
     """
     ab_run = context.config.ab_run
-    return exchange_at(context).released(number) if ab_run is None else layout(ab_run)
+    if ab_run is None:
+        return exchange_at(context).released(number)
+    from ..common.ab_test import layout
+
+    return layout(ab_run)
 
 
 def exchange_at(context: DeviceContext) -> Exchange:
@@ -480,6 +498,8 @@ def _statistics(
     if plan.gains_bound:
         found["gains"] = gains_block(evaluated, plan.gains_bound)
     if plan.arms_bound:
+        from .ab_arm import arm_of
+
         arms = arm_names(plan.arms)
         place = arm_of(context.identity(device.name).seed, plan.run, len(arms))
         found["arms"] = arms_block(evaluated, plan.arms_bound, arms, place)
@@ -531,28 +551,40 @@ def masked_phase(
         What to keep for the next phase, and the bytes that leave; None and None when the device
         declines. Why stays in its ledger.
     """
-    context = device.context
     try:
         if not plan.masked:
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(_released(context, plan.round).dimension)
+        terms = plan.terms(_released(device.context, plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
-        if phase == "shares":
-            shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
-            context.pin(shared.directory)
-            return shared, sealed
-        if phase == "vector" and start is not None:
-            received = masked_upload.receive(state, message)
-            return masked_upload.mask(received, _contribution(device, plan, start))
-        if phase == "confirm":
-            return masked_upload.confirm(state, message)
-        return masked_upload.unmask(state, message)
+        return _went_on(device, phase, plan, message, start, state)
     except (PrivacyError, ProtocolError) as refusal:
-        context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        device.context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
+
+
+def _went_on(
+    device: Device,
+    phase: str,
+    plan: Plan,
+    message: bytes,
+    start: NDArray[np.float32] | None,
+    state: masked_upload.State,
+) -> tuple[masked_upload.State, bytes]:
+    """Answer a phase after the first, from what the phase before kept."""
+    context = device.context
+    if phase == "shares":
+        shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
+        context.pin(shared.directory)
+        return shared, sealed
+    if phase == "vector" and start is not None:
+        received = masked_upload.receive(state, message)
+        return masked_upload.mask(received, _contribution(device, plan, start))
+    if phase == "confirm":
+        return masked_upload.confirm(state, message)
+    return masked_upload.unmask(state, message)
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
@@ -560,12 +592,8 @@ def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
     context, name = device.context, device.name
     dimension = _released(context, plan.round).dimension
     plan.refuse_if_laxer(context.config, dimension)
-    privacy = context.config.privacy
     if not _answered(device, plan):
-        refuse_more(context.ledger, name, plan, context.config)
-        # a device that may not release takes no part
-        cost = charges(plan, dimension, privacy)
-        context.ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
+        _refuse_unpaid(device, plan, dimension)
     policy = MaskingPolicy.agreed(context.config, plan.cohort)
     last = context.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
@@ -594,6 +622,14 @@ def _answered(device: Device, plan: Plan) -> bool:
     if kept is not None and context.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
     return kept is not None
+
+
+def _refuse_other_length(plan: Plan, length: int, dimension: int) -> None:
+    if length != dimension:
+        raise GateRefused(
+            f"round {plan.round}: {length} numbers were trained to be released, the round's layout "
+            f"has {dimension}; nothing left"
+        )
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

@@ -25,7 +25,7 @@ from rich.progress import (
 
 from ..common.files import explain_os_errors, read_lines
 from ..common.settings.config import Config
-from ..server.void_rounds import sentence, trained
+from ..server.void_rounds import round_line, trained
 
 __all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
 
@@ -107,21 +107,13 @@ def tensorboard(folder: Path) -> None:
 
 
 def line(record: Mapping[str, Any], count: int) -> str:
-    """`round 3/8  64 asked  64 answered  0 declined  mean 0.21  moved 0.55  61.2 s`"""
-    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
-    text = (
-        f"round {record['round']}{of}  {record['asked']} asked  {record['answered']} answered  "
-        f"{record['declined']} declined  "
-    )
-    if record.get("refused"):
-        text += f"[yellow]{record['refused']} did not fit[/]  "
-    if record["void"]:
-        return f"{text}[yellow]{escape(sentence(record))}[/]"
-    text += _statistics(record.get("statistics", {}))
-    return (
-        f"{text}noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}  "
-        f"{record['seconds']:.1f} s"
-    )
+    """A round's line, with what it came to; in yellow where somebody could not take part."""
+    results = ""
+    if not record["void"]:
+        results = _statistics(record.get("statistics", {}))
+        results += f"noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}"
+    text = escape(round_line(record, count, results=results))
+    return f"[yellow]{text}[/]" if record["void"] or record.get("refused") else text
 
 
 def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -18,9 +18,6 @@ from ...common.privacy.statistics_blocks import ENTRIES
 from ...common.settings.sections import PreferenceSettings
 from ..training.records import Tokenised
 from .evaluator import Evaluator
-from .label_evaluator import LabelEvaluator
-from .pair_evaluator import LikelihoodEvaluator, ScoreEvaluator
-from .text_evaluator import TextEvaluator
 
 __all__ = ["Losses", "arms_block", "evaluate_person", "evaluator_of", "gains_block"]
 
@@ -54,10 +51,17 @@ def evaluator_of(
         tokens: that every record passes the model with, whatever it has; 0: with its own.
     """
     if pairs is not None:
+        from .pair_evaluator import LikelihoodEvaluator, ScoreEvaluator
+
         by_pairs = LikelihoodEvaluator if adapter.head is None else ScoreEvaluator
         return by_pairs(adapter, shared, pairs, tokens)
-    by_records = TextEvaluator if adapter.head is None else LabelEvaluator
-    return by_records(adapter, shared, kept, tokens)
+    if adapter.head is not None:
+        from .label_evaluator import LabelEvaluator
+
+        return LabelEvaluator(adapter, shared, kept, tokens)
+    from .text_evaluator import TextEvaluator
+
+    return TextEvaluator(adapter, shared, kept, tokens)
 
 
 def evaluate_person(

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...common.privacy.accounting import Adjacency, Charge, epsilon
+from ...common.privacy.release_facts import Asked
 from ..store.device_store import ME, DeviceStore
 from .collusion import Release, completed, conditions, known, reckoned, table
 from .ledger import Row
@@ -159,7 +160,7 @@ class _Page:
         )
 
 
-def _release(row: Row, asked: Any) -> Release:
+def _release(row: Row, asked: Asked | None) -> Release:
     return Release(completed(row.charges, asked), asked)
 
 

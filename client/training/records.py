@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ...common.settings.sections import TrainingSettings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "INDEX_FILE",
@@ -370,7 +371,7 @@ def poisson_indices(
 
 
 def tokenize(
-    records: Sequence[Record], tokenizer: Any, max_tokens: int, task: Task
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, task: Task
 ) -> list[Tokenised]:
     """Turn records into token ids, each on its own, at most `max_tokens` each.
 

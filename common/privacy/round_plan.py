@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **{f"{name}_step": (5e-324, math.inf) for name in ENTRIES},
     **{f"{name}_variance": (0, MAX_VARIANCE) for name in ENTRIES},
 }
+
+Check = tuple[str, bool, float | str]
+"""What is checked, whether a plan keeps to it, the device's own limit."""
 
 
 @dataclass(frozen=True)
@@ -266,66 +269,67 @@ class Plan:
         Raises:
             ProtocolError: the plan is weaker than the device allows; names the field.
         """
-        client, example = own.privacy.client, own.privacy.example
-        multiplier = client.noise_multiplier if client.enabled else 0.0
-        noise = multiplier * client.clip
-        adapter, *blocks = self.parts(dimension)
-        # a server that was restarted often, and none that has devices fill their disks; how often
-        # one device releases is bounded by its ledger (`Config.max_releases`)
-        attempts = 100 + 10 * own.rounds.count
-        checks: tuple[tuple[str, bool, float | str], ...] = (
-            ("round", self.round <= attempts, attempts),
-            ("attempt", self.attempt <= attempts, attempts),
-            ("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),
-            ("clip", self.clip <= client.clip, client.clip),
-            ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
-            ("bits", self.bits >= client.bits, client.bits),
-            ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
-            ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
-            ("local_steps", self.local_steps <= own.training.steps, own.training.steps),
-            (
-                "learning_rate",
-                self.learning_rate <= own.training.learning_rate,
-                own.training.learning_rate,
-            ),
-        )
-        if client.enabled:
-            placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
-            enough = self.mechanism.min_variance
-            fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
-            checks += (
-                ("noise_at", placed, client.noise_at),
-                ("noise over a rounded contribution", self._hidden(adapter, multiplier),
-                 multiplier),
-                ("squared steps of noise", fine, enough),
-            )  # fmt: skip
+        checks = [*self._of_the_work(own), *self._of_the_noise(own, dimension)]
         if self.masked:
-            least = own.min_sum
-            feared = own.colluders
-            honest = self.survivors - self.colluders
-            checks += (
-                ("survivors", self.survivors >= least, least),
-                ("colluders", self.colluders >= feared, feared),
-                ("survivors less colluders", honest >= max(2, least - feared), least - feared),
-            )
-        for block in blocks:
-            wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
-            checks += (
-                (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
-                (f"{block.name}_noise", self._hidden(block, wanted), wanted),
-            )
-        if example.enabled:
-            checks += (
-                ("record_clip", 0 < self.record_clip <= example.clip, example.clip),
-                ("record_noise", self.record_noise >= example.noise_multiplier,
-                 example.noise_multiplier),
-            )  # fmt: skip
+            checks += self._of_the_masks(own)
+        checks += self._of_the_blocks(own)
         for name, kept, limit in checks:
             if not kept:
                 raise ProtocolError(
                     f"round {self.round}: the server's plan is laxer than this device allows: "
                     f"{name} (own limit {limit})"
                 )
+
+    def _of_the_work(self, own: Config) -> Iterator[Check]:
+        training, example = own.training, own.privacy.example
+        # a server that was restarted often, and none that has devices fill their disks; how often
+        # one device releases is bounded by its ledger (`Config.max_releases`)
+        attempts = 100 + 10 * own.rounds.count
+        yield "round", self.round <= attempts, attempts
+        yield "attempt", self.attempt <= attempts, attempts
+        yield "cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort
+        yield "rate", self.rate <= own.sampling_rate, own.sampling_rate
+        yield "batch_size", self.batch_size >= training.batch_size, training.batch_size
+        yield "local_steps", self.local_steps <= training.steps, training.steps
+        slow = self.learning_rate <= training.learning_rate
+        yield "learning_rate", slow, training.learning_rate
+        if example.enabled:
+            yield "record_clip", 0 < self.record_clip <= example.clip, example.clip
+            noised = self.record_noise >= example.noise_multiplier
+            yield "record_noise", noised, example.noise_multiplier
+
+    def _of_the_noise(self, own: Config, dimension: int) -> Iterator[Check]:
+        client = own.privacy.client
+        multiplier = client.noise_multiplier if client.enabled else 0.0
+        noise = multiplier * client.clip
+        yield "clip", self.clip <= client.clip, client.clip
+        yield "noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise
+        yield "bits", self.bits >= client.bits, client.bits
+        if not client.enabled:
+            return
+        yield (
+            "noise_at",
+            self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1],
+            client.noise_at,
+        )
+        hidden = self._hidden(self.parts(dimension)[0], multiplier)
+        yield "noise over a rounded contribution", hidden, multiplier
+        enough = self.mechanism.min_variance
+        fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
+        yield "squared steps of noise", fine, enough
+
+    def _of_the_masks(self, own: Config) -> Iterator[Check]:
+        least, feared = own.min_sum, own.colluders
+        honest = self.survivors - self.colluders
+        yield "survivors", self.survivors >= least, least
+        yield "colluders", self.colluders >= feared, feared
+        yield "survivors less colluders", honest >= max(2, least - feared), least - feared
+
+    def _of_the_blocks(self, own: Config) -> Iterator[Check]:
+        for block in self.blocks:
+            wanted = own.statistics.multiplier(block.name) if own.privacy.client.enabled else 0.0
+            yield block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"
+            yield f"{block.name}_noise", self._hidden(block, wanted), wanted
 
     def _hidden(self, part: Block, multiplier: float) -> bool:
         """Return whether a part, once rounded, is hidden by `multiplier` times its longest."""

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..model.families import family_named
+from ..model.server_optimizers import optimizer_named
 from ..privacy.statistics_blocks import MAX_ARMS
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 FamilyName = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
 """An adapter family by its name, or that of before."""
+OptimizerName = Annotated[str, AfterValidator(lambda name: optimizer_named(name).name)]
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
 NEW_DEVICE = {"client": 10.0, "example": 15.0}
@@ -291,7 +293,7 @@ class RoundSettings(Section):
     tick_s: float = Field(
         0.5, ge=0.1, le=600, description="real devices answer it times a power of four after"
     )
-    optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
+    optimizer: OptimizerName = "fedadam"
     learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     second_momentum: float = Field(0.99, ge=0, lt=1)

@@ -17,7 +17,7 @@ from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
 from ...common.settings.config import Config
 from ...server.run_folder import checkpoint
-from ...server.run_folder.saving import largest
+from ...server.run_folder.run import largest
 from .. import progress
 from ..data.dialects import dialect_of
 from .user_statistics import bootstrap_mean

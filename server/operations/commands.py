@@ -254,6 +254,7 @@ def _followed(server: "Server", settings: "Config", again: str) -> Path:
 @app.command("status")
 def status(folder: _Folder, as_json: _Json = False) -> None:
     """What is up, who is enrolled and online, how far the runs are."""
+    from ..void_rounds import round_line
     from . import setup
 
     found = facts(setup.load(folder))
@@ -279,7 +280,7 @@ def status(folder: _Folder, as_json: _Json = False) -> None:
             f"rounds" + (f", {void} void attempts" if void else "")
         )
         for record in one["rounds"]:
-            print(f"  {_line(record, one['count'])}")
+            print(f"  {round_line(record, one['count'])}")
 
 
 def facts(server: "Server") -> dict[str, Any]:
@@ -369,9 +370,9 @@ def prepare(
         StateError: nothing to resume, or nobody is enrolled.
     """
     from ...common.settings.config import of_run, to_toml
+    from ..directory_listing import newest
     from ..run_folder.resuming import resumed
     from ..run_folder.starting import keep
-    from .directory_listing import newest
 
     config = _resolved(server, config, resume)
     place = server.folder / "runs" / config.name
@@ -499,6 +500,7 @@ def follow(
             often, or too many attempts in a row were void.
     """
     from ..run_folder import run_lock
+    from ..void_rounds import round_line
     from . import control
 
     names = _names(server)
@@ -515,7 +517,7 @@ def follow(
             now, gone = None, True
         records = read_lines(place / LOG)  # after the status: the last round is never missed
         for record in records[shown:]:
-            show(_line(record, count, names))
+            show(round_line(record, count, names))
             for line in _arms(record):
                 show(line)
         failures = 0 if len(records) > shown else failures
@@ -722,25 +724,6 @@ def say(line: str) -> None:
 
 def _number(value: int | None) -> str:
     return "?" if value is None else str(value)
-
-
-def _line(record: Mapping[str, Any], count: int, names: Mapping[int, str] | None = None) -> str:
-    """Show a round's record as `round 3/8  6 asked  5 came  1 declined`.
-
-    Of a void attempt the line also says who is missing and why.
-    """
-    from ..void_rounds import sentence
-
-    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
-    text = (
-        f"round {record['round']}{of}  {record['asked']} asked  {record['answered']} came  "
-        f"{record['declined']} declined"
-    )
-    if record.get("refused"):
-        text += f"  {record['refused']} did not fit"
-    if record["void"]:
-        text += f"  {record.get('why') or sentence(record, names)}"
-    return text + (f"  {record['seconds']:.1f} s" if "seconds" in record else "")
 
 
 def _device(one: Mapping[str, Any]) -> str:

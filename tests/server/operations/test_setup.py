@@ -28,10 +28,10 @@ from privet.common.files import append_line
 from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.common.settings.config import parse, read
+from privet.server import directory_listing
 from privet.server.operations import (
     commands,
     control,
-    directory_listing,
     enrolment,
     proxy,
     services,
@@ -464,7 +464,7 @@ def test_following_shows_each_round_once_and_waits_for_a_superlink_that_restarts
     states = ["running", StateError("gone"), "completed"]
     said = following(monkeypatch, server.folder / "runs" / "a", server, states)
     assert [line.split()[0] for line in said] == ["round", "waiting:", "round", "round", "done:"]
-    assert said[0] == "round 1/3  4 asked  3 came  1 declined  1.5 s"
+    assert said[0] == "round 1/3  4 asked  3 answered  1 declined  1.5 s"
 
 
 def test_a_run_that_ends_without_its_rounds_is_not_said_to_be_done(

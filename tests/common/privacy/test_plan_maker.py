@@ -1,4 +1,4 @@
-"""common/privacy/grid_sizing.py: the modulus is chosen, and a rotation where it saves bits."""
+"""common/privacy/plan_maker.py: the modulus is chosen, and a rotation where it saves bits."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.privacy.encoding import cannot_wrap, rounded_sensitivity
-from privet.common.privacy.grid_sizing import size
 from privet.common.privacy.noise import TestSource, skellam_table
-from privet.common.privacy.plan_maker import make_plan
+from privet.common.privacy.plan_maker import make_plan, size
 from privet.common.privacy.rotation import flat_bound
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import parse
