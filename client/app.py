@@ -23,6 +23,7 @@ from ..common.errors import PrivacyError, ProtocolError, StateError
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.keys import Identity, greeting
 from .privacy import upload_state
+from .runtime.worker import FAILED
 
 if TYPE_CHECKING:
     from .device import Device
@@ -35,7 +36,6 @@ __all__ = ["Participant", "Simulated", "answer", "app", "greet", "nothing"]
 app = ClientApp()
 
 BEGINS = ("keys", "round")
-FAILED = "this device could not take part; the reason is in its own log"
 
 
 class Participant(Protocol):
