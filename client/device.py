@@ -28,7 +28,6 @@ from ..common.model.vector_layout import Layout
 from ..common.privacy import noise
 from ..common.privacy.encoding import unpack
 from ..common.privacy.round_plan import Plan
-from ..common.privacy.statistics_blocks import arm_names
 from ..common.secure_aggregation.keys import (
     Directory,
     Identity,
@@ -43,7 +42,6 @@ from ..common.settings.config import Config
 from ..common.settings.sections import AbRunSettings
 from .personal.person_losses import (
     Losses,
-    arms_block,
     evaluate_person,
     evaluator_of,
     gains_block,
@@ -75,9 +73,7 @@ __all__ = [
 DEVICE_SECRET = "device-secret"
 AT_HOME = "at-home"
 DIRECTORY = "directory"
-_WORK = (
-    "local_steps", "rate", "record_clip", "losses_bound", "gains_bound", "arms_bound"
-)  # fmt: skip
+_WORK = ("local_steps", "rate", "record_clip", "losses_bound", "gains_bound")
 """Fields of a plan that say how much there is to do."""
 
 
@@ -264,12 +260,14 @@ class Device:
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """Return the records that the head is fitted on, and those it is measured on.
 
-        These are the latest of the person's own training records, and the first of those held out.
+        These are the latest of the person's own training records, and of those held out as many as
+        are wanted, spread over their time.
         """
         context, limits = self.context, self.context.config.evaluation
         own, held_out = data.split(context.records(self.name), context.config.data.holdout)
+        places = data.spread(len(held_out), limits.records)
         return context.tokenised(own[-limits.fit_records :]), context.tokenised(
-            held_out[: limits.records]
+            [held_out[place] for place in places]
         )
 
 
@@ -398,7 +396,7 @@ def _rehearsal(
         own=own,
         shape=work.step,
     )
-    if plan.gains_bound or plan.arms_bound:
+    if plan.gains_bound:
         _evaluated(device, cluster_vectors[place], own, ([], []), work)
 
 
@@ -414,9 +412,11 @@ def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
         ab_run,
         context.config,
         plan,
-        name,
-        arm_of(context.identity(name).seed, plan.run, len(ab_run.arms)),
-        context.outcome(name),
+        ab_outcome.ArmOutcome(
+            name,
+            arm_of(context.identity(name).seed, plan.run, len(ab_run.arms)),
+            context.outcome(name),
+        ),
         context.ledger,
         noise.source(context.config.insecure_test_seed, f"{name} round {plan.round} release"),
     )
@@ -489,20 +489,12 @@ def _statistics(
 
     The delta is made before a head is fitted.
     """
-    context, found = device.context, dict[str, NDArray[np.float64]]()
+    found = dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
         found["losses"] = losses
-    if not (plan.gains_bound or plan.arms_bound):
-        return found
-    evaluated = _evaluated(device, start, kept, device.measured_on(), work)
     if plan.gains_bound:
+        evaluated = _evaluated(device, start, kept, device.measured_on(), work)
         found["gains"] = gains_block(evaluated, plan.gains_bound)
-    if plan.arms_bound:
-        from .ab_arm import arm_of
-
-        arms = arm_names(plan.arms)
-        place = arm_of(context.identity(device.name).seed, plan.run, len(arms))
-        found["arms"] = arms_block(evaluated, plan.arms_bound, arms, place)
     return found
 
 

@@ -117,16 +117,8 @@ def line(record: Mapping[str, Any], count: int) -> str:
 
 
 def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in a round's statistics, by name.
-
-    Arms have place and name, as one may occur twice.
-    """
-    arms = {
-        f"arms/{place}_{arm['arm']}_{name}": value
-        for place, arm in enumerate(found.get("arms", ()), 1)
-        for name, value in arm.items()
-    }
-    for name, value in {**found, **arms}.items():
+    """Yield the numbers in a round's statistics, by name."""
+    for name, value in found.items():
         if isinstance(value, int | float):
             yield name, value
 
@@ -134,7 +126,7 @@ def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _statistics(found: Mapping[str, Any]) -> str:
     """Show statistics as `noised loss 3.21 +- 0.41  `, where the noise leaves one to be read.
 
-    Gains and arms are shown likewise.
+    Gains are shown likewise.
     """
     text = ""
     for key, name in (("train_loss", "loss"), ("gain_shared", "gain"), ("gain_personal", "head")):
@@ -143,11 +135,6 @@ def _statistics(found: Mapping[str, Any]) -> str:
         elif key in found:
             sign = "" if name == "loss" else "+"
             text += f"noised {name} {found[key]:{sign}.3g} +- {found[f'{key}_std']:.2g}  "
-    for arm in found.get("arms", ())[1:]:
-        if arm["ci95"] is not None:
-            low, high = arm["ci95"]
-            first = found["arms"][0]["arm"]
-            text += f"{arm['arm']} - {first} {arm['difference']:+.2g} ({low:+.2g} to {high:+.2g})  "
     return text
 
 

@@ -34,7 +34,7 @@ def newest(folder: Path) -> Chain | Directory:
         # a run begun under an earlier privet has a plain list
         return now if isinstance(now, Chain) and _continues(begun, now) else begun
     try:
-        directories.brought_up(begun, now.head, 0, now.entries)
+        directories.refuse_unless_later(begun, now)
     except ProtocolError as error:
         raise StateError(
             f"{path} does not continue the directory that {folder} began with ({error}); put the "

@@ -49,6 +49,7 @@ __all__ = [
     "read_index",
     "read_user",
     "split",
+    "spread",
     "tokenize",
 ]
 
@@ -306,6 +307,18 @@ def split(
         return tuple(records), ()
     own = count - min(count - 1, max(1, round(count * holdout)))
     return tuple(records[:own]), tuple(records[own:])
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Choose `wanted` places of `count`, evenly spread, the first among them.
+
+    Where there are fewer, it is all. These are the held-out records that a person is measured on.
+
+    >>> spread(10, 4), spread(2, 5)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [count * place // wanted for place in range(wanted)]
 
 
 def capped(own: Sequence[Record], records_per_client: int) -> tuple[Record, ...]:

@@ -18,7 +18,7 @@ from ..settings.config import Config
 from .encoding import rounded_sensitivity
 from .mechanism import SKELLAM, Mechanism
 from .noise import MAX_VARIANCE
-from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
+from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block
 
 __all__ = ["VERSION", "Plan"]
 
@@ -56,6 +56,11 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 
 Check = tuple[str, bool, float | str]
 """What is checked, whether a plan keeps to it, the device's own limit."""
+_NO_ARMS: Mapping[str, Any] = {
+    "arms": "", "arms_bound": 0.0, "arms_step": 1.0, "arms_variance": 0.0
+}  # fmt: skip
+"""A block that plans no longer have. Its empty fields stay in what is sent and digested, so that a
+plan in a ledger keeps its digest."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,9 @@ class Plan:
         attempt: counts every masked round the server began, repeated ones too; it is no part of
             the digest.
         record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
-        losses_bound, gains_bound, arms_bound: what a loss, a gain, an arm's loss is clipped to and
-            divided by, in the loss's unit; 0: the block is not asked for
-        (`common/privacy/statistics_blocks.py`). arms: the models an arms block compares, with
-        commas; the same one may occur twice. losses_step, losses_variance and so on: each block's
-        own grid and noise, as `step` and
+        losses_bound, gains_bound: what a loss, a gain is clipped to and divided by, in the loss's
+            unit; 0: the block is not asked for (`common/privacy/statistics_blocks.py`).
+        losses_step, losses_variance and so on: each block's own grid and noise, as `step` and
             `variance`; the modulus is the adapter's.
     """
 
@@ -113,10 +116,6 @@ class Plan:
     gains_bound: float = 0.0
     gains_step: float = 1.0
     gains_variance: float = 0.0
-    arms: str = ""
-    arms_bound: float = 0.0
-    arms_step: float = 1.0
-    arms_variance: float = 0.0
     version: int = VERSION
 
     @property
@@ -145,14 +144,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan, by which ledger rows name it."""
-        fields = dataclasses.asdict(dataclasses.replace(self, attempt=1))
+        fields = dataclasses.replace(self, attempt=1).to_dict()
         text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks asked for, in the order they have in a contribution."""
-        sizes = {**ENTRIES, "arms": ENTRIES["arms"] * len(arm_names(self.arms))}
         moved = {"losses": math.sqrt(2) / self.batch_size, **DIAMETERS}
         return tuple(
             Block(
@@ -164,7 +162,7 @@ class Plan:
                 getattr(self, f"{name}_step"),
                 getattr(self, f"{name}_variance"),
             )
-            for name, size in sizes.items()
+            for name, size in ENTRIES.items()
             if getattr(self, f"{name}_bound")
         )
 
@@ -198,7 +196,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), **_NO_ARMS}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Plan":
@@ -208,9 +206,15 @@ class Plan:
             ProtocolError: a field is missing, unknown, of another type, or out of range.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(given) != set(kinds):
-            odd = sorted(set(given) ^ set(kinds))
+        odd = sorted(set(given) ^ {*kinds, *_NO_ARMS})
+        if odd:
             raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
+        for name, empty in _NO_ARMS.items():
+            if given[name] != empty or type(given[name]) is not type(empty):
+                raise ProtocolError(
+                    f"the round plan's {name} = {given[name]!r}: expected {empty!r}, for models "
+                    "are compared by an A/B run of its own ([ab_test]), not beside training"
+                )
         for name, kind in kinds.items():
             if type(given[name]).__name__ != getattr(kind, "__name__", kind):
                 raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
@@ -219,7 +223,7 @@ class Plan:
                 f"the server speaks plan version {given['version']}, this device {VERSION}; "
                 "install the same privet on both"
             )
-        for name in ("run", "layout", "start", "arms"):
+        for name in ("run", "layout", "start"):
             if len(given[name]) > LONGEST_TEXT:
                 raise ProtocolError(
                     f"the round plan's {name} has {len(given[name])} characters: expected at most "
@@ -241,16 +245,7 @@ class Plan:
                 f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
                 "statistics are asked for"
             )
-        try:
-            arms = arm_names(given["arms"])
-        except ValueError as why:
-            raise ProtocolError(f"the round plan's arms = {given['arms']!r}: {why}") from None
-        if bool(arms) != bool(given["arms_bound"]):
-            raise ProtocolError(
-                f"the round plan's arms = {given['arms']!r} with arms_bound = "
-                f"{given['arms_bound']!r}: expected both or neither"
-            )
-        plan = cls(**given)
+        plan = cls(**{name: given[name] for name in kinds})
         if plan.adders < 1 or plan.survivors > plan.cohort:
             raise ProtocolError(
                 f"the round plan's survivors = {plan.survivors} of {plan.cohort} with "
@@ -328,7 +323,7 @@ class Plan:
     def _of_the_blocks(self, own: Config) -> Iterator[Check]:
         for block in self.blocks:
             wanted = own.statistics.multiplier(block.name) if own.privacy.client.enabled else 0.0
-            yield block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"
+            yield block.name, own.statistics.allows(block.name), "none"
             yield f"{block.name}_noise", self._hidden(block, wanted), wanted
 
     def _hidden(self, part: Block, multiplier: float) -> bool:

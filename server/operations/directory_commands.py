@@ -71,7 +71,7 @@ def sign(
     before = last.version if isinstance(last, directories.Chain) else 0
     if isinstance(last, directories.Chain):
         try:
-            directories.brought_up(last, chain.head, 0, chain.entries)
+            directories.refuse_unless_later(last, chain)
         except ProtocolError as error:
             raise DataError(f"{path} does not continue {record}: {error}; not signed") from None
     for entry in chain.entries[before:]:
