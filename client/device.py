@@ -50,7 +50,7 @@ from .privacy import masked_upload
 from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
 from .privacy.ledger import Ledger
 from .privacy.run_ledger import run_id, run_ledger
-from .training import local_factor as at_home
+from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
 from .training.constant_work import Work, choice_of, missing, work_of
@@ -65,7 +65,7 @@ __all__ = [
     "SimulatedContext",
     "cluster_of",
     "exchange_at",
-    "kept_half",
+    "local_factor_of",
     "masked_phase",
     "take_part",
 ]
@@ -125,13 +125,13 @@ class DeviceContext(Protocol):
         None where there is none yet.
         """
 
-    def at_home(self, name: str) -> bytes | None:
+    def local_factor(self, name: str) -> bytes | None:
         """Return the part of the adapter that is trained here and never leaves.
 
         `client/training/local_factor.py` says what that is. None where there is nothing yet.
         """
 
-    def keep_at_home(self, name: str, kept: bytes) -> None:
+    def keep_local_factor(self, name: str, kept: bytes) -> None:
         """Keep that part of the adapter durably."""
 
     @property
@@ -199,13 +199,13 @@ class SimulatedContext:
     def outcome(self, _: str) -> None:
         """Return None, because `privet ab` simulates experiments without Flower."""
 
-    def at_home(self, name: str) -> bytes | None:
+    def local_factor(self, name: str) -> bytes | None:
         """Read the part of the adapter that stays with the device from its file."""
         path = self._home_of(name)
         with explain_os_errors(path, "read"):
             return path.read_bytes() if path.exists() else None
 
-    def keep_at_home(self, name: str, kept: bytes) -> None:
+    def keep_local_factor(self, name: str, kept: bytes) -> None:
         """Write the part of the adapter that stays with the device into its file."""
         path = self._home_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -314,7 +314,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     work, cluster_vectors = work_of(config, plan), exchange.cluster_vectors(start)
     if work is not None:
         _rehearse(device, plan, cluster_vectors, work)
-    place, half, trained = _learnt(device, plan, cluster_vectors, work)
+    place, local_factor, trained = _learnt(device, plan, cluster_vectors, work)
     contribution = exchange.contribution(
         trained.delta, None if device.is_empty() else place, plan.clip
     )
@@ -327,7 +327,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         context.ledger,
         config.privacy,
         noise.source(config.insecure_test_seed, f"{name} round {plan.round} release"),
-        _statistics(device, plan, cluster_vectors[place], half, trained.statistics, work),
+        _statistics(device, plan, cluster_vectors[place], local_factor, trained.statistics, work),
     )
 
 
@@ -344,12 +344,12 @@ def _refuse_unpaid(device: Device, plan: Plan, dimension: int) -> None:
 def _learnt(
     device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work | None
 ) -> tuple[int, NDArray[np.float32] | None, Trained]:
-    """Choose a cluster and train it: which one, the half that the device had kept, the results."""
+    """Choose a cluster and train it: which one, the local factor as it was kept, the results."""
     context, config, exchange = device.context, device.context.config, exchange_at(device.context)
     records, live = device.records(), exchange.clusters.active_clusters(plan.round)
     choice, shape = (None, None) if work is None else (work.choice, work.step)
     place = choose(context.trainer.adapter, cluster_vectors, live, records, choice)
-    half, label = kept_half(device, plan.round), f"{device.name} round {plan.round}"
+    local_factor, label = local_factor_of(device, plan.round), f"{device.name} round {plan.round}"
     trained = train(
         context.trainer,
         cluster_vectors[place],
@@ -357,13 +357,13 @@ def _learnt(
         plan,
         batches=_batches(config.insecure_test_seed, label),
         source=noise.source(config.insecure_test_seed, f"{label} training"),
-        own=half,
+        own=local_factor,
         shape=shape,
     )
     if len(trained.own):
-        kept = at_home.added(context.at_home(device.name), plan.round, trained.own)
-        context.keep_at_home(device.name, kept)
-    return place, half, trained
+        kept = local_factors.added(context.local_factor(device.name), plan.round, trained.own)
+        context.keep_local_factor(device.name, kept)
+    return place, local_factor, trained
 
 
 def _rehearse(device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work) -> None:
@@ -462,8 +462,8 @@ def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     return place, cluster_vectors[place]
 
 
-def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
-    """Return the half of the adapter that this device keeps (fedsa's B), as a round begins.
+def local_factor_of(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
+    """Return the local_factor of the adapter that this device keeps (fedsa's B), as a round begins.
 
     That is before round `number`, or after the last one.
 
@@ -474,7 +474,7 @@ def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] 
         return None
     # void rounds have numbers too, so the last may be above rounds.count
     before = sys.maxsize if number is None else number
-    return at_home.before(device.context.at_home(device.name), before, dimension)
+    return local_factors.before(device.context.local_factor(device.name), before, dimension)
 
 
 def _statistics(

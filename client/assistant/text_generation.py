@@ -261,7 +261,7 @@ def sampled(
     starts: Sequence[Sequence[int]],
     head: TextHead | None,
     sampling: Sampling,
-    half: bool = False,
+    bf16: bool = False,
 ) -> Iterator[list[int]]:
     """Draw one token after the other for each row, with a cache of keys and values.
 
@@ -270,7 +270,7 @@ def sampled(
         starts: token ids, at least one in each; all rows are one batch.
         head: None for the shared scores.
         sampling: how; row after row draws from one generator.
-        half: multiply the beginnings in bfloat16: casting all weights for one token takes longer
+        bf16: multiply the beginnings in bfloat16: casting all weights for one token takes longer
             than the token.
 
     Yields:
@@ -283,7 +283,7 @@ def sampled(
     generator, cache = torch.Generator().manual_seed(sampling.seed), None
     for _ in range(sampling.tokens):
         place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half and cache is None):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cache is None):
             out = base.network.base_model(
                 input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
                 use_cache=True,
@@ -304,13 +304,13 @@ def completed(
     starts: Sequence[Sequence[int]],
     head: TextHead | None,
     sampling: Sampling,
-    half: bool = False,
+    bf16: bool = False,
 ) -> list[list[int]]:
     """Return the tokens that `sampled` draws for each row, up to before its end token."""
     end = base.tokenizer.eos_token_id
     rows: list[list[int]] = [[] for _ in starts]
     unfinished = set(range(len(rows)))
-    for tokens in sampled(base, starts, head, sampling, half):
+    for tokens in sampled(base, starts, head, sampling, bf16):
         unfinished -= {row for row in unfinished if tokens[row] == end}
         for row in unfinished:
             rows[row].append(tokens[row])

@@ -93,11 +93,11 @@ class EnrolledContext:
         ab_run = self.config.ab_run
         return None if ab_run is None else outcome(self.home, self.run, ab_run)
 
-    def at_home(self, _: str) -> bytes | None:
+    def local_factor(self, _: str) -> bytes | None:
         """Read the part of the adapter that stays on this device from the vault."""
         return self.home.vault.get(f"at-home/{self.run}")
 
-    def keep_at_home(self, _: str, kept: bytes) -> None:
+    def keep_local_factor(self, _: str, kept: bytes) -> None:
         """Write the part of the adapter that stays on this device into the vault."""
         self.home.vault.put(f"at-home/{self.run}", kept)
 

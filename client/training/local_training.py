@@ -191,8 +191,8 @@ def train(
     usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
     released, kept = np.split(usable, [len(usable) - adapter.own.dimension])
     own = np.zeros_like(kept) if own is None else own
-    at_home = own + kept if np.isfinite(own + kept).all() else own
-    return Trained(released, _statistics(losses[0], plan), own=at_home)
+    local_factor = own + kept if np.isfinite(own + kept).all() else own
+    return Trained(released, _statistics(losses[0], plan), own=local_factor)
 
 
 def _forget(hooked: GradSampleModule) -> None:

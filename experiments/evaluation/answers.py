@@ -50,10 +50,10 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
     text.adapter.write(text.shared)
     first, second = (Sampling(wanted.tokens, wanted.temperature, seed) for seed in (1, 2))
     made = {
-        "shared": completed(base, openings, None, first, text.half),
-        "hybrid": completed(base, mine, own.hybrid, first, text.half),
-        "swapped": completed(base, theirs, other.hybrid, first, text.half),
-        "again": completed(base, mine, own.hybrid, second, text.half),
+        "shared": completed(base, openings, None, first, text.bf16),
+        "hybrid": completed(base, mine, own.hybrid, first, text.bf16),
+        "swapped": completed(base, theirs, other.hybrid, first, text.bf16),
+        "again": completed(base, mine, own.hybrid, second, text.bf16),
     }
     texts = {
         name: [str(base.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]

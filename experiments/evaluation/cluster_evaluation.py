@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, kept_half
+from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, local_factor_of
 from ...client.personal.person_losses import evaluator_of
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
@@ -113,7 +113,7 @@ def evaluate_people(
     own = dict(zip(found, choices(bench, list(found), state), strict=True))
     for user in found:
         vector = cluster_vectors[own[user]]
-        evaluator = evaluator_of(bench.trainer.adapter, vector, kept_half(device[user]))
+        evaluator = evaluator_of(bench.trainer.adapter, vector, local_factor_of(device[user]))
         person = evaluator.person(*device[user].measured_on(), heads)
         if person is not None:
             found[user][mine] = reported(person, person.loss(None))

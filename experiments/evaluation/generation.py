@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ...client.assistant.terminal_chat import as_text
 from ...client.assistant.text_generation import Sampling, completed
-from ...client.device import Device, SimulatedContext, kept_half
+from ...client.device import Device, SimulatedContext, local_factor_of
 from ...client.personal.text_evaluator import TextEvaluator, alone
 from ...client.personal.text_head import TextHead
 from ...common.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def side_by_side(
     adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, drawn)}
-    adapter.write(final, kept_half(Device(user, bench)))
+    adapter.write(final, local_factor_of(Device(user, bench)))
     head = kept_head(bench, user, final)
     found["shared"] = _continue(bench, ids, None, drawn)
     found["personal"] = _continue(bench, ids, head, drawn)
@@ -62,7 +62,7 @@ def kept_head(bench: SimulatedContext, user: str, final: Vector) -> TextHead:
     records, _ = device.measured_on()
     if not records:
         raise DataError(f"{user!r} has no record with at least two tokens to fit a head on")
-    evaluator = TextEvaluator(bench.trainer.adapter, final, kept_half(device))
+    evaluator = TextEvaluator(bench.trainer.adapter, final, local_factor_of(device))
     head = evaluator.scored(alone(evaluator.asked(records)))[0].fitted()
     path.parent.mkdir(mode=0o700, exist_ok=True)
     write_atomic(path, head.to_bytes())

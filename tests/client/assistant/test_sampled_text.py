@@ -37,8 +37,8 @@ def test_texts_drawn_with_a_cache_are_those_without_one(adapter):
 def test_half_precision_for_the_beginnings_makes_nearly_the_same_texts(adapter):
     one = Sampling(1, temperature=0)
     exact = completed(adapter.base, STARTS, None, one)
-    assert exact == completed(adapter.base, STARTS, None, one, half=True)
-    longer = completed(adapter.base, STARTS, None, Sampling(8, temperature=0), half=True)
+    assert exact == completed(adapter.base, STARTS, None, one, bf16=True)
+    longer = completed(adapter.base, STARTS, None, Sampling(8, temperature=0), bf16=True)
     assert max(map(len, longer)) == 8
 
 
