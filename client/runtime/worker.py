@@ -60,7 +60,6 @@ def work(
     *,
     stop: threading.Event,
     secret: bytes | None = None,
-    certificates: bytes | None = None,
     idle_s: float = 600.0,
     on_idle: Callable[[], None] = lambda: None,
     say: Say = _say,
@@ -68,14 +67,12 @@ def work(
     """Answer the SuperNode's messages, one at a time, until `stop` is set.
 
     Args:
-        address: `host:port` of the SuperNode's runtime API.
+        address: `host:port` of the SuperNode's runtime API, on this machine.
         handle: called with Flower's Message and Context, returns the reply: the installed
             ClientApp, or any callable. Runs in the calling thread.
         stop: the message in hand is finished and answered, then the function returns.
         secret: what the SuperNode was given as `--superexec-auth-secret-file`. Without it any
             process on this machine may take the device's tasks and answer in its name.
-        certificates: PEM of the CA of a SuperNode that speaks TLS; None is plain HTTP, which only
-            loopback may use.
         idle_s, on_idle: called once when no task has come for so many seconds; the caller lets
             its model go there, then freed memory goes back to the system.
         say: gets one line per event, without private data.
@@ -87,13 +84,12 @@ def work(
     same state.
 
     Raises:
-        ConfigError: another Flower than 1.41 is installed, or the address would leave the machine
-            without TLS.
+        ConfigError: another Flower than 1.41 is installed, or the address is not of this machine.
 
     **Guarantee**: no byte of the bundle the server sent is written, imported or executed here.
     """
     refuse_other_flower()
-    node = _connect(address, secret, certificates)
+    node = _connect(address, secret)
     last, rested, away = time.monotonic(), False, 0
     try:
         while not stop.is_set():
@@ -128,10 +124,11 @@ def refuse_other_flower(installed: str | None = None) -> None:
     Raises:
         ConfigError: major or minor version differ.
     """
-    found = version("flwr") if installed is None else installed
-    if found.split(".")[:2] != FLOWER.split("."):
+    if installed is None:
+        installed = version("flwr")
+    if installed.split(".")[:2] != FLOWER.split("."):
         raise ConfigError(
-            f"privet's worker was written for flwr {FLOWER} and flwr {found} is installed: "
+            f"privet's worker was written for flwr {FLOWER} and flwr {installed} is installed: "
             f'install privet in a fresh environment, or pip install "flwr=={FLOWER}.*".'
         )
 
@@ -168,9 +165,7 @@ class _Node:
     badge: _Badge
 
 
-def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> _Node:
-    import ssl
-
+def _connect(address: str, secret: bytes | None) -> _Node:
     import httpx
     from flwr.supercore.constant import TASK_TOKEN_HEADER
     from flwr.supercore.interceptors import (
@@ -180,10 +175,10 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
     from flwr.supercore.runtime import RuntimeHttpClient
 
     host = address.rpartition(":")[0].strip("[]")
-    if certificates is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
-            f"the SuperNode's runtime address must be on this machine or use TLS, got {address!r}: "
-            f"use 127.0.0.1, or give its certificates."
+            f"the SuperNode's runtime address must be on this machine, got {address!r}: "
+            "use 127.0.0.1."
         )
     badge = _Badge(TASK_TOKEN_HEADER)
     interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), badge]
@@ -192,16 +187,11 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
         interceptors.append(
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=signed)
         )
-    trusted: Any = False
-    if certificates is not None:
-        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        trusted.load_verify_locations(cadata=certificates.decode("ascii"))
-    scheme = "http" if certificates is None else "https"
     # No retries of Flower's: on a refusal they send this process SIGINT.
-    client = RuntimeHttpClient(f"{scheme}://{address}", interceptors=interceptors, verify=False)
+    client = RuntimeHttpClient(f"http://{address}", interceptors=interceptors, verify=False)
     client.close()
     # Flower's own would send loopback traffic to the proxy named in the environment.
-    client._client = httpx.Client(verify=trusted, timeout=TIMEOUT_S, trust_env=False)
+    client._client = httpx.Client(verify=False, timeout=TIMEOUT_S, trust_env=False)
     return _Node(client, badge)
 
 
