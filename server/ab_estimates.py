@@ -33,12 +33,12 @@ from ..common.settings.sections import DEVICES, AbRunSettings
 
 __all__ = [
     "device_settings",
+    "estimated",
     "lines",
     "look_plan",
     "plan_of",
     "spent_alpha",
     "sums_of",
-    "told",
 ]
 
 SOUND = 10.0
@@ -119,7 +119,7 @@ def spent_alpha(settings: AbRunSettings, look: int) -> float:
     return until(look) - until(look - 1)
 
 
-def told(
+def estimated(
     sums: NDArray[np.float64],
     plan: Plan,
     answered: int,
@@ -145,12 +145,12 @@ def told(
     alpha /= len(settings.arms) - 1
     reach = NormalDist().inv_cdf(1 - alpha / 2)
     spread = plan.step * math.sqrt(answered * (plan.variance + 0.25))  # 1/4: randomised rounding
-    half = (settings.high - settings.low) / 2
+    half_width = (settings.high - settings.low) / 2
     arms: list[dict[str, Any]] = []
     for name, row in zip(settings.arms, sums.reshape(-1, settings.entries), strict=True):
         mean, error = _mean(row, spread)
-        shown = None if mean is None else settings.low + half * (mean + 1)
-        scaled = None if error is None else half * error
+        shown = None if mean is None else settings.low + half_width * (mean + 1)
+        scaled = None if error is None else half_width * error
         arms.append(
             {"arm": name, "mean": shown, "error": scaled, "interval": _around(shown, scaled, reach),
              "devices": float(row[0]), "devices_std": spread}
@@ -196,21 +196,23 @@ def _around(value: float | None, error: float | None, reach: float) -> list[floa
 
 
 def lines(look: Mapping[str, Any]) -> list[str]:
-    """What `told` found, as a person reads it."""
-    said = [
+    """The estimates of one look, as a person reads them."""
+    shown = [
         f"look {look['look']}: {look['answered']} devices answered; "
         f"{100 * look['level']:.4g} % intervals"
     ]
     for arm in look["arms"]:
-        said.append(
+        shown.append(
             f"  {arm['arm']:<20} {_value(arm['mean'], arm['interval'])}   "
             f"devices {arm['devices']:.0f} +- {arm['devices_std']:.1f}"
         )
-    for one in look["differences"]:
-        verdict = "a difference" if one["found"] else "no difference found"
-        name = f"{one['arm']} - {one['against']}"
-        said.append(f"  {name:<20} {_value(one['difference'], one['interval'])}   {verdict}")
-    return said
+    for difference in look["differences"]:
+        verdict = "a difference" if difference["found"] else "no difference found"
+        name = f"{difference['arm']} - {difference['against']}"
+        shown.append(
+            f"  {name:<20} {_value(difference['difference'], difference['interval'])}   {verdict}"
+        )
+    return shown
 
 
 def _value(value: float | None, interval: list[float] | None) -> str:

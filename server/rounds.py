@@ -162,9 +162,9 @@ def _moved(
     mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
     facts: dict[str, Any] = {}
     if plan.blocks:
-        from .round_statistics import told
+        from .round_statistics import statistics_of
 
-        facts["statistics"] = told(sums, plan, answered)
+        facts["statistics"] = statistics_of(sums, plan, answered)
     adapter, memory, stepped = server_step.step(
         config, exchange, plan.round, state.adapter, state.optimizer, mean
     )
@@ -180,11 +180,11 @@ def ask_again(config: Config, voids: int) -> dict[str, Any]:
 
     Without `wait_s` there is none.
     """
-    found: dict[str, Any] = {"attempt": voids}
+    facts: dict[str, Any] = {"attempt": voids}
     return (
-        found
+        facts
         if voids >= config.rounds.patience
-        else found | {"wait_s": void_rounds.wait_s(config, voids)}
+        else facts | {"wait_s": void_rounds.wait_s(config, voids)}
     )
 
 
@@ -265,7 +265,7 @@ def _cohort(run: ServedRun, there: Sequence[int], number: int) -> list[int]:
     config, seed = run.config, run.config.data.seed
     drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
     records = read_lines(run.folder / LOG)
-    return void_rounds.cohort_of(there, [there[place] for place in drawn], records, number, seed)
+    return void_rounds.cohort_of(there, [there[index] for index in drawn], records, number, seed)
 
 
 def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:

@@ -23,7 +23,7 @@ from ..common.settings.sections import DEVICES
 __all__ = ["Seen", "cohort_of", "needed", "round_line", "sentence", "trained", "wait_s"]
 
 FIRST_WAIT_S = 1.0
-MOST_NAMED = 6
+MAX_NAMED = 6
 
 Record = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ def trained(records: Sequence[Record]) -> int:
 
 def repeats(records: Sequence[Record], number: int) -> list[Record]:
     """The void attempts of a round that is still to be asked under this number."""
-    return [one for one in records if one["round"] == number and one.get("again")]
+    return [record for record in records if record["round"] == number and record.get("again")]
 
 
 def cohort_of(
@@ -121,19 +121,21 @@ def cohort_of(
     before = repeats(records, number)
     if not before:
         return list(drawn)
-    asked = {client for one in before for client in one["who"]["asked"]}
+    asked = {client for record in before for client in record["who"]["asked"]}
     absent = set[int]()
-    for one in before:
-        missing = one["missing"]
+    for record in before:
+        missing = record["missing"]
         absent |= {
             n for kind in ("declined", "silent") for by in missing[kind].values() for n in by
         }
         absent |= {int(client) for client in missing["refused"]}
     # a round that was asked again under its number is paid once
-    came = {(one["round"], n) for one in records if "who" in one for n in one["who"]["came"]}
+    came = {
+        (record["round"], n) for record in records if "who" in record for n in record["who"]["came"]
+    }
     paid = Counter(n for other, n in came if other != number)
     order = np.random.default_rng([seed, number, len(before)]).permutation(len(there))
-    mixed = [there[int(place)] for place in order]
+    mixed = [there[int(index)] for index in order]
     ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), paid[n]))
     return sorted(ranked[: len(drawn)])
 
@@ -183,10 +185,10 @@ def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:
     if missing is None:  # of a run that an older privet began
         return "void: too few, nothing was revealed"
     parts = []
-    for kind, said in (("declined", "declined (why stays on them)"), ("silent", "no answer")):
+    for kind, label in (("declined", "declined (why stays on them)"), ("silent", "no answer")):
         for phase, clients in missing[kind].items():
             where = "" if phase == "round" else f" [{phase}]"
-            parts.append(f"{len(clients)} {said}{where}: {_named(clients, names)}")
+            parts.append(f"{len(clients)} {label}{where}: {_named(clients, names)}")
     if missing["refused"]:
         parts.append(
             f"{len(missing['refused'])} did not fit: {_reasons(missing['refused'], names)}"
@@ -207,7 +209,7 @@ def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:
 
 
 def _named(clients: Sequence[int], names: Mapping[int, str]) -> str:
-    shown = [f"{n} ({names[n]})" if names.get(n) else str(n) for n in clients[:MOST_NAMED]]
+    shown = [f"{n} ({names[n]})" if names.get(n) else str(n) for n in clients[:MAX_NAMED]]
     more = len(clients) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 

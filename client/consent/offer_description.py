@@ -145,7 +145,7 @@ def shortage(
     Raises:
         PrivacyError: no round of it can be planned.
     """
-    from ..privacy.affordable_rounds import fewest
+    from ..privacy.affordable_rounds import tightest
 
     config, ab_run = offer.config, offer.config.ab_run
     dimension = None if ab_run is None else ab_run.entries * len(ab_run.arms)
@@ -153,7 +153,7 @@ def shortage(
     mine = [charge for release in in_run for charge in release]
     own = own_config(policy, config, closed)
     cost = _counted(config, own, dimension)
-    return fewest(cost, own.privacy, left, spent, mine) if left > 0 else None
+    return tightest(cost, own.privacy, left, spent, mine) if left > 0 else None
 
 
 def _counted(config: Config, own: Config, dimension: int | None) -> tuple["Charge", ...]:
@@ -270,7 +270,7 @@ def _epsilon(
 ) -> str:
     """State what releases cost on one line, the owner's budget for it, and the run's own cap."""
     from ...common.privacy.accounting import epsilon
-    from ..privacy.affordable_rounds import fewest
+    from ..privacy.affordable_rounds import tightest
     from ..privacy.gate import budgets, caps
     from ..privacy.ledger import budget_of
 
@@ -294,7 +294,7 @@ def _epsilon(
         + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")
         + (f"; the run's own cap {cap:g}" if cap is not None else "")
         + (f", of which {_about(epsilon(mine, delta))} is spent" if cap and mine else "")
-        + _ends(fewest(once, privacy, max(count - len(in_run), 1), line, mine))
+        + _ends(tightest(once, privacy, max(count - len(in_run), 1), line, mine))
     )
 
 
@@ -319,7 +319,7 @@ def refuse_short(run: str, found: "Paid | None", partly: bool) -> None:
         return
     line = f"the {found.unit}-level epsilon against {AGAINST[found.against]}"
     spent = f", of which {found.spent:.4g} is spent," if found.spent else ""
-    after = f"{found.whole:.4g}" if math.isfinite(found.whole) else "without a bound"
+    after = f"{found.total:.4g}" if math.isfinite(found.total) else "without a bound"
     mend = f"raise {found.limit.setting} in policy.toml, which is for life"
     whose = f"your {found.limit.setting} = {found.limit:g} in policy.toml"
     if found.limit.of_run:

@@ -178,9 +178,9 @@ def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: S
         try:
             minutes = home.policy.import_texts.rescan_minutes
             wait(None)
-            found = watched_folders.rescan(home, progress=wait)
-            if found.found or found.gone:
-                say(f"{len(found.found)} files read, {found.records} records in all")
+            scanned = watched_folders.rescan(home, progress=wait)
+            if scanned.found or scanned.gone:
+                say(f"{len(scanned.found)} files read, {scanned.records} records in all")
         except _Stopped:
             return
         except (ConfigError, StateError) as error:
@@ -196,18 +196,18 @@ class _Stopped(Exception):
 
 def free_port() -> int:
     """Return a port of this machine that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _secret(path: Path) -> bytes:
     from ...common.files import explain_os_errors
 
     with explain_os_errors(path, "read the secret from"), open(path, "rb") as file:
-        found = file.read(LONGEST_SECRET)
-    if len(found) < SECRET_BYTES:
+        secret = file.read(LONGEST_SECRET)
+    if len(secret) < SECRET_BYTES:
         raise StateError(
             f"{path}: expected at least {SECRET_BYTES} bytes; `privet client start` gives them"
         )
-    return found
+    return secret

@@ -112,35 +112,35 @@ class Waits:
         return answered_then_anew
 
 
-def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:
+def taking_over(activate: Activate, deactivate: Deactivate, descriptor: int) -> Activate:
     """Wrap `activate` so that, where it is refused, it ends the dead node's place and tries again.
 
     Args:
         activate: a request's client and the request -> the response, with the node's id.
         deactivate: by client and node id.
-        place: descriptor of the id of the node before this one, which is dead; nothing: none.
+        descriptor: of a file with the id of the node before this one, which is dead; nothing: none.
     """
 
     def activated(client: Any, request: Any) -> Any:
-        before = os.pread(place, DIGITS, 0)
+        before = os.pread(descriptor, DIGITS, 0)
         try:
-            found = activate(client, request)
+            response = activate(client, request)
         except Exception as refused:
             if not before.isdigit() or not hasattr(refused, "response"):
                 raise
             deactivate(client, int(before))
-            found = activate(client, request)
-        os.pwrite(place, str(found.node_id).zfill(DIGITS).encode(), 0)
-        return found
+            response = activate(client, request)
+        os.pwrite(descriptor, str(response.node_id).zfill(DIGITS).encode(), 0)
+        return response
 
     return activated
 
 
-def main(place: int | None = None, home: str | None = None) -> None:
+def main(descriptor: int | None = None, home: str | None = None) -> None:
     """Run `flower-supernode` with these waits, and end the process when it has ended.
 
     Args:
-        place: an open descriptor that the supervisor keeps, of an empty file at first.
+        descriptor: an open descriptor that the supervisor keeps, of an empty file at first.
         home: the folder where the connection's state is kept; None: nowhere.
     """
     from flwr.supernode import start_client_internal as node
@@ -153,8 +153,8 @@ def main(place: int | None = None, home: str | None = None) -> None:
             node._push_messages = waits.anew_after(node._push_messages)
     if hasattr(node, "pull_objects"):
         node.pull_objects = functools.partial(node.pull_objects, **PARTS)
-    if place is not None:
-        _take_over(place)
+    if descriptor is not None:
+        _take_over(descriptor)
     if home is not None:
         _watch(Path(home))
     sys.argv[0] = PROGRAM
@@ -169,14 +169,14 @@ def main(place: int | None = None, home: str | None = None) -> None:
     os._exit(1)
 
 
-def _take_over(place: int) -> None:
+def _take_over(descriptor: int) -> None:
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
     from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
 
     def deactivate(client: Any, node: int) -> None:
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
-    activate: Any = taking_over(Fleet.ActivateNode, deactivate, place)
+    activate: Any = taking_over(Fleet.ActivateNode, deactivate, descriptor)
     setattr(Fleet, "ActivateNode", activate)  # noqa: B010  (mypy knows it as a method)
 
 
@@ -195,10 +195,10 @@ def _watch(home: Path) -> None:
     watch = Watch(home / FILE, server, say, dates)
     setattr(Fleet, "_unary_unary", watch.watched(Fleet._unary_unary))  # noqa: B010
 
-    def told(record: logging.LogRecord) -> bool:
-        return not (watch.said and record.getMessage().startswith("Exit Code"))
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (watch.failure and record.getMessage().startswith("Exit Code"))
 
-    logging.getLogger("flwr").addFilter(told)
+    logging.getLogger("flwr").addFilter(wanted)
 
 
 def _argument(option: str) -> str:

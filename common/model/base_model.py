@@ -58,12 +58,12 @@ class BaseModel:
             if isinstance(module, nn.ModuleList) and len(module) > 1
         ]
         depth = getattr(self.network.config, "num_hidden_layers", None)
-        name, found = next(
+        name, modules = next(
             ((name, module) for name, module in lists if len(module) == depth), ("", None)
         )
-        if found is None:
+        if modules is None:
             raise ModelError(f"{self.name}: found no list of {depth} blocks to adapt")
-        return tuple((f"{name}.{index}", block) for index, block in enumerate(found))
+        return tuple((f"{name}.{index}", block) for index, block in enumerate(modules))
 
     @property
     def output(self) -> Tensor:
@@ -99,9 +99,9 @@ def load(base: str) -> BaseModel:
     _check_vocabulary(base, network, tokenizer)
     network.float().eval().requires_grad_(False)
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
-    found = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
-    _check_states(found)
-    return found
+    model = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
+    _check_states(model)
+    return model
 
 
 def pad(
@@ -228,14 +228,14 @@ def _converted(base: str, file: Path) -> Path:
 
     It is made beside its place and moved there by one rename, so it is whole or not there.
     """
-    place = assets.cache_folder() / "converted"
+    converted = assets.cache_folder() / "converted"
     try:
         with file.open("rb") as handle:
-            folder = place / hashlib.file_digest(handle, "sha256").hexdigest()
+            folder = converted / hashlib.file_digest(handle, "sha256").hexdigest()
         if folder.is_dir():
             return folder
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place) as temporary:
+        converted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=converted) as temporary:
             made = Path(temporary) / "model"
             made.mkdir()
             (made / file.name).symlink_to(file.resolve())
@@ -245,7 +245,8 @@ def _converted(base: str, file: Path) -> Path:
     except OSError as error:
         raise ModelError(
             f"model.base = {base!r}: the GGUF file cannot be read, or its conversion not be kept "
-            f"in {place} ({_line(error)}); free some space, or set PRIVET_CACHE to another folder"
+            f"in {converted} ({_line(error)}); free some space, or set PRIVET_CACHE to another "
+            "folder"
         ) from None
     except Exception as error:  # readers of damaged bytes raise whatever they stumble over
         raise ModelError(
@@ -308,14 +309,14 @@ def _check_states(base: BaseModel) -> None:
     ids, mask = pad([[1, 2, 3, 4], [4, 3]])
     try:
         states = final_states(base, ids, mask)
-        alone = final_states(base, ids[1:, :2], mask[1:, :2])
+        separate = final_states(base, ids[1:, :2], mask[1:, :2])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ModelError(
             f"model.base = {base.name!r} cannot be run as a plain {base.kind} ({_line(error)})"
         ) from None
     if not states.isfinite().all():
         raise ModelError(f"model.base = {base.name!r}: its states are not finite; damaged weights?")
-    if not torch.allclose(states[1, :2], alone[0], rtol=1e-3, atol=1e-3):
+    if not torch.allclose(states[1, :2], separate[0], rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"model.base = {base.name!r}: records in one batch influence each other, so no record "
             "has a gradient of its own; take another architecture"

@@ -46,7 +46,7 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
     config = of_run(run_folder)
     start = starting.facts(run_folder)
     if start is not None:
-        said = starting.said(start, config.data.source == DEVICES)
+        said = starting.start_sentence(start, config.data.source == DEVICES)
         privacy = {**privacy, "start": start, "not_covered": [said, *privacy["not_covered"]]}
     evaluation = _json(run_folder / "evaluation.json")
     records = read_lines(run_folder / "rounds.jsonl")

@@ -46,7 +46,7 @@ from privet.common.settings.config import Config, parse
 from privet.experiments import engine
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.experiments.simulate import prepare
-from privet.server.round_statistics import told
+from privet.server.round_statistics import statistics_of
 
 from ...tiny import population, tiny_config
 from ..test_gate_of_a_device import DATA_SETS, leaves_the_same, masked_leave_the_same
@@ -423,8 +423,11 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
     people_, truth = 900, np.array([180.0, 45.0, 900.0])
     spread = block.variance**0.5 * block.step
     rng = np.random.default_rng(0)
-    drawn = [told({"gains": truth + rng.normal(0, spread, 3)}, plan, people_) for _ in range(3000)]
-    said = told({"gains": truth}, plan, people_)
+    drawn = [
+        statistics_of({"gains": truth + rng.normal(0, spread, 3)}, plan, people_)
+        for _ in range(3000)
+    ]
+    said = statistics_of({"gains": truth}, plan, people_)
     assert (said["gain_shared"], said["gain_personal"]) == pytest.approx((0.1, 0.025))
     for name in ("gain_shared", "gain_personal"):
         spread_of = np.std([each[name] for each in drawn])
@@ -433,7 +436,7 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
 
 def test_where_the_noise_outweighs_the_count_no_mean_is_told():
     plan = planned(configured())
-    said = told({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
+    said = statistics_of({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
     named = ("gain_shared", "gain_shared_std", "gain_personal", "gain_personal_std", "train_loss")
     assert {said[name] for name in named} == {None}
     assert said["measured_std"] > 0
