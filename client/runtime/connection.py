@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 __all__ = ["FILE", "Connection", "Watch", "classify", "expiries", "read", "sentence"]
 
@@ -33,6 +33,9 @@ SILENT_S = 120.0
 
 NOT_ENROLLED = "not enrolled"
 EXPIRED = "certificate expired"
+
+_P = ParamSpec("_P")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,10 @@ class Watch:
         """The failure of now, "" while the server is reached."""
         return self._state.said
 
-    def watched(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self, ask: Callable[_P, _Answer]) -> Callable[_P, _Answer]:
         """Wrap a function `ask` so that every answer and every failure of it is seen."""
 
-        def asked(*args: Any, **named: Any) -> Any:
+        def asked(*args: _P.args, **named: _P.kwargs) -> _Answer:
             try:
                 answer = ask(*args, **named)
             except Exception as error:

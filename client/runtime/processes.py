@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...common.child_processes import Spec, privet_command, stop_on_signals, supervise
 from ...common.errors import ConfigError, PrivetError, StateError
@@ -24,6 +24,10 @@ from ..store.device_store import POLICY, DeviceStore
 from ..store.erase import exclusive
 from ..store.key_file import Passphrase, Unlock
 from .supervisor import as_file_descriptor, descriptor_path, keep_to_itself, node_spec
+
+if TYPE_CHECKING:
+    from ..enrolled.participant import EnrolledParticipant
+    from .worker import Handle
 
 __all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
 
@@ -113,17 +117,17 @@ def work(
         limit_process(resources)
         shared = _secret(secret)
         with DeviceStore.open(folder, unlock_of(folder, passphrase)) as home:
-            seat = EnrolledParticipant(home, server)
+            participant = EnrolledParticipant(home, server)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
             watcher.start()
             try:
                 worker.work(
                     f"127.0.0.1:{port}",
-                    handler(seat, busy, say),
+                    handler(participant, busy, say),
                     stop=stop,
                     secret=shared,
                     idle_s=60 * resources.idle_minutes,
-                    on_idle=seat.rest,
+                    on_idle=participant.rest,
                     say=say,
                 )
             finally:
@@ -131,7 +135,7 @@ def work(
                 watcher.join()
 
 
-def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], Any]:
+def handler(participant: "EnrolledParticipant", busy: threading.Lock, say: Say) -> "Handle":
     """Return the function that the worker calls with each message.
 
     `busy` is held while it runs.
@@ -148,14 +152,14 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
             from .worker import where
 
             if message.metadata.message_type == "query.hello":
-                return greet(message, seat)
-            seat.pace.begin()
+                return greet(message, participant)
+            participant.pace.begin()
             try:
-                reply = answer(message, seat)
+                reply = answer(message, participant)
             except PrivetError as error:
                 say(f"a message was declined after an error: {where(error)}")
                 reply = nothing(message)
-            seat.pace.settle()
+            participant.pace.settle()
             return reply
 
     return handle

@@ -43,9 +43,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec
 
 from .connection import FILE, Watch, expiries
+
+if TYPE_CHECKING:
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+    from flwr.supernode.fleet_http_client import FleetHttpClient
 
 __all__ = ["PROGRAM", "Waits", "main", "taking_over"]
 
@@ -55,14 +59,16 @@ GROWTH = 1.05
 PATIENCE = 10
 ROWS = {NO_MESSAGE_S: (0.1, 10.0), 0.5: (0.02, 0.5)}
 """Flower's sleep -> the first and the longest of a row in its place, seconds."""
-PARTS: Any = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 60.0}
+PARTS = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 60.0}
 """Seconds until the next question for a part that is not stored yet, which Flower doubles, and
 after which the message is given up: a server that dies while it sends leaves it so for ever."""
 DIGITS = 20
 """Of a node's id, 64 bits; always all of them, so that a shorter id leaves no rest of another."""
 
-Activate = Callable[[Any, Any], Any]
-Deactivate = Callable[[Any, int], None]
+Activate = Callable[["FleetHttpClient", "ActivateNodeRequest"], "ActivateNodeResponse"]
+Deactivate = Callable[["FleetHttpClient", int], None]
+
+_P = ParamSpec("_P")
 
 
 @dataclass
@@ -99,13 +105,13 @@ class Waits:
         self._next = min(self._next * GROWTH, longest)
         self._woke = self.clock()
 
-    def anew_after(self, answered: Callable[..., None]) -> Callable[..., None]:
+    def anew_after(self, answered: Callable[_P, None]) -> Callable[_P, None]:
         """Wrap a function so that a row of sleeps ends with each call of it.
 
         The function may have answered without a sleep of its own.
         """
 
-        def answered_then_anew(*args: Any, **named: Any) -> None:
+        def answered_then_anew(*args: _P.args, **named: _P.kwargs) -> None:
             answered(*args, **named)
             self._reason = 0.0
 
@@ -121,7 +127,9 @@ def taking_over(activate: Activate, deactivate: Deactivate, descriptor: int) -> 
         descriptor: of a file with the id of the node before this one, which is dead; nothing: none.
     """
 
-    def activated(client: Any, request: Any) -> Any:
+    def activated(
+        client: "FleetHttpClient", request: "ActivateNodeRequest"
+    ) -> "ActivateNodeResponse":
         before = os.pread(descriptor, DIGITS, 0)
         try:
             response = activate(client, request)
@@ -147,7 +155,7 @@ def main(descriptor: int | None = None, home: str | None = None) -> None:
     from flwr.supernode.cli import flower_supernode
 
     if getattr(node, "time", None) is time:
-        waits: Any = Waits()
+        waits = Waits()
         node.time = waits
         if hasattr(node, "_push_messages"):
             node._push_messages = waits.anew_after(node._push_messages)
@@ -173,10 +181,10 @@ def _take_over(descriptor: int) -> None:
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
     from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
 
-    def deactivate(client: Any, node: int) -> None:
+    def deactivate(client: "FleetHttpClient", node: int) -> None:
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
-    activate: Any = taking_over(Fleet.ActivateNode, deactivate, descriptor)
+    activate = taking_over(Fleet.ActivateNode, deactivate, descriptor)
     setattr(Fleet, "ActivateNode", activate)  # noqa: B010  (mypy knows it as a method)
 
 

@@ -22,9 +22,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
+
+if TYPE_CHECKING:
+    import httpx
+    from flwr.app import Context, Message
+    from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+    from flwr.supercore.runtime import RuntimeHttpClient
 
 __all__ = [
     "FAILED",
@@ -39,7 +46,7 @@ __all__ = [
 FLOWER = "1.41"
 FAILED = "this device could not take part; the reason is in its own log"
 
-Handle = Callable[[Any, Any], Any]
+Handle = Callable[["Message", "Context"], "Message"]
 Say = Callable[[str], None]
 
 QUICKEST_S, SLOWEST_S = 0.05, 1.0
@@ -153,15 +160,18 @@ class _Badge:
     header: str
     token: str = ""
 
-    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+    def intercept(
+        self, context: "ProtobufRequestContext", call_next: "ProtobufCall"
+    ) -> "httpx.Response":
         if self.token:
             context.request.headers[self.header] = self.token
-        return call_next(context)
+        response: httpx.Response = call_next(context)
+        return response
 
 
 @dataclass(frozen=True)
 class _Node:
-    client: Any
+    client: "RuntimeHttpClient"
     badge: _Badge
 
 
@@ -230,7 +240,7 @@ def _next(
     return True, 0
 
 
-def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None:
+def _serve(client: "RuntimeHttpClient", handle: Handle, stop: threading.Event, say: Say) -> None:
     """Serve one task, from its message to its end."""
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode, SubStatus
@@ -267,7 +277,7 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
     push_task_output(client=client, context=context, sub_status=status, details=details)
 
 
-def _listed(client: Any, stop: threading.Event) -> Any:
+def _listed(client: "RuntimeHttpClient", stop: threading.Event) -> "PullAppMessagesResponse":
     """Return the task's message without its content.
 
     Flower stores it a moment after the task, which is waited for.
@@ -276,7 +286,7 @@ def _listed(client: Any, stop: threading.Event) -> Any:
 
     until = time.monotonic() + LISTED_S
     while True:
-        listed = client.PullMessages(PullAppMessagesRequest())
+        listed: PullAppMessagesResponse = client.PullMessages(PullAppMessagesRequest())
         if listed.messages_list:
             return listed
         if stop.wait(0.01):
@@ -287,7 +297,9 @@ def _listed(client: Any, stop: threading.Event) -> Any:
             raise LookupError("a task without a message")
 
 
-def _inflated(client: Any, listed: Any, context: Any) -> Any:
+def _inflated(
+    client: "RuntimeHttpClient", listed: "PullAppMessagesResponse", context: "Context"
+) -> "Message":
     """Return the task's message with its content.
 
     It waits while the SuperNode itself is still pulling that.
@@ -311,7 +323,7 @@ def _inflated(client: Any, listed: Any, context: Any) -> Any:
     return message
 
 
-def _envelope(listed: Any) -> Any:
+def _envelope(listed: "PullAppMessagesResponse") -> "Message":
     """Return the message as an address to reply to, for which its metadata is enough."""
     from flwr.common.serde import message_from_proto
 
@@ -319,7 +331,7 @@ def _envelope(listed: Any) -> Any:
 
 
 @contextmanager
-def _heartbeat(client: Any) -> Iterator[None]:
+def _heartbeat(client: "RuntimeHttpClient") -> Iterator[None]:
     """Send signs of life while a task is in hand.
 
     One that fails is made good by the next.

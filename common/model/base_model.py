@@ -16,13 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from . import assets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BaseModel", "final_states", "load", "pad", "prefix_states", "resumed_at"]
 
@@ -45,8 +48,8 @@ class BaseModel:
     name: str
     folder: str
     kind: Kind
-    network: Any
-    tokenizer: Any
+    network: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
 
     @cached_property
@@ -154,7 +157,7 @@ def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Ten
     """Compute the input of block number `block`, shape (records, length, width)."""
     kept: list[Tensor] = []
 
-    def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         kept.append(given[0])
         raise _Reached
 
@@ -204,7 +207,7 @@ class _Reached(Exception):
     """Raised to stop the forward pass when the prefix is computed."""
 
 
-def _same(hidden: Any, *_: Any, **__: Any) -> Any:
+def _same(hidden: Tensor, *_: object, **__: object) -> Tensor:
     return hidden
 
 
@@ -255,7 +258,7 @@ def _converted(base: str, file: Path) -> Path:
     return folder
 
 
-def _read(base: str, folder: str) -> tuple[Any, Any]:
+def _read(base: str, folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -286,7 +289,9 @@ def _read(base: str, folder: str) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _check_vocabulary(base: str, network: Any, tokenizer: Any) -> None:
+def _check_vocabulary(
+    base: str, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     words, rows = len(tokenizer), network.get_input_embeddings().weight.shape[0]
     if words == 0:
         raise ModelError(f"model.base = {base!r} has no tokenizer; add tokenizer.json to it")
@@ -330,7 +335,7 @@ def _check_states(base: BaseModel) -> None:
             )
 
 
-def _fingerprint(network: Any) -> str:
+def _fingerprint(network: "PreTrainedModel") -> str:
     """Hash the first numbers of every tensor, to tell models of the same shapes apart."""
     hashed = hashlib.sha256(network.config.model_type.encode())
     for name, value in sorted(network.state_dict().items()):

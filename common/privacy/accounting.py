@@ -100,9 +100,9 @@ class Charge:
             _refuse("steps", "a whole number of at least 1", self.steps)
 
     @property
-    def event(self) -> Any:
+    def event(self) -> dp_event.DpEvent:
         """The charge as a dp_accounting `DpEvent` (Gaussian, sampled, self-composed)."""
-        event: Any = dp_event.GaussianDpEvent(self.noise_multiplier)
+        event: dp_event.DpEvent = dp_event.GaussianDpEvent(self.noise_multiplier)
         if self.sampling_rate < 1:
             event = dp_event.PoissonSampledDpEvent(self.sampling_rate, event)
         return dp_event.SelfComposedDpEvent(event, self.steps) if self.steps > 1 else event
@@ -324,7 +324,7 @@ def _renyi(multiplier: float, rate: float) -> NDArray[np.float64]:
 
     It is that of add_remove. The one of zero_out is the same.
     """
-    event: Any = dp_event.GaussianDpEvent(multiplier)
+    event: dp_event.DpEvent = dp_event.GaussianDpEvent(multiplier)
     if rate < 1:
         event = dp_event.PoissonSampledDpEvent(rate, event)
     accountant = rdp.RdpAccountant(_FEW_ORDERS, _RELATIONS["add_remove"])
@@ -379,7 +379,9 @@ def _one_gaussian(total: _Total) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _accountant(adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...]) -> Any:
+def _accountant(
+    adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...]
+) -> pld.PLDAccountant:
     """dp_accounting's PLD accountant with everything composed into it."""
     plain = math.fsum(n / z**2 for z, rate, n in parts if rate == 1)
     # A tiny loss needs a finer grid; a very large one a coarser, upwards, to bound the table.
