@@ -15,9 +15,7 @@ for the last. More than two arms share a look's part among the differences to th
 """
 
 import math
-from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +28,7 @@ from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
 from ..common.settings.config import Config, parse
 from ..common.settings.sections import DEVICES, AbRunSettings
+from .round_record import ArmEstimate, Difference, Estimates
 
 __all__ = [
     "device_settings",
@@ -125,7 +124,7 @@ def estimated(
     answered: int,
     settings: AbRunSettings,
     alpha: float | None = None,
-) -> dict[str, Any]:
+) -> Estimates:
     """Estimate arm means and their differences from one look's noised sums.
 
     Args:
@@ -146,7 +145,7 @@ def estimated(
     reach = NormalDist().inv_cdf(1 - alpha / 2)
     spread = plan.step * math.sqrt(answered * (plan.variance + 0.25))  # 1/4: randomised rounding
     half_width = (settings.high - settings.low) / 2
-    arms: list[dict[str, Any]] = []
+    arms: list[ArmEstimate] = []
     for name, row in zip(settings.arms, sums.reshape(-1, settings.entries), strict=True):
         mean, error = _mean(row, spread)
         shown = None if mean is None else settings.low + half_width * (mean + 1)
@@ -156,11 +155,12 @@ def estimated(
              "devices": float(row[0]), "devices_std": spread}
         )  # fmt: skip
     first = arms[0]
-    differences: list[dict[str, Any]] = []
+    differences: list[Difference] = []
     for other in arms[1:]:
         value = error = None
         if first["mean"] is not None and other["mean"] is not None:
             value = other["mean"] - first["mean"]
+        if first["error"] is not None and other["error"] is not None:
             error = math.hypot(first["error"], other["error"])
         interval = _around(value, error, reach)
         differences.append(
@@ -195,7 +195,7 @@ def _around(value: float | None, error: float | None, reach: float) -> list[floa
     return [value - reach * error, value + reach * error]
 
 
-def lines(look: Mapping[str, Any]) -> list[str]:
+def lines(look: Estimates) -> list[str]:
     """The estimates of one look, as a person reads them."""
     shown = [
         f"look {look['look']}: {look['answered']} devices answered; "

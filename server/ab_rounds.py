@@ -9,9 +9,8 @@ releases a look twice, and a sum that too few are in is not opened.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
 from ..common.settings.sections import AbRunSettings
 from . import ab_estimates, void_rounds
-from .rounds import LOG, ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
+from .round_record import LOG, read_records
+from .rounds import ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
 
 __all__ = ["DUE", "run_looks"]
 
@@ -43,7 +43,7 @@ def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
     config, folder = run.config, run.folder
     start = np.zeros(layout(ab_run).dimension, np.float32)
     voids, unsure = 0, begun_before(folder)
-    while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= ab_run.looks:
+    while (look := void_rounds.trained(records := read_records(folder)) + 1) <= ab_run.looks:
         if ab_run.stop and _difference_found(folder):
             break
         _wait(folder, look, ab_run.hours, run.greet)
@@ -71,9 +71,7 @@ def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
 
 def _difference_found(folder: Path) -> bool:
     """Whether a look has found a difference."""
-    looks: list[Mapping[str, Any]] = [
-        record["look"] for record in read_lines(folder / LOG) if "look" in record
-    ]
+    looks = [record["look"] for record in read_records(folder) if "look" in record]
     return any(each["found"] for look in looks for each in look["differences"])
 
 

@@ -8,7 +8,6 @@ noised sums.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ __all__ = ["statistics_of"]
 
 def statistics_of(
     sums: dict[str, NDArray[np.float64]], plan: Plan, answered: int
-) -> dict[str, Any]:
+) -> dict[str, float | None]:
     """The content of `statistics` in a round's record.
 
     Args:
@@ -30,7 +29,7 @@ def statistics_of(
         answered: contributions in the sums, each with its share of noise where devices add it.
     """
     adders = {"none": 0, "server": 1}.get(plan.noise_at, answered)
-    statistics: dict[str, Any] = {}
+    statistics: dict[str, float | None] = {}
     for block in plan.blocks:
         each, spread = sums[block.name], _spread(block, adders)
         if block.name == "losses":

@@ -11,7 +11,6 @@ mean. So it costs no privacy, and the numbers of members it shows are the noised
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,12 @@ from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
 from ..common.model.families import family_named
 from ..common.model.server_optimizers import MOMENTUM, optimizer_named
 from ..common.settings.config import Config
+from .round_record import RoundRecord
 
 __all__ = ["step", "turned"]
 
 Memory = Mapping[str, Vector]
-Stepped = tuple[Vector, dict[str, Vector], dict[str, Any]]
+Stepped = tuple[Vector, dict[str, Vector], RoundRecord]
 
 
 def step(
@@ -73,7 +73,7 @@ def turned(
         return state, dict(memory), {}
     new = exchange.cluster_vectors(state).copy()
     kept = {name: v.reshape(len(new), -1).copy() for name, v in memory.items() if name != MEMBERS}
-    done: dict[str, Any] = {"split": after}
+    done: RoundRecord = {"split": after}
     if after > active_clusters:
         _split(exchange, number, new, kept)
     else:

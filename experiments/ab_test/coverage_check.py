@@ -141,7 +141,7 @@ def _repetition(
     vectors = contributions(settings, arms, everybody)
     since = 1 + np.arange(settings.clients) * settings.looks // settings.clients
     plan = look_plan(settings, settings.name, 1)
-    looks = []
+    looks: list[dict[str, Any]] = []
     for look in range(1, settings.looks + 1):
         there = rng.random(settings.clients) >= settings.simulated.dropout
         now = np.where((since <= look)[:, None], vectors, 0.0)[there]
@@ -149,6 +149,6 @@ def _repetition(
         sums = sums_of(summed(now, plan, noise.SystemSource()), plan)
         record = estimated(sums, plan, len(now), settings)
         peeked = estimated(sums, plan, len(now), settings, settings.alpha)
-        record["uncorrected"] = any(one["found"] for one in peeked["differences"])
-        looks.append(record)
+        uncorrected = any(one["found"] for one in peeked["differences"])
+        looks.append({**record, "uncorrected": uncorrected})
     return looks

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...common.errors import AssetError, ConfigError, StateError
-from ...common.files import read_lines
 from . import directory_commands
 
 if TYPE_CHECKING:
@@ -174,8 +173,9 @@ def ab(
     """Compare templates, or heads, on the enrolled devices: noised sums, keyed arms, paid looks."""
     from ...common.ab_test import read
     from ..ab_estimates import device_settings
+    from ..round_record import LOG
     from . import setup
-    from .device_runs import LOG, enrolled_in, prepare
+    from .device_runs import enrolled_in, prepare
 
     server, settings = setup.load(folder), read(config)
     enrolled = enrolled_in(server, settings.name, resume)
@@ -302,8 +302,8 @@ def _run_facts(
     config: Path, latest: Mapping[str, str], asked: bool, names: Mapping[int, str]
 ) -> dict[str, Any]:
     from ...common.settings.config import read
+    from ..round_record import read_records
     from ..void_rounds import sentence
-    from .device_runs import LOG
 
     run_folder = config.parent
     counts = ("round", "asked", "answered", "declined", "refused", "void")
@@ -312,9 +312,9 @@ def _run_facts(
         "status": latest.get(str(run_folder), "not started" if asked else "unknown"),
         "count": read(config).rounds.count,
         "rounds": [
-            {name: record[name] for name in counts if name in record}
+            {name: value for name, value in record.items() if name in counts}
             | ({"why": sentence(record, names)} if record["void"] else {})
-            for record in read_lines(run_folder / LOG)
+            for record in read_records(run_folder)
         ],
     }
 

@@ -8,15 +8,16 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError, PrivacyError, RunExists, RunUnfinished, StateError
-from ...common.files import explain_os_errors, read_lines, write_atomic
+from ...common.files import explain_os_errors, write_atomic
 from ...common.secure_aggregation.fleet_directory import refuse_colluders
 from ...common.settings.config import Config, of_run, parse, to_toml
 from ...common.settings.sections import DEVICES
 from .. import void_rounds
 from ..directory_listing import newest
+from ..round_record import RoundRecord, read_records
 from ..run_folder import run_lock
 from . import control, enrolment
 from .server_folder import Server
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from ...common.privacy.round_plan import Plan
     from ..run_folder.starting import Start
 
-__all__ = ["LOG", "enrolled_in", "follow", "going_on", "prepare"]
+__all__ = ["enrolled_in", "follow", "going_on", "prepare"]
 
-LOG = "rounds.jsonl"
 LOOK_S = 0.5
 FIRST_WAIT_S = 1.0
 SILENCE_S = 2.0  # a process that ends by itself tells Flower so, a moment after its lock is free
@@ -174,7 +174,7 @@ def follow(server: Server, run_folder: Path, flower: int, count: int, show: Show
         if why and not waiting:
             show(f"waiting: {why}")
         waiting = why
-        records = read_lines(run_folder / LOG)  # after the status: the last round is never missed
+        records = read_records(run_folder)  # after the status: the last round is never missed
         for line in (line for one in records[shown:] for line in _lines(one, count, names)):
             show(line)
         failures, shown = 0 if len(records) > shown else failures, len(records)
@@ -202,7 +202,7 @@ def _state(server: Server, flower: int) -> tuple[control.Run | None, str]:
         return None, str(error)
 
 
-def _refuse_unfinished(run_folder: Path, records: list[Any], count: int) -> None:
+def _refuse_unfinished(run_folder: Path, records: list[RoundRecord], count: int) -> None:
     """Raise an error when a run ended before all its rounds were done.
 
     An experiment may find its answer early.
@@ -248,7 +248,7 @@ def going_on(server: Server, run_folder: Path) -> int | None:
     return next((run.run_id for run in active), None)
 
 
-def _lines(record: Mapping[str, Any], count: int, names: Mapping[int, str]) -> list[str]:
+def _lines(record: RoundRecord, count: int, names: Mapping[int, str]) -> list[str]:
     """Show a round's record, or a look's with what it said."""
     line = void_rounds.round_line(record, count, names)
     if "look" not in record:

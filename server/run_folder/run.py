@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...common.files import read_lines
 from ...common.model.adapter import Adapter, exchanged, shared
 from ...common.model.exchange_layout import Exchange
-from ..rounds import LOG, ServedRun, Vector, run_rounds
+from ..round_record import read_records
+from ..rounds import ServedRun, Vector, run_rounds
 from .starting import started
 
 __all__ = ["index_of_largest_cluster", "run_to_completion"]
@@ -49,6 +49,6 @@ def index_of_largest_cluster(folder: Path, count: int) -> int:
     It goes by the noised numbers of the rounds since there are no more of them, and is 0 where no
     such round was finished.
     """
-    counted = [line.get("members", ()) for line in read_lines(folder / LOG)]
+    counted = [line.get("members", ()) for line in read_records(folder)]
     same = [members for members in counted if len(members) == count]
     return int(np.sum(same, axis=0).argmax()) if same else 0

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from ...common.errors import CheckpointCorrupt, ConfigError, StateError
-from ...common.files import read_lines, write_atomic, write_json_atomic
+from ...common.files import write_atomic, write_json_atomic
 from ...common.model.exchange_layout import Exchange
 from ...common.settings.config import Config, of_run
+from ..round_record import read_records
 from ..void_rounds import trained
 from . import checkpoint
 
@@ -69,7 +70,7 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
     _refuse_other_kind(folder, old, config)
     run = (folder / "run-id").read_text("utf-8").strip()
     kept = checkpoint.load(folder, run=run, config_hash=old.digest, layout=exchange.adapter.digest)
-    done = trained(read_lines(folder / "rounds.jsonl"))
+    done = trained(read_records(folder))
     if kept is None or not done:
         raise StateError(f"adapter.start = {asked!r}: the run in {folder} has trained no round yet")
     fingerprint = _fingerprint(kept.adapter)

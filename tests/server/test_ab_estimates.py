@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,7 +262,7 @@ def test_the_looks_spend_alpha_and_no_more(spending, looks):
 def test_more_arms_share_a_looks_alpha_and_are_compared_with_the_first():
     settings = three_arms("binary")
     plan = look_plan(settings, "run", 1)
-    found = estimated(np.array([500.0, 0, 500, 0, 500, 250]), plan, 24, settings)
+    found: Any = estimated(np.array([500.0, 0, 500, 0, 500, 250]), plan, 24, settings)
     assert found["level"] == pytest.approx(1 - 0.05 / 2)
     assert [one["found"] for one in found["differences"]] == [False, True]
     assert [round(arm["mean"], 3) for arm in found["arms"]] == [0.5, 0.5, 0.75]

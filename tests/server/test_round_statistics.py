@@ -425,7 +425,7 @@ def test_where_the_noise_outweighs_the_records_no_loss_is_told():
 
 
 def test_the_line_of_a_round_says_the_loss_and_its_noise():
-    record: dict[str, Any] = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
+    record: Any = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
     record |= {"mean_norm": 0.1, "update_norm": 0.2, "seconds": 1.0}
     assert "loss" not in progress.line(record, 2)
     noised = {"train_loss": 3.2104, "train_loss_std": 0.4131}

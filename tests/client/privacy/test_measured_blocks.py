@@ -423,7 +423,7 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
     people_, truth = 900, np.array([180.0, 45.0, 900.0])
     spread = block.variance**0.5 * block.step
     rng = np.random.default_rng(0)
-    drawn = [
+    drawn: list[Any] = [
         statistics_of({"gains": truth + rng.normal(0, spread, 3)}, plan, people_)
         for _ in range(3000)
     ]
@@ -436,7 +436,7 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
 
 def test_where_the_noise_outweighs_the_count_no_mean_is_told():
     plan = planned(configured())
-    said = statistics_of({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
+    said: Any = statistics_of({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
     named = ("gain_shared", "gain_shared_std", "gain_personal", "gain_personal_std", "train_loss")
     assert {said[name] for name in named} == {None}
     assert said["measured_std"] > 0

@@ -81,7 +81,7 @@ def test_a_run_without_statistics_has_no_section_on_them(tmp_path):
 
 
 def test_the_live_line_says_gains_where_the_noise_leaves_them():
-    record: dict[str, Any] = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
+    record: Any = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
     record |= {"mean_norm": 0.1, "update_norm": 0.2, "seconds": 1.0}
     said = progress.line(record | {"statistics": of_round(1)}, 2)
     assert "noised gain +0.106 +- " in said
