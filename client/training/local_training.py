@@ -136,6 +136,10 @@ class Randomness:
     batches: np.random.Generator = field(repr=False)
     noise: Source = field(repr=False)
 
+    def drawn(self, records: int, plan: Plan) -> list[list[int]]:
+        """Draw the batch of each local step, as indices of the records."""
+        return [poisson_indices(records, plan.rate, self.batches) for _ in range(plan.local_steps)]
+
 
 def train(
     trainer: Trainer,
@@ -188,8 +192,7 @@ def train(
     step = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
-    rate, count = plan.rate, len(records)
-    drawn = [poisson_indices(count, rate, randomness.batches) for _ in range(plan.local_steps)]
+    drawn = randomness.drawn(len(records), plan)
     for number, indices in enumerate(drawn):
         if number == 1 and trainer.pairs is not None:
             records = _with_references(trainer, start, records, drawn[1:], shape)
