@@ -177,10 +177,10 @@ def _epsilons(
     """
     cost = _counted(config, own, dimension)
     said: dict[tuple[str, str], list[str]] = {}
-    for line in dict.fromkeys(map(_line, cost)):
+    for line in dict.fromkeys(charge.line for charge in cost):
         if line[:2] == ("client", "unmasked server"):
             continue
-        once = [charge for charge in cost if _line(charge) == line]
+        once = [charge for charge in cost if charge.line == line]
         text = _epsilon(config, own, once, spent, in_run)
         if _by_masks(once, config, own):
             left = _person(cost, "unmasked server")
@@ -284,8 +284,8 @@ def _epsilon(
         )
         return f"no bound at all: {why}, so this device declines every round"
     budget = budget_of(budgets(privacy), *name) or 0.0
-    line = [one for one in spent if _line(one) == _line(charge)]
-    mine = [one for release in in_run for one in release if _line(one) == _line(charge)]
+    line = [one for one in spent if one.line == charge.line]
+    mine = [one for release in in_run for one in release if one.line == charge.line]
     cap = budget_of(caps(privacy), *name)
     cap = None if cap is None or math.isinf(cap) else cap
     return (
@@ -440,7 +440,3 @@ def _about(epsilon: float) -> str:
     if math.isinf(epsilon):
         return "no bound"
     return f"about {math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
-
-
-def _line(charge: "Charge") -> tuple[str, str, str]:
-    return charge.unit, charge.against, charge.adjacency

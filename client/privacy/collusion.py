@@ -135,7 +135,7 @@ def table(
 
 def _person(one: Release, adjacency: Adjacency) -> Charge | None:
     wanted = ("client", "server", adjacency)
-    found = [c for c in one.charges if (c.unit, c.against, c.adjacency) == wanted]
+    found = [c for c in one.charges if c.line == wanted]
     return found[0] if found else None
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...common.privacy.accounting import Adjacency, Charge, epsilon
+from ...common.privacy.accounting import Adjacency, epsilon
 from ...common.privacy.release_facts import Asked
 from ..store.device_store import ME, DeviceStore
 from .collusion import Release, completed, conditions, known, reckoned, table
@@ -65,7 +65,7 @@ def spending(home: DeviceStore) -> dict[str, Any]:
     )
     limits = {"client": owner.client, "example": owner.example}
     most = {**limits, "client/server": max(owner.client, owner.open_directory)}
-    lines = sorted({_line(charge) for one in releases for charge in one.charges})
+    lines = sorted({charge.line for one in releases for charge in one.charges})
     return {
         "delta": delta,
         "budget": limits,
@@ -112,12 +112,12 @@ class _Page:
     def line(self, line: Line) -> dict[str, Any]:
         """Return one line: its figure, and what the figure rests on."""
         unit, against, adjacency = line
-        mine = [one for one in self.releases if line in map(_line, one.charges)]
+        mine = [one for one in self.releases if any(c.line == line for c in one.charges)]
         server = against == "server"
         alone = [one for one in mine if server and _alone(one, line)]
         masked = [one for one in mine if server and one not in alone and self._rests(one, line)]
         unknown = self.without and any(one in self.older for one in masked)
-        charges = [c for one in mine for c in one.charges if _line(c) == line]
+        charges = [c for one in mine for c in one.charges if c.line == line]
         spent, bound = reckoned(charges, self.delta)
         if not bound and line[:2] != OWN_SHARE and not alone:
             spent = None
@@ -127,7 +127,7 @@ class _Page:
                 replace(c, against="server")
                 for one in mine
                 for c in one.charges
-                if _line(c) == (unit, "analyst", adjacency)
+                if c.line == (unit, "analyst", adjacency)
             ]
             with_masks = {
                 "epsilon": _finite(epsilon(seen, self.delta)),
@@ -156,7 +156,7 @@ class _Page:
         """Return whether a figure on a line counts noise that only masks keep in the sum."""
         masks = _has(one, OWN_SHARE) or one in self.older
         return masks and any(
-            line[0] == "client" or c.distance > 0 for c in one.charges if _line(c) == line
+            line[0] == "client" or c.distance > 0 for c in one.charges if c.line == line
         )
 
 
@@ -173,11 +173,7 @@ def _alone(one: Release, line: Line) -> bool:
     if line[0] != "client":
         return False
     broken = [replace(c, against="server") for c in one.charges if (c.unit, c.against) == OWN_SHARE]
-    return broken != [] and broken == [c for c in one.charges if _line(c) == line]
-
-
-def _line(charge: Charge) -> Line:
-    return charge.unit, charge.against, charge.adjacency
+    return broken != [] and broken == [c for c in one.charges if c.line == line]
 
 
 def _finite(value: float) -> float | None:

@@ -11,8 +11,6 @@ Beside them, in the same run: each item's words gone through in Python for words
 sort of all cosines for meaning. Both must find the same best items, or the run fails.
 """
 
-import argparse
-import json
 import math
 import re
 import statistics
@@ -20,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,25 +28,24 @@ from ...common.model.assets import fetch
 from ...common.model.base_model import load
 from ..data.shakespeare import read_plays
 from ..progress import counting
+from .harness import command
 
 BEST = 20
 _END = re.compile(r"(?<=[.!?;:])\s+")
 
 
-def main() -> None:
-    """Print the milliseconds of a search, and of the searches it is compared with."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--items", type=int, default=100_000)
-    options.add_argument("--queries", type=int, default=200)
-    options.add_argument("--encoded", type=int, default=10_000)
-    options.add_argument("--cache", type=Path, default=Path("runs/retrieval-vectors.npy"))
-    given = options.parse_args()
+def main(
+    items: int = 100_000,
+    queries: int = 200,
+    encoded: int = 10_000,
+    cache: Path = Path("runs/retrieval-vectors.npy"),
+) -> dict[str, object]:
+    """The milliseconds of a search, and of the searches it is compared with."""
     import torch
 
     torch.set_num_threads(1)
-    items = shakespeare(given.items)
-    vectors = spread(encoded(items[: given.encoded], given.cache), len(items))
-    print(json.dumps(measure(items, vectors, given.queries), indent=2))
+    texts = shakespeare(items)
+    return measure(texts, spread(vectors_of(texts[:encoded], cache), items), queries)
 
 
 def shakespeare(count: int) -> list[str]:
@@ -62,7 +58,7 @@ def shakespeare(count: int) -> list[str]:
     return found
 
 
-def encoded(texts: Sequence[str], cache: Path) -> NDArray[np.float32]:
+def vectors_of(texts: Sequence[str], cache: Path) -> NDArray[np.float32]:
     """MiniLM's vectors, from `cache` when it has enough of them."""
     if cache.exists() and len(kept := np.load(cache)) >= len(texts):
         found: NDArray[np.float32] = kept[: len(texts)]
@@ -84,7 +80,7 @@ def spread(vectors: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return rows
 
 
-def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) -> dict[str, Any]:
+def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) -> dict[str, object]:
     """Milliseconds of a search, and how many times the reference's median that is faster."""
     encoder = sentence_encoder()
     began = time.perf_counter()
@@ -175,4 +171,4 @@ def check(index: Index, asked: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

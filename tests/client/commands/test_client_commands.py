@@ -34,7 +34,7 @@ from privet.client.store.key_file import Passphrase
 from privet.common.errors import PrivacyError, StateError
 from privet.common.privacy.accounting import Charge
 from privet.common.secure_aggregation.keys import Directory, write_directory
-from privet.experiments.benchmarks.worker_start import wait_for
+from privet.experiments.benchmarks.harness import wait_for
 
 from ..store.test_device_store import SERVER, ask_for_no_example_noise, text
 

@@ -256,13 +256,13 @@ def small() -> Config:
     )
 
 
-def shown(facts: dict[str, Any]) -> str:
+def shown(facts: Any) -> str:
     printed = io.StringIO()
     terminal.show(facts, Console(file=printed, width=400, color_system=None))
     return printed.getvalue()
 
 
-def reported(config: Config, history: History) -> dict[str, Any]:
+def reported(config: Config, history: History) -> Any:
     facts = facts_of(config, [history])
     return {
         "summary": report.build_summary(config, facts, {}, MEASURED),
@@ -320,7 +320,7 @@ def test_the_line_if_masking_is_broken_is_in_all_three_and_has_no_budget():
     assert {row["colluding"]: row["epsilon"] for row in found["rows"]}[COLLUDERS] == (
         against["epsilon"]
     )
-    for devices, value, _ in figures.colluding_rows(found):
+    for devices, value, _ in figures.colluding(against).rows:
         assert re.search(rf"\n *{devices} +{re.escape(value)}", printed)
     assert "colluding-" in page  # the picture
     json.dumps(facts, allow_nan=False)
