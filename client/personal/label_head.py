@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from .head import number_of, pack, unpack, unusable
+from .head import minimise, number_of, pack, unpack, unusable
 
 __all__ = ["LabelHead", "Task", "fit_label_head", "label_losses", "predict"]
 
@@ -215,22 +215,9 @@ def _logistic(features: Tensor, labels: Tensor, shared: LabelHead, strength: flo
         fit = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         return fit + change.square().sum() / 2
 
-    _minimise(objective, change)
+    minimise(objective, change, max_iter=60)
     matrix, bias = parts()
     return _head(shared, matrix.detach(), bias.detach(), strength)
-
-
-def _minimise(objective: Callable[[], Tensor], variable: Tensor) -> None:
-    solver = torch.optim.LBFGS([variable], max_iter=60, line_search_fn="strong_wolfe")
-
-    def step() -> float:
-        solver.zero_grad()
-        with torch.enable_grad():
-            loss = objective()
-            loss.backward()
-        return float(loss.detach())
-
-    solver.step(step)
 
 
 def _strongest(shared_loss: Tensor, held_out: Callable[[float], Tensor]) -> float:

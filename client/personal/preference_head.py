@@ -21,14 +21,22 @@ Source: Rafailov et al. 2023 (DPO).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...common.settings.sections import PreferenceSettings
-from .text_head import SharedScores, TextHead, TokenStates, no_text_head, shared_scores
+from .head import minimise
+from .text_head import (
+    SharedScores,
+    TextHead,
+    TokenStates,
+    no_text_head,
+    shared_scores,
+    token_losses,
+)
 
 __all__ = [
     "AnswerTokens",
@@ -70,8 +78,8 @@ class AnswerTokens:
 
     def summed(self, values: Tensor) -> Tensor:
         """Sum values of positions (k,) to values of pairs (n,), weighed."""
-        found = torch.zeros(self.pairs, dtype=values.dtype)
-        return found.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
+        sums = torch.zeros(self.pairs, dtype=values.dtype)
+        return sums.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,6 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 def token_margins(answers: AnswerTokens, head: TextHead | None, shared: SharedScores,
                   output: Tensor) -> Tensor:  # fmt: skip
     """Return margins (n,) of the pairs under the shared model (None) or with a head, nats."""
-    from .text_head import token_losses
-
     return -answers.summed(token_losses(head, answers.tokens, output, shared))
 
 
@@ -138,8 +144,9 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
         A head without a memory, whose biases may be below zero; the shared model for fewer than
         `MIN_PAIRS` pairs, or where no change predicts left-out pairs better.
     """
+    nothing = no_text_head(output.shape[1])
     if answers.pairs < MIN_PAIRS:
-        return no_text_head(output.shape[1])
+        return nothing
     tokens, slots = _distinguishing(answers)
     scores = shared_scores(answers.tokens, output)
     with torch.no_grad():
@@ -155,24 +162,23 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
     def fitted(spread: float, counted: Tensor) -> Tensor:
         """Fit the bias (m,) on the pairs where `counted` (n,) is true."""
 
-        def objective(free: Tensor) -> Tensor:
+        free = torch.zeros(len(tokens), requires_grad=True)
+
+        def objective() -> Tensor:
             fit = functional.softplus(-settings.beta * change(spread * free))[counted].sum()
             return fit + free.square().sum() / 2
 
-        return spread * _minimum(objective, len(tokens))
+        minimise(objective, free, max_iter=40)
+        return spread * free.detach()
 
     def fitted_on(spread: float, rest: Tensor) -> Tensor:
         return settings.beta * change(fitted(spread, rest))
 
     spread = _best(offset, _folds(answers.which), fitted_on)
     if spread == 0:
-        return no_text_head(output.shape[1])
+        return nothing
     bias = fitted(spread, torch.ones(answers.pairs, dtype=torch.bool))
-    nothing = no_text_head(output.shape[1])
-    return TextHead(
-        tokens, bias, nothing.keys, nothing.slots, nothing.centre,
-        bias_weight=spread, memory_offset=0.0,
-    )  # fmt: skip
+    return replace(nothing, tokens=tokens, bias=bias, bias_weight=spread)
 
 
 def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
@@ -180,27 +186,12 @@ def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
 
     Also returned is each position's token among them, -1 for none.
     """
-    every, place = torch.unique(answers.tokens.targets, return_inverse=True)
-    net = torch.zeros(len(every)).index_add(0, place, answers.weight.sign().float()).abs()
+    used, index = torch.unique(answers.tokens.targets, return_inverse=True)
+    net = torch.zeros(len(used)).index_add(0, index, answers.weight.sign().float()).abs()
     chosen = net.argsort(descending=True, stable=True)[:MOST_TOKENS].sort().values
-    slot = torch.full((len(every),), -1)
+    slot = torch.full((len(used),), -1)
     slot[chosen] = torch.arange(len(chosen))
-    return every[chosen], slot[place]
-
-
-def _minimum(objective: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    free = torch.zeros(count, requires_grad=True)
-    solver = torch.optim.LBFGS([free], max_iter=40, line_search_fn="strong_wolfe")
-
-    def step() -> float:
-        solver.zero_grad()
-        with torch.enable_grad():
-            loss = objective(free)
-            loss.backward()
-        return float(loss.detach())
-
-    solver.step(step)
-    return free.detach()
+    return used[chosen], slot[index]
 
 
 # --- folds ---------------------------------------------------------------------------------------
@@ -228,7 +219,7 @@ def _folds(answers: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _ranks(answers: Tensor) -> Tensor:
     """Return how many other answers were met before each one, (n, 2), first come first."""
     order: dict[int, int] = {}
-    flat = [order.setdefault(one, len(order)) for one in answers.flatten().tolist()]
+    flat = [order.setdefault(answer, len(order)) for answer in answers.flatten().tolist()]
     return torch.tensor(flat).view(answers.shape)
 
 

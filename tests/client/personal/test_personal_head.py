@@ -91,9 +91,8 @@ def test_weights_chosen_on_the_fitted_records_themselves_would_hurt_and_held_out
     own, later = _person(3, taste=0.0), _person(3, taste=0.0, start=100)
     assert fit_text_head(own, _output()).is_shared
 
-    def faulty_in_sample(_own, _shared, tokens, slots, log_own):  # no block is left out
-        counts = torch.bincount(slots, minlength=len(tokens)).float()
-        evidence = text_head._evidence(counts, log_own.exp().mean(0))
+    def faulty_in_sample(_own, _shared, slots, log_own):  # no block is left out
+        evidence = text_head._evidence(slots, log_own)
         return {
             (weight, None): text_head._bias_gain(log_own, weight * evidence[None], slots)
             for weight in text_head.BIAS_WEIGHTS
