@@ -251,8 +251,8 @@ class Vault:
         """
         with self.transaction(writing=False):
             rows = self._rows("SELECT id, generation, name FROM entry", bytes, int, bytes)
-            found = [self._name(*row) for row in rows]
-        return sorted(name for name in found if name.startswith(prefix))
+            names = [self._name(*row) for row in rows]
+        return sorted(name for name in names if name.startswith(prefix))
 
     def version(self, name: str) -> int | None:
         """Return a number that changes when the entry is written.
@@ -334,8 +334,8 @@ class Vault:
         if len(states) != 1:
             self._damaged("its state is missing")
         count, total = self._opened_state(*states[0])
-        marks, found = self._walked()
-        if (len(marks), found) != (count, total):
+        marks, walked = self._walked()
+        if (len(marks), walked) != (count, total):
             self._blame()
         if states[0][1] < self._generation:
             self._tampered("an older state was put back while it was in use")
@@ -564,8 +564,8 @@ def _check_file(path: Path, db: sqlite3.Connection) -> None:
             f"The vault {path} has format version {version}, and this privet reads version "
             f"{FORMAT}. It was left untouched: use the privet that wrote it, or a newer one."
         )
-    found = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name")
-    schema = tuple(sql for (sql,) in found)
+    rows = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name")
+    schema = tuple(sql for (sql,) in rows)
     if (application, version, schema) != (_APPLICATION, FORMAT, _SCHEMA):
         raise StateError(
             f"The vault {path} is damaged: it has not the tables of a vault (cut, overwritten, or "

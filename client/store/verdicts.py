@@ -148,8 +148,8 @@ def kept(home: "DeviceStore") -> dict[int, Verdict]:
         StateError: a newer privet wrote one.
     """
     with home.vault.transaction(writing=False):
-        found = {_number(name): home.vault.get(name) for name in home.vault.names(ENTRY)}
-    return {number: _restored(number, content or b"{}") for number, content in found.items()}
+        entries = {_number(name): home.vault.get(name) for name in home.vault.names(ENTRY)}
+    return {number: _restored(number, content or b"{}") for number, content in entries.items()}
 
 
 def forget(home: "DeviceStore", numbers: Sequence[int] | None) -> int:
@@ -179,10 +179,10 @@ def pairs(verdicts: Iterable[Verdict]) -> tuple[Pair, ...]:
     answer has one verdict, and two answers have one order.
     """
     ordered = sorted(verdicts, key=lambda verdict: verdict.time)
-    found: dict[tuple[str, frozenset[str]], Pair] = {}
+    latest: dict[tuple[str, frozenset[str]], Pair] = {}
     for pair in sorted([*_shown(ordered), *_judged(ordered)], key=lambda pair: pair.time):
-        found[pair.prompt, frozenset((pair.chosen, pair.rejected))] = pair
-    return tuple(sorted(found.values(), key=lambda pair: pair.time))
+        latest[pair.prompt, frozenset((pair.chosen, pair.rejected))] = pair
+    return tuple(sorted(latest.values(), key=lambda pair: pair.time))
 
 
 def own_records(home: "DeviceStore") -> "list[Record]":
@@ -197,27 +197,27 @@ def own_records(home: "DeviceStore") -> "list[Record]":
 
 def _shown(ordered: Sequence[Verdict]) -> Iterator[Pair]:
     """Yield the pairs that lie within one verdict."""
-    for one in ordered:
-        prompt, answer = one.prompt.strip(), one.answer.strip()
-        if one.over is not None:
-            yield Pair(prompt, answer, one.over.strip(), one.time)
-        if one.edited is not None:
-            yield Pair(prompt, one.edited.strip(), answer, one.time)
+    for verdict in ordered:
+        prompt, answer, time = verdict.prompt.strip(), verdict.answer.strip(), verdict.time
+        if verdict.over is not None:
+            yield Pair(prompt, answer, verdict.over.strip(), time)
+        if verdict.edited is not None:
+            yield Pair(prompt, verdict.edited.strip(), answer, time)
 
 
 def _judged(ordered: Sequence[Verdict]) -> Iterator[Pair]:
     """Yield accepted over rejected answers to the same prompt."""
     latest: dict[str, dict[str, Verdict]] = {}
-    for one in ordered:
-        if one.kind != "edit":
-            latest.setdefault(one.prompt.strip(), {})[one.answer.strip()] = one
+    for verdict in ordered:
+        if verdict.kind != "edit":
+            latest.setdefault(verdict.prompt.strip(), {})[verdict.answer.strip()] = verdict
     for prompt, judged in latest.items():
-        rejected = [(a, one.time) for a, one in judged.items() if one.kind == "reject"]
-        rejected = sorted(rejected, key=lambda each: each[1])[-SIDE_BY_SIDE:]
-        for answer, one in judged.items():
-            if one.kind == "accept":
-                for other, time in rejected:
-                    yield Pair(prompt, answer, other, max(one.time, time))
+        rejected = [(v.time, answer) for answer, v in judged.items() if v.kind == "reject"]
+        rejected = sorted(rejected, key=lambda each: each[0])[-SIDE_BY_SIDE:]
+        for answer, verdict in judged.items():
+            if verdict.kind == "accept":
+                for time, other in rejected:
+                    yield Pair(prompt, answer, other, max(verdict.time, time))
 
 
 def _restored(number: int, content: bytes) -> Verdict:
@@ -246,8 +246,8 @@ def _optional(fields: Mapping[str, object], name: str, where: str) -> str | None
 def _text(fields: Mapping[str, object], name: str, where: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
-        found = "nothing" if value is None or isinstance(value, str) else type(value).__name__
-        raise DataError(f'{where}: "{name}" must be a text that is not empty, found {found}.')
+        kind = "nothing" if value is None or isinstance(value, str) else type(value).__name__
+        raise DataError(f'{where}: "{name}" must be a text that is not empty, found {kind}.')
     if len(value) > LONGEST:
         raise DataError(
             f'{where}: "{name}" has {len(value):,} characters, and at most {LONGEST:,} are kept; '
