@@ -165,7 +165,7 @@ class Assistant:
             shared=shared,
             personal=personal,
             sources=tuple(
-                Source(hit.place, self.index.texts[hit.place], hit.words, hit.meaning)
+                Source(hit.index, self.index.texts[hit.index], hit.words, hit.meaning)
                 for hit in found.hits
             ),
             with_profile=found.with_profile,

@@ -168,7 +168,7 @@ def check(index: Index, asked: Sequence[str]) -> None:
             (Ways(meaning=0, recency=0), np.array(words_by_hand(index, query))),
             (Ways(words=0, recency=0), meaning_by_hand(index, query)),
         ):
-            found = [by_hand[hit.place] for hit in index.search(query, BEST, ways)]
+            found = [by_hand[hit.index] for hit in index.search(query, BEST, ways)]
             best = np.sort(by_hand)[::-1][: len(found)]
             if not np.allclose(found, best, rtol=1e-3, atol=1e-4):
                 raise SystemExit(f"the search and the reference disagree on {query!r}")

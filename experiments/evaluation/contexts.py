@@ -94,9 +94,9 @@ class History:
         if not self.ids or before == 0:
             return ()
         hits = self.index.search(query, _HITS, self.ways, before)
-        chosen = pick(self.index, hits, [len(self.ids[hit.place]) for hit in hits], budget)
-        places = sorted(hit.place for hit in chosen)
-        return tuple(token for place in places for token in self.ids[place])
+        chosen = pick(self.index, hits, [len(self.ids[hit.index]) for hit in hits], budget)
+        indices = sorted(hit.index for hit in chosen)
+        return tuple(token for index in indices for token in self.ids[index])
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ def retrieve(
     ways = Ways(words=float(how == "bm25"), meaning=float(how == "dense"), recency=0.0, pool=k)
     index = Index.build([_searched(task, item) for item in profile],
                         encoder if how == "dense" else None)  # fmt: skip
-    return [profile[hit.place] for hit in index.search(query(task, question.text), k, ways)]
+    return [profile[hit.index] for hit in index.search(query(task, question.text), k, ways)]
 
 
 def prompt(

@@ -43,7 +43,7 @@ def first_letters(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def places(hits: Sequence[Hit]) -> list[int]:
-    return [hit.place for hit in hits]
+    return [hit.index for hit in hits]
 
 
 def test_words_that_are_rare_in_the_history_count_more_than_common_ones():
@@ -107,21 +107,6 @@ def test_a_search_gives_distinct_places_at_most_k_with_falling_scores(texts, que
     assert all(first.score >= then.score for first, then in pairwise(found))
 
 
-def test_an_extended_index_finds_what_one_built_at_once_finds_and_encodes_new_texts_only():
-    seen: list[str] = []
-
-    def counting(texts: Sequence[str]) -> NDArray[np.float32]:
-        seen.extend(texts)
-        return first_letters(texts)
-
-    grown = Index.build(TEXTS[:3], counting).extended(TEXTS[3:])
-    assert seen == list(TEXTS)
-    assert grown.search("cat in the rain", 5) == Index.build(TEXTS, first_letters).search(
-        "cat in the rain", 5
-    )
-    assert grown.extended(()) is grown
-
-
 def test_building_an_index_says_nothing(capfd):
     Index.build(TEXTS)
     assert capfd.readouterr() == ("", "")
@@ -133,10 +118,10 @@ def test_building_an_index_says_nothing(capfd):
 def test_what_is_picked_fits_the_budget_and_leaves_room_to_shorter_hits():
     index = Index.build(TEXTS)
     hits = index.search("the cat and the dog in the rain", 5)
-    lengths = [len(words_of(TEXTS[hit.place])) for hit in hits]
+    lengths = [len(words_of(TEXTS[hit.index])) for hit in hits]
     for budget in range(30):
         picked = pick(index, hits, lengths, budget)
-        used = sum(len(words_of(TEXTS[hit.place])) for hit in picked)
+        used = sum(len(words_of(TEXTS[hit.index])) for hit in picked)
         assert used <= budget
         left_out = [n for hit, n in zip(hits, lengths, strict=True) if hit not in picked]
         assert not left_out or min(left_out) > budget - used
@@ -150,8 +135,8 @@ def test_a_text_is_picked_once_and_diversity_prefers_another_thing_to_the_same_a
     assert len(pick(index, hits, lengths, 100)) == 3
     plain = pick(index, hits, lengths, 6, diversity=0)
     diverse = pick(index, hits, lengths, 6, diversity=0.8)
-    assert {texts[hit.place] for hit in plain} == {"red red wine", "red wine red"}
-    assert texts[diverse[1].place] == "red cheese and bread"
+    assert {texts[hit.index] for hit in plain} == {"red red wine", "red wine red"}
+    assert texts[diverse[1].index] == "red cheese and bread"
 
 
 def test_no_hits_no_room_and_no_text_twice_are_no_errors():
@@ -243,4 +228,4 @@ def test_minilm_finds_a_line_by_its_meaning():
         ("songs nourish romance", 2),
         ("should one live or die?", 0),
     ):
-        assert index.search(query, 1, Ways(words=0, recency=0))[0].place == place
+        assert index.search(query, 1, Ways(words=0, recency=0))[0].index == place
