@@ -8,7 +8,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -74,11 +74,11 @@ def add(
     else:
         fields = {"kind": given[0], "prompt": prompt, "answer": options[given[0]]}
         verdicts = [feedback.check({**fields, "over": over, "edited": to}, "the verdict", now)]
-    with opened(home, passphrase) as found:
-        numbers = feedback.add(found, verdicts)
-        counts = _counts(feedback.kept(found).values())
-    said = f"{len(numbers):,} verdict{'' if len(numbers) == 1 else 's'} recorded; "
-    printing.say(as_json, {"kept": numbers, **counts}, f"{said}{_spoken(counts)}.")
+    with opened(home, passphrase) as store:
+        numbers = feedback.add(store, verdicts)
+        counts = _counts(feedback.kept(store))
+    sentence = f"{_verdicts(len(numbers))} recorded; {_spoken(counts)}."
+    printing.say(as_json, {"kept": numbers, **counts}, sentence)
 
 
 @app.command("list")
@@ -92,9 +92,9 @@ def list_(
     """List the verdicts kept with number, day and kind, and with --texts also what was said."""
     from ..store import verdicts as feedback
 
-    with opened(home, passphrase) as found:
-        every = feedback.kept(found)
-    counts = _counts(every.values())
+    with opened(home, passphrase) as store:
+        every = feedback.kept(store)
+    counts = _counts(every)
     rows = _pair_rows(every, texts) if pairs else _rows(every, texts)
     if as_json:
         printing.dump({**counts, "pairs" if pairs else "verdicts": rows})
@@ -119,11 +119,11 @@ def forget(
 
     if bool(numbers) == every:
         raise ConfigError("name the verdicts to forget by their numbers, or say --all")
-    with opened(home, passphrase) as found:
-        gone = feedback.forget(found, None if every else numbers)
-        counts = _counts(feedback.kept(found).values())
-    said = f"{gone:,} verdict{'' if gone == 1 else 's'} erased; {_spoken(counts)}."
-    printing.say(as_json, {"forgotten": gone, **counts}, said)
+    with opened(home, passphrase) as store:
+        gone = feedback.forget(store, None if every else numbers)
+        counts = _counts(feedback.kept(store))
+    sentence = f"{_verdicts(gone)} erased; {_spoken(counts)}."
+    printing.say(as_json, {"forgotten": gone, **counts}, sentence)
 
 
 def _read(file: Path, now: float) -> "list[Verdict]":
@@ -150,11 +150,14 @@ def _read(file: Path, now: float) -> "list[Verdict]":
             for n, line in lines]  # fmt: skip
 
 
-def _counts(verdicts: Any) -> dict[str, int]:
+def _counts(every: "dict[int, Verdict]") -> dict[str, int]:
     from ..store.verdicts import pairs
 
-    every = list(verdicts)
-    return {"verdicts_kept": len(every), "pairs_formed": len(pairs(every))}
+    return {"verdicts_kept": len(every), "pairs_formed": len(pairs(every.values()))}
+
+
+def _verdicts(count: int) -> str:
+    return f"{count:,} verdict{'' if count == 1 else 's'}"
 
 
 def _spoken(counts: dict[str, int]) -> str:
@@ -162,25 +165,28 @@ def _spoken(counts: dict[str, int]) -> str:
     return f"{kept:,} kept in all, pairs they give: {pairs:,}"
 
 
-def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
     rows = []
-    for number, one in every.items():
-        row: dict[str, Any] = {"number": number, "day": _day(one.time), "kind": one.kind}
+    for number, v in every.items():
+        row: dict[str, object] = {"number": number, "day": _day(v.time), "kind": v.kind}
         if texts:
-            row |= {"prompt": one.prompt, "answer": one.answer, "other": one.edited or one.over}
+            row |= {"prompt": v.prompt, "answer": v.answer, "other": v.edited or v.over}
         rows.append(row)
     return rows
 
 
-def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
     from ..store.verdicts import pairs
 
     rows = []
     for pair in pairs(every.values()):
-        row: dict[str, Any] = {"day": _day(pair.time)}
-        lengths = {"chosen": len(pair.chosen), "rejected": len(pair.rejected)}
-        said = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        rows.append(row | (said if texts else {f"{k} characters": n for k, n in lengths.items()}))
+        row: dict[str, object] = {"day": _day(pair.time)}
+        if texts:
+            row |= {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        else:
+            row["chosen characters"] = len(pair.chosen)
+            row["rejected characters"] = len(pair.rejected)
+        rows.append(row)
     return rows
 
 

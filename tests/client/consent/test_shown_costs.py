@@ -27,7 +27,7 @@ def shown(config: Config, dimension: int | None = None) -> dict[tuple[str, str],
     """The figures of the consent text: unit and adversary -> epsilon after one release."""
     offer = Offer("run", "fl.example.org:9092", 0.0, to_toml(config))
     found: dict[tuple[str, str], float] = {}
-    for label, text in describe(offer, Policy(), dimension=dimension, closed=True):
+    for label, text in describe(offer, Policy(), dimension=dimension):
         if label.startswith("epsilon"):
             who, figures = text.split(": about ", 1)
             of, names = who.split(", against ", 1)
