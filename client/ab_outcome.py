@@ -4,6 +4,8 @@
 that returns is all that leaves. The arm is a keyed hash (`arm_of`) and is not sent.
 """
 
+from dataclasses import dataclass, field
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,24 @@ from ..common.settings.sections import AbRunSettings
 from .privacy.gate import refuse_more, release
 from .privacy.ledger import Ledger
 
-__all__ = ["answered", "outcome_vector", "take_part"]
+__all__ = ["ArmOutcome", "answered", "outcome_vector", "take_part"]
+
+
+@dataclass(frozen=True)
+class ArmOutcome:
+    """What one device has to release at a look.
+
+    It is sensitive, so `repr` hides it.
+
+    Attributes:
+        client: whose ledger pays.
+        arm: the place of the device's arm.
+        outcome: of the person, from `low` to `high` of the settings; None where there is none yet.
+    """
+
+    client: str
+    arm: int = field(repr=False)
+    outcome: float | None = field(repr=False)
 
 
 def outcome_vector(settings: AbRunSettings, arm: int, outcome: float | None) -> NDArray[np.float32]:
@@ -50,9 +69,7 @@ def outcome_vector(settings: AbRunSettings, arm: int, outcome: float | None) -> 
 def take_part(
     settings: AbTestSettings,
     plan: Plan,
-    client: str,
-    arm: int,
-    outcome: float | None,
+    given: ArmOutcome,
     ledger: Ledger,
     source: noise.Source,
 ) -> bytes | None:
@@ -61,8 +78,7 @@ def take_part(
     Args:
         settings: the device's own: a plan may be stricter, never laxer.
         plan: the server's, of this look.
-        client: whose ledger.
-        arm, outcome: as `outcome_vector`.
+        given: the arm and its outcome.
         ledger: what this device has spent.
         source: operating system randomness; a seeded one in tests only.
 
@@ -71,11 +87,9 @@ def take_part(
         the reason in its ledger. A look asked again gets the same bytes again and costs nothing.
     """
     try:
-        return answered(
-            settings, run_settings(settings), plan, client, arm, outcome, ledger, source
-        )
+        return answered(settings, run_settings(settings), plan, given, ledger, source)
     except (PrivacyError, ProtocolError) as refusal:
-        ledger.decline(client, plan.run, plan.round, str(refusal))
+        ledger.decline(given.client, plan.run, plan.round, str(refusal))
         return None
 
 
@@ -83,9 +97,7 @@ def answered(
     settings: AbRunSettings,
     own: Config,
     plan: Plan,
-    client: str,
-    arm: int,
-    outcome: float | None,
+    given: ArmOutcome,
     ledger: Ledger,
     source: noise.Source,
 ) -> bytes:
@@ -99,9 +111,9 @@ def answered(
     plan.refuse_if_laxer(own, layout(settings).dimension)
     if plan.blocks or plan.record_clip:
         raise ProtocolError(f"look {plan.round}: an A/B experiment trains and measures nothing")
-    kept = ledger.resend(client, plan.run, plan.round, plan.digest)
+    kept = ledger.resend(given.client, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
-    refuse_more(ledger, client, plan, own)
-    vector = outcome_vector(settings, arm, outcome)
-    return release(vector, layout(settings).digest, plan, client, ledger, own.privacy, source)
+    refuse_more(ledger, given.client, plan, own)
+    vector = outcome_vector(settings, given.arm, given.outcome)
+    return release(vector, layout(settings).digest, plan, given.client, ledger, own.privacy, source)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -23,16 +23,19 @@ from ..common.errors import PrivacyError, ProtocolError, StateError
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.keys import Identity, greeting
 from .privacy import upload_state
+from .runtime.worker import FAILED
 
 if TYPE_CHECKING:
     from .device import Device
+    from .privacy.masked_upload import State
+
+Vector = NDArray[np.float32]
 
 __all__ = ["Participant", "Simulated", "answer", "app", "greet", "nothing"]
 
 app = ClientApp()
 
 BEGINS = ("keys", "round")
-FAILED = "this device could not take part; the reason is in its own log"
 
 
 class Participant(Protocol):
@@ -42,7 +45,7 @@ class Participant(Protocol):
     def identity(self) -> Identity:
         """The long-lived key pair of the device."""
 
-    def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+    def hello(self, offer: Mapping[str, object]) -> Mapping[str, bool | int]:
         """Return whether the device takes part in the run that is offered, as `accepted`."""
 
     def device(self, plan: Plan, number: int, begins: bool, /) -> "Device":
@@ -52,13 +55,13 @@ class Participant(Protocol):
         round. PrivacyError where the device does not take part.
         """
 
-    def recall(self) -> Any:
+    def recall(self) -> "State | None":
         """Return what the phase before kept, and forget it.
 
         None at the first phase of a round.
         """
 
-    def keep(self, state: Any) -> None:
+    def keep(self, state: "State | None") -> None:
         """Keep what the next phase of the round needs."""
 
     def sent(self, plan: Plan, phase: str, payload: bytes) -> None:
@@ -67,7 +70,7 @@ class Participant(Protocol):
     def decline(self, plan: Plan, reason: str) -> None:
         """Record why the device sends nothing."""
 
-    def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
+    def finish(self, run: str, adapter: Vector) -> None:
         """Take over the adapter that a run has ended with."""
 
 
@@ -116,9 +119,9 @@ def answer(message: Message, seat: Participant) -> Message:
     number = -1
     try:
         given = message.content.get("adapter")
-        start: Any = None if given is None else given["vector"].numpy()
+        start: Vector | None = None if given is None else given["vector"].numpy()
         if name == "keep":
-            seat.finish(str(message.content["offer"]["run"]), start)
+            seat.finish(str(message.content["offer"]["run"]), _needed(start, name))
             payload: bytes | None = b""
         else:
             number = int(message.content["protocol"]["client"])
@@ -148,7 +151,9 @@ def _reply(message: Message, number: int, payload: bytes | None) -> Message:
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 
 
-def _phase(name: str, message: Message, start: Any, seat: Participant, number: int) -> bytes | None:
+def _phase(
+    name: str, message: Message, start: Vector | None, seat: Participant, number: int
+) -> bytes | None:
     from .device import masked_phase, take_part  # loads torch, which a greeting does not need
 
     plan = Plan.from_dict(dict(message.content["plan"]))
@@ -158,7 +163,7 @@ def _phase(name: str, message: Message, start: Any, seat: Participant, number: i
         seat.decline(plan, str(refusal))
         return None
     if name == "round":
-        payload = take_part(device, plan, start)
+        payload = take_part(device, plan, _needed(start, name))
     else:
         given = message.content["protocol"]["message"]
         kept, payload = masked_phase(device, name, plan, given, start, seat.recall())
@@ -166,6 +171,12 @@ def _phase(name: str, message: Message, start: Any, seat: Participant, number: i
     if payload is not None:
         seat.sent(plan, name, payload)
     return payload
+
+
+def _needed(start: Vector | None, name: str) -> Vector:
+    if start is None:
+        raise ProtocolError(f"the message {name!r} came without an adapter")
+    return start
 
 
 class Simulated:
@@ -190,7 +201,7 @@ class Simulated:
         own = self._own()
         return own.context.identity(own.name)
 
-    def hello(self, _: Mapping[str, Any]) -> Mapping[str, Any]:
+    def hello(self, _: Mapping[str, object]) -> Mapping[str, bool | int]:
         """Accept the run, as every simulated device does."""
         return {"accepted": True}
 
@@ -198,12 +209,12 @@ class Simulated:
         """Return the device of this Flower partition."""
         return self._own()
 
-    def recall(self) -> Any:
+    def recall(self) -> "State | None":
         """Return what the phase before kept in Flower's node state, and remove it there."""
         kept = self._context.state.pop("masking", None)
         return None if kept is None else upload_state.decode(kept["state"])
 
-    def keep(self, state: Any) -> None:
+    def keep(self, state: "State | None") -> None:
         """Keep the state for the next phase in Flower's node state.
 
         A device that declined has none to keep.
@@ -218,7 +229,7 @@ class Simulated:
     def decline(self, plan: Plan, reason: str) -> None:
         """Record nothing here, because the ledger has the reason."""
 
-    def finish(self, run: str, adapter: NDArray[np.float32]) -> None:
+    def finish(self, run: str, adapter: Vector) -> None:
         """Do nothing, because the experimenter fits the heads."""
 
 

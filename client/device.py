@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..common.ab_test import layout
 from ..common.errors import GateRefused, PrivacyError, ProtocolError
 from ..common.files import explain_os_errors, write_atomic
 from ..common.model.adapter import shared
@@ -29,7 +28,6 @@ from ..common.model.vector_layout import Layout
 from ..common.privacy import noise
 from ..common.privacy.encoding import unpack
 from ..common.privacy.round_plan import Plan
-from ..common.privacy.statistics_blocks import arm_names
 from ..common.secure_aggregation.keys import (
     Directory,
     Identity,
@@ -42,11 +40,8 @@ from ..common.secure_aggregation.terms import MaskingPolicy
 from ..common.settings import config as settings
 from ..common.settings.config import Config
 from ..common.settings.sections import AbRunSettings
-from . import ab_outcome
-from .ab_arm import arm_of
 from .personal.person_losses import (
     Losses,
-    arms_block,
     evaluate_person,
     evaluator_of,
     gains_block,
@@ -55,13 +50,14 @@ from .privacy import masked_upload
 from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
 from .privacy.ledger import Ledger
 from .privacy.run_ledger import run_id, run_ledger
-from .runtime.answer_pace import Pace
-from .training import local_factor as at_home
+from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
 from .training.constant_work import Work, choice_of, missing, work_of
-from .training.local_training import Trainer, train
-from .training.preference_pairs import tokenize_pairs
+from .training.local_training import Trained, Trainer, train
+
+if TYPE_CHECKING:
+    from .runtime.answer_pace import Pace
 
 __all__ = [
     "Device",
@@ -69,7 +65,7 @@ __all__ = [
     "SimulatedContext",
     "cluster_of",
     "exchange_at",
-    "kept_half",
+    "local_factor_of",
     "masked_phase",
     "take_part",
 ]
@@ -77,9 +73,7 @@ __all__ = [
 DEVICE_SECRET = "device-secret"
 AT_HOME = "at-home"
 DIRECTORY = "directory"
-_WORK = (
-    "local_steps", "rate", "record_clip", "losses_bound", "gains_bound", "arms_bound"
-)  # fmt: skip
+_WORK = ("local_steps", "rate", "record_clip", "losses_bound", "gains_bound")
 """Fields of a plan that say how much there is to do."""
 
 
@@ -131,17 +125,17 @@ class DeviceContext(Protocol):
         None where there is none yet.
         """
 
-    def at_home(self, name: str) -> bytes | None:
+    def local_factor(self, name: str) -> bytes | None:
         """Return the part of the adapter that is trained here and never leaves.
 
         `client/training/local_factor.py` says what that is. None where there is nothing yet.
         """
 
-    def keep_at_home(self, name: str, kept: bytes) -> None:
+    def keep_local_factor(self, name: str, kept: bytes) -> None:
         """Keep that part of the adapter durably."""
 
     @property
-    def pace(self) -> Pace | None:
+    def pace(self) -> "Pace | None":
         """The times at which this device's answers leave.
 
         None where nobody sees when they do.
@@ -154,6 +148,8 @@ def tokenised(
     """Return records as token ids, each class name replaced by its number."""
     tokenizer = trainer.adapter.base.tokenizer
     if config.pairs is not None:
+        from .training.preference_pairs import tokenize_pairs
+
         return tokenize_pairs(records, tokenizer, config.data.max_tokens, config.pairs.score)
     found = data.tokenize(records, tokenizer, config.data.max_tokens, task)
     if not config.data.classes:
@@ -203,13 +199,13 @@ class SimulatedContext:
     def outcome(self, _: str) -> None:
         """Return None, because `privet ab` simulates experiments without Flower."""
 
-    def at_home(self, name: str) -> bytes | None:
+    def local_factor(self, name: str) -> bytes | None:
         """Read the part of the adapter that stays with the device from its file."""
         path = self._home_of(name)
         with explain_os_errors(path, "read"):
             return path.read_bytes() if path.exists() else None
 
-    def keep_at_home(self, name: str, kept: bytes) -> None:
+    def keep_local_factor(self, name: str, kept: bytes) -> None:
         """Write the part of the adapter that stays with the device into its file."""
         path = self._home_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -264,12 +260,14 @@ class Device:
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """Return the records that the head is fitted on, and those it is measured on.
 
-        These are the latest of the person's own training records, and the first of those held out.
+        These are the latest of the person's own training records, and of those held out as many as
+        are wanted, spread over their time.
         """
         context, limits = self.context, self.context.config.evaluation
         own, held_out = data.split(context.records(self.name), context.config.data.holdout)
+        places = data.spread(len(held_out), limits.records)
         return context.tokenised(own[-limits.fit_records :]), context.tokenised(
-            held_out[: limits.records]
+            [held_out[place] for place in places]
         )
 
 
@@ -302,68 +300,79 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     another, up to two. Whether there are any is asked of the records themselves: what a record says
     may decide that nothing of it is learnt, and must not decide that nothing is contributed.
     """
-    context, name = device.context, device.name
-    ledger, privacy = context.ledger, context.config.privacy
-    if context.config.ab_run is not None:
-        return _look(device, plan, context.config.ab_run)
+    context, name, config = device.context, device.name, device.context.config
+    if config.ab_run is not None:
+        return _look(device, plan, config.ab_run)
     exchange = exchange_at(context)
     released = exchange.released(plan.round)
-    plan.refuse_if_laxer(context.config, released.dimension)
+    plan.refuse_if_laxer(config, released.dimension)
     _refuse_other_start(plan, start)
-    kept = ledger.resend(name, plan.run, plan.round, plan.digest)
+    kept = context.ledger.resend(name, plan.run, plan.round, plan.digest)
     if kept is not None:
         return kept
-    refuse_more(ledger, name, plan, context.config)
-    # a device that may not release does not train either
-    cost = charges(plan, released.dimension, privacy)
-    ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
-    seed = context.config.insecure_test_seed
-    label = f"{name} round {plan.round}"
-    work, cluster_vectors = work_of(context.config, plan), exchange.cluster_vectors(start)
-    if work is not None and context.pace is not None:
-        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(cluster_vectors))
-        context.pace.rehearse(
-            kind,
-            context.config.rounds.tick_s,
-            lambda: _rehearsal(device, plan, cluster_vectors, work),
-        )
-    adapter, records, live = (
-        context.trainer.adapter,
-        device.records(),
-        exchange.clusters.active_clusters(plan.round),
-    )
-    place = choose(adapter, cluster_vectors, live, records, None if work is None else work.choice)
-    half = kept_half(device, plan.round)
-    trained = train(
-        context.trainer,
-        cluster_vectors[place],
-        records,
-        plan,
-        batches=_batches(seed, label),
-        source=noise.source(seed, f"{label} training"),
-        own=half,
-        shape=None if work is None else work.step,
-    )
-    if len(trained.own):
-        context.keep_at_home(name, at_home.added(context.at_home(name), plan.round, trained.own))
+    _refuse_unpaid(device, plan, released.dimension)
+    work, cluster_vectors = work_of(config, plan), exchange.cluster_vectors(start)
+    if work is not None:
+        _rehearse(device, plan, cluster_vectors, work)
+    place, local_factor, trained = _learnt(device, plan, cluster_vectors, work)
     contribution = exchange.contribution(
         trained.delta, None if device.is_empty() else place, plan.clip
     )
-    if len(contribution) != released.dimension:
-        raise GateRefused(
-            f"round {plan.round}: {len(contribution)} numbers were trained to be released, the "
-            f"round's layout has {released.dimension}; nothing left"
-        )
+    _refuse_other_length(plan, len(contribution), released.dimension)
     return release(
         contribution,
         released.digest,
         plan,
         name,
-        ledger,
-        privacy,
-        noise.source(seed, f"{label} release"),
-        _statistics(device, plan, cluster_vectors[place], half, trained.statistics, work),
+        context.ledger,
+        config.privacy,
+        noise.source(config.insecure_test_seed, f"{name} round {plan.round} release"),
+        _statistics(device, plan, cluster_vectors[place], local_factor, trained.statistics, work),
     )
+
+
+def _refuse_unpaid(device: Device, plan: Plan, dimension: int) -> None:
+    """Refuse a round that the ledger does not pay for: such a device does not train either."""
+    context, privacy = device.context, device.context.config.privacy
+    refuse_more(context.ledger, device.name, plan, context.config)
+    cost = charges(plan, dimension, privacy)
+    context.ledger.check(
+        device.name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy)
+    )
+
+
+def _learnt(
+    device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work | None
+) -> tuple[int, NDArray[np.float32] | None, Trained]:
+    """Choose a cluster and train it: which one, the local factor as it was kept, the results."""
+    context, config, exchange = device.context, device.context.config, exchange_at(device.context)
+    records, live = device.records(), exchange.clusters.active_clusters(plan.round)
+    choice, shape = (None, None) if work is None else (work.choice, work.step)
+    place = choose(context.trainer.adapter, cluster_vectors, live, records, choice)
+    local_factor, label = local_factor_of(device, plan.round), f"{device.name} round {plan.round}"
+    trained = train(
+        context.trainer,
+        cluster_vectors[place],
+        records,
+        plan,
+        batches=_batches(config.insecure_test_seed, label),
+        source=noise.source(config.insecure_test_seed, f"{label} training"),
+        own=local_factor,
+        shape=shape,
+    )
+    if len(trained.own):
+        kept = local_factors.added(context.local_factor(device.name), plan.round, trained.own)
+        context.keep_local_factor(device.name, kept)
+    return place, local_factor, trained
+
+
+def _rehearse(device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work) -> None:
+    """Learn how long a round's work takes, where it matters when the answer leaves."""
+    pace = device.context.pace
+    if pace is not None:
+        kind = ("round", plan.run, *(getattr(plan, name) for name in _WORK), len(cluster_vectors))
+        tick_s = device.context.config.rounds.tick_s
+        pace.rehearse(kind, tick_s, lambda: _rehearsal(device, plan, cluster_vectors, work))
 
 
 def _rehearsal(
@@ -387,12 +396,15 @@ def _rehearsal(
         own=own,
         shape=work.step,
     )
-    if plan.gains_bound or plan.arms_bound:
+    if plan.gains_bound:
         _evaluated(device, cluster_vectors[place], own, ([], []), work)
 
 
 def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
     """Answer one look of an A/B experiment, with the outcome in the entries of the device's arm."""
+    from . import ab_outcome
+    from .ab_arm import arm_of
+
     context, name = device.context, device.name
     if context.pace is not None:
         context.pace.rehearse(("look", plan.run), context.config.rounds.tick_s, _nothing)
@@ -400,9 +412,11 @@ def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
         ab_run,
         context.config,
         plan,
-        name,
-        arm_of(context.identity(name).seed, plan.run, len(ab_run.arms)),
-        context.outcome(name),
+        ab_outcome.ArmOutcome(
+            name,
+            arm_of(context.identity(name).seed, plan.run, len(ab_run.arms)),
+            context.outcome(name),
+        ),
         context.ledger,
         noise.source(context.config.insecure_test_seed, f"{name} round {plan.round} release"),
     )
@@ -418,7 +432,11 @@ def _released(context: DeviceContext, number: int) -> Layout:
     That of an A/B experiment is known without loading a model.
     """
     ab_run = context.config.ab_run
-    return exchange_at(context).released(number) if ab_run is None else layout(ab_run)
+    if ab_run is None:
+        return exchange_at(context).released(number)
+    from ..common.ab_test import layout
+
+    return layout(ab_run)
 
 
 def exchange_at(context: DeviceContext) -> Exchange:
@@ -444,8 +462,8 @@ def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     return place, cluster_vectors[place]
 
 
-def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
-    """Return the half of the adapter that this device keeps (fedsa's B), as a round begins.
+def local_factor_of(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
+    """Return the local_factor of the adapter that this device keeps (fedsa's B), as a round begins.
 
     That is before round `number`, or after the last one.
 
@@ -456,7 +474,7 @@ def kept_half(device: Device, number: int | None = None) -> NDArray[np.float32] 
         return None
     # void rounds have numbers too, so the last may be above rounds.count
     before = sys.maxsize if number is None else number
-    return at_home.before(device.context.at_home(device.name), before, dimension)
+    return local_factors.before(device.context.local_factor(device.name), before, dimension)
 
 
 def _statistics(
@@ -471,18 +489,12 @@ def _statistics(
 
     The delta is made before a head is fitted.
     """
-    context, found = device.context, dict[str, NDArray[np.float64]]()
+    found = dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
         found["losses"] = losses
-    if not (plan.gains_bound or plan.arms_bound):
-        return found
-    evaluated = _evaluated(device, start, kept, device.measured_on(), work)
     if plan.gains_bound:
+        evaluated = _evaluated(device, start, kept, device.measured_on(), work)
         found["gains"] = gains_block(evaluated, plan.gains_bound)
-    if plan.arms_bound:
-        arms = arm_names(plan.arms)
-        place = arm_of(context.identity(device.name).seed, plan.run, len(arms))
-        found["arms"] = arms_block(evaluated, plan.arms_bound, arms, place)
     return found
 
 
@@ -531,28 +543,40 @@ def masked_phase(
         What to keep for the next phase, and the bytes that leave; None and None when the device
         declines. Why stays in its ledger.
     """
-    context = device.context
     try:
         if not plan.masked:
             raise ProtocolError(f"round {plan.round}: the plan has no masks, phase {phase!r} does")
         if phase == "keys":
             return _announce(device, plan)
-        terms = plan.terms(_released(context, plan.round).dimension)
+        terms = plan.terms(_released(device.context, plan.round).dimension)
         if state is None or state.party.terms != terms:
             raise ProtocolError(f"round {plan.round}: no phase before {phase!r} of this plan")
-        if phase == "shares":
-            shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
-            context.pin(shared.directory)
-            return shared, sealed
-        if phase == "vector" and start is not None:
-            received = masked_upload.receive(state, message)
-            return masked_upload.mask(received, _contribution(device, plan, start))
-        if phase == "confirm":
-            return masked_upload.confirm(state, message)
-        return masked_upload.unmask(state, message)
+        return _went_on(device, phase, plan, message, start, state)
     except (PrivacyError, ProtocolError) as refusal:
-        context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
+        device.context.ledger.decline(device.name, plan.run, plan.round, str(refusal))
         return None, None
+
+
+def _went_on(
+    device: Device,
+    phase: str,
+    plan: Plan,
+    message: bytes,
+    start: NDArray[np.float32] | None,
+    state: masked_upload.State,
+) -> tuple[masked_upload.State, bytes]:
+    """Answer a phase after the first, from what the phase before kept."""
+    context = device.context
+    if phase == "shares":
+        shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
+        context.pin(shared.directory)
+        return shared, sealed
+    if phase == "vector" and start is not None:
+        received = masked_upload.receive(state, message)
+        return masked_upload.mask(received, _contribution(device, plan, start))
+    if phase == "confirm":
+        return masked_upload.confirm(state, message)
+    return masked_upload.unmask(state, message)
 
 
 def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
@@ -560,12 +584,8 @@ def _announce(device: Device, plan: Plan) -> tuple[masked_upload.State, bytes]:
     context, name = device.context, device.name
     dimension = _released(context, plan.round).dimension
     plan.refuse_if_laxer(context.config, dimension)
-    privacy = context.config.privacy
     if not _answered(device, plan):
-        refuse_more(context.ledger, name, plan, context.config)
-        # a device that may not release takes no part
-        cost = charges(plan, dimension, privacy)
-        context.ledger.check(name, cost, budgets(privacy), privacy.delta, plan.run, caps(privacy))
+        _refuse_unpaid(device, plan, dimension)
     policy = MaskingPolicy.agreed(context.config, plan.cohort)
     last = context.ledger.announce(name, plan.run, plan.attempt)
     terms = plan.terms(dimension)
@@ -594,6 +614,14 @@ def _answered(device: Device, plan: Plan) -> bool:
     if kept is not None and context.config.insecure_test_seed is None:
         raise PrivacyError(f"round {plan.round} was answered before; it is not answered again")
     return kept is not None
+
+
+def _refuse_other_length(plan: Plan, length: int, dimension: int) -> None:
+    if length != dimension:
+        raise GateRefused(
+            f"round {plan.round}: {length} numbers were trained to be released, the round's layout "
+            f"has {dimension}; nothing left"
+        )
 
 
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:

@@ -23,11 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import ConfigError
 from .model.vector_layout import Layout
-from .privacy.statistics_blocks import MAX_ARMS
 from .settings import former_names
 from .settings.config import Config, parse
 from .settings.faults import faults
-from .settings.sections import AbRunSettings, Adjacency, SecureAggregationSettings
+from .settings.sections import MAX_ARMS, AbRunSettings, Adjacency, SecureAggregationSettings
 
 __all__ = ["AbTestSettings", "OnDevices", "layout", "read", "run_settings"]
 

@@ -127,6 +127,15 @@ def evaluate(run: str | Path | Run) -> Mapping[str, Any]:
     Raises:
         ConfigError: a run on real devices, whose people nobody else can measure.
     """
+    return evaluated(run)[0]
+
+
+def evaluated(run: str | Path | Run) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """As `evaluate`, with the facts of the report that was written.
+
+    Raises:
+        ConfigError: as `evaluate`.
+    """
     from .evaluation import run_evaluation
     from .reports import report as files
 
@@ -137,8 +146,7 @@ def evaluate(run: str | Path | Run) -> Mapping[str, Any]:
         )
     losses = run_evaluation.evaluate(opened.folder, opened.config)
     write_json_atomic(opened.folder / "evaluation.json", losses)
-    files.write(opened.folder)
-    return losses
+    return losses, files.write(opened.folder)
 
 
 def report(run: str | Path | Run) -> Path:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from flwr.app import Context, Error, Message
@@ -24,7 +24,7 @@ from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines
 from ..common.settings.config import Config
 from ..server.app import serve
-from ..server.rounds import LOG
+from ..server.rounds import LOG, Show
 from . import progress, run_costs
 from .grid import LocalGrid
 
@@ -64,7 +64,7 @@ def run(name: str, folder: Path, config: Config) -> None:
             _local(folder, config, live)
 
 
-def _local(folder: Path, config: Config, live: Any) -> None:
+def _local(folder: Path, config: Config, live: progress.Live) -> None:
     seconds = 0.0
 
     def timed(message: Message, context: Context) -> Message:
@@ -126,7 +126,7 @@ def _voids(log: Path, _size: int) -> dict[int, int]:
     return dict(Counter(one["round"] for one in read_lines(log) if one.get("again")))
 
 
-def _ray(folder: Path, config: Config, show: Any) -> None:
+def _ray(folder: Path, config: Config, show: Show) -> None:
     """Run on a Ray of this process's own or, where RAY_ADDRESS names one, on a cluster."""
     from flwr.simulation import run_simulation
 
@@ -192,7 +192,7 @@ class _Strict:
     def __init__(self, grid: Grid, stopped: threading.Event) -> None:
         self._grid, self._stopped = grid, stopped
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._grid, name)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:

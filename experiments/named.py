@@ -9,7 +9,7 @@ from ..common.errors import ConfigError, StateError
 if TYPE_CHECKING:
     from ..common.settings.config import Config
 
-__all__ = ["CONFIGS", "RUNS", "configuration", "run_folder"]
+__all__ = ["CONFIGS", "RUNS", "configuration", "run_folder", "toml_file"]
 
 CONFIGS = Path(__file__).parent / "configs"
 """Where the configurations are that come with privet."""
@@ -30,16 +30,27 @@ def configuration(named: str | Path, overrides: Sequence[str] = ()) -> "Config":
     """
     from ..common.settings.config import read
 
-    path = CONFIGS / f"{named}.toml"
-    if Path(named).suffix == ".toml" or not path.exists():
-        if not Path(named).is_file():
-            known = sorted(path.stem for path in CONFIGS.glob("*.toml"))
-            raise ConfigError(
-                f"there is no configuration {str(named)!r}: expected a TOML file or one of "
-                f"{', '.join(known)}"
-            )
-        path = Path(named)
-    return read(path, overrides)
+    return read(toml_file(named, CONFIGS, "configuration"), overrides)
+
+
+def toml_file(named: str | Path, folder: Path, kind: str) -> Path:
+    """A TOML file by its path, or by name among those that come with privet.
+
+    Args:
+        named: a path, or a name without `.toml`.
+        folder: where those that come with privet are.
+        kind: what it is, for the error.
+
+    Raises:
+        ConfigError: there is none; names those that come with privet.
+    """
+    path = folder / f"{named}.toml"
+    if Path(named).suffix != ".toml" and path.exists():
+        return path
+    if Path(named).is_file():
+        return Path(named)
+    known = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+    raise ConfigError(f"there is no {kind} {str(named)!r}: expected a TOML file or one of {known}")
 
 
 def run_folder(run: str | Path, runs: Path = RUNS) -> Path:

@@ -25,7 +25,7 @@ from rich.progress import (
 
 from ..common.files import explain_os_errors, read_lines
 from ..common.settings.config import Config
-from ..server.void_rounds import sentence, trained
+from ..server.void_rounds import round_line, trained
 
 __all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
 
@@ -107,34 +107,18 @@ def tensorboard(folder: Path) -> None:
 
 
 def line(record: Mapping[str, Any], count: int) -> str:
-    """`round 3/8  64 asked  64 answered  0 declined  mean 0.21  moved 0.55  61.2 s`"""
-    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
-    text = (
-        f"round {record['round']}{of}  {record['asked']} asked  {record['answered']} answered  "
-        f"{record['declined']} declined  "
-    )
-    if record.get("refused"):
-        text += f"[yellow]{record['refused']} did not fit[/]  "
-    if record["void"]:
-        return f"{text}[yellow]{escape(sentence(record))}[/]"
-    text += _statistics(record.get("statistics", {}))
-    return (
-        f"{text}noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}  "
-        f"{record['seconds']:.1f} s"
-    )
+    """A round's line, with what it came to; in yellow where somebody could not take part."""
+    results = ""
+    if not record["void"]:
+        results = _statistics(record.get("statistics", {}))
+        results += f"noised mean {record['mean_norm']:.3g}  moved {record['update_norm']:.3g}"
+    text = escape(round_line(record, count, results=results))
+    return f"[yellow]{text}[/]" if record["void"] or record.get("refused") else text
 
 
 def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in a round's statistics, by name.
-
-    Arms have place and name, as one may occur twice.
-    """
-    arms = {
-        f"arms/{place}_{arm['arm']}_{name}": value
-        for place, arm in enumerate(found.get("arms", ()), 1)
-        for name, value in arm.items()
-    }
-    for name, value in {**found, **arms}.items():
+    """Yield the numbers in a round's statistics, by name."""
+    for name, value in found.items():
         if isinstance(value, int | float):
             yield name, value
 
@@ -142,7 +126,7 @@ def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _statistics(found: Mapping[str, Any]) -> str:
     """Show statistics as `noised loss 3.21 +- 0.41  `, where the noise leaves one to be read.
 
-    Gains and arms are shown likewise.
+    Gains are shown likewise.
     """
     text = ""
     for key, name in (("train_loss", "loss"), ("gain_shared", "gain"), ("gain_personal", "head")):
@@ -151,11 +135,6 @@ def _statistics(found: Mapping[str, Any]) -> str:
         elif key in found:
             sign = "" if name == "loss" else "+"
             text += f"noised {name} {found[key]:{sign}.3g} +- {found[f'{key}_std']:.2g}  "
-    for arm in found.get("arms", ())[1:]:
-        if arm["ci95"] is not None:
-            low, high = arm["ci95"]
-            first = found["arms"][0]["arm"]
-            text += f"{arm['arm']} - {first} {arm['difference']:+.2g} ({low:+.2g} to {high:+.2g})  "
     return text
 
 

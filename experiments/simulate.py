@@ -34,7 +34,6 @@ from ..common.settings import config as settings
 from ..common.settings.config import Config
 from ..server.rounds import LOG
 from ..server.run_folder import starting
-from ..server.run_folder.resuming import resumed
 from ..server.void_rounds import trained
 from . import engine, progress, run_costs
 from .data import population
@@ -73,16 +72,7 @@ def simulate(
         progress.warn(warning)
     missing = trained(read_lines(folder / LOG)) < config.rounds.count
     if missing or not (folder / "adapter" / "adapter_config.json").exists():
-        progress.say(
-            f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
-            f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
-        )
-        try:
-            with run_costs.measuring(folder, "rounds"):
-                engine.run(engine_name, folder, config)
-        except RunUnfinished:
-            _tell_why_devices_declined(folder)
-            raise
+        _run_rounds(config, folder, engine_name)
     if not (folder / "evaluation.json").exists():
         progress.say("measuring base, shared and personal models on held-out records")
         with run_costs.measuring(folder, "evaluation"):
@@ -90,6 +80,19 @@ def simulate(
     report.write(folder, measured(folder))
     progress.tensorboard(folder)
     return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def _run_rounds(config: Config, folder: Path, engine_name: str) -> None:
+    progress.say(
+        f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
+        f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
+    )
+    try:
+        with run_costs.measuring(folder, "rounds"):
+            engine.run(engine_name, folder, config)
+    except RunUnfinished:
+        _tell_why_devices_declined(folder)
+        raise
 
 
 def _tell_why_devices_declined(folder: Path) -> None:
@@ -174,6 +177,8 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def _resolved(config: Config, folder: Path, resume: bool) -> Config:
+    from ..server.run_folder.resuming import resumed
+
     if not resume:
         raise RunExists(
             f"{folder} holds a run already; go on with --resume, or choose another name with "
@@ -206,7 +211,7 @@ def _people(config: Config) -> population.Population:
     return found
 
 
-def _with_task(config: Config, people: Any) -> Config:
+def _with_task(config: Config, people: population.Population | records.Index) -> Config:
     chosen = {"task": people.task, "classes": tuple(people.classes or ())}
     for name, value in chosen.items():
         asked = getattr(config.data, name)

@@ -17,10 +17,9 @@ import numpy as np
 
 from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
-from ..common.settings.config import Config
 from ..common.settings.sections import AbRunSettings
 from . import ab_estimates, void_rounds
-from .rounds import LOG, Ask, Present, Show, Vector, ask_again, attempt, begun_before, wait_or_end
+from .rounds import LOG, ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
 
 __all__ = ["DUE", "run_looks"]
 
@@ -29,22 +28,11 @@ GREET_S = 30.0
 """Between two greetings of those who have not agreed yet, while a look is waited for."""
 
 
-def run_looks(
-    ask: Ask,
-    config: Config,
-    ab_run: AbRunSettings,
-    run: str,
-    folder: Path,
-    show: Show,
-    present: Present,
-    greet: Callable[[], object],
-) -> Vector:
-    """All looks that are still missing in `folder`.
+def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
+    """All looks that are still missing in the run's folder.
 
-    Args:
-        ask, config, run, folder, show, present: as of `run_rounds`.
-        trial: the experiment.
-        greet: says hello to who has not agreed yet: an arm is in use from the owner's yes.
+    Who has not agreed yet is greeted while a look is waited for: an arm is in use from the owner's
+    yes.
 
     Returns:
         What devices are told at the end: zeros, for there is no adapter.
@@ -52,19 +40,18 @@ def run_looks(
     Raises:
         RunUnfinished: `rounds.patience` attempts in a row were void.
     """
+    config, folder = run.config, run.folder
     start = np.zeros(layout(ab_run).dimension, np.float32)
     voids, unsure = 0, begun_before(folder)
     while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= ab_run.looks:
         if ab_run.stop and _found(folder):
             break
-        _wait(folder, look, ab_run.hours, greet)
-        there, began = present(), time.perf_counter()
+        _wait(folder, look, ab_run.hours, run.greet)
+        there, began = run.present(), time.perf_counter()
         # a void look is none; where somebody may have released in it, its number is used up
         number = 1 + max((one["round"] for one in records if not one.get("again")), default=0)
-        plan = ab_estimates.plan_of(config, ab_run, run, number)
-        total, record, phases = attempt(
-            ask, config, there, plan, start, folder, len(start), number == unsure
-        )
+        plan = ab_estimates.plan_of(config, ab_run, run.id, number)
+        total, record = attempt(run, there, plan, start, len(start), number == unsure)
         voids = 0 if total is not None else voids + 1
         if total is None:
             record |= ask_again(config, voids)
@@ -73,9 +60,9 @@ def run_looks(
             record["look"] = ab_estimates.told(
                 ab_estimates.sums_of(total, plan), shown, record["answered"], ab_run
             )
-        record |= {"seconds": time.perf_counter() - began, "phases": phases}
+        record["seconds"] = time.perf_counter() - began
         append_line(folder / LOG, record)
-        show(record)
+        run.show(record)
         wait_or_end(config, record, folder)
     return start
 

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message
@@ -14,14 +16,16 @@ from numpy.typing import NDArray
 from ..common.errors import ConfigError
 from ..common.privacy.round_plan import Plan
 from ..common.settings import config as settings
+from ..common.settings.config import Config
 from ..common.settings.sections import DEVICES
-from .operations.attendance import of_run
-from .operations.directory_listing import Listing
+from .directory_listing import Listing
 from .participants import Participants
 from .replies import addressed, enough_s, replies
-from .rounds import Reply, Show
+from .rounds import Reply, ServedRun, Show
 from .run_folder.run import whole
-from .run_folder.run_lock import alone
+
+if TYPE_CHECKING:
+    from .operations.attendance import Attendance
 
 app = ServerApp()
 
@@ -33,6 +37,8 @@ WITH_ADAPTER = ("round", "vector")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Serve the run that `flwr run` or `privet simulate --engine ray` started."""
+    from .run_folder.run_lock import alone  # a local simulation is one process anyway
+
     folder = context.run_config.get("run") or os.environ.get("PRIVET_RUN")
     if not folder:
         raise ConfigError(
@@ -48,68 +54,111 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
 
     At the end the adapter is there as a PEFT folder.
     """
-    config = settings.of_run(folder)
-    run = (folder / "run-id").read_text().strip()
-    text = (folder / "config.toml").read_text("utf-8")
-    offer = {"version": version("privet"), "run": run, "config": text}
+    wire = _Wire.of(grid, folder)
+    config, run, listing = wire.config, wire.run, wire.listing
+    attendance, now = _attendance(folder) if wire.real else None, listing.directory
+    crowd = Participants(
+        grid.get_node_ids, wire.hello, now(), config, run, attendance=attendance, newest=now
+    )
+    ask = partial(wire.ask, crowd)
+    final = whole(ServedRun(config, run, folder, ask, crowd.present, show, crowd.greet))
+    if wire.real:
+        wire.end(set(grid.get_node_ids()) & set(crowd.accepted.values()), final)
 
-    real = config.data.source == DEVICES
-    unheard: set[str] = set()
 
-    def within(seconds: float) -> float:
+def _attendance(folder: Path) -> "Attendance | None":
+    from .operations.attendance import of_run  # the operator's side, which a simulation has not
+
+    return of_run(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wire:
+    """The messages of one run to its devices, and what is known of their replies.
+
+    Attributes:
+        grid: Flower's.
+        config: of the run.
+        run: its id.
+        offer: what a greeting says of it.
+        listing: the directory, and what each device lacks of it.
+        unheard: ids of greetings whose late answers are still welcome.
+    """
+
+    grid: Grid
+    config: Config
+    run: str
+    offer: Mapping[str, str]
+    listing: Listing
+    unheard: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, grid: Grid, folder: Path) -> "_Wire":
+        """The wire of the run in `folder`."""
+        run = (folder / "run-id").read_text().strip()
+        text = (folder / "config.toml").read_text("utf-8")
+        offer = {"version": version("privet"), "run": run, "config": text}
+        return cls(grid, settings.of_run(folder), run, offer, Listing(folder))
+
+    @property
+    def real(self) -> bool:
+        """Whether the devices are people's own."""
+        return self.config.data.source == DEVICES
+
+    def _within(self, seconds: float) -> float:
         """Return the time limit for real devices, or the long one for simulated ones.
 
         Simulated devices answer when they are computed, on a busy machine late, and a run's results
         do not hang on how busy it is.
         """
-        return seconds if real else SIMULATED_S
+        return seconds if self.real else SIMULATED_S
 
-    def hello(nodes: Iterable[int], nonce: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def hello(
+        self, nodes: Iterable[int], nonce: bytes
+    ) -> Iterator[tuple[int, Mapping[str, object]]]:
+        """Greet nodes, and yield which one answers what."""
         nodes = list(nodes)
-        limit = within(enough_s(len(nodes), HELLO_S))
-        said = {n: ConfigRecord({**offer, **listing.offer(n), "nonce": nonce}) for n in nodes}
-        outgoing = [addressed({"offer": said[n]}, n, "query.hello", limit) for n in nodes]
-        for message in replies(grid, outgoing, limit, unheard):
+        limit, outgoing = self._within(enough_s(len(nodes), HELLO_S)), []
+        for node in nodes:
+            offer = ConfigRecord({**self.offer, **self.listing.offer(node), "nonce": nonce})
+            outgoing.append(addressed({"offer": offer}, node, "query.hello", limit))
+        for message in replies(self.grid, outgoing, limit, self.unheard):
             node, reply = message.metadata.src_node_id, dict(message.content.get("hello") or {})
-            listing.heard(node, reply)
+            self.listing.heard(node, reply)
             yield node, reply
 
-    listing = Listing(folder)
-    crowd = Participants(
-        grid.get_node_ids,
-        hello,
-        listing.directory(),
-        config,
-        run,
-        attendance=of_run(folder),
-        newest=listing.directory,
-    )
-
     def ask(
-        phase: str, messages: Mapping[int, bytes], plan: Plan, start: NDArray[np.float32]
+        self,
+        crowd: Participants,
+        phase: str,
+        messages: Mapping[int, bytes],
+        plan: Plan,
+        start: NDArray[np.float32],
     ) -> Iterator[Reply]:
+        """Send a phase's messages to the devices of a round, and yield the replies."""
         common = {"plan": ConfigRecord(plan.to_dict())}
         if phase in WITH_ADAPTER:
             common["adapter"] = ArrayRecord({"vector": Array(start)})
-        limit = config.rounds.timeout_s
-        if phase not in WITH_ADAPTER or config.ab_run is not None:  # which trains nothing
-            limit = min(limit, config.rounds.answer_timeout_s)
-        limit = within(limit)
-        outgoing = []
+        rounds = self.config.rounds
+        limit = rounds.timeout_s
+        if phase not in WITH_ADAPTER or self.config.ab_run is not None:  # which trains nothing
+            limit = min(limit, rounds.answer_timeout_s)
+        limit, outgoing = self._within(limit), []
         for number, message in messages.items():
             content = {**common, "protocol": ConfigRecord({"message": message, "client": number})}
             outgoing.append(addressed(content, crowd.accepted[number], f"train.{phase}", limit))
         numbers = {node: number for number, node in crowd.accepted.items()}
-        for message in replies(grid, outgoing, limit):
+        for message in replies(self.grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 
-    final = whole(ask, config, run, folder, show, crowd.present, crowd.greet)
-    if real:
-        content = {"offer": ConfigRecord(offer), "adapter": ArrayRecord({"vector": Array(final)})}
-        nodes = set(grid.get_node_ids()) & set(crowd.accepted.values())
-        limit = config.rounds.timeout_s if config.ab_run is None else config.rounds.answer_timeout_s
+    def end(self, nodes: Iterable[int], final: NDArray[np.float32]) -> None:
+        """Tell devices that the run is over, and what it came to."""
+        content = {"offer": ConfigRecord(dict(self.offer))}
+        content["adapter"] = ArrayRecord({"vector": Array(final)})
+        rounds = self.config.rounds
+        limit = rounds.timeout_s if self.config.ab_run is None else rounds.answer_timeout_s
         ends = [addressed(content, node, "query.keep", limit) for node in nodes]
-        for _ in replies(grid, ends, limit):
+        for _ in replies(self.grid, ends, limit):
             pass
 
 

@@ -5,13 +5,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..common.errors import ProtocolError, StateError
 from ..common.secure_aggregation.keys import Directory, greeting, verify
 from ..common.settings.config import Config
 from ..common.settings.sections import DEVICES
-from .operations.attendance import Attendance
+
+if TYPE_CHECKING:  # the operator's side, which a simulation has not
+    from .operations.attendance import Attendance
 
 __all__ = ["Participants"]
 
@@ -20,7 +22,7 @@ AGAIN_S = 2.0  # a device that has not accepted yet is asked again after
 PASSES = 3  # of a greeting: a newer directory's head, its new entries, and where they differ all
 SILENT_S = 10.0  # one that has not answered: a model may be loading, and late answers count
 
-Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, Any]]]]
+Hello = Callable[[Iterable[int], bytes], Iterator[tuple[int, Mapping[str, object]]]]
 """Node ids and a nonce -> (node id, its reply) as they arrive, late ones of earlier calls too."""
 
 
@@ -45,7 +47,7 @@ class Participants:
     directory: Directory
     config: Config
     run: str
-    attendance: Attendance | None = None
+    attendance: "Attendance | None" = None
     newest: Callable[[], Directory] | None = None
     accepted: dict[int, int] = field(default_factory=dict)
     _stale: set[int] = field(default_factory=set)

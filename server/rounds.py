@@ -15,7 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,22 @@ from numpy.typing import NDArray
 from ..common.errors import CheckpointCorrupt, ConfigError, ProtocolError, RoundVoid, RunUnfinished
 from ..common.files import append_line, read_lines, write_atomic
 from ..common.model.exchange_layout import Exchange
+from ..common.model.server_optimizers import optimizer_named
 from ..common.privacy import noise
 from ..common.privacy.encoding import decode, unpack, unwrap, wrap
 from ..common.privacy.plan_maker import make_plan
 from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
-from ..common.secure_aggregation.terms import Graph, sized_graph
+from ..common.secure_aggregation.terms import Graph, Terms, sized_graph
 from ..common.settings.config import Config
-from ..common.settings.sections import SecureAggregationSettings
-from . import aggregation, server_step, unmasking, void_rounds
+from . import server_step, unmasking, void_rounds
 from .cohort import draw
-from .round_statistics import told
 from .run_folder import checkpoint
 
 __all__ = [
     "PLANS",
     "Reply",
+    "ServedRun",
     "ask_again",
     "attempt",
     "begun_before",
@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 Vector = NDArray[np.float32]
+Total = NDArray[np.uint32]
+"""A sum mod 2**bits."""
 
 LOG = "rounds.jsonl"
 PLANS = "plans.jsonl"
@@ -68,8 +70,30 @@ class Reply:
 Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
 """Phase, a message for each client, plan, global adapter -> the replies as they arrive."""
 Show = Callable[[Mapping[str, Any]], None]
-Summed = tuple[NDArray[np.uint32] | None, list[int], dict[str, int]]
-Present = Callable[[], Sequence[int]]
+Summed = tuple[Total | None, list[int], dict[str, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class ServedRun:
+    """One run as its server holds it: settings, folder, and the wire to the devices.
+
+    Attributes:
+        config: the resolved experiment.
+        id: of the run.
+        folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
+        ask: sends a phase's messages with plan and adapter, yields replies as they arrive.
+        present: the clients that are there as a round begins, ascending.
+        show: called with the record of each attempt, void ones too.
+        greet: says hello to who has not agreed yet.
+    """
+
+    config: Config
+    id: str
+    folder: Path
+    ask: Ask
+    present: Callable[[], Sequence[int]]
+    show: Show
+    greet: Callable[[], object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,77 +105,74 @@ class State:
     optimizer: Mapping[str, Vector]
 
 
-def run_rounds(
-    ask: Ask,
-    config: Config,
-    run: str,
-    layout: str,
-    start: Vector,
-    folder: Path,
-    show: Show,
-    present: Present | None = None,
-    exchange: Exchange | None = None,
-) -> Vector:
-    """Run all rounds that are still missing in `folder`.
+def run_rounds(run: ServedRun, exchange: Exchange) -> Vector:
+    """Run all rounds that are still missing in the run's folder.
 
     The result has the same bits whether the run was interrupted or not.
 
     Args:
-        ask: sends a phase's messages with plan and adapter, yields replies as they arrive.
-        config: the resolved experiment.
-        run: id of the run.
-        layout: digest of the state's layout.
-        start: state before the first round, shape (d,): the adapter, or those of all clusters.
-        folder: where checkpoint, `rounds.jsonl` and `plans.jsonl` go.
-        show: called with the record of each attempt, void ones too.
-        present: the clients that are there as a round begins, ascending; all of them when None.
-        exchange: what of the state a round's contributions hold; None: all of it.
+        run: what is served.
+        exchange: what is sent, and what of it a round's contributions hold.
 
     Returns:
-        The state after the last round.
+        The state after the last round, as `exchange.state` has it.
 
     Raises:
         RunUnfinished: `rounds.patience` attempts in a row were void.
     """
-    state, voids = _resume(config, run, layout, start, folder), 0
-    unsure = begun_before(folder)
+    config, folder, layout = run.config, run.folder, exchange.state.digest
+    state, voids, unsure = _resume(run, exchange), 0, begun_before(folder)
     while void_rounds.trained(read_lines(folder / LOG)) < config.rounds.count:
-        number = state.round + 1
-        there = range(config.data.clients) if present is None else present()
-        began = time.perf_counter()
-        plan = make_plan(config, run, number, layout, state.adapter, exchange)
-        size = len(state.adapter) if exchange is None else exchange.released(number).dimension
-        total, record, phases = attempt(
-            ask, config, there, plan, state.adapter, folder, size, number == unsure
-        )
+        number, there, began = state.round + 1, run.present(), time.perf_counter()
+        plan = make_plan(config, run.id, number, layout, state.adapter, exchange)
+        size = exchange.released(number).dimension
+        total, record = attempt(run, there, plan, state.adapter, size, number == unsure)
         voids = 0 if total is not None else voids + 1
-        if total is None:
+        if total is not None:
+            state, facts = _moved(config, exchange, state, plan, total, record["answered"])
+            record |= facts
+        else:
             record |= ask_again(config, voids)
             if not record["again"]:
-                adapter, memory, said = _unmoved(config, exchange, number, state)
-                record |= said
-                state = State(number, adapter, memory)
-        else:
-            mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
-            if plan.blocks:
-                record["statistics"] = told(sums, plan, record["answered"])
-            adapter, memory, said = _step(config, exchange, number, state, mean)
-            record |= said
-            _refuse_overflow(number, adapter)
-            record["mean_norm"] = float(np.linalg.norm(mean))
-            record["update_norm"] = float(
-                np.linalg.norm(adapter.astype(np.float64) - state.adapter)
-            )
-            state = State(number, adapter, memory)
+                state, facts = _passed(config, exchange, state)
+                record |= facts
         record["seconds"] = time.perf_counter() - began
-        record["phases"] = phases
         if record.get("again"):
             append_line(folder / LOG, record)
         else:
-            _keep(folder, config, run, layout, state, record)
-        show(record)
+            _keep(run, layout, state, record)
+        run.show(record)
         wait_or_end(config, record, folder)
     return state.adapter
+
+
+def _passed(config: Config, exchange: Exchange, state: State) -> tuple[State, dict[str, Any]]:
+    """Use up a round's number: the state is the same, but for what is due by the number."""
+    number = state.round + 1
+    adapter, memory, facts = server_step.turned(
+        config, exchange, number, state.adapter, state.optimizer
+    )
+    return State(number, adapter, memory), facts
+
+
+def _moved(
+    config: Config, exchange: Exchange, state: State, plan: Plan, total: Total, answered: int
+) -> tuple[State, dict[str, Any]]:
+    """Decode a round's sum and step: the state after it, and facts for the round's record."""
+    mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
+    facts: dict[str, Any] = {}
+    if plan.blocks:
+        from .round_statistics import told
+
+        facts["statistics"] = told(sums, plan, answered)
+    adapter, memory, stepped = server_step.step(
+        config, exchange, plan.round, state.adapter, state.optimizer, mean
+    )
+    _refuse_overflow(plan.round, adapter)
+    moved = adapter.astype(np.float64) - state.adapter
+    norms = {"mean_norm": mean, "update_norm": moved}
+    facts |= stepped | {name: float(np.linalg.norm(vector)) for name, vector in norms.items()}
+    return State(plan.round, adapter, memory), facts
 
 
 def ask_again(config: Config, voids: int) -> dict[str, Any]:
@@ -199,63 +220,32 @@ def begun_before(folder: Path) -> int:
 
 
 def attempt(
-    ask: Ask,
-    config: Config,
+    run: ServedRun,
     there: Sequence[int],
     plan: Plan,
     start: Vector,
-    folder: Path,
     dimension: int,
     unsure: bool,
-) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
+) -> tuple[Total | None, dict[str, Any]]:
     """Draw a cohort from who is there, and ask it for one round, or one look.
 
     Args:
+        run: what is served.
+        there: who is present.
+        plan, start: of the round, and the global adapter it starts from.
+        dimension: numbers in a contribution, without blocks.
         unsure: whether a process that has ended may have asked for this round's vectors.
 
     Returns:
-        As `summed`; the record of a void attempt says who is missing, whether somebody may have
-        released (`spent`), and whether the same number is asked again (`again`).
+        The sum mod 2**bits, None for a void round; and what the round's record begins with. That
+        of a void attempt says who is missing, whether somebody may have released (`spent`), and
+        whether the same number is asked again (`again`).
     """
-    number, seed = plan.round, config.data.seed
-    drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
-    records = read_lines(folder / LOG)
-    cohort = void_rounds.cohort_of(there, [there[place] for place in drawn], records, number, seed)
-    seen = void_rounds.Seen()
-    total, record, phases = summed(ask, config, cohort, plan, start, folder, dimension, seen)
-    if total is None:
-        spent = seen.released or unsure
-        record |= {
-            "needed": void_rounds.needed(config, len(cohort), plan.survivors),
-            "missing": seen.missing,
-            "spent": spent,
-            "again": not (plan.masked and spent),
-        }
-    return total, record, phases
-
-
-def summed(
-    ask: Ask,
-    config: Config,
-    cohort: Sequence[int],
-    plan: Plan,
-    start: Vector,
-    folder: Path,
-    dimension: int,
-    seen: void_rounds.Seen,
-) -> tuple[NDArray[np.uint32] | None, dict[str, Any], dict[str, float]]:
-    """Ask a cohort for one round, or one look, of `dimension` numbers.
-
-    `seen` is filled in.
-
-    Returns:
-        The sum mod 2**bits, None for a void round; what the round's record begins with; seconds of
-        each phase.
-    """
-    _announce(folder, cohort, plan, dimension)
-    phases: dict[str, float] = {}
-    wire, masks = seen.watch(_timed(ask, phases)), config.secure_aggregation
-    total, came, counts = _sum(wire, cohort, plan, start, folder, dimension, masks, seen)
+    config, seen, phases = run.config, void_rounds.Seen(), dict[str, float]()
+    cohort = _cohort(run, there, plan.round)
+    _announce(run.folder, cohort, plan, dimension)
+    watched = dataclasses.replace(run, ask=seen.watch(_timed(run.ask, phases)))
+    total, came, counts = _sum(watched, cohort, plan, start, dimension, seen.refused)
     few = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
     record: dict[str, Any] = {
         "round": plan.round,
@@ -263,29 +253,19 @@ def summed(
         **counts,
         "who": {"asked": list(cohort), "came": came},
         "void": few,
+        "phases": phases,
     }
-    return None if few else total, record, phases
+    if few:
+        needed = void_rounds.needed(config, len(cohort), plan.survivors)
+        record |= {"needed": needed, **seen.facts(plan.masked, unsure)}
+    return None if few else total, record
 
 
-def _step(
-    config: Config,
-    exchange: Exchange | None,
-    number: int,
-    state: State,
-    mean: NDArray[np.float64],
-) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
-    if exchange is not None:
-        return server_step.step(config, exchange, number, state.adapter, state.optimizer, mean)
-    return *aggregation.apply(config.rounds, state.optimizer, state.adapter, mean), {}
-
-
-def _unmoved(
-    config: Config, exchange: Exchange | None, number: int, state: State
-) -> tuple[Vector, dict[str, Vector], dict[str, Any]]:
-    """Return the state after a void round: unchanged, but for what is due by the round's number."""
-    if exchange is None or exchange.clusters.count == 1:
-        return state.adapter, dict(state.optimizer), {}
-    return server_step.turned(config, exchange, number, state.adapter, state.optimizer)
+def _cohort(run: ServedRun, there: Sequence[int], number: int) -> list[int]:
+    config, seed = run.config, run.config.data.seed
+    drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
+    records = read_lines(run.folder / LOG)
+    return void_rounds.cohort_of(there, [there[place] for place in drawn], records, number, seed)
 
 
 def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
@@ -305,22 +285,20 @@ def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
 
 
 def _sum(
-    ask: Ask,
+    run: ServedRun,
     cohort: Sequence[int],
     plan: Plan,
     adapter: Vector,
-    folder: Path,
     dimension: int,
-    masks: SecureAggregationSettings,
-    seen: void_rounds.Seen,
+    why: dict[int, str],
 ) -> Summed:
     """Collect the sum of the contributions, mod 2**bits. None where masking reveals none."""
     if plan.masked:
-        tried = dataclasses.replace(plan, attempt=_next_attempt(folder))
-        sized = functools.partial(sized_graph, masks, plan.colluders)
-        return masked_sum(ask, cohort, tried, adapter, dimension, sized, seen.refused)
-    replies = ask("round", dict.fromkeys(cohort, b""), plan, adapter)
-    return _collect(replies, plan, plan.length(dimension), cohort, seen.refused)
+        tried = dataclasses.replace(plan, attempt=_next_attempt(run.folder))
+        sized = functools.partial(sized_graph, run.config.secure_aggregation, plan.colluders)
+        return masked_sum(run.ask, cohort, tried, adapter, dimension, sized, why)
+    replies = run.ask("round", dict.fromkeys(cohort, b""), plan, adapter)
+    return _collect(replies, plan, plan.length(dimension), cohort, why)
 
 
 def _announce(folder: Path, cohort: Sequence[int], plan: Plan, dimension: int) -> None:
@@ -365,66 +343,88 @@ def masked_sum(
         The sum over the survivors, or None when the round is void and nothing was revealed; their
         numbers; and how many answered, declined, and were refused.
     """
-    counts = {"answered": 0, "declined": 0, "refused": 0}
+    tally = _Tally(plan.round, {} if why is None else why)
 
-    def phase(name: str, messages: Mapping[int, bytes]) -> dict[int, bytes]:
-        return dict(_given(ask(name, messages, plan, adapter), plan, set(messages), counts))
+    def phase(name: str, messages: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        return tally.given(ask(name, messages, plan, adapter), messages)
 
-    def left_out(refused: Mapping[int, str]) -> None:
-        counts["refused"] += len(refused)
-        if why is not None:
-            why.update(refused)
+    terms = plan.terms(len(adapter) if dimension is None else dimension)
+    try:
+        outcome = _unmasked(phase, terms, cohort, sized, tally)
+    except RoundVoid as too_few:
+        logger.warning("%s", too_few)
+        return None, [], tally.counts
+    tally.counts["answered"] = len(outcome.survivors)
+    return outcome.total, sorted(outcome.survivors), tally.counts
+
+
+def _unmasked(
+    phase: Callable[[str, Mapping[int, bytes]], Iterator[tuple[int, bytes]]],
+    terms: Terms,
+    cohort: Sequence[int],
+    sized: Callable[[int], Graph] | None,
+    tally: "_Tally",
+) -> unmasking.Outcome:
+    """Ask the five phases, from keys to the sum without masks.
+
+    Raises:
+        RoundVoid: too few are left.
+    """
+    keys = dict(phase("keys", dict.fromkeys(cohort, b"")))
+    everybody, out, refused = unmasking.gather(terms, keys, sized=sized)
+    tally.left_out(refused)
+    dealt, out, refused = unmasking.relay(everybody, dict(phase("shares", out)))
+    tally.left_out(refused)
+    running = unmasking.begin_sum(dealt)
+    for client, vector in phase("vector", out):
+        try:
+            unmasking.add_vector(running, client, vector)
+        except ProtocolError as refusal:
+            tally.left_out({client: str(refusal)})
+    listed, out = unmasking.close_sum(running)
+    agreed, out, refused = unmasking.exchange(listed, dict(phase("confirm", out)))
+    tally.left_out(refused)
+    return unmasking.unmask(agreed, dict(phase("unmask", out)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tally:
+    """Counts who answered, declined and was refused in one round, and notes why."""
+
+    round: int
+    why: dict[int, str]
+    counts: dict[str, int] = field(
+        default_factory=lambda: {"answered": 0, "declined": 0, "refused": 0}
+    )
+
+    def given(self, replies: Iterable[Reply], asked: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield whose reply is what, each client once, and count who declines."""
+        waiting = set(asked)
+        for reply in replies:
+            if reply.client not in waiting:
+                raise ProtocolError(
+                    f"round {self.round}: client {reply.client} answered twice or was not asked"
+                )
+            waiting.remove(reply.client)
+            if reply.payload is None:
+                self.counts["declined"] += 1
+            else:
+                yield reply.client, reply.payload
+
+    def left_out(self, refused: Mapping[int, str]) -> None:
+        """Count clients whose bytes do not fit, and tell why."""
+        self.refuse(refused)
         for sentence in refused.values():
             logger.warning("left out: %s", sentence)
 
-    try:
-        everybody, out, refused = unmasking.gather(
-            plan.terms(len(adapter) if dimension is None else dimension),
-            phase("keys", dict.fromkeys(cohort, b"")),
-            sized=sized,
-        )
-        left_out(refused)
-        dealt, out, refused = unmasking.relay(everybody, phase("shares", out))
-        left_out(refused)
-        running = unmasking.begin_sum(dealt)
-        for client, vector in _given(ask("vector", out, plan, adapter), plan, set(out), counts):
-            try:
-                unmasking.add_vector(running, client, vector)
-            except ProtocolError as refusal:
-                left_out({client: str(refusal)})
-        listed, out = unmasking.close_sum(running)
-        agreed, out, refused = unmasking.exchange(listed, phase("confirm", out))
-        left_out(refused)
-        outcome = unmasking.unmask(agreed, phase("unmask", out))
-    except RoundVoid as too_few:
-        logger.warning("%s", too_few)
-        return None, [], counts
-    counts["answered"] = len(outcome.survivors)
-    return outcome.total, sorted(outcome.survivors), counts
-
-
-def _given(
-    replies: Iterable[Reply], plan: Plan, asked: set[int], counts: dict[str, int]
-) -> Iterator[tuple[int, bytes]]:
-    """Yield whose reply is what, each client once, and count who declines."""
-    for reply in replies:
-        if reply.client not in asked:
-            raise ProtocolError(
-                f"round {plan.round}: client {reply.client} answered twice or was not asked"
-            )
-        asked.remove(reply.client)
-        if reply.payload is None:
-            counts["declined"] += 1
-        else:
-            yield reply.client, reply.payload
+    def refuse(self, refused: Mapping[int, str]) -> None:
+        """Count clients whose bytes do not fit."""
+        self.counts["refused"] += len(refused)
+        self.why.update(refused)
 
 
 def _collect(
-    replies: Iterable[Reply],
-    plan: Plan,
-    length: int,
-    cohort: Sequence[int],
-    why: dict[int, str] | None = None,
+    replies: Iterable[Reply], plan: Plan, length: int, cohort: Sequence[int], why: dict[int, str]
 ) -> Summed:
     """Sum the vectors mod 2**bits as they arrive.
 
@@ -433,20 +433,17 @@ def _collect(
     A vector that does not fit the plan is left out and the round goes on: one broken client must
     not stop the others.
     """
-    total, came = np.zeros(length, np.uint32), list[int]()
-    counts = {"answered": 0, "declined": 0, "refused": 0}
-    for client, vector in _given(replies, plan, set(cohort), counts):
+    total, came, tally = np.zeros(length, np.uint32), list[int](), _Tally(plan.round, why)
+    for client, vector in tally.given(replies, cohort):
         try:
             total += unpack(vector, length, plan.bits)
         except ProtocolError as error:
             logger.warning("round %d: client %d is left out: %s", plan.round, client, error)
-            counts["refused"] += 1
-            if why is not None:
-                why[client] = str(error)
-            continue
-        came.append(client)
-    counts["answered"] = len(came)
-    return total, sorted(came), counts
+            tally.refuse({client: str(error)})
+        else:
+            came.append(client)
+    tally.counts["answered"] = len(came)
+    return total, sorted(came), tally.counts
 
 
 def _noised_mean(
@@ -478,8 +475,9 @@ def _refuse_overflow(number: int, adapter: Vector) -> None:
         )
 
 
-def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) -> State:
-    kept = checkpoint.load(folder, run=run, config_hash=config.digest, layout=layout)
+def _resume(run: ServedRun, exchange: Exchange) -> State:
+    config, folder, layout = run.config, run.folder, exchange.state.digest
+    kept = checkpoint.load(folder, run=run.id, config_hash=config.digest, layout=layout)
     lines = read_lines(folder / LOG)
     shown = max((int(line["round"]) for line in lines if not line.get("again")), default=0)
     if kept is None and shown:
@@ -488,7 +486,8 @@ def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) 
             "it from a copy, or start the run anew in another folder"
         )
     if kept is None:
-        return State(0, start, aggregation.begin(config.rounds, len(start)))
+        optimizer = optimizer_named(config.rounds.optimizer)
+        return State(0, exchange.start, optimizer.begin(exchange.state.dimension))
     # a crash between checkpoint and log leaves the last line to be written now
     if shown < kept.round:
         append_line(folder / LOG, json.loads(str(kept.extra["record"])))
@@ -504,21 +503,19 @@ def _resume(config: Config, run: str, layout: str, start: Vector, folder: Path) 
     return State(max(kept.round, shown), kept.adapter, kept.optimizer)
 
 
-def _keep(
-    folder: Path, config: Config, run: str, layout: str, state: State, record: Mapping[str, Any]
-) -> None:
+def _keep(run: ServedRun, layout: str, state: State, record: Mapping[str, Any]) -> None:
     """Save the checkpoint, then append to the log.
 
     So what the log says has happened can be gone on from.
     """
     kept = checkpoint.Checkpoint(
-        run=run,
+        run=run.id,
         round=state.round,
         layout=layout,
         adapter=state.adapter,
         optimizer=dict(state.optimizer),
-        config_hash=config.digest,
+        config_hash=run.config.digest,
         extra={"record": json.dumps(record)},
     )
-    checkpoint.save(folder, kept)
-    append_line(folder / LOG, record)
+    checkpoint.save(run.folder, kept)
+    append_line(run.folder / LOG, record)

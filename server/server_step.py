@@ -1,10 +1,10 @@
 """What the server does with a round's mean, by family and by cluster. All of it post-processing.
 
-    tiny, ffa, lora, fedsa   a step of the optimiser (`server/aggregation.py`)
-    rolora                   the same, of the half that was trained
-    fedsvd                   the same, of B; then B A = U S V' is split anew: A = V', B = U S
-    groups                   a step for each cluster, over its own members; at published rounds
-                             the one there is is split, or the closest two are merged
+    lora_xs, ffa, lora, fedsa  a step of the optimiser (`common/model/server_optimizers.py`)
+    rolora                     the same, of the half that was trained
+    fedsvd                     the same, of B; then B A = U S V' is split anew: A = V', B = U S
+    clusters                   a step for each cluster, over its own members; at published rounds
+                               the one there is is split, or the closest two are merged
 
 **Guarantee**: everything here is a function of public settings, of the state, and of the noised
 mean. So it costs no privacy, and the numbers of members it shows are the noised ones.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
 from ..common.model.families import family_named
+from ..common.model.server_optimizers import MOMENTUM, optimizer_named
 from ..common.settings.config import Config
-from . import aggregation
 
 __all__ = ["step", "turned"]
 
@@ -44,7 +44,8 @@ def step(
         return _grouped(config, exchange, number, state, memory, mean)
     places = exchange.adapter.places(exchange.released(number))
     part = {name: values[places] for name, values in memory.items()}
-    moved, stepped = aggregation.apply(config.rounds, part, state[places], mean)
+    optimizer = optimizer_named(config.rounds.optimizer)
+    moved, stepped = optimizer.apply(config.rounds, part, state[places], mean)
     new, kept = state.copy(), {name: values.copy() for name, values in memory.items()}
     new[places] = moved
     for name, values in stepped.items():
@@ -100,10 +101,11 @@ def _grouped(
     new = exchange.cluster_vectors(state).copy()
     kept = {name: v.reshape(most, -1).copy() for name, v in memory.items() if name != MEMBERS}
     usual = _usual(config, exchange, number, {MEMBERS: told})
+    optimizer = optimizer_named(config.rounds.optimizer)
     for place in range(live):
         own = {name: values[place] for name, values in kept.items()}
         share = sums[place] / usual[place]
-        new[place], stepped = aggregation.apply(config.rounds, own, new[place], share)
+        new[place], stepped = optimizer.apply(config.rounds, own, new[place], share)
         for name, values in stepped.items():
             kept[name][place] = values
     flat = {name: values.ravel() for name, values in kept.items()}
@@ -140,7 +142,7 @@ def _split(
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     cluster_vectors[:] = middle + exchange.clusters.spread * way * (drawn - drawn.mean(0))
     for name, values in memory.items():
-        values[:] = 0.0 if name == "momentum" else values[0]
+        values[:] = 0.0 if name == MOMENTUM else values[0]
 
 
 def _merge(

@@ -20,7 +20,7 @@ import numpy as np
 from ..common.settings.config import Config
 from ..common.settings.sections import DEVICES
 
-__all__ = ["Seen", "cohort_of", "needed", "sentence", "trained", "wait_s"]
+__all__ = ["Seen", "cohort_of", "needed", "round_line", "sentence", "trained", "wait_s"]
 
 FIRST_WAIT_S = 1.0
 MOST_NAMED = 6
@@ -56,6 +56,14 @@ class Seen:
     def released(self) -> bool:
         """Whether somebody may have released: asked for a masked vector, or answered without."""
         return bool(self.asked.get("vector") or self.answered.get("round"))
+
+    def facts(self, masked: bool, unsure: bool) -> dict[str, Any]:
+        """What the record of a void attempt says of who came, what it cost, and what is next.
+
+        `unsure`: whether somebody may have released without this process knowing.
+        """
+        spent = self.released or unsure
+        return {"missing": self.missing, "spent": spent, "again": not (masked and spent)}
 
     @property
     def missing(self) -> dict[str, dict[str, Any]]:
@@ -140,6 +148,33 @@ def wait_s(config: Config, voids: int) -> float:
     if config.data.source != DEVICES:
         return 0.0
     return min(FIRST_WAIT_S * 2.0 ** min(voids - 1, 60), config.rounds.wait_s)
+
+
+def round_line(
+    record: Record, count: int, names: Mapping[int, str] | None = None, results: str = ""
+) -> str:
+    """Show a round's record as `round 3/8  6 asked  5 answered  1 declined  3.2 s`.
+
+    Of a void attempt the line also says who is missing and why.
+
+    Args:
+        record: of the round.
+        count: rounds there are to be.
+        names: of devices, where somebody knows them.
+        results: what else is to be said of a round that is not void.
+    """
+    of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
+    parts = [f"round {record['round']}{of}"]
+    parts += [f"{record[name]} {name}" for name in ("asked", "answered", "declined")]
+    if record.get("refused"):
+        parts.append(f"{record['refused']} did not fit")
+    if record["void"]:
+        parts.append(record.get("why") or sentence(record, names))
+    elif results:
+        parts.append(results)
+    if "seconds" in record:
+        parts.append(f"{record['seconds']:.1f} s")
+    return "  ".join(parts)
 
 
 def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:

@@ -39,11 +39,11 @@ from .tiny import WORDS
 ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.commands import main; main()"
 UP = (
     "import sys; from pathlib import Path\n"
+    "from privet.common.child_processes import stop_on_signals, supervise\n"
     "from privet.server.operations import commands, services, setup\n"
-    "server = setup.load(Path(sys.argv[1]))\n"
-    "programs = dict(services.commands(server, Path('/bin/false'))); del programs['proxy']\n"
-    "logs = server.folder / 'logs'\n"
-    "commands.supervise(programs, services.environment(server), logs, commands.say)"
+    "programs = services.programs(setup.load(Path(sys.argv[1])), Path('/bin/false'))\n"
+    "programs = [program for program in programs if program.name != 'proxy']\n"
+    "supervise(programs, stop_on_signals(), say=commands.say)"
 )
 PASSPHRASE = "own"
 NOISE = 16.0

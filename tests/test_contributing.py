@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from privet.common.model.families import FAMILIES
+from privet.common.model.server_optimizers import OPTIMIZERS
 
 TEXT = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.M | re.S))
@@ -20,24 +21,27 @@ EXAMPLES = [title for title, code in CODE.items() if code]
 
 
 @pytest.fixture
-def _families_stay() -> Iterator[None]:
-    """A family that an example adds is there for the example only."""
-    before = dict(FAMILIES)
+def _tables_stay() -> Iterator[None]:
+    """What an example adds to a table is there for the example only."""
+    tables: list[dict[str, Any]] = [FAMILIES, OPTIMIZERS]
+    before = [dict(table) for table in tables]
     yield
-    FAMILIES.clear()
-    FAMILIES.update(before)
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
 
 
-def test_the_four_additions_are_there():
+def test_the_five_additions_are_there():
     assert EXAMPLES == [
         "Add an adapter family",
+        "Add a server optimiser",
         "Add a personal head",
         "Add a data source",
         "Add a command",
     ]
 
 
-@pytest.mark.usefixtures("_families_stay")
+@pytest.mark.usefixtures("_tables_stay")
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_a_worked_example_runs_as_it_stands(title: str, request: pytest.FixtureRequest) -> None:
     names: dict[str, Any] = {"__name__": __name__, "__package__": __package__}

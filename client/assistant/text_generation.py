@@ -12,7 +12,7 @@ vault where the caller keeps them.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +25,17 @@ from .profile import Context, Profile, context
 from .retrieval import Index
 from .templates import Template
 
-__all__ = ["Answer", "Assistant", "Recorder", "Reply", "Sampling", "Source", "continued"]
+__all__ = [
+    "Answer",
+    "Assistant",
+    "Recorder",
+    "Reply",
+    "Sampling",
+    "Source",
+    "completed",
+    "continued",
+    "sampled",
+]
 
 Heard = Callable[[str, str], object]
 """Told which answer, and its text so far, at each token."""
@@ -201,7 +211,6 @@ class Clock:
         return cls(time.perf_counter(), time.process_time())
 
 
-@torch.inference_mode()
 def continued(
     base: BaseModel,
     head: TextHead | None,
@@ -223,16 +232,10 @@ def continued(
         told: the answer so far, at each token.
     """
     began = began or Clock.now()
-    network, tokenizer = base.network.base_model, base.tokenizer
-    generator = torch.Generator().manual_seed(sampling.seed)
-    step, past, first = torch.tensor([_ids(tokenizer, text)]), None, began
+    tokenizer, first = base.tokenizer, began
     drawn: list[int] = []
     said = ""
-    while len(drawn) < sampling.tokens:
-        out = network(input_ids=step, past_key_values=past, use_cache=True)
-        past, state = out.past_key_values, out.last_hidden_state[0, -1]
-        scores = adjusted_logits(head, state, base.output @ state)
-        token = _draw(scores, sampling.temperature, generator)
+    for (token,) in sampled(base, [_ids(tokenizer, text)], head, sampling):
         if not drawn:
             first = Clock.now()
         if token == tokenizer.eos_token_id:
@@ -243,7 +246,6 @@ def continued(
             break
         if told is not None:
             told(said)
-        step = torch.tensor([[token]])
     return Answer(
         text=said.strip("\n"),
         tokens=len(drawn),
@@ -253,10 +255,68 @@ def continued(
     )
 
 
-def _draw(scores: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(scores.argmax())
-    return int(torch.multinomial((scores / temperature).softmax(0), 1, generator=generator))
+@torch.inference_mode()
+def sampled(
+    base: BaseModel,
+    starts: Sequence[Sequence[int]],
+    head: TextHead | None,
+    sampling: Sampling,
+    bf16: bool = False,
+) -> Iterator[list[int]]:
+    """Draw one token after the other for each row, with a cache of keys and values.
+
+    Args:
+        base: with whatever adapter is in it.
+        starts: token ids, at least one in each; all rows are one batch.
+        head: None for the shared scores.
+        sampling: how; row after row draws from one generator.
+        bf16: multiply the beginnings in bfloat16: casting all weights for one token takes longer
+            than the token.
+
+    Yields:
+        The next token of each row, `sampling.tokens` times at most. A row does not stop at its end
+        token: what comes after is for nobody.
+    """
+    longest = max(map(len, starts))
+    given = torch.tensor([[0] * (longest - len(one)) + list(one) for one in starts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in starts])
+    generator, cache = torch.Generator().manual_seed(sampling.seed), None
+    for _ in range(sampling.tokens):
+        place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cache is None):
+            out = base.network.base_model(
+                input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+        state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values
+        scores = adjusted_logits(head, state, state @ base.output.T)
+        if sampling.temperature == 0:
+            given = scores.argmax(1, keepdim=True)
+        else:
+            chances = (scores / sampling.temperature).softmax(1)
+            given = torch.multinomial(chances, 1, generator=generator)
+        mask = torch.cat([mask, torch.ones_like(given)], 1)
+        yield given[:, 0].tolist()
+
+
+def completed(
+    base: BaseModel,
+    starts: Sequence[Sequence[int]],
+    head: TextHead | None,
+    sampling: Sampling,
+    bf16: bool = False,
+) -> list[list[int]]:
+    """Return the tokens that `sampled` draws for each row, up to before its end token."""
+    end = base.tokenizer.eos_token_id
+    rows: list[list[int]] = [[] for _ in starts]
+    unfinished = set(range(len(rows)))
+    for tokens in sampled(base, starts, head, sampling, bf16):
+        unfinished -= {row for row in unfinished if tokens[row] == end}
+        for row in unfinished:
+            rows[row].append(tokens[row])
+        if not unfinished:
+            break
+    return rows
 
 
 def _ids(tokenizer: Any, text: str) -> Sequence[int]:

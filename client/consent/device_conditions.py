@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .policy_settings import Policy, Resources, ranges
 
-__all__ = ["Reading", "limit_process", "not_now", "read_conditions", "resident_mb", "threads"]
+__all__ = ["Reading", "limit_process", "not_now", "read_conditions", "threads"]
 
 SUPPLIES = Path("/sys/class/power_supply")
 BATTERIES = ("Battery", "UPS")
@@ -69,6 +69,7 @@ def not_now(policy: Policy, now: datetime, reading: Reading) -> str | None:
 def read_conditions(*, paused: bool = False, supplies: Path = SUPPLIES) -> Reading:
     """Read battery and load from Linux's files.
 
+    psutil's reader would take a mouse's battery for the machine's, and see one battery of two.
     Where there are none, the machine counts as one without a battery.
 
     Batteries of mice and keyboards (scope `Device`) do not count.
@@ -119,18 +120,6 @@ def limit_process(resources: Resources) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def resident_mb() -> float | None:
-    """Return the memory this process holds now, in MB.
-
-    None where the system has no /proc.
-    """
-    try:
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _open(hours: str, minute: int) -> bool:

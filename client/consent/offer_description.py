@@ -427,11 +427,6 @@ def _statistics(config: Config) -> str:
             "what adapter and personal head gain on records of yours that are held out (noise "
             f"{own.gain_noise_multiplier:g} times the bound)"
         )
-    if own.arms:
-        parts.append(
-            f"the loss under one of {', '.join(own.arms)}, drawn on this device (noise "
-            f"{own.arm_noise_multiplier:g} times the bound)"
-        )
     return f"leave too, in the same noised vector: {'; '.join(parts)}"
 
 

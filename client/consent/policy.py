@@ -44,7 +44,7 @@ PLACES: tuple[NoiseAt, ...] = get_args(NoiseAt)
 """Where noise may be added, the safest first, as in `common/privacy/round_plan.py`, which would
 load NumPy."""
 
-BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier", "arm_noise_multiplier")
+BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier")
 LARGEST_FILE = 1_000_000
 """Bytes; a larger policy file is somebody else's file."""
 

@@ -174,7 +174,7 @@ def _continued(held: Chain, found: Chain, path: Path) -> Chain:
     if held.fleet and held.version > found.version:
         held, found = found, held
     try:
-        directories.brought_up(held, found.head, 0, found.entries)
+        directories.refuse_unless_later(held, found)
     except ProtocolError as error:
         raise ConfigError(
             f"{path} and the directory that this device holds differ: {error}. The file was not "

@@ -7,7 +7,7 @@ process; everything else is in the vault. **Guarantee**: as `client/store/device
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ...common.errors import PrivacyError, PrivetError
 from ...common.secure_aggregation.keys import Directory, Identity
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # an idle worker is small: it has loaded no accountant, no Sc
     from ...common.privacy.round_plan import Plan
     from ..device import Device
     from ..privacy.ledger import Ledger
+    from ..privacy.masked_upload import State
     from ..training.local_training import Trainer
     from ..training.records import Record, Tokenised
 
@@ -92,11 +93,11 @@ class EnrolledContext:
         ab_run = self.config.ab_run
         return None if ab_run is None else outcome(self.home, self.run, ab_run)
 
-    def at_home(self, _: str) -> bytes | None:
+    def local_factor(self, _: str) -> bytes | None:
         """Read the part of the adapter that stays on this device from the vault."""
         return self.home.vault.get(f"at-home/{self.run}")
 
-    def keep_at_home(self, _: str, kept: bytes) -> None:
+    def keep_local_factor(self, _: str, kept: bytes) -> None:
         """Write the part of the adapter that stays on this device into the vault."""
         self.home.vault.put(f"at-home/{self.run}", kept)
 
@@ -132,7 +133,7 @@ class EnrolledParticipant:
 
     def __init__(self, home: DeviceStore, server: str | None = None) -> None:
         self._home, self._server = home, server
-        self._state: Any = None
+        self._state: State | None = None
         self._desk: EnrolledContext | None = None
         self.pace = Pace()
 
@@ -141,7 +142,7 @@ class EnrolledParticipant:
         """The key pair that the vault holds."""
         return self._home.identity
 
-    def hello(self, offer: Mapping[str, Any]) -> Mapping[str, Any]:
+    def hello(self, offer: Mapping[str, object]) -> Mapping[str, bool | int]:
         """Keep the offer, and say whether this device takes part in it now.
 
         One that does loads the model first, so that no round waits for it; should that outlast the
@@ -213,12 +214,12 @@ class EnrolledParticipant:
         trainer = Trainer.of(shared(config), config.speed.cache_mb, config.pairs)
         return EnrolledContext(self._home, run, config, trainer, number, self.pace)
 
-    def recall(self) -> Any:
+    def recall(self) -> "State | None":
         """Return what the phase before kept, and forget it."""
         state, self._state = self._state, None
         return state
 
-    def keep(self, state: Any) -> None:
+    def keep(self, state: "State | None") -> None:
         """Keep the state for the next phase in memory.
 
         A worker that dies in a round has so dropped out of it.

@@ -138,7 +138,7 @@ def compared(home: "DeviceStore", path: Path) -> str:
         raise DataError(f"{path} is a list without a chain: nothing in it is signed")
     older, newer = sorted((own, other), key=lambda chain: chain.version)
     try:
-        directories.brought_up(older, newer.head, 0, newer.entries)
+        directories.refuse_unless_later(older, newer)
     except PrivetError as error:
         raise DataError(
             f"{path} and this device's directory differ: {error}. Where fleet and key are the same "

@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from ...common.errors import PrivetError
-from ..device import Device, DeviceContext, cluster_of, exchange_at, kept_half
+from ..device import Device, DeviceContext, cluster_of, exchange_at, local_factor_of
 from ..store.device_store import ME, DeviceStore
 from ..training.cluster_choice import choose
 from ..training.constant_work import choice_of, missing
@@ -50,7 +50,7 @@ def keep(context: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.
     if config.clusters.count > 1:
         entries[f"persona/{run}"] = str(cluster).encode()
     own, held_out = me.measured_on()
-    evaluator = evaluator_of(context.trainer.adapter, adapter, kept_half(me), config.pairs)
+    evaluator = evaluator_of(context.trainer.adapter, adapter, local_factor_of(me), config.pairs)
     try:
         person = evaluator.person(own, held_out, fit=True)
     except PrivetError as failed:

@@ -40,7 +40,11 @@ class LabelPerson:
         None is the shared head.
         """
         used = head_of_kind(LabelHead, head) or self.shared
-        return float(label_losses(used, self.features, self.labels).mean())
+        return float(self.losses(used).double().mean())
+
+    def losses(self, head: LabelHead) -> Tensor:
+        """Return the losses on the held-out labels, (n,)."""
+        return label_losses(head, self.features, self.labels)
 
 
 class LabelEvaluator:
@@ -74,7 +78,7 @@ class LabelEvaluator:
         if not held_out:
             return None
         features, labels = self.features(held_out)
-        base = float(label_losses(self.nothing, features, labels).mean())
+        base = float(label_losses(self.nothing, features, labels).double().mean())
         head = fit_label_head(*self.features(own), self.shared) if own and fit else None
         return LabelPerson(base, head, features, labels, self.shared)
 

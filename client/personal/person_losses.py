@@ -18,11 +18,8 @@ from ...common.privacy.statistics_blocks import ENTRIES
 from ...common.settings.sections import PreferenceSettings
 from ..training.records import Tokenised
 from .evaluator import Evaluator
-from .label_evaluator import LabelEvaluator
-from .pair_evaluator import LikelihoodEvaluator, ScoreEvaluator
-from .text_evaluator import TextEvaluator
 
-__all__ = ["Losses", "arms_block", "evaluate_person", "evaluator_of", "gains_block"]
+__all__ = ["Losses", "evaluate_person", "evaluator_of", "gains_block"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,17 @@ def evaluator_of(
         tokens: that every record passes the model with, whatever it has; 0: with its own.
     """
     if pairs is not None:
+        from .pair_evaluator import LikelihoodEvaluator, ScoreEvaluator
+
         by_pairs = LikelihoodEvaluator if adapter.head is None else ScoreEvaluator
         return by_pairs(adapter, shared, pairs, tokens)
-    by_records = TextEvaluator if adapter.head is None else LabelEvaluator
-    return by_records(adapter, shared, kept, tokens)
+    if adapter.head is not None:
+        from .label_evaluator import LabelEvaluator
+
+        return LabelEvaluator(adapter, shared, kept, tokens)
+    from .text_evaluator import TextEvaluator
+
+    return TextEvaluator(adapter, shared, kept, tokens)
 
 
 def evaluate_person(
@@ -69,8 +73,6 @@ def evaluate_person(
     """Return one person's losses under the three models.
 
     Run by the client, after its delta is made.
-
-    All three are computed whatever is asked for, so that the time it takes tells no arm.
 
     Args:
         evaluator: makes a new one, which remembers nothing of other records.
@@ -103,24 +105,3 @@ def gains_block(losses: Losses | None, bound: float) -> NDArray[np.float64]:
         return np.zeros(ENTRIES["gains"])
     gains = np.array([losses.base - losses.shared, losses.shared - losses.personal])
     return np.append(np.clip(gains / bound, -1.0, 1.0), 1.0)
-
-
-def arms_block(
-    losses: Losses | None, bound: float, arms: Sequence[str], own: int
-) -> NDArray[np.float64]:
-    """Return the block of arms, which holds the outcome in the entries of the own arm.
-
-    These entries are (1, outcome, its square). All others are zero, and all of them are where the
-    losses are None.
-
-    Args:
-        losses: of the person.
-        bound: a loss is clipped to 0 .. this, and is 2 loss / bound - 1 as an outcome.
-        arms: the models compared.
-        own: the index of this device's arm.
-    """
-    block = np.zeros((len(arms), ENTRIES["arms"]))
-    if losses is not None:
-        outcome = 2.0 * min(max(getattr(losses, arms[own]) / bound, 0.0), 1.0) - 1.0
-        block[own] = 1.0, outcome, outcome * outcome
-    return block.ravel()

@@ -1,95 +1,100 @@
-"""Evaluation of people who write text, in nats per token, with the head of `text_head.py`."""
+"""Evaluation of people who write text, in nats per scored token, with the head of `text_head.py`.
+
+What is scored is in `scored_text.py`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from ...common.model.adapter import Adapter, Vector
-from ...common.model.base_model import final_states, pad, prefix_states, resumed_at
 from ..training.records import Tokenised
 from .head import PersonalHead, head_of_kind
-from .text_head import (
-    SharedScores,
-    TextHead,
-    TokenStates,
-    fit_text_head,
-    shared_scores,
-    token_losses,
-)
+from .scored_text import OPENING, Asked, Row, ScoredText, asked, scored_texts
+from .text_head import TextHead
 
-__all__ = ["TextEvaluator", "TextPerson"]
+__all__ = ["TextEvaluator", "TextPerson", "alone"]
 
 
 @dataclass(frozen=True, eq=False)
 class TextPerson:
-    """One person's held-out tokens under the shared model, and the head they fitted.
+    """One person's held-out text under the shared model, and the head they fitted.
 
     Attributes:
-        base: nats per token under the base model.
+        base_nats: of each record under the base model.
         head: the personal head; None where none was fitted.
-        states: of the held-out tokens under the shared model.
-        scores: the shared model's of them.
-        output: (v, w) the model's output embedding.
+        text: the held-out records under the shared model.
+        bytes: of each record's scored text.
     """
 
-    base: float = field(repr=False)
+    base_nats: Sequence[float] = field(repr=False)
     head: TextHead | None = field(repr=False)
-    states: TokenStates = field(repr=False)
-    scores: SharedScores = field(repr=False)
-    output: Tensor = field(repr=False)
+    text: ScoredText = field(repr=False)
+    bytes: Sequence[int] = field(repr=False)
+
+    @property
+    def base(self) -> float:
+        """The nats per scored token under the base model."""
+        return sum(self.base_nats) / sum(self.text.counts())
 
     def loss(self, head: PersonalHead | None) -> float:
-        """Return the nats per held-out token with a `TextHead`.
+        """Return the nats per scored token with a `TextHead`.
 
         None is the shared model.
         """
-        used = head_of_kind(TextHead, head)
-        return float(token_losses(used, self.states, self.output, self.scores).mean())
+        return self.text.loss(head_of_kind(TextHead, head))
 
 
+@dataclass(frozen=True, eq=False)
 class TextEvaluator:
     """Evaluates people who write text.
 
     The frozen prefix is computed once for base and shared model.
 
-    Args: as `person_losses.evaluator_of`.
+    Attributes:
+        adapter, shared, kept, tokens: as `person_losses.evaluator_of`.
+        opening: tokens given of each record.
+        bf16: as for `scored_texts`.
     """
 
-    def __init__(
-        self, adapter: Adapter, shared: Vector, kept: Vector | None = None, tokens: int = 0
-    ) -> None:
-        self.adapter, self.shared, self.kept, self.tokens = adapter, shared, kept, tokens
-        self.output = adapter.base.output.detach()
+    adapter: Adapter
+    shared: Vector = field(repr=False)
+    kept: Vector | None = field(default=None, repr=False)
+    tokens: int = 0
+    opening: int = OPENING
+    bf16: bool = False
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
     ) -> TextPerson | None:
-        """Prepare one person, as `Evaluator.person` says."""
+        """Prepare one person, as `Evaluator.person` says.
+
+        None also where nothing of what is held out is scored.
+        """
         if not held_out:
             return None
-        base, shared = self._states(held_out, (self.adapter.start, self.shared))
-        base_loss = token_losses(None, base, self.output, shared_scores(base, self.output)).mean()
+        questions = self.asked(held_out)
+        shared, base = self.scored(alone(questions), self.shared, self.adapter.start)
         head = None
         if own and fit:
-            (mine,) = self._states(own, (self.shared,))
-            head = fit_text_head(mine, self.output)
-        scores = shared_scores(shared, self.output)
-        return TextPerson(float(base_loss), head, shared, scores, self.output)
+            head = self.scored(alone(self.asked(own)))[0].fitted()
+        if not sum(shared.counts()):
+            return None
+        tokenizer = self.adapter.base.tokenizer
+        sizes = [len(one.scored_text(tokenizer).encode()) for one in questions]
+        return TextPerson(base.sums(), head, shared, sizes)
 
-    @torch.no_grad()
-    def _states(self, records: Sequence[Tokenised], vectors: Sequence[Vector]) -> list[TokenStates]:
-        """Return the final states of the records under each adapter."""
-        base, first = self.adapter.base, self.adapter.first_block
-        ids, mask = pad([record.ids for record in records], tokens=self.tokens)
-        wanted = mask[:, 1:].bool()
-        targets, record = ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0]
-        prefix = prefix_states(base, first, ids, mask)
-        each = []
-        for vector in vectors:
-            self.adapter.write(vector, self.kept if vector is self.shared else None)
-            with resumed_at(base, first, prefix):
-                states = final_states(base, ids, mask)[:, :-1][wanted]
-            each.append(TokenStates(states, targets, record))
-        return each
+    def asked(self, records: Sequence[Tokenised]) -> list[Asked]:
+        """Return the records with their openings."""
+        return [asked(record.ids, self.opening) for record in records]
+
+    def scored(self, rows: Sequence[Row], *vectors: Vector) -> list[ScoredText]:
+        """Score the rows under each adapter, or under the shared one where none is named."""
+        wanted = [
+            (one, self.kept if one is self.shared else None) for one in vectors or (self.shared,)
+        ]
+        return scored_texts(self.adapter, rows, wanted, bf16=self.bf16, tokens=self.tokens)
+
+
+def alone(questions: Sequence[Asked]) -> list[Row]:
+    """Return records with nothing in front of them."""
+    return [Row((), one) for one in questions]

@@ -115,8 +115,8 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
 
     Statistics. A person moves adapter and blocks together, one Gaussian release (`_together`). A
     record is in the batch by a draw, and moves the adapter and the block of losses if it is:
-    these too are one release, sampled. Gains and arms are computed from every record in every
-    round, the draw hides nothing of them: they are a second charge, unsampled. Their noise is
+    these too are one release, sampled. Gains are computed from every record in every round, the
+    draw hides nothing of them: they are a second charge, unsampled. Their noise is
     independent of the batch and its noise, so the two charges compose.
     """
     found: list[Charge] = []

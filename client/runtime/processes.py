@@ -7,13 +7,14 @@ everybody on the machine can read.
 """
 
 import secrets
+import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...common.child_processes import Spec, privet_command, stop_on_signals, supervise
 from ...common.errors import ConfigError, PrivetError, StateError
 from ..consent import policy as policies
 from ..consent.device_conditions import limit_process
@@ -22,20 +23,10 @@ from ..import_texts import watched_folders
 from ..store.device_store import POLICY, DeviceStore
 from ..store.erase import exclusive
 from ..store.key_file import Passphrase, Unlock
-from .supervisor import (
-    Spec,
-    as_file_descriptor,
-    descriptor_path,
-    keep_to_itself,
-    node_spec,
-    stop_on_signals,
-    supervise,
-)
+from .supervisor import as_file_descriptor, descriptor_path, keep_to_itself, node_spec
 
 __all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
 
-ENTRY = "from privet.commands import main; main()"
-"""What the command `privet` calls."""
 SECRET_BYTES = 32
 LONGEST_SECRET = 1024
 DEFAULT_MINUTES = 15.0
@@ -81,15 +72,20 @@ def specs(home: DeviceStore, unlock: Unlock, port: int) -> list[Spec]:
         home=home.folder,
     )
     shared = as_file_descriptor(secret)
-    # -P: what lies in the folder this was started from is not imported
-    command = [sys.executable, "-P", "-c", ENTRY, "client", "work", "--home", str(home.folder)]
-    command += ["--port", str(port), "--secret-file", descriptor_path(shared)]
-    command += ["--server", joined.server]
+    command = privet_command("client", "work", "--home", home.folder, "--port", str(port))
+    command += ("--secret-file", descriptor_path(shared), "--server", joined.server)
     given = [shared]
     if isinstance(unlock, Passphrase):
         given.append(as_file_descriptor(unlock.encoded()))
-        command += ["--passphrase-file", descriptor_path(given[-1])]
-    return [node, Spec("worker", tuple(command), pass_fds=tuple(given), takes_down=(node.name,))]
+        command += ("--passphrase-file", descriptor_path(given[-1]))
+    worker = Spec(
+        "worker",
+        command,
+        pass_fds=tuple(given),
+        orphaned=signal.SIGKILL,
+        takes_down=(node.name,),
+    )
+    return [node, worker]
 
 
 def work(

@@ -69,7 +69,7 @@ class Trainer:
     """
 
     adapter: Adapter
-    hooked: Any
+    hooked: GradSampleModule
     prefix: PrefixCache | None = None
     pairs: PreferenceSettings | None = None
 
@@ -191,8 +191,8 @@ def train(
     usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
     released, kept = np.split(usable, [len(usable) - adapter.own.dimension])
     own = np.zeros_like(kept) if own is None else own
-    at_home = own + kept if np.isfinite(own + kept).all() else own
-    return Trained(released, _statistics(losses[0], plan), own=at_home)
+    local_factor = own + kept if np.isfinite(own + kept).all() else own
+    return Trained(released, _statistics(losses[0], plan), own=local_factor)
 
 
 def _forget(hooked: GradSampleModule) -> None:
@@ -274,7 +274,7 @@ def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
     return normal
 
 
-def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> Any:
+def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> torch.optim.Optimizer:
     plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
     if plan.record_clip == 0:
         return plain
@@ -290,7 +290,7 @@ def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> An
 def _private_step(
     trainer: Trainer,
     trained: Named,
-    optimizer: Any,
+    optimizer: DPOptimizer,
     chunks: list[list[Tokenised]],
     _: Plan,
     shape: Shape | None,
@@ -373,7 +373,7 @@ def _silence(trained: Named, records: int) -> None:
 def _plain_step(
     trainer: Trainer,
     _: Named,
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     chunks: list[list[Tokenised]],
     plan: Plan,
     shape: Shape | None,

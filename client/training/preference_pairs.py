@@ -1,10 +1,13 @@
 """Preferences as token ids, with each answer behind its prompt, for the two ways to score one."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
 from .records import Record, Tokenised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["tokenize_pairs"]
 
@@ -13,7 +16,7 @@ BETWEEN = "\n"
 
 
 def tokenize_pairs(
-    records: Sequence[Record], tokenizer: Any, max_tokens: int, score: str
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, score: str
 ) -> list[Tokenised]:
     """Turn preferences into token ids.
 
@@ -49,7 +52,9 @@ def tokenize_pairs(
 _Row = tuple[tuple[int, ...], int]
 
 
-def _framed(prompts: list[str], answers: list[str], tokenizer: Any, most: int) -> list[_Row]:
+def _framed(
+    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", most: int
+) -> list[_Row]:
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     said = _plain(answers, tokenizer)
@@ -61,13 +66,15 @@ def _framed(prompts: list[str], answers: list[str], tokenizer: Any, most: int) -
     return found
 
 
-def _plain(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def _plain(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     return [
         list(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
     ]
 
 
-def _as_read(prompts: list[str], answers: list[str], tokenizer: Any, most: int) -> list[_Row]:
+def _as_read(
+    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", most: int
+) -> list[_Row]:
     cut = {"truncation": True, "max_length": most}
     if not any(prompts):
         rows = tokenizer(answers, **cut)["input_ids"]

@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ...common.settings.sections import TrainingSettings
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "INDEX_FILE",
@@ -48,6 +49,7 @@ __all__ = [
     "read_index",
     "read_user",
     "split",
+    "spread",
     "tokenize",
 ]
 
@@ -307,6 +309,18 @@ def split(
     return tuple(records[:own]), tuple(records[own:])
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """Choose `wanted` places of `count`, evenly spread, the first among them.
+
+    Where there are fewer, it is all. These are the held-out records that a person is measured on.
+
+    >>> spread(10, 4), spread(2, 5)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    wanted = min(count, wanted)
+    return [count * place // wanted for place in range(wanted)]
+
+
 def capped(own: Sequence[Record], records_per_client: int) -> tuple[Record, ...]:
     """Return the first `records_per_client` records, or all where there are fewer.
 
@@ -370,7 +384,7 @@ def poisson_indices(
 
 
 def tokenize(
-    records: Sequence[Record], tokenizer: Any, max_tokens: int, task: Task
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, task: Task
 ) -> list[Tokenised]:
     """Turn records into token ids, each on its own, at most `max_tokens` each.
 

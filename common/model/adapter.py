@@ -207,7 +207,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
         nn.init.zeros_(head.bias)
         trainable["head"] = head
         state |= {HEAD: head.weight, HEAD_BIAS: head.bias}
-    layout, at_home = (
+    layout, local_layout = (
         Layout(
             family.name,
             base.fingerprint,
@@ -218,7 +218,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     _freeze_all_but(base, family, list(trainable.parameters()))
     start = np.concatenate([p.detach().numpy().ravel() for p in state.values()])
     named = {**state, **own}
-    return Adapter(base, settings, layout, modules, trainable, head, start, at_home, named)
+    return Adapter(base, settings, layout, modules, trainable, head, start, local_layout, named)
 
 
 def usual_modules(base: BaseModel) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ def _split_anew(
     """
     import numpy as np
 
+    from .server_optimizers import SQUARES
     from .vector_layout import Layout
 
     shapes = dict(layout.pieces)
@@ -133,7 +134,7 @@ def _split_anew(
         state[down] = (rows * signs[:, None]).ravel()
         state[up] = (b @ turn).ravel()
         for kind, values in memory.items():
-            by = turn**2 if kind == "second" else turn
+            by = turn**2 if kind == SQUARES else turn
             values[up] = (values[up].reshape(shapes[other]).astype(np.float64) @ by).ravel()
 
 

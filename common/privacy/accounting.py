@@ -26,7 +26,6 @@ import numpy as np
 from dp_accounting import dp_event, pld, rdp
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
-from scipy.stats import binom
 
 from ..errors import ConfigError, LedgerCorrupt, PrivacyError
 
@@ -38,9 +37,7 @@ __all__ = [
     "calibrate",
     "delta",
     "epsilon",
-    "mixture_epsilon",
     "payable",
-    "skellam_rdp_epsilon",
     "within",
 ]
 
@@ -55,7 +52,6 @@ _RELATIONS = {
 }
 _INTERVAL = 1e-4
 _FEW_ORDERS = (*range(2, 33), 40, 48, 64, 96, 128, 256, 512)
-_ORDERS = np.concatenate((1 + np.geomspace(1e-3, 10, 200), np.geomspace(11.5, 1e5, 200)))
 
 
 @dataclass(frozen=True)
@@ -260,61 +256,6 @@ def calibrate(
         middle = math.sqrt(low * high)
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def mixture_epsilon(
-    noise_multiplier: float,
-    sampling_rate: float,
-    steps: int,
-    records: int,
-    delta: float,
-    interval: float = 1e-3,
-) -> float:
-    """Epsilon of a whole client under example-level DP-SGD, add_remove.
-
-    The client's `records` are Poisson-sampled independently, so a step's sensitivity is binomial:
-    a mixture of Gaussians (Choquette-Choo et al. 2024). Multiplying one record's epsilon would
-    give too little.
-
-    Args:
-        noise_multiplier: against one record's clip; 0 gives infinity.
-        sampling_rate: of each record.
-        steps: noised steps.
-        records: of the client.
-        delta: 0 < delta < 1.
-        interval: of the PLD's grid; the result rounds upwards.
-    """
-    counts = np.arange(records + 1)
-    event = dp_event.MixtureOfGaussiansDpEvent(
-        noise_multiplier,
-        tuple(counts.tolist()),
-        tuple(binom.pmf(counts, records, sampling_rate).tolist()),
-    )
-    accountant = pld.PLDAccountant(_RELATIONS["add_remove"], interval)
-    accountant.compose(dp_event.SelfComposedDpEvent(event, steps))
-    return float(accountant.get_epsilon(delta))
-
-
-def skellam_rdp_epsilon(
-    variance: float, l2: float, l1: float, releases: int, delta: float
-) -> float:
-    """The published conservative bound for Skellam noise, as a second opinion.
-
-    Theorem 3.5 of Agarwal, Kairouz, Liu 2021, for real orders above 1, and the conversion from
-    Renyi to approximate DP of Canonne, Kamath, Steinke 2020 as in dp_accounting.
-
-    Args:
-        variance: of the total noise in a coordinate, grid units squared; 0 gives infinity.
-        l2: sensitivity of the rounded vector, grid units.
-        l1: the same in l1.
-        releases: identical ones.
-        delta: 0 < delta < 1.
-    """
-    if variance == 0:
-        return math.inf
-    second = ((2 * _ORDERS - 1) * l2**2 + 6 * l1) / (4 * variance**2)
-    loss = _ORDERS * l2**2 / (2 * variance) + np.minimum(second, 3 * l1 / (2 * variance))
-    return float(rdp.compute_epsilon(_ORDERS, releases * loss, delta)[0])
 
 
 class _Total(NamedTuple):

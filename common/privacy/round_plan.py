@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..settings.config import Config
 from .encoding import rounded_sensitivity
 from .mechanism import SKELLAM, Mechanism
 from .noise import MAX_VARIANCE
-from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block, arm_names
+from .statistics_blocks import BOUNDS, DIAMETERS, ENTRIES, Block
 
 __all__ = ["VERSION", "Plan"]
 
@@ -54,6 +54,14 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     **{f"{name}_variance": (0, MAX_VARIANCE) for name in ENTRIES},
 }
 
+Check = tuple[str, bool, float | str]
+"""What is checked, whether a plan keeps to it, the device's own limit."""
+_NO_ARMS: Mapping[str, Any] = {
+    "arms": "", "arms_bound": 0.0, "arms_step": 1.0, "arms_variance": 0.0
+}  # fmt: skip
+"""A block that plans no longer have. Its empty fields stay in what is sent and digested, so that a
+plan in a ledger keeps its digest."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -76,11 +84,9 @@ class Plan:
         attempt: counts every masked round the server began, repeated ones too; it is no part of
             the digest.
         record_clip, record_noise: example-level DP-SGD; 0 and 0 when it is off.
-        losses_bound, gains_bound, arms_bound: what a loss, a gain, an arm's loss is clipped to and
-            divided by, in the loss's unit; 0: the block is not asked for
-        (`common/privacy/statistics_blocks.py`). arms: the models an arms block compares, with
-        commas; the same one may occur twice. losses_step, losses_variance and so on: each block's
-        own grid and noise, as `step` and
+        losses_bound, gains_bound: what a loss, a gain is clipped to and divided by, in the loss's
+            unit; 0: the block is not asked for (`common/privacy/statistics_blocks.py`).
+        losses_step, losses_variance and so on: each block's own grid and noise, as `step` and
             `variance`; the modulus is the adapter's.
     """
 
@@ -110,10 +116,6 @@ class Plan:
     gains_bound: float = 0.0
     gains_step: float = 1.0
     gains_variance: float = 0.0
-    arms: str = ""
-    arms_bound: float = 0.0
-    arms_step: float = 1.0
-    arms_variance: float = 0.0
     version: int = VERSION
 
     @property
@@ -142,14 +144,13 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan, by which ledger rows name it."""
-        fields = dataclasses.asdict(dataclasses.replace(self, attempt=1))
+        fields = dataclasses.replace(self, attempt=1).to_dict()
         text = json.dumps(["privet plan", fields], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The blocks asked for, in the order they have in a contribution."""
-        sizes = {**ENTRIES, "arms": ENTRIES["arms"] * len(arm_names(self.arms))}
         moved = {"losses": math.sqrt(2) / self.batch_size, **DIAMETERS}
         return tuple(
             Block(
@@ -161,7 +162,7 @@ class Plan:
                 getattr(self, f"{name}_step"),
                 getattr(self, f"{name}_variance"),
             )
-            for name, size in sizes.items()
+            for name, size in ENTRIES.items()
             if getattr(self, f"{name}_bound")
         )
 
@@ -195,7 +196,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), **_NO_ARMS}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Plan":
@@ -205,9 +206,15 @@ class Plan:
             ProtocolError: a field is missing, unknown, of another type, or out of range.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(given) != set(kinds):
-            odd = sorted(set(given) ^ set(kinds))
+        odd = sorted(set(given) ^ {*kinds, *_NO_ARMS})
+        if odd:
             raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
+        for name, empty in _NO_ARMS.items():
+            if given[name] != empty or type(given[name]) is not type(empty):
+                raise ProtocolError(
+                    f"the round plan's {name} = {given[name]!r}: expected {empty!r}, for models "
+                    "are compared by an A/B run of its own ([ab_test]), not beside training"
+                )
         for name, kind in kinds.items():
             if type(given[name]).__name__ != getattr(kind, "__name__", kind):
                 raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
@@ -216,7 +223,7 @@ class Plan:
                 f"the server speaks plan version {given['version']}, this device {VERSION}; "
                 "install the same privet on both"
             )
-        for name in ("run", "layout", "start", "arms"):
+        for name in ("run", "layout", "start"):
             if len(given[name]) > LONGEST_TEXT:
                 raise ProtocolError(
                     f"the round plan's {name} has {len(given[name])} characters: expected at most "
@@ -238,16 +245,7 @@ class Plan:
                 f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
                 "statistics are asked for"
             )
-        try:
-            arms = arm_names(given["arms"])
-        except ValueError as why:
-            raise ProtocolError(f"the round plan's arms = {given['arms']!r}: {why}") from None
-        if bool(arms) != bool(given["arms_bound"]):
-            raise ProtocolError(
-                f"the round plan's arms = {given['arms']!r} with arms_bound = "
-                f"{given['arms_bound']!r}: expected both or neither"
-            )
-        plan = cls(**given)
+        plan = cls(**{name: given[name] for name in kinds})
         if plan.adders < 1 or plan.survivors > plan.cohort:
             raise ProtocolError(
                 f"the round plan's survivors = {plan.survivors} of {plan.cohort} with "
@@ -266,66 +264,67 @@ class Plan:
         Raises:
             ProtocolError: the plan is weaker than the device allows; names the field.
         """
-        client, example = own.privacy.client, own.privacy.example
-        multiplier = client.noise_multiplier if client.enabled else 0.0
-        noise = multiplier * client.clip
-        adapter, *blocks = self.parts(dimension)
-        # a server that was restarted often, and none that has devices fill their disks; how often
-        # one device releases is bounded by its ledger (`Config.max_releases`)
-        attempts = 100 + 10 * own.rounds.count
-        checks: tuple[tuple[str, bool, float | str], ...] = (
-            ("round", self.round <= attempts, attempts),
-            ("attempt", self.attempt <= attempts, attempts),
-            ("cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort),
-            ("clip", self.clip <= client.clip, client.clip),
-            ("noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise),
-            ("bits", self.bits >= client.bits, client.bits),
-            ("rate", self.rate <= own.sampling_rate, own.sampling_rate),
-            ("batch_size", self.batch_size >= own.training.batch_size, own.training.batch_size),
-            ("local_steps", self.local_steps <= own.training.steps, own.training.steps),
-            (
-                "learning_rate",
-                self.learning_rate <= own.training.learning_rate,
-                own.training.learning_rate,
-            ),
-        )
-        if client.enabled:
-            placed = self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1]
-            enough = self.mechanism.min_variance
-            fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
-            checks += (
-                ("noise_at", placed, client.noise_at),
-                ("noise over a rounded contribution", self._hidden(adapter, multiplier),
-                 multiplier),
-                ("squared steps of noise", fine, enough),
-            )  # fmt: skip
+        checks = [*self._of_the_work(own), *self._of_the_noise(own, dimension)]
         if self.masked:
-            least = own.min_sum
-            feared = own.colluders
-            honest = self.survivors - self.colluders
-            checks += (
-                ("survivors", self.survivors >= least, least),
-                ("colluders", self.colluders >= feared, feared),
-                ("survivors less colluders", honest >= max(2, least - feared), least - feared),
-            )
-        for block in blocks:
-            wanted = own.statistics.multiplier(block.name) if client.enabled else 0.0
-            checks += (
-                (block.name, own.statistics.allows(block.name, arm_names(self.arms)), "none"),
-                (f"{block.name}_noise", self._hidden(block, wanted), wanted),
-            )
-        if example.enabled:
-            checks += (
-                ("record_clip", 0 < self.record_clip <= example.clip, example.clip),
-                ("record_noise", self.record_noise >= example.noise_multiplier,
-                 example.noise_multiplier),
-            )  # fmt: skip
+            checks += self._of_the_masks(own)
+        checks += self._of_the_blocks(own)
         for name, kept, limit in checks:
             if not kept:
                 raise ProtocolError(
                     f"round {self.round}: the server's plan is laxer than this device allows: "
                     f"{name} (own limit {limit})"
                 )
+
+    def _of_the_work(self, own: Config) -> Iterator[Check]:
+        training, example = own.training, own.privacy.example
+        # a server that was restarted often, and none that has devices fill their disks; how often
+        # one device releases is bounded by its ledger (`Config.max_releases`)
+        attempts = 100 + 10 * own.rounds.count
+        yield "round", self.round <= attempts, attempts
+        yield "attempt", self.attempt <= attempts, attempts
+        yield "cohort", self.cohort >= own.rounds.cohort, own.rounds.cohort
+        yield "rate", self.rate <= own.sampling_rate, own.sampling_rate
+        yield "batch_size", self.batch_size >= training.batch_size, training.batch_size
+        yield "local_steps", self.local_steps <= training.steps, training.steps
+        slow = self.learning_rate <= training.learning_rate
+        yield "learning_rate", slow, training.learning_rate
+        if example.enabled:
+            yield "record_clip", 0 < self.record_clip <= example.clip, example.clip
+            noised = self.record_noise >= example.noise_multiplier
+            yield "record_noise", noised, example.noise_multiplier
+
+    def _of_the_noise(self, own: Config, dimension: int) -> Iterator[Check]:
+        client = own.privacy.client
+        multiplier = client.noise_multiplier if client.enabled else 0.0
+        noise = multiplier * client.clip
+        yield "clip", self.clip <= client.clip, client.clip
+        yield "noise", self.counted_variance**0.5 * self.step >= noise * (1 - 1e-9), noise
+        yield "bits", self.bits >= client.bits, client.bits
+        if not client.enabled:
+            return
+        yield (
+            "noise_at",
+            self.noise_at in PLACES[: PLACES.index(client.noise_at) + 1],
+            client.noise_at,
+        )
+        hidden = self._hidden(self.parts(dimension)[0], multiplier)
+        yield "noise over a rounded contribution", hidden, multiplier
+        enough = self.mechanism.min_variance
+        fine = client.bits < FINEST or not multiplier or self.counted_variance >= enough
+        yield "squared steps of noise", fine, enough
+
+    def _of_the_masks(self, own: Config) -> Iterator[Check]:
+        least, feared = own.min_sum, own.colluders
+        honest = self.survivors - self.colluders
+        yield "survivors", self.survivors >= least, least
+        yield "colluders", self.colluders >= feared, feared
+        yield "survivors less colluders", honest >= max(2, least - feared), least - feared
+
+    def _of_the_blocks(self, own: Config) -> Iterator[Check]:
+        for block in self.blocks:
+            wanted = own.statistics.multiplier(block.name) if own.privacy.client.enabled else 0.0
+            yield block.name, own.statistics.allows(block.name), "none"
+            yield f"{block.name}_noise", self._hidden(block, wanted), wanted
 
     def _hidden(self, part: Block, multiplier: float) -> bool:
         """Return whether a part, once rounded, is hidden by `multiplier` times its longest."""

@@ -41,6 +41,7 @@ __all__ = [
     "load",
     "parse",
     "refuse_colluders",
+    "refuse_unless_later",
     "text",
     "write",
 ]
@@ -328,6 +329,15 @@ def write(path: Path, chain: Chain) -> None:
     write_atomic(path, text(chain).encode())
     with explain_os_errors(path, "protect"):
         path.chmod(0o600)
+
+
+def refuse_unless_later(own: Chain, other: Chain) -> None:
+    """Refuse a whole directory that is not a later state of `own`, or the same.
+
+    Raises:
+        ProtocolError: as `brought_up`.
+    """
+    brought_up(own, other.head, 0, other.entries)
 
 
 def brought_up(own: Chain, head: Head, since: int, entries: Sequence[Entry]) -> Chain | int:

@@ -78,8 +78,8 @@ class Config(Section):
             self._refuse_hopeless_secure_aggregation()
         if self.statistics.enabled:
             self._refuse_hopeless_statistics()
-        elif self.statistics.gains or self.statistics.arms:
-            raise ValueError("statistics.gains and statistics.arms need statistics.enabled = true")
+        elif self.statistics.gains:
+            raise ValueError("statistics.gains needs statistics.enabled = true")
         return self
 
     def _refuse_sizes_that_do_not_fit(self) -> None:
@@ -253,13 +253,6 @@ class Config(Section):
                 "the devices, or the server would read losses without noise and every device "
                 'would decline; set privacy.client.noise_at = "distributed" or "device"'
             )
-        arms = self.statistics.arms
-        if arms and len({*arms}) < 2:
-            raise ValueError(
-                f"statistics.arms = {list(arms)}: a comparison needs at least two different ones"
-            )
-        if "personal" in arms and not self.head.enabled:
-            raise ValueError('statistics.arms with "personal" needs head.enabled = true')
 
     def _cohort_needed(self) -> str:
         """Say what would help: the smallest cohort in which two honest survivors are left."""

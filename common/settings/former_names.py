@@ -46,8 +46,13 @@ POLICY = {
 }
 """Of a device's policy.toml."""
 
-_GONE = {"head.in_the_loop": False}
-"""Keys that are no more, with the only value that ever worked: with that one they are dropped."""
+_GONE: Mapping[str, tuple[object, str]] = {
+    "head.in_the_loop": (False, "no part of privet trains through a head"),
+    "statistics.arms": ([], "models are compared by an A/B test of their own (`privet ab`)"),
+    "statistics.arm_noise_multiplier": (..., ""),
+}
+"""Keys that are no more: the value that said nothing, with which they are dropped (...: any), and
+why there is no other."""
 
 
 class FormerName(FutureWarning):
@@ -65,7 +70,7 @@ def with_names_of_today(
         quiet: no warning, as a finished run's settings are nobody's to change.
 
     Raises:
-        ConfigError: a key is there under both names.
+        ConfigError: a key is there under both names, or one that is no more says something.
     """
     renamed = copy.deepcopy(dict(table))
     for former, today in names.items():
@@ -78,10 +83,12 @@ def with_names_of_today(
         section[name] = section.pop(last)
         if not quiet:
             _warn(former, today)
-    for former, value in _GONE.items():
+    for former, (nothing, why) in _GONE.items():
         section, last = _section(renamed, former)
-        if section.get(last) == value:
-            del section[last]
+        if last not in section:
+            continue
+        if section.pop(last) != nothing is not ...:
+            raise ConfigError(f"{former} is no more: {why}; leave it out")
     return renamed
 
 

@@ -11,18 +11,20 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..model.families import family_named
-from ..privacy.statistics_blocks import MAX_ARMS
+from ..model.server_optimizers import optimizer_named
 
 NoiseAt = Literal["device", "distributed", "server"]
 Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 FamilyName = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
 """An adapter family by its name, or that of before."""
+OptimizerName = Annotated[str, AfterValidator(lambda name: optimizer_named(name).name)]
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
 NEW_DEVICE = {"client": 10.0, "example": 15.0}
 """Epsilon for each unit that a new device's policy.toml allows over all runs, and that a simulated
 client, which has no owner, spends in a run without a cap of its own."""
 
+MAX_ARMS = 8
 DEVICES = "devices"
 """`data.source` of a run on people's own devices: their records are nobody else's to name."""
 
@@ -188,7 +190,7 @@ class SecureAggregationSettings(Section):
 
 
 class StatisticsSettings(Section):
-    """Noised sums that ride in the contribution: losses of the batches, gains, A/B outcomes."""
+    """Noised sums that ride in the contribution: losses of the batches, gains."""
 
     enabled: bool = False
     noise_multiplier: float = Field(3.0, gt=0, description="against the block's public l2 bound")
@@ -196,10 +198,6 @@ class StatisticsSettings(Section):
     gains: bool = Field(False, description="what adapter and head gain on held-out records")
     gain_bound: float = Field(0.5, gt=0, description="a gain is clipped to -this .. this")
     gain_noise_multiplier: float = Field(4.0, gt=0)
-    arms: tuple[Literal["base", "shared", "personal"], ...] = Field(
-        (), max_length=MAX_ARMS, description="models compared: a device measures one of them"
-    )
-    arm_noise_multiplier: float = Field(4.0, gt=0)
 
     def asked(self) -> dict[str, Any]:
         """Which blocks a plan asks for, and their public bounds, as a plan names them."""
@@ -208,27 +206,20 @@ class StatisticsSettings(Section):
         return {
             "losses_bound": self.loss_bound,
             "gains_bound": self.gain_bound if self.gains else 0.0,
-            "arms": ",".join(self.arms),
-            "arms_bound": self.loss_bound if self.arms else 0.0,
         }
 
     @property
-    def asked_for(self) -> tuple[bool, bool, bool]:
-        """Whether losses, gains and arms are asked for, in this order."""
-        return self.enabled, self.enabled and self.gains, self.enabled and bool(self.arms)
+    def asked_for(self) -> tuple[bool, bool]:
+        """Whether losses and gains are asked for, in this order."""
+        return self.enabled, self.enabled and self.gains
 
     def multiplier(self, block: str) -> float:
         """Noise of a block over its bound."""
-        return {
-            "losses": self.noise_multiplier,
-            "gains": self.gain_noise_multiplier,
-            "arms": self.arm_noise_multiplier,
-        }[block]
+        return {"losses": self.noise_multiplier, "gains": self.gain_noise_multiplier}[block]
 
-    def allows(self, block: str, arms: tuple[str, ...]) -> bool:
+    def allows(self, block: str) -> bool:
         """Whether a device with these settings takes part in a block."""
-        own = {"losses": True, "gains": self.gains, "arms": {*arms} <= {*self.arms}}
-        return self.enabled and own[block]
+        return self.enabled and (self.gains or block != "gains")
 
 
 class BudgetSettings(Section):
@@ -291,7 +282,7 @@ class RoundSettings(Section):
     tick_s: float = Field(
         0.5, ge=0.1, le=600, description="real devices answer it times a power of four after"
     )
-    optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedadam"
+    optimizer: OptimizerName = "fedadam"
     learning_rate: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     second_momentum: float = Field(0.99, ge=0, lt=1)

@@ -9,7 +9,6 @@ release zeros. With `simulated.masks` the masking protocol runs; otherwise the v
 masks would have revealed them, and nothing else is used of them.
 """
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...client.ab_arm import arm_of
-from ...client.ab_outcome import take_part
+from ...client.ab_outcome import ArmOutcome, take_part
 from ...client.privacy.collusion import known
 from ...client.privacy.ledger import Ledger
 from ...client.privacy.run_ledger import LEDGERS
@@ -138,15 +137,10 @@ def _look(
     vectors: dict[int, NDArray[np.uint32]] = {}
     with progress.counting(f"look {plan.round}", int(there.sum()), "devices") as one:
         for number in map(int, np.flatnonzero(there)):
-            payload = take_part(
-                settings,
-                plan,
-                f"device-{number}",
-                int(people.arms[number]),
-                people.outcome(number, plan.round),
-                ledger,
-                noise.SystemSource(),
+            given = ArmOutcome(
+                f"device-{number}", int(people.arms[number]), people.outcome(number, plan.round)
             )
+            payload = take_part(settings, plan, given, ledger, noise.SystemSource())
             if payload is not None:
                 vectors[number] = unpack(payload, length, plan.bits)
             one()
@@ -214,19 +208,4 @@ def _picture(facts: Mapping[str, Any]) -> str:
     ]
     drawn = pictures.differences(rows, "outcome")
     alt = "; ".join(f"{name}: {value:+.3f}" for name, value, _ in rows) or "lost in the noise"
-    drawn_svg = pictures.svg(drawn, "ab", alt)
-    for name, code in pictures.LIGHT.items():  # a picture alone has no style sheet
-        drawn_svg = drawn_svg.replace(f"var(--{name})", code)
-    return drawn_svg + "\n"
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `ab.json`.
-
-    Raises:
-        StateError: there is none, or it does not parse.
-    """
-    try:
-        return dict(json.loads((folder / "ab.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise StateError(f"{folder} holds no finished A/B experiment ({error})") from None
+    return pictures.alone(drawn, "ab", alt)

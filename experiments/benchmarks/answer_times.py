@@ -88,10 +88,10 @@ class FreeContext:
     def outcome(self, _: str) -> float | None:
         """Return None, as there is no A/B experiment."""
 
-    def at_home(self, _: str) -> bytes | None:
+    def local_factor(self, _: str) -> bytes | None:
         """Return None, as no parameters stay on the device."""
 
-    def keep_at_home(self, _: str, kept: bytes) -> None:
+    def keep_local_factor(self, _: str, kept: bytes) -> None:
         """Do nothing, as no parameters stay on the device."""
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ...client.consent import policy as policies
 from ...client.consent.policy_settings import Policy
 from ...client.enrolled import join
 from ...client.import_texts import watched_folders
 from ...client.store.device_store import POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
+from ...common.child_processes import privet_command
 from ...common.errors import StateError
-from ...common.model.assets import cache_folder
 from ...common.settings.config import Config, parse
-from ...server.operations import commands, control, enrolment, proxy, services, setup
+from ...server.operations import control, device_runs, enrolment, proxy, services, setup
 from ...server.operations.server_folder import Server
 from .worker_start import Program, free_port, listening, program, wait_for
 
 __all__ = [
     "Up",
-    "children",
     "followed",
     "homes",
     "people",
@@ -37,7 +37,6 @@ __all__ = [
     "tiny_model",
 ]
 
-ENTRY = "import sys; sys.argv[0] = 'privet'; from privet.commands import main; main()"
 PASSPHRASE = "own"
 WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
 OWNER: Mapping[str, Mapping[str, Any]] = {
@@ -72,7 +71,7 @@ class Up:
 def server_up(folder: Path) -> Iterator[Up]:
     """Run `privet server init` and `up` in `folder / "server"`, until the block ends."""
     server = setup.init(folder / "server", ["localhost"], port=free_port(), inner_port=free_port())
-    nginx = proxy.find_nginx(cache_folder())
+    nginx = proxy.find_nginx()
     lines = dict(services.commands(server, nginx))
     if nginx is None:
         del lines["proxy"]
@@ -123,10 +122,10 @@ def people(homes: list[Path]) -> Iterator[list[Program]]:
     with ExitStack() as stack:
         started = []
         for home in homes:
-            command = [sys.executable, "-c", ENTRY, "client", "start", "--home", str(home)]
-            command += ["--passphrase-file", str(home.parent / "pass")]
+            opened = ("--home", home, "--passphrase-file", home.parent / "pass")
+            command = privet_command("client", "start", *opened)
             env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            started.append(stack.enter_context(program(command, env)))
+            started.append(stack.enter_context(program(list(command), env)))
         yield started
 
 
@@ -163,7 +162,7 @@ def followed(
     up: Up, config: Config, limit_s: float, began: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """Start a run, wait for its end, and return the records of its rounds."""
-    resolved = commands.prepare(up.server, config, resume=False)
+    resolved = device_runs.prepare(up.server, config, resume=False)
     place = up.server.folder / "runs" / resolved.name
     number = control.start_run(up.server, place)
     began()
@@ -182,28 +181,15 @@ def followed(
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def children(pid: int) -> list[int]:
-    """List every process below one, at any depth."""
-    found: list[int] = []
-    try:
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                found += [int(child), *children(int(child))]
-    except OSError:
-        pass
-    return found
-
-
 def processor_s(pid: int) -> float:
     """Return the processor seconds that a process has used so far, in all its threads.
 
     It is 0 for one that is gone.
     """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    with suppress(psutil.NoSuchProcess):
+        times = psutil.Process(pid).cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def tiny_model(folder: Path) -> Path:

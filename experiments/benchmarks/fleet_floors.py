@@ -26,12 +26,11 @@ from typing import Any
 
 from ...client.store.device_store import DeviceStore
 from ...client.store.key_file import Passphrase
+from ...common.child_processes import below, privet_command
 from ...server.operations import control, services
 from .deployment import (
-    ENTRY,
     PASSPHRASE,
     Up,
-    children,
     followed,
     homes,
     people,
@@ -210,7 +209,7 @@ def memory() -> str:
         made = homes(Path(name), up, DEVICES, [base])
         with people(made) as started:
             supervisors = [one.process.pid for one in started]
-            wait_for(lambda: all(len(children(pid)) >= 2 for pid in supervisors), 60, "devices")
+            wait_for(lambda: all(len(below(pid)) >= 2 for pid in supervisors), 60, "devices")
             for one in started:
                 one.wait_for("SuperNode ID", 120)
             time.sleep(5)
@@ -224,11 +223,11 @@ def memory() -> str:
 
 def _named(supervisor: int) -> dict[str, int]:
     found = {"supervisor": supervisor}
-    for pid in children(supervisor):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        for name, mark in (("SuperNode", b"flower-supernode"), ("worker", b"work")):
+    for one in below(supervisor):
+        words = " ".join(one.cmdline())
+        for name, mark in (("SuperNode", "flower-supernode"), ("worker", "work")):
             if mark in words and name not in found:
-                found[name] = pid
+                found[name] = one.pid
                 break
     return found
 
@@ -249,8 +248,8 @@ def status(times: int) -> str:
         (folder / "pass").write_text(PASSPHRASE)
         with DeviceStore.create(folder / "home", Passphrase(PASSPHRASE), ""):
             pass
-        command = [sys.executable, "-c", ENTRY, "client", "status", "--home", f"{folder}/home"]
-        command += ["--passphrase-file", f"{folder}/pass"]
+        opened = ("--home", folder / "home", "--passphrase-file", folder / "pass")
+        command = privet_command("client", "status", *opened)
         walls, used = [], []
         for _ in range(times):
             began, before = time.perf_counter(), os.times()

@@ -24,16 +24,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import psutil
 
 from ...client.privacy import masked_upload
 from ...client.runtime.supernode import PARTS, Waits
+from ...common.child_processes import below
 from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Directory, Identity, greeting
 from ...common.secure_aggregation.terms import MaskingPolicy
 from ...server.operations import control, enrolment
 from .deployment import (
     Up,
-    children,
     followed,
     processor_s,
     quiet,
@@ -231,10 +232,8 @@ def thin_devices(folder: Path, up: Up, count: int, dimension: int) -> list[Thin]
 
 def resident_mb(pid: int) -> float:
     """Memory of a process now, MB (2**20 bytes)."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
+    with suppress(psutil.NoSuchProcess):
+        return float(psutil.Process(pid).memory_info().rss / 2**20)
     return 0.0
 
 
@@ -256,10 +255,10 @@ def sampled(up: Up, counts: Counts) -> Sample:
     used = {}
     for name, one in up.programs.items():
         pid = one.process.pid
-        below = sum(processor_s(child) for child in children(pid))
-        used[name] = processor_s(pid) + (below if name == "proxy" else 0.0)
+        started = sum(processor_s(child.pid) for child in below(pid))
+        used[name] = processor_s(pid) + (started if name == "proxy" else 0.0)
         if name == "superexec":
-            used["serverapp"] = below
+            used["serverapp"] = started
     own = os.times()
     used["thin devices"] = own.user + own.system
     memory = resident_mb(up.programs["superlink"].process.pid)

@@ -25,8 +25,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from ...client.runtime.supervisor import stop_on_signals
+import psutil
+
 from ...client.runtime.worker import work
+from ...common.child_processes import stop_on_signals
 
 __all__ = [
     "Program",
@@ -235,8 +237,8 @@ def start_run(project: Path, env: dict[str, str]) -> None:
 
 def memory_mb(pid: int) -> dict[str, float]:
     """Resident and proportional memory of a process, MB (2**20 bytes)."""
-    rows = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
-    return {row[0][:-1].lower(): int(row[1]) / 1024 for row in rows if row[0] in ("Rss:", "Pss:")}
+    found = psutil.Process(pid).memory_full_info()
+    return {"rss": found.rss / 2**20, "pss": found.pss / 2**20}
 
 
 def noted(message: Any, context: Any) -> Any:

@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ...common.errors import ConfigError
-
 __all__ = ["ab"]
 
 
@@ -29,8 +27,9 @@ def ab(
     from ...common.ab_test import read
     from ..ab_test import coverage_check
     from ..ab_test import simulated_ab_test as experiment
+    from ..named import toml_file
 
-    settings = read(_file(config))
+    settings = read(toml_file(config, Path(experiment.__file__).parent, "experiment"))
     folder = out or Path("runs") / settings.name
     facts = (
         coverage_check.check(settings, check, folder) if check else experiment.run(settings, folder)
@@ -44,18 +43,6 @@ def ab(
         print(text)
     if not check:
         print(f"{folder}/ab.svg is the picture, {folder}/ab.json has every number")
-
-
-def _file(config: str) -> Path:
-    named = Path(__file__).parent.parent / "ab_test" / f"{config}.toml"
-    if Path(config).suffix != ".toml" and named.exists():
-        return named
-    if not Path(config).is_file():
-        raise ConfigError(
-            f"there is no experiment {config!r}: expected a TOML file, or the name ab "
-            f"({named.parent / 'ab.toml'} shows every setting)"
-        )
-    return Path(config)
 
 
 def _told(facts: Mapping[str, Any]) -> list[str]:

@@ -49,7 +49,7 @@ def _show(found: dict[str, Any]) -> None:
         table.add_column(column, justify="right")
     for row in found["rows"]:
         table.add_row(
-            str(row["labels"]),
+            str(row["records"]),
             *(f"{row[name]['mean']:.3f}" for name in ("global", "personal", "other")),
             *(_span(row[name]) for name in ("personal_minus_global", "personal_minus_other")),
             f"{100 * row['hurt']:.0f} %",

@@ -83,14 +83,12 @@ def evaluate(
     """Measure models side by side on people's later records: a run's four, or a scenario's all."""
     from .. import api
     from ..comparison import scenario
-    from ..reports import report, terminal
+    from ..reports import terminal
 
     if _is_scenario(what, scenario.known()):
         _compare(what, as_json)
         return
-    folder = run_folder(what)
-    api.evaluate(folder)
-    facts = report.written(folder)
+    _, facts = api.evaluated(run_folder(what))
     if as_json:
         _print_json(facts["summary"])
     else:
@@ -121,7 +119,7 @@ def clusters(
     for name in ("seen", "unseen"):
         own = found[name]
         losses = ", ".join(f"{model} {loss:.4f}" for model, loss in own["losses"].items())
-        print(f"{name} people ({own['people']}), nats per token, later records: {losses}")
+        print(f"{name} people ({own['people']}), {found['unit']}, later records: {losses}")
         for pair in ("base_minus_global", "base_minus_group", "global_minus_group"):
             low, high = own[pair]["ci95"]
             print(f"  {pair:<20} {own[pair]['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")

@@ -16,6 +16,7 @@ from ..reports.style import style
 __all__ = ["page", "show"]
 
 Facts = Mapping[str, Any]
+TextTable = tuple[str, list[str], list[list[str]]]
 
 NOTE = (
     "Read by the experimenter off simulated devices: nothing of it passed a server, and no epsilon "
@@ -57,10 +58,13 @@ def page(found: Facts) -> str:
     pictured["Better than each alone, and lost with another person's"] = pictures.svg(
         drawing, "pairs", alt
     )
-    curves = ("Over time", "over_time", "decile"), ("Cold start", "cold_start", "records")
-    for title, key, place in curves:
-        if found.get(key):
-            points = [(one[place], one["mean"], _spread(one["ci95"])) for one in found[key]]
+    curves = (
+        ("Over time", "over_time", "decile", found["over_time"]),
+        ("Cold start", "cold_start", "records", _gains(found)),
+    )
+    for title, key, place, lines in curves:
+        if lines:
+            points = [(one[place], one["mean"], _spread(one["ci95"])) for one in lines]
             picture = pictures.over_rounds([(f"gain, {unit}", "personal", points)], place)
             alt = f"{title}: " + "; ".join(f"{n}: {mean:+.3f}" for n, mean, _ in points)
             pictured[title] = pictures.svg(picture, key, alt)
@@ -100,10 +104,26 @@ def _shown(found: Facts) -> list[Facts]:
     return [one for one in found["models"] if one["model"] != found["shared"]]
 
 
-def _tables(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
+def _tables(found: Facts) -> list[TextTable]:
     """(title, head, rows), the same for the page and the terminal."""
     unit = found["unit"]
-    models = [
+    over_time = [
+        [str(one["decile"]), str(one["people"]), *_mean(one)] for one in found["over_time"]
+    ]
+    return [
+        ("What each model gains",
+         ["model", unit, "gain", "95 %", "wins", "hurt", "p10", "Gini"], _models(found)),
+        ("Better than each alone, and lost with another person's",
+         ["difference", unit, "95 %", "gain kept"], _pairs(found)),
+        *_metrics(found),
+        ("Over time", ["tenth of the held-out time", "people", "gain", "95 %"], over_time),
+        ("Segments", ["segment", "people", "without", "with", "gain", "hurt"], _segments(found)),
+        *_further(found),
+    ]  # fmt: skip
+
+
+def _models(found: Facts) -> list[list[str]]:
+    return [
         [
             one["name"], f"{one['loss']['mean']:.4f}", f"{one['gain']['mean']:+.4f}",
             interval_text(one["gain"]["ci95"], "+.4f"), f"{one['win_rate']:.0%}",
@@ -111,47 +131,30 @@ def _tables(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
         ]
         for one in found["models"]
     ]  # fmt: skip
-    head = ["model", unit, "gain", "95 %", "wins", "hurt", "p10", "Gini"]
-    pairs = [
+
+
+def _pairs(found: Facts) -> list[list[str]]:
+    return [
         [
             one["title"], f"{one['mean']:+.4f}", interval_text(one["ci95"], "+.4f"),
             "" if one["gain_kept"] is None else f"{one['gain_kept']:.0%}",
         ]
         for one in found["comparisons"]
     ]  # fmt: skip
-    tables = [
-        ("What each model gains", head, models),
-        (
-            "Better than each alone, and lost with another person's",
-            ["difference", unit, "95 %", "gain kept"],
-            pairs,
-        ),
-        *_metrics(found),
-        (
-            "Over time",
-            ["tenth of the held-out time", "people", "gain", "95 %"],
-            [
-                [str(one["decile"]), str(one["people"]), *_mean(one)]
-                for one in found["over_time"]
-            ],
-        ),
-        (
-            "Segments",
-            ["segment", "people", "without", "with", "gain", "hurt"],
-            [
-                [
-                    f"{one['kind']}: {one['segment']}", str(one["people"]),
-                    f"{one['without']['mean']:.3f}", f"{one['with']['mean']:.3f}",
-                    f"{one['gain']['mean']:+.3f}", f"{one['hurt']:.0%}",
-                ]
-                for one in found["harm"]["segments"]
-            ],
-        ),
+
+
+def _segments(found: Facts) -> list[list[str]]:
+    return [
+        [
+            f"{one['kind']}: {one['segment']}", str(one["people"]),
+            f"{one['without']['mean']:.3f}", f"{one['with']['mean']:.3f}",
+            f"{one['gain']['mean']:+.3f}", f"{one['hurt']:.0%}",
+        ]
+        for one in found["harm"]["segments"]
     ]  # fmt: skip
-    return [*tables, *_further(found)]
 
 
-def _metrics(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
+def _metrics(found: Facts) -> list[TextTable]:
     """Make the table of label metrics: accuracy and F1, or MAE and RMSE."""
     having = [one for one in found["models"] if "metrics" in one]
     if not having:
@@ -161,13 +164,13 @@ def _metrics(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
     return [("Metrics of labels", ["model", *names], rows)]
 
 
-def _further(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
+def _further(found: Facts) -> list[TextTable]:
     tables = []
     if found.get("cold_start"):
         rows = [
             [str(one["records"]), str(one["people"]), *_mean(one), f"{one['hurt']:.0%}",
              ", ".join(f"{name} {number}" for name, number in one["chosen"].items())]
-            for one in found["cold_start"]
+            for one in _gains(found)
         ]  # fmt: skip
         head = ["own records", "people", "gain", "95 %", "hurt", "chosen"]
         tables.append(("Cold start", head, rows))
@@ -181,6 +184,16 @@ def _further(found: Facts) -> list[tuple[str, list[str], list[list[str]]]]:
         most = found["memory"]["most"]
         tables.append(("Rare own strings", ["model", f"bits of {most:g}", "95 %"], rows))
     return tables
+
+
+def _gains(found: Facts) -> list[dict[str, Any]]:
+    """Return the rows of the cold start with the gain over the shared model as their mean."""
+    gains = []
+    for row in found.get("cold_start", {}).get("rows", []):
+        more = row["personal_minus_global"]
+        interval = more["ci95"] and [-bound for bound in reversed(more["ci95"])]
+        gains.append({**row, "mean": -more["mean"], "ci95": interval})
+    return gains
 
 
 def _mean(one: Facts) -> list[str]:

@@ -17,9 +17,12 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ...client.personal.scored_text import OPENING
 from ...common.errors import ConfigError
+from ...common.files import explain_os_errors
 from ...common.settings.faults import faults
 from ...common.settings.sections import Section
+from ..named import toml_file
 
 __all__ = ["FOLDER", "Scenario", "known", "read"]
 
@@ -27,24 +30,31 @@ FOLDER = Path(__file__).parent.parent / "scenarios"
 
 
 class PeopleSettings(Section):
-    """Who is measured, and on what."""
+    """Who is measured, and on what.
 
-    users: int = Field(48, ge=1)
+    What is left out is as in the run's `[evaluation]`: then the scenario has the same figures for
+    base model, shared model and personal head as the run's own report.
+    """
+
+    users: int | None = Field(None, ge=1)
     whom: Literal["seen", "unseen", "everybody"] = Field(
         "seen", description="seen: took part in training; unseen: never did"
     )
-    records: int = Field(8, ge=1, description="held-out records of each, spread over their time")
-    own_records: int = Field(20, ge=1, description="latest own records: heads and retrieval")
+    records: int | None = Field(
+        None, ge=1, description="held-out records of each, spread over their time"
+    )
+    own_records: int | None = Field(
+        None, ge=1, description="latest own records: heads and retrieval"
+    )
     validation: float = Field(0.3, gt=0, lt=1, description="of the own records, to choose a model")
-    marks: bool = Field(False, description="score the end marks of records too: no bytes")
-    seed: int = Field(7, ge=0, description="public: who is drawn")
+    seed: int | None = Field(None, ge=0, description="public: who is drawn; the run's data.seed")
 
 
 class RetrievalSettings(Section):
     """The earlier text that retrieval puts in front of a record."""
 
     tokens: int = Field(96, ge=2, description="of earlier text, whole records")
-    opening: int = Field(8, ge=1, description="tokens given of each record, never scored")
+    opening: int = Field(OPENING, ge=1, description="tokens given of each record, never scored")
     meaning: bool = Field(True, description="sentence vectors (MiniLM) besides words")
 
 
@@ -136,16 +146,10 @@ def read(name: str) -> Scenario:
     Raises:
         ConfigError: there is none; not TOML; settings that do not fit, each in one sentence.
     """
-    path = FOLDER / f"{name}.toml"
-    if Path(name).suffix == ".toml" or not path.exists():
-        path = Path(name)
+    path = toml_file(name, FOLDER, "scenario")
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the scenario {name!r} ({error.strerror}): expected a TOML file or one "
-            f"of {', '.join(known())}"
-        ) from None
+        with explain_os_errors(path, "read"):
+            table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     try:

@@ -2,7 +2,7 @@
 
     people      who is measured: drawn by a public seed from a run, or from settings never trained
     users       models side by side, one line a person (comparisons.py, label_evaluation.py)
-    newcomers   the cold-start curve                  (experiments/evaluation/newcomers.py)
+    newcomers   the cold-start curve                  (experiments/evaluation/cold_start.py)
     answers     texts made for a person               (experiments/evaluation/answers.py)
     memory      the person's own rare strings         (experiments/evaluation/memorisation.py)
     report      summary.json, report.html             (experiments/comparison/tables.py, harm.py)
@@ -100,15 +100,15 @@ def _declared(file: str) -> dict[str, str]:
 
 def further(study: Study) -> Line:
     """Run the stages that texts have and labels do not."""
-    from ..evaluation import answers, memorisation, newcomers
+    from ..evaluation import answers, cold_start, memorisation
 
     wanted, found = study.scenario, Line()
     if study.labelled:
         return found
     if wanted.cold_start.users:
         users = study.users[: wanted.cold_start.users]
-        lines = study.stage("newcomers", users, lambda user: newcomers.evaluate_user(study, user))
-        found["cold_start"] = newcomers.curve(lines, wanted.bootstrap)
+        lines = study.stage("newcomers", users, lambda user: cold_start.evaluate_user(study, user))
+        found["cold_start"] = cold_start.curve(lines, wanted.bootstrap)
     if wanted.answers.users and len(study.users) > 1:
         users = study.users[: wanted.answers.users]
         lines = study.stage("answers", users, lambda user: answers.evaluate_user(study, user))
@@ -124,15 +124,20 @@ def user_evaluation(study: Study) -> Callable[[str], Line | None]:
     """One person's line under every model, for texts or for labels."""
     if study.labelled:
         evaluator = LabelEvaluator(study.bench.trainer.adapter, study.shared)
-        return lambda user: evaluate_labels(evaluator, study, user)
-    return lambda user: _text_line(study, user)
+        return lambda user: _line(study, user, evaluate_labels(evaluator, study, user))
+    return lambda user: _line(study, user, _of_texts(study, user))
 
 
-def _text_line(study: Study, user: str) -> Line | None:
-    held_out, time = study.held_out(user)
-    if not held_out:
-        return None
+def _of_texts(study: Study, user: str) -> Line | None:
     partner = study.partner(user)
-    own, other = study.side(user), None if partner is None else study.side(partner)
-    line = evaluate_text(study.evaluator, own, other, held_out)
-    return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **line}
+    other = None if partner is None else study.side(partner)
+    return evaluate_text(study.evaluator, study.side(user), other, study.held_out(user))
+
+
+def _line(study: Study, user: str, found: Line | None) -> Line | None:
+    """Add how late each record is, in [0, 1), and how many own records there are."""
+    if found is None:
+        return None
+    count = len(next(iter(found["nats"].values())))
+    time = [place / count for place in range(count)]
+    return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **found}

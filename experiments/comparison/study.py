@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...client.assistant.retrieval import Encoder
-from ...client.device import SimulatedContext
+from ...client.device import Device, SimulatedContext
+from ...client.personal.text_evaluator import TextEvaluator
 from ...client.privacy.run_ledger import run_id
 from ...client.training import records
 from ...common.errors import ConfigError, StateError
@@ -23,15 +22,16 @@ from ...common.files import (
 )
 from ...common.model.adapter import Vector
 from ...common.settings import config as settings
+from ...common.settings.config import Config
 from ...common.settings.sections import DEVICES
 from .. import progress, simulate
-from ..evaluation import run_evaluation
 from ..evaluation.cluster_evaluation import kept_state
+from ..evaluation.people import drawn, partner
 from ..named import configuration, run_folder
 from .comparisons import ComparisonEvaluator, OwnSide
 from .scenario import Scenario
 
-__all__ = ["Line", "Study", "spread"]
+__all__ = ["Line", "Study"]
 
 Line = dict[str, Any]
 
@@ -72,6 +72,7 @@ class Study:
                 f"{run} has no finished round yet; go on with privet simulate --resume"
             )
         shared = bench.trainer.adapter.start if kept is None else kept
+        bench = replace(bench, config=_measuring(bench.config, scenario))
         folder = run / "compared" / scenario.name
         study = cls(scenario, bench, folder, _drawn(scenario, bench), shared, kept is not None)
         study._claim()
@@ -96,45 +97,34 @@ class Study:
     @cached_property
     def evaluator(self) -> ComparisonEvaluator:
         """What texts are evaluated with."""
-        wanted = self.scenario
+        wanted, adapter = self.scenario, self.bench.trainer.adapter
+        bf16 = wanted.precision == "bfloat16"
         return ComparisonEvaluator(
-            self.bench.trainer.adapter,
-            self.shared,
+            TextEvaluator(adapter, self.shared, opening=wanted.retrieval.opening, bf16=bf16),
             self.trained,
             self.others,
             _encoder() if wanted.retrieval.meaning else None,
             wanted.retrieval.tokens,
-            wanted.retrieval.opening,
             wanted.people.validation,
-            wanted.precision == "bfloat16",
-            wanted.people.marks,
         )
+
+    @property
+    def seed(self) -> int:
+        """The public seed of all that is drawn."""
+        seed = self.scenario.people.seed
+        return self.bench.config.data.seed if seed is None else seed
 
     def own(self, user: str) -> list[records.Tokenised]:
         """Return a person's latest own records, as token ids."""
-        own, _ = self.split(user)
-        return self.bench.tokenised(own[-self.scenario.people.own_records :])
+        return Device(user, self.bench).measured_on()[0]
 
     def amount(self, user: str) -> int:
         """Count all own records of a person."""
         return len(self.split(user)[0])
 
-    def held_out(self, user: str) -> tuple[list[tuple[int, ...]], list[float]]:
-        """Records spread evenly over the held-out time, and how late each is, in [0, 1)."""
-        found, time = self.labelled_held_out(user)
-        return [one.ids for one in found], time
-
-    def labelled_held_out(self, user: str) -> tuple[list[records.Tokenised], list[float]]:
-        """As `held_out`, with the labels."""
-        _, later = self.split(user)
-        known = self.bench.tokenised(later)
-        places = spread(len(known), self.scenario.people.records)
-        return [known[place] for place in places], [place / len(known) for place in places]
-
-    @property
-    def validation(self) -> float:
-        """Fraction of the own records that chooses a model."""
-        return self.scenario.people.validation
+    def held_out(self, user: str) -> list[records.Tokenised]:
+        """Return records spread evenly over the held-out time, as a run's evaluation has them."""
+        return Device(user, self.bench).measured_on()[1]
 
     def side(self, user: str) -> OwnSide:
         """Return what a person's device made of the own records.
@@ -145,7 +135,7 @@ class Study:
         if user not in sides:
             while len(sides) >= SIDES:
                 sides.pop(next(iter(sides)))
-            sides[user] = OwnSide.of(self.evaluator, [one.ids for one in self.own(user)])
+            sides[user] = OwnSide.of(self.evaluator, self.own(user))
         found: OwnSide = sides[user]
         return found
 
@@ -156,7 +146,7 @@ class Study:
         """
         if len(self.users) < 2:
             return None
-        return run_evaluation._partner(self.bench.index, self.users, self.users.index(user))
+        return partner(self.bench.index, self.users, self.users.index(user))
 
     def stage(
         self, name: str, users: Sequence[str], measure: Callable[[str], Line | None]
@@ -199,18 +189,6 @@ class Study:
         write_json_atomic(path, mine)
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """Choose `wanted` places of `count`, evenly spread, the first among them.
-
-    Where there are fewer, it is all.
-
-    >>> spread(10, 4), spread(2, 5)
-    ([0, 2, 5, 7], [0, 1])
-    """
-    wanted = min(count, wanted)
-    return [count * place // wanted for place in range(wanted)]
-
-
 def _adapter(bench: SimulatedContext) -> Vector | None:
     layout = bench.trainer.adapter.layout.digest
     return kept_state(bench.folder, bench.run, bench.config, layout)
@@ -237,21 +215,24 @@ def _settings_of(path: Path) -> Any:
         ) from None
 
 
+def _measuring(config: Config, scenario: Scenario) -> Config:
+    """Return a run's settings with what the scenario measures in place of its own."""
+    people = scenario.people
+    wanted = {"users": people.users, "records": people.records, "fit_records": people.own_records}
+    named = {name: value for name, value in wanted.items() if value is not None}
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=named)})
+
+
 def _drawn(scenario: Scenario, bench: SimulatedContext) -> list[str]:
-    """Draw who is measured, by public seed, in whole groups where there are groups."""
+    """Draw who is measured, as a run's evaluation does."""
     index, people = bench.index, scenario.people
     if people.whom == "unseen":
-        able: Iterable[str] = index.test_users
+        able: Sequence[str] = index.test_users
     elif people.whom == "everybody":
         able = [*index.train_users, *index.test_users]
     else:
         able = [user for user in index.train_users if bench.ledger.participations(user)]
-    users = list(able)
-    rng = np.random.default_rng(people.seed)
-    groups = [index.blocks[user].group or user for user in users]
-    place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
-    order = sorted(range(len(users)), key=lambda i: (place[groups[i]], i))
-    return [users[i] for i in order[: people.users]]
+    return drawn(able, bench, people.seed)
 
 
 def _encoder() -> Encoder:

@@ -4,15 +4,20 @@ A gain is a loss minus a loss of the same person, above zero is better. Interval
 bootstrap over people. Texts: bits per byte; labels: the loss of the task.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..evaluation.metrics import bits_per_byte, deciles, label_metrics
-from ..evaluation.user_statistics import Interval, bootstrap_mean, fraction_hurt, gini, win_rate
+from ..evaluation.user_statistics import (
+    bootstrap,
+    bootstrap_mean,
+    fraction_hurt,
+    gini,
+    ratio,
+    win_rate,
+)
 
 __all__ = ["NAMES", "loss_per_user", "summarised"]
 
@@ -163,17 +168,6 @@ def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, A
                 gain = sum(lost[i] - kept[i] for i in places)
                 pairs.append((gain / np.log(2) if texts else gain, size))
         if pairs:
-            mean = _ratio(np.array(pairs), draws).as_dict()
+            mean = bootstrap(ratio, *np.array(pairs, dtype=np.float64).T, draws=draws).as_dict()
             found.append({"decile": part + 1, "people": len(pairs), **mean})
     return found
-
-
-def _ratio(pairs: NDArray[np.float64], draws: int) -> Interval:
-    """Sum of the first over sum of the second, (people, 2), with a bootstrap over people."""
-    mean = float(pairs[:, 0].sum() / pairs[:, 1].sum())
-    if len(pairs) == 1:
-        return Interval(mean, -math.inf, math.inf)
-    drawn = np.random.default_rng(0).integers(len(pairs), size=(draws, len(pairs)))
-    sums = pairs[drawn].sum(1)
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
-    return Interval(mean, float(low), float(high))

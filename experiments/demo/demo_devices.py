@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,11 +27,11 @@ from rich.text import Text
 from ...client.runtime.processes import free_port
 from ...client.store.device_store import ME, POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
-from ...common.errors import AssetError, RunExists, StateError
+from ...common.child_processes import Children, Spec, privet_command, stopped_by_signals
+from ...common.errors import RunExists, StateError
 from ...common.files import explain_os_errors, read_lines, write_atomic
-from ...common.model.assets import cache_folder, fetch
+from ...common.model.assets import fetch
 from ...common.settings.config import read
-from .child_processes import Processes, call, privet, stopped_by_signals
 
 __all__ = ["adapted", "claimed", "demo"]
 
@@ -40,6 +41,7 @@ DEVICES = 6
 AT_ONCE = 3  # commands of devices that run side by side; each is a process of its own
 ROUND_OF_THE_FIRST, FIRST, SECOND = 2, 2, 4  # places in the list of devices
 PATIENCE_S = 600.0
+GRACE_S = 25.0  # a SuperNode is given 1.5 s for its last replies, a worker finishes its message
 LOOK_S = 0.1
 TRIES = 20
 MEMORY_S = 2.0
@@ -92,6 +94,51 @@ class Hosted:
     authority: Path
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Where the demo plays.
+
+    Attributes:
+        folder: of everything it makes.
+        processes: those that run; the caller ends them.
+        console: where the story is told.
+        began: when it began, monotonic seconds.
+    """
+
+    folder: Path
+    processes: Children
+    console: Console
+    began: float
+
+    def show(self, line: str) -> None:
+        """Print a line, with the minutes and seconds since the beginning."""
+        passed = int(time.monotonic() - self.began)
+        self.console.print(Text(f"{passed // 60:>3}:{passed % 60:02}  {line}"), soft_wrap=True)
+
+    def log(self, name: str) -> Path:
+        """Return where a process's output goes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def start(self, name: str, *words: str | Path) -> None:
+        """Start `privet WORDS` as a process that is not started again."""
+        unbuffered = {"PYTHONUNBUFFERED": "1"}
+        self.processes.start(Spec(name, privet_command(*words), unbuffered, log=self.log(name)))
+
+    def wait(self, done: Callable[[], bool], what: str, name: str) -> None:
+        """Wait until something is done.
+
+        Raises:
+            StateError: the process that is to do it has ended, or takes too long.
+        """
+        limit = time.monotonic() + PATIENCE_S
+        while not done():
+            if self.processes.status(name) is not None or time.monotonic() > limit:
+                log = self.log(name)
+                last = (log.read_text("utf-8", "replace").splitlines() or ["nothing"])[-1]
+                raise StateError(f"waited for {what} in vain; {log} ends with: {last}")
+            time.sleep(LOOK_S)
+
+
 def demo(folder: Path, console: Console) -> None:
     """Run the whole demo in `folder`, made anew.
 
@@ -102,36 +149,30 @@ def demo(folder: Path, console: Console) -> None:
         StateError: another demo is running there, or a part failed; the sentence names its log.
     """
     began = time.monotonic()
-
-    def show(line: str) -> None:
-        passed = int(time.monotonic() - began)
-        console.print(Text(f"{passed // 60:>3}:{passed % 60:02}  {line}"), soft_wrap=True)
-
-    with stopped_by_signals(), claimed(folder), Processes(folder / "logs") as processes:
-        play(folder, processes, show, console)
-        show(f"all processes are ended; {folder} has everything")
+    with stopped_by_signals(), claimed(folder), Children(lambda _: None, GRACE_S) as processes:
+        stage = Stage(folder, processes, console, began)
+        play(stage)
+        stage.show(f"all processes are ended; {folder} has everything")
 
 
-def play(folder: Path, processes: Processes, show: Show, console: Console) -> None:
-    """Play the demo from the first set-up to the last report.
-
-    `processes` are ended by the caller.
-    """
-    people = make_people(folder)
-    server = open_server(folder, processes, show)
+def play(stage: Stage) -> None:
+    """Play the demo from the first set-up to the last report."""
+    show, processes, console = stage.show, stage.processes, stage.console
+    people = make_people(stage.folder)
+    server = open_server(stage)
     init_devices(people, show)
-    enrol(people, server, processes, show)
+    enrol(people, server, stage)
     join(people, server, show)
     for person in people:
-        processes.start(person.name, privet("client", "start", *person.own))
+        stage.start(person.name, "client", "start", *person.own)
     show(f"{len(people)} x privet client start: a SuperNode and a worker each")
-    processes.start("run", privet("server", "run", server.folder, CONFIG))
+    stage.start("run", "server", "run", server.folder, CONFIG)
     show(
         f"privet server run {server.folder.name} {CONFIG.name}: loads the model, greets the devices"
     )
     place = server.folder / "runs" / read(CONFIG).name
-    agree(people, place, processes, show, console)
-    most = follow(people, place, processes, show)
+    agree(people, place, stage)
+    most = follow(people, place, stage)
     processes.end(*(person.name for person in people if person not in killed(people)))
     processes.end()
     show("the devices that are left, and the server, were told to end")
@@ -206,27 +247,27 @@ def make_people(folder: Path) -> list[Person]:
     return found
 
 
-def open_server(folder: Path, processes: Processes, show: Show) -> Hosted:
+def open_server(stage: Stage) -> Hosted:
     """Start SuperLink, SuperExec and proxy.
 
-    Where no nginx can be had, there is no proxy, but still TLS.
+    Where there is no nginx, there is no proxy, but still TLS.
     """
     from ...server.operations import proxy
 
-    server, port, inner = folder.absolute() / "server", free_port(), free_port()
+    server, port, inner = stage.folder.absolute() / "server", free_port(), free_port()
     call("server", "init", server, "--host", "localhost", "--port", str(port),
          "--inner-port", str(inner))  # fmt: skip
-    options, address, authority = ["--fetch-nginx"], f"localhost:{port}", server / "ca.crt"
-    try:
-        proxy.find_or_fetch_nginx(cache_folder())
-        how = "nginx in front lets the Fleet API through, and nothing else"
-    except AssetError as reason:
-        options, address = ["--no-proxy"], f"localhost:{inner}"
+    if proxy.find_nginx() is None:
+        stage.start("server", "server", "up", server, "--no-proxy")
         authority = server / "certificates" / "internal-ca.crt"
-        how = f"without a proxy, still over TLS: {reason}"
-    processes.start("server", privet("server", "up", server, *options))
-    show(f"server at https://{address}: {how}")
-    return Hosted(server, address, authority)
+        hosted = Hosted(server, f"localhost:{inner}", authority)
+        how = "without a proxy, still over TLS: no nginx is installed here"
+    else:
+        stage.start("server", "server", "up", server)
+        hosted = Hosted(server, f"localhost:{port}", server / "ca.crt")
+        how = "nginx in front lets the Fleet API through, and nothing else"
+    stage.show(f"server at https://{hosted.address}: {how}")
+    return hosted
 
 
 def init_devices(people: Sequence[Person], show: Show) -> None:
@@ -258,11 +299,11 @@ def adapted(policy: str) -> str:
     return policy
 
 
-def enrol(people: Sequence[Person], server: Hosted, processes: Processes, show: Show) -> None:
+def enrol(people: Sequence[Person], server: Hosted, stage: Stage) -> None:
     """Let the devices join, by their cards, as the operator."""
-    _wait(lambda: _up(server.folder), "the server to answer", processes, "server")
+    stage.wait(lambda: _up(server.folder), "the server to answer", "server")
     call("server", "enrol", server.folder, *(person.folder / "card.json" for person in people))
-    show(f"privet server enrol: {len(people)} cards; the directory of devices is closed")
+    stage.show(f"privet server enrol: {len(people)} cards; the directory of devices is closed")
 
 
 def join(people: Sequence[Person], server: Hosted, show: Show) -> None:
@@ -281,9 +322,7 @@ def join(people: Sequence[Person], server: Hosted, show: Show) -> None:
         show(line)
 
 
-def agree(
-    people: Sequence[Person], place: Path, processes: Processes, show: Show, console: Console
-) -> None:
+def agree(people: Sequence[Person], place: Path, stage: Stage) -> None:
     """Have every owner say yes to the run, and show once what it asks for."""
 
     def offered(person: Person) -> bool:
@@ -296,26 +335,27 @@ def agree(
                 return call("client", "runs", run, "--agree", *person.own, environment=width)
         return call("client", "runs", run, "--agree", *person.own, environment=width)
 
-    width = {"COLUMNS": str(min(console.width, 110))}
-    _wait((place / "run-id").is_file, "the run to begin", processes, "run")
+    width = {"COLUMNS": str(min(stage.console.width, 110))}
+    stage.wait((place / "run-id").is_file, "the run to begin", "run")
     run = (place / "run-id").read_text("utf-8").strip()
-    _wait(lambda: offered(people[0]), f"{people[0].name} to be asked", processes, "run")
-    show(f"privet client runs {run} --agree, on {people[0].name}:")
-    console.print(Text(yes(people[0])), soft_wrap=True)
+    stage.wait(lambda: offered(people[0]), f"{people[0].name} to be asked", "run")
+    stage.show(f"privet client runs {run} --agree, on {people[0].name}:")
+    stage.console.print(Text(yes(people[0])), soft_wrap=True)
     _for_each(yes, people[1:])
-    show(f"the owners of the other {len(people) - 1} agree too")
+    stage.show(f"the owners of the other {len(people) - 1} agree too")
 
 
-def follow(people: Sequence[Person], place: Path, processes: Processes, show: Show) -> float | None:
+def follow(people: Sequence[Person], place: Path, stage: Stage) -> float | None:
     """Follow the run until its end, with two deaths.
 
     Returns the most memory that all took together, MB.
     """
     first, second = killed(people)
+    processes, show, log = stage.processes, stage.show, stage.log("run")
     with ExitStack() as stack:
         dying: DeviceStore | None = stack.enter_context(first.open())
         waiting, most, measured, said = True, 0.0, 0.0, 0
-        while processes.code("run") is None:
+        while processes.status("run") is None:
             if dying is not None and _trains(dying):
                 processes.kill(first.name)
                 show(
@@ -327,13 +367,13 @@ def follow(people: Sequence[Person], place: Path, processes: Processes, show: Sh
                 processes.kill(second.name)
                 show(f"{second.name} is killed before round {ROUND_OF_THE_FIRST + 1}")
                 waiting = False
-            said = _pass_on(processes.log("run"), said, show)
+            said = _pass_on(log, said, show)
             if time.monotonic() - measured > MEMORY_S:
                 most, measured = max(most, processes.memory_mb() or 0.0), time.monotonic()
             time.sleep(LOOK_S)
-    _pass_on(processes.log("run"), said, show)
-    if processes.code("run") or waiting or dying is not None:
-        raise StateError(f"the run failed, or ended too soon; see {processes.log('run').parent}")
+    _pass_on(log, said, show)
+    if processes.status("run") or waiting or dying is not None:
+        raise StateError(f"the run failed, or ended too soon; see {log.parent}")
     return most or None
 
 
@@ -426,6 +466,25 @@ def reopened(person: Person) -> str:
 # --- small things ---------------------------------------------------------------------------------
 
 
+def call(*words: str | Path, environment: Mapping[str, str] | None = None) -> str:
+    """Run `privet WORDS`, and return what it prints.
+
+    Raises:
+        StateError: it failed; in its own words.
+    """
+    done = subprocess.run(
+        privet_command(*words),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
+    )
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise StateError(f"privet {' '.join(map(str, words[:2]))}: {said.removeprefix('privet: ')}")
+    return done.stdout
+
+
 def _epsilon(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
@@ -439,16 +498,6 @@ def _up(server: Path) -> bool:
     from ...server.operations import commands, setup
 
     return bool(commands.facts(setup.load(server))["superlink"])
-
-
-def _wait(done: Callable[[], bool], what: str, processes: Processes, name: str) -> None:
-    limit = time.monotonic() + PATIENCE_S
-    while not done():
-        if processes.code(name) is not None or time.monotonic() > limit:
-            log = processes.log(name)
-            last = (log.read_text("utf-8", "replace").splitlines() or ["nothing"])[-1]
-            raise StateError(f"waited for {what} in vain; {log} ends with: {last}")
-        time.sleep(LOOK_S)
 
 
 def _pass_on(log: Path, said: int, show: Show) -> int:

@@ -14,71 +14,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ...client.personal.text_head import TextHead, adjusted_logits
-from ...common.model.base_model import BaseModel
+from ...client.assistant.text_generation import Sampling, completed
 from .metrics import distinct_n, style_distance, text_overlap
 from .user_statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["continued", "evaluate_user", "summarised"]
+__all__ = ["evaluate_user", "summarised"]
 
 Line = dict[str, Any]
 
 MODELS = ("shared", "hybrid", "swapped", "again")
-
-
-@torch.no_grad()
-def continued(
-    base: BaseModel,
-    starts: Sequence[Sequence[int]],
-    head: TextHead | None,
-    *,
-    tokens: int,
-    temperature: float,
-    seed: int,
-    half: bool = False,
-) -> list[list[int]]:
-    """Sampled continuations, all rows in one batch with a cache of keys and values.
-
-    Args:
-        base: the model, with the adapter that is in it.
-        starts: token ids, at least one in each.
-        head: whose words are added; None: nobody's.
-        tokens: how many at most; a row ends before its end token.
-        temperature: above 0.
-        seed: public; row after row draws from one generator.
-        half: as for `contexts.states_of`, for the beginnings only: casting all weights for one
-            token takes longer than the token.
-    """
-    longest = max(map(len, starts))
-    ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in starts])
-    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in starts])
-    generator, end = torch.Generator().manual_seed(seed), base.tokenizer.eos_token_id
-    found: list[list[int]] = [[] for _ in starts]
-    open_, cache, given = [True] * len(starts), None, ids
-    for _ in range(tokens):
-        place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half and cache is None):
-            out = base.network.base_model(
-                input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-        state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values
-        drawn = _drawn(base, state, head, temperature, generator)
-        for row, token in enumerate(drawn.tolist()):
-            open_[row] = open_[row] and token != end
-            if open_[row]:
-                found[row].append(token)
-        if not any(open_):
-            break
-        given = drawn[:, None]
-        mask = torch.cat([mask, torch.ones_like(given)], 1)
-    return found
 
 
 def evaluate_user(study: "Study", user: str) -> Line | None:
@@ -86,34 +34,26 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
 
     The texts themselves are not kept.
     """
-    wanted, evaluator = study.scenario.answers, study.evaluator
-    base = evaluator.adapter.base
-    held_out, _ = study.held_out(user)
-    if not held_out:
-        return None
-    partner = study.partner(user)
-    if partner is None:
+    wanted, text = study.scenario.answers, study.evaluator.text
+    base, held_out, partner = text.adapter.base, study.held_out(user), study.partner(user)
+    if not held_out or partner is None:
         return None
     own, other = study.side(user), study.side(partner)
-    questions = evaluator.asked(held_out[: wanted.records])
+    questions = text.asked(held_out[: wanted.records])
     openings = [list(one.ids[: one.given]) for one in questions]
     queries = [one.query(base.tokenizer) for one in questions]
     mine, theirs = (
-        [list(side.history.context(query, evaluator.budget)) + start
+        [list(side.history.context(query, study.evaluator.budget)) + start
          for query, start in zip(queries, openings, strict=True)]
         for side in (own, other)
     )  # fmt: skip
-    evaluator.adapter.write(evaluator.shared)
-    settings: Line = {
-        "tokens": wanted.tokens,
-        "temperature": wanted.temperature,
-        "half": evaluator.half,
-    }
+    text.adapter.write(text.shared)
+    first, second = (Sampling(wanted.tokens, wanted.temperature, seed) for seed in (1, 2))
     made = {
-        "shared": continued(base, openings, None, seed=1, **settings),
-        "hybrid": continued(base, mine, own.hybrid, seed=1, **settings),
-        "swapped": continued(base, theirs, other.hybrid, seed=1, **settings),
-        "again": continued(base, mine, own.hybrid, seed=2, **settings),
+        "shared": completed(base, openings, None, first, text.bf16),
+        "hybrid": completed(base, mine, own.hybrid, first, text.bf16),
+        "swapped": completed(base, theirs, other.hybrid, first, text.bf16),
+        "again": completed(base, mine, own.hybrid, second, text.bf16),
     }
     texts = {
         name: [str(base.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]
@@ -182,14 +122,3 @@ def _spread(cosines: Any) -> float:
     if count < 2:
         return 0.0
     return float(1 - (cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
-
-
-def _drawn(
-    base: BaseModel,
-    state: Tensor,
-    head: TextHead | None,
-    temperature: float,
-    generator: torch.Generator,
-) -> Tensor:
-    log_p = adjusted_logits(head, state, state @ base.output.T)
-    return torch.multinomial((log_p / temperature).softmax(1), 1, generator=generator)[:, 0]

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, kept_half
+from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, local_factor_of
 from ...client.personal.person_losses import evaluator_of
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
 from ...common.settings.config import Config
 from ...server.run_folder import checkpoint
-from ...server.run_folder.saving import largest
+from ...server.run_folder.run import largest
 from .. import progress
 from ..data.dialects import dialect_of
+from .people import reported, unit_of
 from .user_statistics import bootstrap_mean
 
 __all__ = [
@@ -105,16 +106,19 @@ def evaluate_people(
     for user in users:
         person = everybody.person(*device[user].measured_on(), False)
         if person is not None:
-            found[user] = {"base": person.base, "global": person.loss(None)}
+            found[user] = {
+                "base": reported(person, person.base),
+                "global": reported(person, person.loss(None)),
+            }
     own = dict(zip(found, choices(bench, list(found), state), strict=True))
     for user in found:
         vector = cluster_vectors[own[user]]
-        evaluator = evaluator_of(bench.trainer.adapter, vector, kept_half(device[user]))
+        evaluator = evaluator_of(bench.trainer.adapter, vector, local_factor_of(device[user]))
         person = evaluator.person(*device[user].measured_on(), heads)
         if person is not None:
-            found[user][mine] = person.loss(None)
+            found[user][mine] = reported(person, person.loss(None))
         if person is not None and heads:
-            found[user]["personal"] = person.loss(person.head)
+            found[user]["personal"] = reported(person, person.loss(person.head))
     names = ("base", "global", mine, *(("personal",) if heads else ()))
     return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
 
@@ -157,8 +161,8 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
 
     Returns:
         `ari`: adjusted Rand index of the private choices and the true groups, over everybody who
-        was trained on; `seen` and `unseen`: mean gain of each model over another in nats, each
-        with a bootstrap interval over people.
+        was trained on; `unit` of the losses; `seen` and `unseen`: mean gain of each model over
+        another, each with a bootstrap interval over people.
     """
     bench, state = SimulatedContext.open(folder.resolve()), state_of(folder)
     found = _recovered(bench, state)
@@ -174,6 +178,7 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
         raise StateError("the two runs measured different people; run `privet clusters` again")
     return {
         **found,
+        "unit": unit_of(bench.config),
         **{name: _gains(grouped[name], shared[name]) for name in people},
     }
 

@@ -1,28 +1,34 @@
-"""How many own labels does a person need? The personal head after 0, 1, 2, ... of them.
+"""Cold start: what does a newcomer gain after 0, 1, 2, ... own records?
 
-People never trained on. Each head is fitted on the person's first n own records and measured on the
-same held-out later ones:
+    global     the shared model
+    personal   what the person's device makes of so many own records
+    other      the head of somebody else with as many, of the same group on the same items where
+               people come in groups (raters of one batch)
 
-    global     the shared head alone
-    personal   the head fitted on n own labels (`client/personal/label_head.py`)
-    other      the head fitted on the n labels of somebody else, of the same group on the same items
-               where people come in groups (raters of one batch)
+*Labels* (`privet coldstart RUN`): people never trained on, and the head fitted on the first n own
+labels (`client/personal/label_head.py`). The head's constants are public and were set on training
+raters; nothing is fitted to the people measured here but their own heads.
 
-The head's constants are public and were set on training raters; nothing is fitted to the people
-measured here but their own heads. The experimenter reads these figures off simulated devices; no
-epsilon covers them.
+*Texts* (a stage of `privet evaluate SCENARIO`): the latest n own records. With no record the shared
+model; up to three, texts in front; from four on the own records choose between texts in front, head
+and both, and the shared model if nothing is sure to be better (`comparisons.choice`). There is no
+other: the scenario has the controls.
+
+The held-out records are the same at every number, so that a person is compared with itself, and
+those of a run's evaluation, in its unit. The experimenter reads these figures off simulated
+devices; no epsilon covers them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...client.device import SimulatedContext
+from ...client.device import Device, SimulatedContext
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses
 from ...client.personal.person_losses import evaluator_of
@@ -31,13 +37,19 @@ from ...common.errors import ConfigError, DataError
 from ...common.settings.config import Config
 from .. import progress
 from ..reports import pictures
+from .people import unit_of
 from .run_evaluation import global_adapter
-from .user_statistics import bootstrap_mean, fraction_hurt
+from .user_statistics import bootstrap, bootstrap_mean, fraction_hurt, ratio
 
-__all__ = ["COUNTS", "Newcomer", "cold_start", "curve", "picture"]
+if TYPE_CHECKING:
+    from ..comparison.study import Study
+
+__all__ = ["COUNTS", "Newcomer", "cold_start", "curve", "evaluate_user", "label_lines", "picture"]
 
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20)
 DRAWS = 2000
+
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +65,9 @@ class Newcomer:
 def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
     """The curve for the people of a finished run that were never trained on.
 
+    Returns:
+        As `curve`, with `run`, `unit`, and how many people were `left_out`.
+
     Raises:
         ConfigError: the run makes text, or `counts` is not ascending from 0.
         DataError: nobody has so many own records.
@@ -67,43 +82,35 @@ def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> 
     people = []
     with progress.counting("reading", len(bench.index.test_users), "people") as one:
         for user in bench.index.test_users:
-            newcomer = _newcomer(user, bench, evaluator, config)
+            newcomer = _newcomer(user, bench, evaluator)
             if newcomer is not None:
                 people.append(newcomer)
             one()
-    found = curve(people, evaluator.shared, counts)
-    return {"run": config.name, "unit": "squared error" if config.outputs == 1 else "nats", **found}
+    lines = label_lines(people, evaluator.shared, counts)
+    left_out = len(people) - len(lines)
+    return {"run": config.name, "unit": unit_of(config), "left_out": left_out, **curve(lines)}
 
 
-def _newcomer(
-    user: str, bench: SimulatedContext, evaluator: LabelEvaluator, config: Config
-) -> Newcomer | None:
+def _newcomer(user: str, bench: SimulatedContext, evaluator: LabelEvaluator) -> Newcomer | None:
     """Prepare a person's material. None for somebody without own or held-out records."""
-    own, held = records.split(bench.records(user), config.data.holdout)
-    mine, rest = bench.tokenised(own), bench.tokenised(held[: config.evaluation.records])
+    own, _ = records.split(bench.records(user), bench.config.data.holdout)
+    mine, (_, rest) = bench.tokenised(own), Device(user, bench).measured_on()
     if not mine or not rest:
         return None
     group = bench.index.blocks[user].group
     return Newcomer(user, group, evaluator.features(mine), evaluator.features(rest))
 
 
-def curve(
+def label_lines(
     people: Sequence[Newcomer], shared: LabelHead, counts: Sequence[int] = COUNTS
-) -> dict[str, Any]:
-    """Losses by the number of own labels.
+) -> list[Line]:
+    """One line a person: the losses with each number of own labels.
 
     Args:
         people: those with fewer than the largest count own records are left out, and so is who
             has nobody else to be compared with: the same people at every count.
         shared: the head everybody starts from.
         counts: ascending, from 0.
-
-    Returns:
-        `rows`, one a count: mean losses, `personal_minus_global` and `personal_minus_other` with
-        95 % intervals, by a bootstrap over people and (`ci95_groups`) over whole groups, and the
-        share of people hurt; `step`, the loss against the count before, with its interval.
-        `monotone`: no step's interval lies above zero. `beats_from`: the smallest count from which
-        on, and at all larger ones, personal beats global and other, intervals below zero.
 
     Raises:
         ConfigError: counts that are not ascending from 0.
@@ -118,42 +125,99 @@ def curve(
             f"{len(pairs)} of {len(people)} people have {counts[-1]} own records and somebody to "
             "be compared with; expected at least 2: take smaller counts or more people"
         )
-    groups = [one.group or one.name for one, _ in pairs]
-    together = np.array([_loss(shared, one) for one, _ in pairs])
-    rows: list[dict[str, Any]] = []
-    before = None
+    heads = {
+        one.name: [fit_label_head(one.own[0][:n], one.own[1][:n], shared) for n in counts]
+        for one in enough
+    }
+    return [
+        {
+            "user": one.name,
+            "group": one.group or one.name,
+            "counts": list(counts),
+            "global": _loss(shared, one),
+            "personal": [_loss(head, one) for head in heads[one.name]],
+            "other": [_loss(head, one) for head in heads[other.name]],
+            "chosen": ["global" if head.is_shared else "head" for head in heads[one.name]],
+        }
+        for one, other in pairs
+    ]
+
+
+def evaluate_user(study: "Study", user: str) -> Line | None:
+    """One person's line of texts: bits per byte with each number of own records."""
+    from ..comparison.comparisons import OwnSide, evaluate_text
+    from ..comparison.tables import loss_per_user
+
+    held_out, own = study.held_out(user), study.own(user)
+    counts = [count for count in study.scenario.cold_start.counts if count <= len(own)]
+    group = study.bench.index.blocks[user].group or user
+    line: Line = {"group": group, "counts": counts, "personal": [], "chosen": []}
     for count in counts:
-        heads = {one.name: _head(one, shared, count) for one in enough}
-        own = np.array([_loss(heads[one.name], one) for one, _ in pairs])
-        other = np.array([_loss(heads[partner.name], one) for one, partner in pairs])
-        rows.append(
-            {
-                "labels": count,
-                "global": bootstrap_mean(together, draws=DRAWS).as_dict(),
-                "personal": bootstrap_mean(own, draws=DRAWS).as_dict(),
-                "other": bootstrap_mean(other, draws=DRAWS).as_dict(),
-                "personal_minus_global": _difference(own - together, groups),
-                "personal_minus_other": _difference(own - other, groups),
-                "hurt": fraction_hurt(together - own, tolerance=1e-9),
-                "kept_shared": float(np.mean([heads[one.name].is_shared for one, _ in pairs])),
-                "step": None if before is None else _difference(own - before, groups),
-            }
-        )
-        before = own
+        side = OwnSide.of(study.evaluator, own[len(own) - count :])
+        found = evaluate_text(study.evaluator, side, None, held_out)
+        if found is None:
+            return None
+        (line["global"],) = loss_per_user([found], study.evaluator.name("global"))
+        line["personal"] += loss_per_user([found], "personal")
+        line["chosen"].append(found["chosen"])
+    return line if counts else None
+
+
+def curve(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, Any]:
+    """Losses by the number of own records.
+
+    Args:
+        lines: of people; with few records a line ends at a smaller count than others.
+        draws: of the bootstrap.
+
+    Returns:
+        `rows`, one a count: mean losses, `personal_minus_global` and, where there is another,
+        `personal_minus_other` with 95 % intervals, by a bootstrap over people and (`ci95_groups`)
+        over whole groups; the share of people hurt; what was `chosen`; and `step`, the loss
+        against the count before, with its interval.
+        `monotone`: no step's interval lies above zero. `beats_from`: the smallest count from which
+        on, and at all larger ones, personal beats global and any other, intervals below zero.
+    """
+    rows = []
+    for count in sorted({count for line in lines for count in line["counts"]}):
+        have = [line for line in lines if count in line["counts"]]
+        rows.append(_row(count, have, draws))
     return {
-        "people": len(pairs),
-        "left_out": len(people) - len(pairs),
-        "groups": len(set(groups)),
+        "people": len(lines),
+        "groups": len({line["group"] for line in lines}),
         "rows": rows,
-        "monotone": all(row["step"] is None or row["step"]["ci95"][0] <= 0 for row in rows),
+        "monotone": not any(row["step"] and _rises(row["step"]) for row in rows),
         "beats_from": _beats_from(rows),
+    }
+
+
+def _row(count: int, lines: Sequence[Line], draws: int) -> Line:
+    """Return the row of people who all have so many own records."""
+    groups, place = [line["group"] for line in lines], lines[0]["counts"].index(count)
+    losses = {"global": np.array([line["global"] for line in lines])}
+    for name in ("personal", "other"):
+        if name in lines[0]:
+            losses[name] = np.array([line[name][place] for line in lines])
+    own, chosen = losses["personal"], [line["chosen"][place] for line in lines]
+    row: Line = {"records": count, "people": len(lines)}
+    row |= {name: bootstrap_mean(loss, draws=draws).as_dict() for name, loss in losses.items()}
+    for name in losses.keys() - {"personal"}:
+        row[f"personal_minus_{name}"] = _difference(own - losses[name], groups, draws)
+    step = None
+    if place:
+        before = np.array([line["personal"][place - 1] for line in lines])
+        step = _difference(own - before, groups, draws)
+    return row | {
+        "hurt": fraction_hurt(losses["global"] - own, tolerance=1e-9),
+        "chosen": {name: chosen.count(name) for name in sorted(set(chosen))},
+        "step": step,
     }
 
 
 def picture(found: dict[str, Any]) -> str:
     """The curve as SVG: mean losses with 95 % bands over people."""
     drawn, (panel,) = pictures.figure(2.9)
-    counts = [row["labels"] for row in found["rows"]]
+    counts = [row["records"] for row in found["rows"]]
     shown = (("global", "muted"), ("other", "hurt"), ("personal", "gain"))
     ends = []
     for name, colour in shown:
@@ -170,10 +234,7 @@ def picture(found: dict[str, Any]) -> str:
     panel.set_xlabel("own labels", color=pictures.LIGHT["ink"])
     panel.set_ylabel(found["unit"], color=pictures.LIGHT["ink"])
     alt = ", ".join(f"{name} {height:.2f}" for name, height, _ in ends)
-    text = pictures.svg(drawn, "cold-start", f"after {counts[-1]} own labels: {alt}")
-    for name, code in pictures.LIGHT.items():  # a picture alone has no style sheet
-        text = text.replace(f"var(--{name})", code)
-    return text + "\n"
+    return pictures.alone(drawn, "cold-start", f"after {counts[-1]} own labels: {alt}")
 
 
 def _paired(people: Sequence[Newcomer]) -> list[tuple[Newcomer, Newcomer]]:
@@ -192,41 +253,33 @@ def _paired(people: Sequence[Newcomer]) -> list[tuple[Newcomer, Newcomer]]:
     ]
 
 
-def _head(one: Newcomer, shared: LabelHead, count: int) -> LabelHead:
-    features, labels = one.own
-    return fit_label_head(features[:count], labels[:count], shared)
-
-
 def _loss(head: LabelHead, one: Newcomer) -> float:
-    return float(label_losses(head, *one.held_out).mean())
+    return float(label_losses(head, *one.held_out).double().mean())
 
 
-def _difference(values: NDArray[np.float64], groups: Sequence[str]) -> dict[str, Any]:
+def _difference(values: NDArray[np.float64], groups: Sequence[str], draws: int) -> Line:
     """Return the mean with its intervals over people and over whole groups.
 
     Below zero is better.
     """
-    found = bootstrap_mean(values, draws=DRAWS).as_dict()
-    return {**found, "ci95_groups": _over_groups(values, groups)}
+    found = bootstrap_mean(values, draws=draws).as_dict()
+    _, places = np.unique(groups, return_inverse=True)
+    sums, sizes = (
+        np.bincount(places, each).astype(np.float64) for each in (values, np.ones_like(values))
+    )
+    return {**found, "ci95_groups": bootstrap(ratio, sums, sizes, draws=draws).as_dict()["ci95"]}
 
 
-def _over_groups(values: NDArray[np.float64], groups: Sequence[str]) -> list[float] | None:
-    """Compute the 95 % interval of the mean when groups are drawn anew. None for a single one."""
-    names, places = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return None
-    sums, sizes = np.bincount(places, values), np.bincount(places)
-    drawn = np.random.default_rng(0).integers(len(names), size=(DRAWS, len(names)))
-    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return [float(low), float(high)]
+def _rises(one: Line) -> bool:
+    """Whether a difference is above zero beyond its interval."""
+    return one["ci95"] is not None and one["ci95"][0] > 0
 
 
-def _beats_from(rows: Sequence[dict[str, Any]]) -> int | None:
+def _beats_from(rows: Sequence[Line]) -> int | None:
     first = None
     for row in reversed(rows):
-        both = (row["personal_minus_global"], row["personal_minus_other"])
-        if not all(one["ci95"][1] < 0 for one in both):
+        both = [one for name, one in row.items() if name.startswith("personal_minus")]
+        if not all(one["ci95"] is not None and one["ci95"][1] < 0 for one in both):
             break
-        first = row["labels"]
+        first = row["records"]
     return first

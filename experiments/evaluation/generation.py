@@ -2,25 +2,20 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ...client.assistant.terminal_chat import as_text
-from ...client.assistant.text_generation import Sampling
-from ...client.device import Device, SimulatedContext, kept_half
-from ...client.personal.text_head import TextHead, TokenStates, adjusted_logits, fit_text_head
-from ...client.training import records as data
+from ...client.assistant.text_generation import Sampling, completed
+from ...client.device import Device, SimulatedContext, local_factor_of
+from ...client.personal.text_evaluator import TextEvaluator, alone
+from ...client.personal.text_head import TextHead
 from ...common.errors import ConfigError, DataError
 from ...common.files import explain_os_errors, write_atomic
 from ...common.model.adapter import Vector
-from ...common.model.base_model import final_states, pad
 from .cluster_evaluation import adapter_of, state_of
 
 __all__ = ["kept_head", "side_by_side"]
 
 
-@torch.no_grad()
 def side_by_side(
     folder: Path, user: str, prompt: str, *, tokens: int, seed: int, temperature: float
 ) -> dict[str, str]:
@@ -46,7 +41,7 @@ def side_by_side(
     adapter, final = bench.trainer.adapter, adapter_of(bench, user, state_of(folder))
     adapter.write(adapter.start)
     found = {"base": _continue(bench, ids, None, drawn)}
-    adapter.write(final, kept_half(Device(user, bench)))
+    adapter.write(final, local_factor_of(Device(user, bench)))
     head = kept_head(bench, user, final)
     found["shared"] = _continue(bench, ids, None, drawn)
     found["personal"] = _continue(bench, ids, head, drawn)
@@ -63,39 +58,20 @@ def kept_head(bench: SimulatedContext, user: str, final: Vector) -> TextHead:
     if path.exists():
         with explain_os_errors(path, "read"):
             return TextHead.from_bytes(path.read_bytes(), str(path))
-    head = _head(bench, user)
+    device = Device(user, bench)
+    records, _ = device.measured_on()
+    if not records:
+        raise DataError(f"{user!r} has no record with at least two tokens to fit a head on")
+    evaluator = TextEvaluator(bench.trainer.adapter, final, local_factor_of(device))
+    head = evaluator.scored(alone(evaluator.asked(records)))[0].fitted()
     path.parent.mkdir(mode=0o700, exist_ok=True)
     write_atomic(path, head.to_bytes())
     return head
 
 
-def _head(bench: SimulatedContext, user: str) -> TextHead:
-    """The person's head, fitted on all own records that were not held out."""
-    base = bench.trainer.adapter.base
-    own, _ = data.split(data.read_user(bench.folder, user, bench.index), bench.config.data.holdout)
-    records = bench.tokenised(own[-bench.config.evaluation.fit_records :])
-    if not records:
-        raise DataError(f"{user!r} has no record with at least two tokens to fit a head on")
-    ids, mask = pad([record.ids for record in records])
-    wanted = mask[:, 1:].bool()
-    states = final_states(base, ids, mask)[:, :-1][wanted]
-    mine = TokenStates(states, ids[:, 1:][wanted], torch.nonzero(wanted)[:, 0])
-    return fit_text_head(mine, base.output)
-
-
 def _continue(
     bench: SimulatedContext, ids: list[int], head: TextHead | None, drawn: Sampling
 ) -> str:
-    base: Any = bench.trainer.adapter.base
-    generator, ids = torch.Generator().manual_seed(drawn.seed), list(ids)
-    for _ in range(drawn.tokens):
-        state = final_states(base, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
-        scores = adjusted_logits(head, state[0, -1], base.output @ state[0, -1])
-        if drawn.temperature == 0:
-            ids.append(int(scores.argmax()))
-        else:
-            chances = (scores / drawn.temperature).softmax(0)
-            ids.append(int(torch.multinomial(chances, 1, generator=generator)))
-        if ids[-1] == base.tokenizer.eos_token_id:
-            break
-    return str(base.tokenizer.decode(ids, skip_special_tokens=True))
+    base = bench.trainer.adapter.base
+    (added,) = completed(base, [ids], head, drawn)
+    return str(base.tokenizer.decode([*ids, *added], skip_special_tokens=True))

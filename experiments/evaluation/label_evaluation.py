@@ -7,74 +7,51 @@ personal      head or global, as the person's own validation records are surest 
 head_swapped  another person's head; of the same group where there are groups
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses, predict
 from ...client.training.records import Tokenised
 from ..comparison.comparisons import surest
+from .people import unit_of
 
-__all__ = ["People", "evaluate_labels"]
+if TYPE_CHECKING:
+    from ..comparison.study import Study
+
+__all__ = ["evaluate_labels"]
 
 FEWEST = 4
 
 
-class People(Protocol):
-    """The people and records that `evaluate_labels` needs.
-
-    A `Study` is one.
-    """
-
-    def own(self, user: str) -> list[Tokenised]:
-        """Return a person's latest own records."""
-
-    def labelled_held_out(self, user: str) -> tuple[list[Tokenised], list[float]]:
-        """Return a person's held-out records, and how late each is."""
-
-    def partner(self, user: str) -> str | None:
-        """Return whose head the control takes. None: there is nobody else."""
-
-    @property
-    def validation(self) -> float:
-        """Fraction of the own records on which a model is chosen."""
-
-
-def evaluate_labels(evaluator: LabelEvaluator, people: People, user: str) -> dict[str, Any] | None:
+def evaluate_labels(evaluator: LabelEvaluator, study: "Study", user: str) -> dict[str, Any] | None:
     """Compute one person's losses and predictions on held-out records. None where there is none.
+
+    Base, shared and personal head are `LabelEvaluator.person`'s, as in a run's report.
 
     Returns:
         As `comparisons.evaluate_text`, `nats` being losses, with `predicted` and `labels`.
     """
-    held_out, time = people.labelled_held_out(user)
-    if not held_out:
+    own = study.own(user)
+    person = evaluator.person(own, study.held_out(user), fit=True)
+    if person is None:
         return None
-    own = people.own(user)
-    features, labels = evaluator.features(held_out)
-    validation = _validation(evaluator, own, people.validation)
+    validation = _validation(evaluator, own, study.scenario.people.validation)
     chosen = surest(validation) if validation else "global"
-    heads = {
-        "base": evaluator.nothing,
-        "global": evaluator.shared,
-        "head": _head(evaluator, own),
-    }
-    if (partner := people.partner(user)) is not None:
-        heads["head_swapped"] = _head(evaluator, people.own(partner))
+    shared = evaluator.shared
+    heads = {"base": evaluator.nothing, "global": shared, "head": person.head or shared}
+    if (partner := study.partner(user)) is not None:
+        heads["head_swapped"] = _head(evaluator, study.own(partner))
     heads["personal"] = heads[chosen]
-    regression = evaluator.shared.task == "regression"
-    said = {name: predict(head, features) for name, head in heads.items()}
+    said = {name: predict(head, person.features) for name, head in heads.items()}
+    regression = shared.task == "regression"
     return {
-        "time": time,
-        "own": len(own),
-        "all_own": len(own),
-        "nats": {
-            name: label_losses(head, features, labels).tolist() for name, head in heads.items()
-        },
+        "nats": {name: person.losses(head).tolist() for name, head in heads.items()},
         "predicted": {
             name: (one if regression else one.argmax(1)).tolist() for name, one in said.items()
         },
-        "labels": labels.tolist(),
-        "task": evaluator.shared.task,
-        "unit": "squared error" if regression else "nats per record",
+        "labels": person.labels.tolist(),
+        "task": shared.task,
+        "unit": unit_of(study.bench.config),
         "chosen": chosen,
         "validation": validation,
     }

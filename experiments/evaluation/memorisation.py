@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..comparison.comparisons import summed
-from .contexts import Asked, Row
+from ...client.personal.scored_text import Asked, Row
+from ...client.personal.text_evaluator import alone
 from .user_statistics import bootstrap_mean
 
 if TYPE_CHECKING:
@@ -72,29 +72,28 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
 
     None: the person has none, or nobody else has texts to compare them with.
     """
-    evaluator, adapter = study.evaluator, study.evaluator.adapter
+    text = study.evaluator.text
     own = [one.ids for one in study.own(user)]
     rest = [one.ids for other in study.users if other != user for one in study.own(other)]
     strings = rare_runs(own, Counter(token for ids in rest for token in ids), STRINGS)
     if not strings or not rest:
         return None
     side = study.side(user)
-    rng = np.random.default_rng([study.scenario.people.seed, study.users.index(user)])
+    rng = np.random.default_rng([study.seed, study.users.index(user)])
     found: dict[str, list[float]] = {}
     for prefix, run in strings:
         runs = [run, *(_drawn(rest, rng) for _ in range(RUNS - 1))]
         questions = [Asked(prefix + each, PREFIX) for each in runs]
-        context = side.history.context(questions[0].query(adapter.base.tokenizer), evaluator.budget)
-        base, shared = evaluator.states(
-            [Row((), q) for q in questions], adapter.start, evaluator.shared
-        )
-        (fronted,) = evaluator.states([Row(context, q) for q in questions])
+        query = questions[0].query(text.adapter.base.tokenizer)
+        context = side.history.context(query, study.evaluator.budget)
+        base, shared = text.scored(alone(questions), text.adapter.start, text.shared)
+        (fronted,) = text.scored([Row(context, q) for q in questions])
         models = {
             "base": (base, None), "shared": (shared, None), "head": (shared, side.head),
             "retrieval": (fronted, None), "hybrid": (fronted, side.hybrid),
         }  # fmt: skip
-        for name, (states, head) in models.items():
-            found.setdefault(name, []).append(exposure(summed(states, evaluator.output, head)))
+        for name, (scored, head) in models.items():
+            found.setdefault(name, []).append(exposure(scored.sums(head)))
     return {"strings": len(strings), **{name: float(np.mean(bits)) for name, bits in found.items()}}
 
 

@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ...client.device import SimulatedContext
 from ...client.personal.head import PersonalHead
 from ...client.personal.pair_evaluator import PairPerson, pair_error
 from ...client.personal.preference_head import length_bias
-from ...client.training.records import split
+from ...client.training.records import split, spread
 from ...common.model.assets import fetch
 from ..data.preference_people import crowd, reward
-from .user_statistics import bootstrap_mean
+from .user_statistics import bootstrap, bootstrap_mean, ratio
 
 __all__ = ["BEST", "best_losses", "gap_closed", "rows"]
 
@@ -77,15 +76,8 @@ def gap_closed(
         start, reached, best: a loss of each person under the shared, the personal and the best
             possible model.
     """
-    values = np.array([start, reached, best], dtype=np.float64)
-    rng = np.random.default_rng(0)
-    drawn = values[:, rng.integers(values.shape[1], size=(draws, values.shape[1]))].mean(2)
-    low, high = np.quantile(_ratio(drawn), (0.025, 0.975))
-    return {"mean": float(_ratio(values.mean(1))), "ci95": [float(low), float(high)]}
-
-
-def _ratio(means: NDArray[np.float64]) -> Any:
-    return (means[0] - means[1]) / (means[0] - means[2])
+    first, last, goal = (np.array(each, dtype=np.float64) for each in (start, reached, best))
+    return bootstrap(ratio, first - last, first - goal, draws=draws).as_dict()
 
 
 def _length_rows(
@@ -149,14 +141,14 @@ def _worth(bench: SimulatedContext) -> Callable[[str], list[tuple[float, float]]
     It gives the scores of chosen and rejected.
     """
     config = bench.config
-    known = config.data.source == "tastes"
+    known, wanted = config.data.source == "tastes", config.evaluation.records
     score = partial(reward, config.data.seed) if known else crowd(fetch("ratings"))
 
     def of(user: str) -> list[tuple[float, float]]:
         _, held_out = split(bench.records(user), config.data.holdout)
         return [
             (score(user, record.text), score(user, record.rejected or ""))
-            for record in held_out[: config.evaluation.records]
+            for record in map(held_out.__getitem__, spread(len(held_out), wanted))
         ]
 
     return of

@@ -13,24 +13,25 @@ epsilon covers it. On a real device the same functions run and the figures stay 
 *seen* people took part in training and are measured on later records; *unseen* people were never
 trained on. Both fit their head on their own earlier records. Where people come in groups (raters
 of one batch), the other head is that of somebody of the same group, fitted on the same items.
+A scenario of the same run (`experiments/comparison`) has the same people, records and unit, and so
+the same figures for base, shared and personal head; texts are in bits per byte.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ...client.device import Device, SimulatedContext
 from ...client.personal.evaluator import EvaluatedPerson, Evaluator
 from ...client.personal.pair_evaluator import PairPerson
 from ...client.personal.person_losses import evaluator_of
-from ...client.training import records
 from ...common.model.adapter import Vector
 from ...common.settings.config import Config
 from .. import progress
 from . import cluster_evaluation
+from .people import drawn, partner, reported, unit_of
 
 __all__ = ["evaluate", "global_adapter"]
 
@@ -45,13 +46,13 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     Each group has the lists `users`, `base`, `global`, `personal` and `swapped_head`, aligned;
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
-    bench = SimulatedContext.open(folder.resolve())
+    bench = replace(SimulatedContext.open(folder.resolve()), config=config)
     several = config.clusters.count > 1 or bool(bench.trainer.adapter.own.pieces)
     final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
-        "seen": _some(took_part, bench.index, config),
-        "unseen": _some(bench.index.test_users, bench.index, config),
+        "seen": drawn(took_part, bench),
+        "unseen": drawn(bench.index.test_users, bench),
     }
     with progress.counting("measuring", sum(map(len, groups.values())), "people") as one:
         if final is None:
@@ -72,12 +73,8 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
                 name: _losses(bench, known, _heads_for(config, name))
                 for name, known in people.items()
             }
-    unit = "nats per token" if config.outputs == 0 else "squared error"
-    if config.data.task == "classification":
-        unit = "nats per record"
-    described: dict[str, Any] = {"name": unit, "unit": "a loss: lower is better"}
+    described: dict[str, Any] = {"name": unit_of(config), "unit": "a loss: lower is better"}
     if config.pairs is not None:
-        described["name"] = "share of pairs in the wrong order"
         described["more"] = _of_pairs(bench, people, found)
     return {**described, "metrics_of": config.evaluation.metrics_of, **found}
 
@@ -101,8 +98,8 @@ def _of_pairs(
         if best:
             found[group][best] = pair_evaluation.best_losses(bench, names)
         if names:
-            partner = partial(_partner, bench.index, names)
-            rows += pair_evaluation.rows(bench, group, known, found[group], partner)
+            other = partial(partner, bench.index, names)
+            rows += pair_evaluation.rows(bench, group, known, found[group], other)
     return rows
 
 
@@ -156,32 +153,12 @@ def _losses(
     losses: LossesByModel = {name: [] for name in ("users", *models)}
     for number, (user, person) in enumerate(people.items()):
         losses["users"].append(user)
-        losses["base"].append(person.base)
-        losses["global"].append(person.loss(None))
+        losses["base"].append(reported(person, person.base))
+        losses["global"].append(reported(person, person.loss(None)))
         if not heads:
             continue
-        losses["personal"].append(person.loss(person.head))
+        losses["personal"].append(reported(person, person.loss(person.head)))
         if "swapped_head" in models:
-            other = people[_partner(bench.index, names, number)]
-            losses["swapped_head"].append(person.loss(other.head))
+            other = people[partner(bench.index, names, number)]
+            losses["swapped_head"].append(reported(person, person.loss(other.head)))
     return losses
-
-
-def _partner(index: records.Index, users: Sequence[str], number: int) -> str:
-    """Return the next other person, of the same group where somebody is.
-
-    There must be another person.
-    """
-    group = index.blocks[users[number]].group
-    following = [users[(number + step) % len(users)] for step in range(1, len(users))]
-    same = [user for user in following if index.blocks[user].group == group]
-    return (same or following)[0]
-
-
-def _some(users: Sequence[str], index: records.Index, config: Config) -> list[str]:
-    """Draw `evaluation.users` of the users by public seed, whole groups where there are groups."""
-    rng = np.random.default_rng(config.data.seed)
-    groups = [index.blocks[user].group or user for user in users]
-    place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
-    order = sorted(range(len(users)), key=lambda i: (place[groups[i]], i))
-    return [users[i] for i in order[: config.evaluation.users]]

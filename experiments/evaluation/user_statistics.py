@@ -5,8 +5,9 @@ value that is NaN or infinite is refused, never skipped.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,13 @@ from ...common.errors import DataError
 
 __all__ = [
     "Interval",
+    "bootstrap",
     "bootstrap_mean",
     "fraction_hurt",
     "gini",
     "paired_difference",
     "percentile",
+    "ratio",
     "win_rate",
 ]
 
@@ -72,16 +75,47 @@ def bootstrap_mean(values: Values, *, draws: int = 2000, seed: int = 0) -> Inter
     numbers = _numbers("values", values)
     if draws < 100:
         raise DataError(f"A bootstrap needs at least 100 draws, got draws = {draws}; take more.")
-    if len(numbers) == 1:
-        return Interval(float(numbers[0]), -math.inf, math.inf)
-    generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    step = max(1, _CELLS // len(numbers))
-    for start in range(0, draws, step):
-        size = (min(step, draws - start), len(numbers))
-        means[start : start + step] = numbers[generator.integers(len(numbers), size=size)].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(numbers.mean()), float(low), float(high))
+    return bootstrap(np.mean, numbers, draws=draws, seed=seed)
+
+
+def bootstrap(
+    statistic: Callable[..., Any],
+    *samples: NDArray[np.float64],
+    draws: int,
+    seed: int = 0,
+) -> Interval:
+    """A statistic of samples with a 95 % percentile bootstrap over what they are of (SciPy's).
+
+    Args:
+        statistic: of the samples, over the given `axis`.
+        samples: one number per user each, (users,), drawn together; or per group of users.
+        draws, seed: as for `bootstrap_mean`.
+
+    Returns:
+        As `bootstrap_mean`.
+    """
+    from scipy import stats  # takes its time
+
+    value = float(statistic(*samples))
+    if len(samples[0]) == 1:
+        return Interval(value, -math.inf, math.inf)
+    found = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=draws,
+        batch=max(1, _CELLS // len(samples[0])),
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = found.confidence_interval
+    return Interval(value, float(low), float(high))
+
+
+def ratio(above: NDArray[np.float64], below: NDArray[np.float64], axis: int = -1) -> Any:
+    """Return the sum of the first over the sum of the second, such as a weighted mean."""
+    return above.sum(axis) / below.sum(axis)
 
 
 def paired_difference(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from ...client.assistant.text_generation import Sampling, completed
 from ...common.errors import ConfigError, DataError, ModelError
 from ...common.model.base_model import BaseModel, load
 from .. import progress
@@ -241,19 +242,10 @@ def _likely(base: BaseModel, ids: list[int], labels: Sequence[str]) -> list[floa
     return [float(found[n, : len(row)].mean()) for n, row in enumerate(rows)]
 
 
-@torch.inference_mode()
 def _generated(base: BaseModel, ids: list[int], most: int) -> str:
     """Generate greedily, and return the first line that is not blank."""
-    end = base.tokenizer.eos_token_id
-    made = base.network.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id,
-    )
-    text = str(base.tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+    (made,) = completed(base, [ids], None, Sampling(most, temperature=0))
+    text = str(base.tokenizer.decode(made, skip_special_tokens=True))
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 

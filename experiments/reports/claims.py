@@ -316,7 +316,7 @@ def noise_counted(
 
 
 def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
-    """Return whether a charge is that of gains and arms.
+    """Return whether a charge is that of gains.
 
     It is of a record, and in a line with batches it is the one that no batch was drawn for.
     """
@@ -535,17 +535,12 @@ def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
 
 
 def _measured_promises(noise: str, own: StatisticsSettings, place: str) -> list[str]:
-    whats = {
-        "gains": "what adapter and head gain on the person's own held-out records, each gain "
-        f"clipped to {own.gain_bound:g}",
-        "arms": "the held-out loss under one model, which a secret of the device chooses of "
-        f"{', '.join(own.arms)}, clipped to {own.loss_bound:g}",
-    }
+    if not own.gains:
+        return []
     return [
-        f"To each person: {what}, leaves in the same vector, with {noise} of "
-        f"{own.multiplier(name):g} times the norm it can have added {place}"
-        for name, what in whats.items()
-        if (own.gains if name == "gains" else own.arms)
+        "To each person: what adapter and head gain on the person's own held-out records, each "
+        f"gain clipped to {own.gain_bound:g}, leaves in the same vector, with {noise} of "
+        f"{own.multiplier('gains'):g} times the norm it can have added {place}"
     ]
 
 

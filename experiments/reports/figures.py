@@ -8,7 +8,6 @@ __all__ = [
     "budget_text",
     "colluding_rows",
     "counts",
-    "differences",
     "interval_text",
     "statistics_series",
     "verdict",
@@ -66,32 +65,13 @@ def statistics_series(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str,
              ("gain", "personal over shared", "gain_personal"))  # fmt: skip
     for panel, name, key in named:
         if any(key in row for row in rows):
-            found.append((panel, name, _points(rows, rows, key)))
-    for place, arm in enumerate(rows[0].get("arms", ()) if rows else ()):
-        found.append(("loss by arm", arm["arm"],
-                      _points(rows, [row["arms"][place] for row in rows], "loss")))  # fmt: skip
+            points = [
+                (row["round"], row[key], row[f"{key}_std"])
+                for row in rows
+                if row.get(key) is not None
+            ]
+            found.append((panel, name, points))
     return found
-
-
-def _points(rows: Sequence[Any], values: Sequence[Any], key: str) -> Points:
-    return [
-        (row["round"], value[key], value[f"{key}_std"])
-        for row, value in zip(rows, values, strict=True)
-        if value.get(key) is not None
-    ]
-
-
-def differences(row: Mapping[str, Any]) -> list[str]:
-    """A sentence for each arm that a round compares with the first."""
-    arms = row.get("arms", ())
-    said = []
-    for arm in arms[1:]:
-        what = f"Round {row['round']}, loss of the arm {arm['arm']} less that of {arms[0]['arm']}: "
-        known = "lost in the noise"
-        if arm["ci95"] is not None:
-            known = f"{arm['difference']:+.3g}, 95 % interval {interval_text(arm['ci95'], '+.3g')}"
-        said.append(f"{what}{known}")
-    return said
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:

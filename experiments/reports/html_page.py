@@ -26,7 +26,6 @@ from .figures import (
     budget_text,
     colluding_rows,
     counts,
-    differences,
     interval_text,
     statistics_series,
     verdict,
@@ -316,7 +315,6 @@ def _of_rounds(rows: Sequence[Facts]) -> list[str]:
     if not rows:
         return []
     series = statistics_series(rows)
-    latest = rows[-1]
     ends = [(f"{name}, {panel}", points[-1]) for panel, name, points in series if points]
     alt = (
         "Noised statistics of each round with bands of two standard deviations; last: "
@@ -328,11 +326,10 @@ def _of_rounds(rows: Sequence[Facts]) -> list[str]:
     table = _table(["statistic", "round", "mean", "±"], cells, text)
     about = (
         "<p>Means over a round's devices, decoded from the same noised sum as the adapter: what "
-        "they cost is part of every epsilon above. Bands are two standard deviations, of the "
-        "noise for losses and gains, of noise and sampling for arms. Gains above zero are good, "
-        "losses are better low.</p>"
+        "they cost is part of every epsilon above. Bands are two standard deviations of the noise. "
+        "Gains above zero are good, losses are better low.</p>"
     )
-    body = about + _beside(drawn, table) + _list(differences(latest))
+    body = about + _beside(drawn, table)
     return [_section("5. What the rounds' noised sums say", body)]
 
 

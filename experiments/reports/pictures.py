@@ -324,6 +324,17 @@ def svg(drawn: "Figure", name: str, alt: str) -> str:
     return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", _opening(label), text, count=1)
 
 
+def alone(drawn: "Figure", name: str, alt: str) -> str:
+    """A figure as the text of an SVG file, which has no style sheet to take colours from.
+
+    Args: as for `svg`.
+    """
+    text = svg(drawn, name, alt)
+    for colour, code in LIGHT.items():
+        text = text.replace(f"var(--{colour})", code)
+    return text + "\n"
+
+
 def png(drawn: "Figure", resolution: int = 150) -> bytes:
     """A figure as PNG on white ground, for a README or for looking at."""
     buffer = io.BytesIO()

@@ -14,7 +14,6 @@ from .figures import (
     budget_text,
     colluding_rows,
     counts,
-    differences,
     interval_text,
     statistics_series,
     verdict,
@@ -168,8 +167,6 @@ def _print_statistics(rows: Sequence[Mapping[str, Any]], console: Console) -> No
             cells.append("–" if not found else f"{found[0][0]:.3g} ± {found[0][1]:.2g}")
         table.add_row(str(row["round"]), *cells)
     console.print(table)
-    for text in differences(rows[-1]):
-        console.print(Text(text))
 
 
 def _gain_bars(gain: Mapping[str, Any]) -> Text:

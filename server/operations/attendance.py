@@ -6,7 +6,6 @@ A run writes it with every greeting; the rest is the SuperLink's list of nodes.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -82,11 +81,7 @@ class Attendance:
                 self.heard(number, self._heard[number].version, True)
         found = {str(number): asdict(said) for number, said in sorted(self._heard.items())}
         with suppress(StateError):  # a full disk ends no run
-            before = os.umask(0o077)
-            try:
-                write_json_atomic(self.path, found)
-            finally:
-                os.umask(before)
+            write_json_atomic(self.path, found)
         self._written = now
 
 

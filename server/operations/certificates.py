@@ -6,7 +6,6 @@ certificate signs leaves and nothing else. Keys are P-256, signatures SHA-256.
 
 import datetime
 import ipaddress
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ...common.errors import StateError
-from ...common.files import explain_os_errors, sync_folder
+from ...common.files import explain_os_errors, write_atomic
 
 __all__ = [
     "ALWAYS",
@@ -25,22 +24,12 @@ __all__ = [
     "authority_of",
     "new_authority",
     "pem",
-    "put",
     "valid_until",
     "write_certificates",
 ]
 
 ALWAYS = ("localhost", "127.0.0.1", "::1")
 CLOCKS_DIFFER = datetime.timedelta(hours=1)
-
-
-def put(path: Path, data: bytes) -> None:
-    """Write a file that nobody else can read at any moment."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
 
 
 @dataclass(frozen=True)
@@ -71,10 +60,9 @@ def write_certificates(
     ):
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = _leaf(key.public_key(), names, signer, days, now)
-        put(folder / f"{name}.key", pem(key))
-        put(folder / f"{name}.crt", pem(certificate))
-    put(folder / "internal-ca.crt", pem(inner.certificate))
-    sync_folder(folder)
+        write_atomic(folder / f"{name}.key", pem(key))
+        write_atomic(folder / f"{name}.crt", pem(certificate))
+    write_atomic(folder / "internal-ca.crt", pem(inner.certificate))
 
 
 def new_authority(name: str, days: int, now: datetime.datetime) -> Authority:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import StateError
+from ...common.file_templates import render
 from ...common.files import explain_os_errors
 from .server_folder import Server
 
 __all__ = [
     "Node",
     "Run",
+    "bundle",
     "control",
     "nodes",
     "nodes_of",
@@ -174,21 +176,17 @@ def runs(server: Server) -> Sequence[Run]:
 def start_run(server: Server, folder: Path) -> int:
     """Start a run on a run folder, with the ServerApp that is installed here.
 
-    The bundle that Flower wants names the two apps and holds no code of theirs: a device runs
-    what it has installed.
-
     Returns:
         Flower's id of the run.
 
     Raises:
         StateError: as `control`.
     """
-    from flwr.cli.build import build_fab_from_files
     from flwr.common.serde import fab_to_proto, user_config_to_proto
     from flwr.proto.control_pb2 import StartRunRequest
     from flwr.supercore.fab import Fab
 
-    content, _ = build_fab_from_files({"pyproject.toml": _bundle().encode()})
+    content = bundle()
     fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
     settings = user_config_to_proto({"run": str(folder)})
     with control(server) as client:
@@ -196,6 +194,18 @@ def start_run(server: Server, folder: Path) -> int:
     if not answer.HasField("run_id"):
         raise StateError(f"the SuperLink at {server.inner} did not start the run; see its log")
     return int(answer.run_id)
+
+
+def bundle() -> bytes:
+    """Make the bundle that Flower wants of a run.
+
+    It names the two apps and holds no code of theirs: a device runs what it has installed.
+    """
+    from flwr.cli.build import build_fab_from_files
+
+    project = render(__package__, "bundle.toml", version=version("privet"))
+    content, _ = build_fab_from_files({"pyproject.toml": project.encode()})
+    return bytes(content)
 
 
 def stop_run(server: Server, run: int) -> None:
@@ -209,23 +219,3 @@ def stop_run(server: Server, run: int) -> None:
     if any(one.run_id == run and not one.over for one in runs(server)):
         with control(server) as client:
             client.StopRun(StopRunRequest(run_id=run))
-
-
-def _bundle() -> str:
-    return f"""[project]
-name = "privet-devices"
-version = "{version("privet")}"
-description = "Names the two apps of privet; every machine runs its own."
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "privet"
-
-[tool.flwr.app.components]
-serverapp = "privet.server.app:app"
-clientapp = "privet.client.app:app"
-
-[tool.flwr.app.config]
-run = ""
-"""

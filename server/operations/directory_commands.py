@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ...common.errors import DataError, RunExists, StateError
+from ...common.files import write_atomic
 
 __all__ = ["app"]
 
@@ -43,12 +44,11 @@ def key(
     import secrets
 
     from ...common.secure_aggregation.keys import Identity
-    from .certificates import put
 
     if path.exists():
         raise RunExists(f"{path} exists already and was not changed; choose another name")
     signer = Identity.create(secrets.token_bytes)
-    put(path, signer.seed.value.hex().encode() + b"\n")
+    write_atomic(path, signer.seed.value.hex().encode() + b"\n")
     print(signer.public.hex())
 
 
@@ -71,7 +71,7 @@ def sign(
     before = last.version if isinstance(last, directories.Chain) else 0
     if isinstance(last, directories.Chain):
         try:
-            directories.brought_up(last, chain.head, 0, chain.entries)
+            directories.refuse_unless_later(last, chain)
         except ProtocolError as error:
             raise DataError(f"{path} does not continue {record}: {error}; not signed") from None
     for entry in chain.entries[before:]:

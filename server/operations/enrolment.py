@@ -20,11 +20,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ...common.errors import DataError, ProtocolError, StateError
-from ...common.files import explain_os_errors, owners_own, write_json_atomic
+from ...common.files import explain_os_errors, owners_own, write_atomic, write_json_atomic
 from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain, Entry
 from ...common.secure_aggregation.keys import KEY_BYTES, Directory, Identity
-from .certificates import put
 from .control import control, nodes_of, register, unregister
 from .server_folder import Server
 from .setup import DIRECTORY, DIRECTORY_KEY, UNSIGNED, new_fleet
@@ -32,9 +31,11 @@ from .setup import DIRECTORY, DIRECTORY_KEY, UNSIGNED, new_fleet
 __all__ = [
     "Card",
     "Device",
+    "count",
     "current",
     "devices",
     "enrol",
+    "names",
     "pending",
     "read_card",
     "read_key",
@@ -275,6 +276,17 @@ def devices(server: Server) -> Sequence[Device]:
     return found
 
 
+def names(server: Server) -> dict[int, str]:
+    """What the enrolled devices are called, by number."""
+    return {device.number: device.card.name for device in devices(server)}
+
+
+def count(server: Server) -> int:
+    """Count the devices of the signed directory now."""
+    chain = current(server)
+    return 0 if chain is None else len(chain.directory.known)
+
+
 def _found(everybody: Sequence[Device], path: Path, card: Card) -> Device | None:
     """Find the device of a card. It is None for a new one."""
     for device in everybody:
@@ -385,7 +397,7 @@ def _signed_now(server: Server, before: Directory) -> Chain:
     everybody = devices(server)
     if not (server.folder / DIRECTORY_KEY).exists():
         seed = secrets.token_hex(KEY_BYTES)
-        put(server.folder / DIRECTORY_KEY, f"{seed}\n".encode())
+        write_atomic(server.folder / DIRECTORY_KEY, f"{seed}\n".encode())
     signer = read_key(server.folder / DIRECTORY_KEY)
     empty = Chain(new_fleet(server.hosts), signer.public)
     entries = _missing(empty, everybody)

@@ -1,18 +1,27 @@
 """What runs at the server: three programs, as commands, as systemd units, and in its README."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...common.child_processes import Spec
+from ...common.file_templates import render, systemd_word
 from .proxy import find_nginx
 
 if TYPE_CHECKING:
     from .server_folder import Server
 
-__all__ = ["commands", "environment", "readme", "units"]
+__all__ = ["commands", "environment", "programs", "readme", "units"]
+
+ABOUT = {
+    "superlink": "SuperLink (keeps nodes, messages and runs)",
+    "superexec": "SuperExec (starts the run's server part)",
+    "proxy": "proxy (the one way in from outside)",
+}
 
 
 def commands(server: "Server", nginx: Path | None = None) -> Mapping[str, tuple[str, ...]]:
@@ -43,6 +52,15 @@ def commands(server: "Server", nginx: Path | None = None) -> Mapping[str, tuple[
     return {"superlink": superlink, "superexec": superexec, "proxy": proxy}
 
 
+def programs(server: "Server", nginx: Path | None = None) -> list[Spec]:
+    """The server's programs as children of `privet server up`, each with a log of its own."""
+    logs, variables = server.folder / "logs", environment(server)
+    return [
+        Spec(name, command, env=variables, log=logs / f"{name}.log")
+        for name, command in commands(server, nginx).items()
+    ]
+
+
 def environment(server: "Server") -> Mapping[str, str]:
     """Variables that `commands` need on top of the caller's.
 
@@ -71,56 +89,22 @@ def _program(name: str) -> str:
 
 def units(server: "Server") -> Mapping[str, str]:
     """System units that run as the user who made the folder."""
-    about = {
-        "superlink": "privet: SuperLink (keeps nodes, messages and runs)",
-        "superexec": "privet: SuperExec (starts the run's server part)",
-        "proxy": "privet: proxy (the one way in from outside)",
-    }
-    passed = {name: value for name, value in environment(server).items() if name != "PATH"}
-    passed["PATH"] = os.pathsep.join([str(_bin()), "/usr/local/bin", "/usr/bin", "/bin"])
-    settings = "\n".join(
-        f"Environment={_unit_word(f'{name}={value}')}" for name, value in passed.items()
-    )
-    after = {"superexec": "privet-superlink.service", "proxy": "privet-superlink.service"}
-    found = {}
-    for name, command in commands(server).items():
-        needs = after.get(name)
-        order = (
-            f"Wants={needs}\nAfter=network-online.target {needs}"
-            if needs
-            else ("After=network-online.target")
+    path = os.pathsep.join([str(_bin()), "/usr/local/bin", "/usr/bin", "/bin"])
+    return {
+        f"privet-{name}.service": render(
+            __package__,
+            "unit.service",
+            name=name,
+            about=ABOUT[name],
+            user=_user(),
+            folder=str(server.folder),
+            environment={**environment(server), "PATH": path},
+            command=" ".join(
+                systemd_word(word, in_command=place > 0) for place, word in enumerate(command)
+            ),
         )
-        reload = ""
-        if name == "proxy":
-            again = (*command, "-s", "reload")
-            reload = f"ExecReload={' '.join(map(_unit_word, again))}\n"
-        found[f"privet-{name}.service"] = f"""[Unit]
-Description={about[name]}
-{order}
-
-[Service]
-User={_user()}
-WorkingDirectory={str(server.folder).replace("%", "%%")}
-UMask=0077
-{settings}
-ExecStart={" ".join(map(_unit_word, command))}
-{reload}Restart=always
-RestartSec=2
-KillSignal=SIGTERM
-NoNewPrivileges=true
-PrivateTmp=true
-ProtectSystem=full
-
-[Install]
-WantedBy=multi-user.target
-"""
-    return found
-
-
-def _unit_word(word: str) -> str:
-    """One argument in systemd's syntax: quoted, its specifiers and variables taken as text."""
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    return f'"{escaped}"'
+        for name, command in commands(server).items()
+    }
 
 
 def _user() -> str:
@@ -133,42 +117,15 @@ def _user() -> str:
 
 
 def readme(server: "Server") -> str:
-    import shlex
-
-    variables = {name: value for name, value in environment(server).items() if name != "PATH"}
-    settings = " \\\n    ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
-    lines = "\n".join(f"    {shlex.join(command)}" for name, command in commands(server).items())
+    """The steps of an operator, in order: README.md of the server's folder."""
     host = server.hosts[0]
-    where = f"[{host}]" if ":" in host else host
-    folder = shlex.quote(str(server.folder))
-    return f"""# A privet server
-
-Made by `privet server init`. The folder is for you alone (0700) and must stay at this path; back
-it up as a whole while nothing runs.
-
-1. **Move `ca/` away from this machine** (a USB stick in a drawer, a password manager). Who has
-   `ca/ca.key` can pretend to be this server to every device. It is needed once a year:
-   `privet server init {folder} --renew --ca-key /mnt/stick/ca.key`, then start everything again.
-2. Start: `privet server up {folder}` while you try it; for good:
-   `sudo cp systemd/*.service /etc/systemd/system/ && sudo systemctl daemon-reload &&
-   sudo systemctl enable --now privet-superlink privet-superexec privet-proxy`.
-3. Open port {server.port} in the firewall, and no other: port {server.inner_port} answers on
-   this machine only and must stay so, because it asks nobody who they are. Who has a login here
-   can start runs.
-4. Give every person `ca.crt` by a way you both trust, and this line:
-   `privet client join --server {where}:{server.port} --ca ca.crt`
-5. Take the cards that `privet client card` prints on the devices:
-   `privet server enrol {folder} CARD.json…`
-6. A run: `privet server run {folder} CONFIG.toml`, with `data.source = "devices"`; then
-   `privet server status {folder}`.
-
-The SuperLink's database `state.sqlite` has messages in transit: masked contributions only.
-`runs/` has every run's settings, round log and adapter. nginx keeps no access log.
-
-What runs, without a shell in between (environment first):
-
-    env {settings} \\
-    PROGRAM
-
-{lines}
-"""
+    return render(
+        __package__,
+        "README.md",
+        folder=server.folder,
+        port=server.port,
+        inner_port=server.inner_port,
+        host=f"[{host}]" if ":" in host else host,
+        environment={name: one for name, one in environment(server).items() if name != "PATH"},
+        commands=[shlex.join(command) for command in commands(server).values()],
+    )

@@ -31,10 +31,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...common.errors import ConfigError, RunExists, StateError
-from ...common.files import explain_os_errors, sync_folder
+from ...common.file_templates import render
+from ...common.files import explain_os_errors, sync_folder, write_atomic, write_json_atomic
 from ...common.secure_aggregation.fleet_directory import Chain, text
 from ...common.secure_aggregation.keys import Identity
-from .certificates import authority_of, new_authority, pem, put, valid_until, write_certificates
+from .certificates import authority_of, new_authority, pem, valid_until, write_certificates
 from .proxy import nginx_conf
 from .server_folder import CERTIFICATES, Server
 from .services import readme, units
@@ -139,9 +140,7 @@ def renew(
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(following)
         os.replace(fresh, link)
-        put(server.folder / f".{FACTS}", _facts(server))
-        os.replace(server.folder / f".{FACTS}", server.folder / FACTS)
-        sync_folder(server.folder)
+        write_json_atomic(server.folder / FACTS, _facts(server))
         shutil.rmtree(server.folder / before, ignore_errors=True)
     return server
 
@@ -186,26 +185,21 @@ def certificates(server: Server) -> dict[str, datetime.datetime]:
 
 def expiring(server: Server, now: datetime.datetime) -> list[str]:
     """A sentence for each certificate that has expired, or will within `WARN_DAYS`."""
-    said = []
-    for name, until in certificates(server).items():
-        left = (until - now).days
-        if until - now > datetime.timedelta(days=WARN_DAYS):
-            continue
-        when = (
-            f"expired on {until:%Y-%m-%d}"
-            if until <= now
-            else (f"expires on {until:%Y-%m-%d}, in {left} days")
-        )
-        mend = f"privet server init {server.folder} --renew, then start everything again"
-        if name == "ca.crt":
-            mend = "a new server's folder, whose ca.crt every device joins with"
-        effect = "no device can connect" if until <= now else "no device can connect from then on"
-        said.append(
-            f"{name} {when}: {effect}; make {mend}"
-            if name == "ca.crt"
-            else (f"{name} {when}: {effect}; {mend}")
-        )
-    return said
+    return [
+        _expiry(server, name, until, now)
+        for name, until in certificates(server).items()
+        if until - now <= datetime.timedelta(days=WARN_DAYS)
+    ]
+
+
+def _expiry(server: Server, name: str, until: datetime.datetime, now: datetime.datetime) -> str:
+    when, effect = f"expires on {until:%Y-%m-%d}, in {(until - now).days} days", " from then on"
+    if until <= now:
+        when, effect = f"expired on {until:%Y-%m-%d}", ""
+    mend = f"privet server init {server.folder} --renew, then start everything again"
+    if name == "ca.crt":
+        mend = "make a new server's folder, whose ca.crt every device joins with"
+    return f"{name} {when}: no device can connect{effect}; {mend}"
 
 
 def certified_until(server: Server) -> datetime.datetime:
@@ -224,18 +218,22 @@ def _fill(
     for name in ("", "ca", "nginx", "flwr", "systemd", "runs", "logs"):
         (partial / name).mkdir(mode=0o700)
     authority = new_authority(f"privet CA of {server.hosts[0]}", CA_DAYS, now)
-    put(partial / "ca" / "ca.key", pem(authority.key))
-    put(partial / "ca.crt", pem(authority.certificate))
+    write_atomic(partial / "ca" / "ca.key", pem(authority.key))
+    write_atomic(partial / "ca.crt", pem(authority.certificate))
     write_certificates(partial / f"{CERTIFICATES}.1", server.hosts, authority, days, now)
     (partial / CERTIFICATES).symlink_to(f"{CERTIFICATES}.1")
-    put(partial / "superexec.secret", secrets.token_hex(32).encode())
-    put(partial / FACTS, _facts(server))
+    write_atomic(partial / "superexec.secret", secrets.token_hex(32).encode())
+    write_json_atomic(partial / FACTS, _facts(server))
     _put_directory(partial, server, directory_key)
-    put(partial / "nginx.conf", nginx_conf(server.port, server.inner).encode())
-    put(partial / "flwr" / "config.toml", _connection(server).encode())
+    write_atomic(partial / "nginx.conf", nginx_conf(server.port, server.inner).encode())
+    inner_ca = server.certificate("internal-ca.crt")
+    connection = render(
+        __package__, "flwr.toml", folder=server.folder, inner=server.inner, authority=inner_ca
+    )
+    write_atomic(partial / "flwr" / "config.toml", connection.encode())
     for name, unit in units(server).items():
-        put(partial / "systemd" / name, unit.encode())
-    put(partial / "README.md", readme(server).encode())
+        write_atomic(partial / "systemd" / name, unit.encode())
+    write_atomic(partial / "README.md", readme(server).encode())
 
 
 def _put_directory(partial: Path, server: Server, key: bytes | None) -> None:
@@ -245,11 +243,11 @@ def _put_directory(partial: Path, server: Server, key: bytes | None) -> None:
     """
     fleet = new_fleet(server.hosts)
     if key is not None:
-        put(partial / UNSIGNED, text(Chain(fleet, key)).encode())
+        write_atomic(partial / UNSIGNED, text(Chain(fleet, key)).encode())
         return
     signer = Identity.create(secrets.token_bytes)
-    put(partial / DIRECTORY_KEY, signer.seed.value.hex().encode() + b"\n")
-    put(partial / DIRECTORY, text(Chain(fleet, signer.public).sign(signer)).encode())
+    write_atomic(partial / DIRECTORY_KEY, signer.seed.value.hex().encode() + b"\n")
+    write_atomic(partial / DIRECTORY, text(Chain(fleet, signer.public).sign(signer)).encode())
 
 
 def new_fleet(hosts: Sequence[str]) -> str:
@@ -257,14 +255,9 @@ def new_fleet(hosts: Sequence[str]) -> str:
     return f"{hosts[0]}-{secrets.token_hex(8)}"
 
 
-def _facts(server: Server) -> bytes:
-    facts = {
-        "format": FORMAT,
-        "hosts": list(server.hosts),
-        "port": server.port,
-        "inner_port": server.inner_port,
-    }
-    return (json.dumps(facts, indent=2) + "\n").encode()
+def _facts(server: Server) -> dict[str, object]:
+    ports = {"port": server.port, "inner_port": server.inner_port}
+    return {"format": FORMAT, "hosts": list(server.hosts), **ports}
 
 
 def _checked(hosts: Sequence[str]) -> tuple[str, ...]:
@@ -298,14 +291,3 @@ def _refuse_wrong_numbers(server: Server, days: int) -> None:
             f"the folder's path {str(server.folder)!r} has a quote or a control character in it, "
             "which configuration files cannot carry; choose another"
         )
-
-
-def _connection(server: Server) -> str:
-    return f"""# FLWR_HOME of this server: `FLWR_HOME={server.folder}/flwr flwr ls` and the like.
-[superlink]
-default = "inner"
-
-[superlink.inner]
-address = "{server.inner}"
-root-certificates = "{server.certificate("internal-ca.crt")}"
-"""

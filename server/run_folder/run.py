@@ -1,34 +1,54 @@
-"""A run from its folder: rounds that train an adapter, or the looks of an A/B experiment."""
+"""A run from its folder: its rounds or looks, and at the end its adapter as plain PEFT folders."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from ...common.model.adapter import exchanged, shared
-from ...common.settings.config import Config
-from ..ab_rounds import run_looks
-from ..rounds import Ask, Present, Show, Vector, run_rounds
-from .saving import save
+import numpy as np
+
+from ...common.files import read_lines
+from ...common.model.adapter import Adapter, exchanged, shared
+from ...common.model.exchange_layout import Exchange
+from ..rounds import LOG, ServedRun, Vector, run_rounds
 from .starting import started
 
-__all__ = ["whole"]
+__all__ = ["largest", "whole"]
 
 
-def whole(
-    ask: Ask,
-    config: Config,
-    run: str,
-    folder: Path,
-    show: Show,
-    present: Present,
-    greet: Callable[[], object],
-) -> Vector:
+def whole(run: ServedRun) -> Vector:
     """Run all rounds or looks, and return what devices are told at the end.
 
     A trained adapter is then a PEFT folder.
     """
-    if config.ab_run is not None:
-        return run_looks(ask, config, config.ab_run, run, folder, show, present, greet)
-    adapter, sent = shared(config), started(folder, config, exchanged(config))
-    final = run_rounds(ask, config, run, sent.state.digest, sent.start, folder, show, present, sent)
-    save(adapter, sent, final, folder)
+    if run.config.ab_run is not None:
+        from ..ab_rounds import run_looks
+
+        return run_looks(run, run.config.ab_run)
+    adapter = shared(run.config)
+    sent = started(run.folder, run.config, exchanged(run.config))
+    final = run_rounds(run, sent)
+    _save(adapter, sent, final, run.folder)
     return final
+
+
+def _save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> None:
+    """Write `folder/adapter`, and of several clusters `folder/adapter/cluster-0` and so on.
+
+    Of several, `adapter` itself is the one with most members: for somebody who has no records to
+    choose by.
+    """
+    cluster_vectors = exchange.cluster_vectors(final)[: exchange.clusters.count]
+    for place, vector in enumerate(cluster_vectors if len(cluster_vectors) > 1 else ()):
+        adapter.write(vector)
+        adapter.save(folder / "adapter" / f"cluster-{place}")
+    adapter.write(cluster_vectors[largest(folder, exchange.clusters.count)])
+    adapter.save(folder / "adapter")
+
+
+def largest(folder: Path, count: int) -> int:
+    """Return which of `count` clusters has most members.
+
+    It goes by the noised numbers of the rounds since there are no more of them, and is 0 where no
+    such round was finished.
+    """
+    counted = [line.get("members", ()) for line in read_lines(folder / LOG)]
+    same = [one for one in counted if len(one) == count]
+    return int(np.sum(same, axis=0).argmax()) if same else 0

@@ -77,7 +77,7 @@ def bench(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Simul
         training={"steps": 1},
         rounds={"count": 2, "cohort": 12},
         privacy={"client": {"noise_at": "distributed", "bits": 20}},
-        statistics={"enabled": True, "gains": True, "arms": ["base", "shared"]},
+        statistics={"enabled": True, "gains": True},
     )
     prepare(config, folder / "run", resume=False)
     return SimulatedContext.open(folder / "run")
@@ -116,10 +116,6 @@ PLAN: Mapping[str, Row] = {
     "gains_bound": (UNIT, UNIT),
     "gains_step": (NO + "gains_noise (own limit 4", OK + "more noise"),
     "gains_variance": (NO + "gains_noise (own limit 4", OK + "more noise"),
-    "arms": (NO + "arms = 'base,share': expected", NO + "arms = 'base,shared0': expected"),
-    "arms_bound": (UNIT, UNIT),
-    "arms_step": (NO + "arms_noise (own limit 4", OK + "more noise"),
-    "arms_variance": (NO + "arms_noise (own limit 4", OK + "more noise"),
     "version": (NO + "plan version 3, this device 4; install the same",
                 NO + "plan version 5, this device 4; install the same"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from privet.experiments.ab_test import coverage_check, simulated_ab_test
 from privet.server.ab_estimates import _mean, look_plan, spent_alpha, sums_of, told
 
 CONFIG = Path(simulated_ab_test.__file__).parent / "ab.toml"
+ANN = device.ArmOutcome("ann", 0, 1.0)
 
 
 def experiment(**changes) -> AbTestSettings:
@@ -74,7 +75,7 @@ def test_what_leaves_is_what_the_gate_returned_and_the_vector_goes_nowhere_else(
     monkeypatch.setattr(device, "release", gate)
     plan = look_plan(settings, "run", 1)
     source = TestSource(1, "x")
-    left = device.take_part(settings, plan, "ann", 1, 1.0, ledger, source)
+    left = device.take_part(settings, plan, device.ArmOutcome("ann", 1, 1.0), ledger, source)
     assert left == b"from the gate"
     assert [list(one) for one in seen] == [[0, 0, 1, 1]]
 
@@ -94,9 +95,9 @@ def test_the_vectorised_sum_is_the_gates_sum_bit_for_bit(ledger, kind):
         payload = device.take_part(
             settings,
             plan,
-            f"device-{number}",
-            int(arm),
-            None if np.isnan(outcome) else float(outcome),
+            device.ArmOutcome(
+                f"device-{number}", int(arm), None if np.isnan(outcome) else float(outcome)
+            ),
             ledger,
             TestSource(number, "release"),
         )
@@ -127,16 +128,18 @@ def test_every_look_is_charged_all_planned_ones_fit_the_epsilon_and_one_more_doe
     for look in range(1, looks + 1):
         plan = look_plan(settings, "run", look)
         source = TestSource(look, "x")
-        assert device.take_part(settings, plan, "ann", 0, 1.0, ledger, source) is not None
+        assert device.take_part(settings, plan, ANN, ledger, source) is not None
         server = [c for c in ledger.charges("ann") if c.against == "server"]
         spent.append(epsilon(server, settings.privacy.delta))
     assert spent == sorted(set(spent))
     assert 0.99 < spent[-1] <= 1.0
-    again = device.take_part(settings, plan, "ann", 0, 0.0, ledger, TestSource(9, "x"))
+    again = device.take_part(
+        settings, plan, dataclasses.replace(ANN, outcome=0.0), ledger, TestSource(9, "x")
+    )
     assert again is not None
     assert ledger.participations("ann") == looks
     more = look_plan(settings, "another run", 1)
-    assert device.take_part(settings, more, "ann", 0, 1.0, ledger, TestSource(1, "y")) is None
+    assert device.take_part(settings, more, ANN, ledger, TestSource(1, "y")) is None
     assert "budget" in ledger.declined("ann")[-1].reason
 
 
@@ -152,7 +155,7 @@ def test_a_device_declines_a_plan_with_less_noise_a_longer_clip_or_more_looks(le
         {"gains_bound": 1.0, "gains_step": plan.step, "gains_variance": plan.variance},
     ):
         laxer = dataclasses.replace(plan, **change)
-        assert device.take_part(settings, laxer, "ann", 0, 1.0, ledger, TestSource(1, "x")) is None
+        assert device.take_part(settings, laxer, ANN, ledger, TestSource(1, "x")) is None
         assert ledger.participations("ann") == 0
 
 
@@ -165,7 +168,7 @@ def test_a_device_makes_no_more_releases_than_looks_whatever_their_numbers(ledge
 
     def look(number: int) -> bytes:
         plan, source = look_plan(settings, "run", number), TestSource(number, "x")
-        return device.answered(settings, own, plan, "ann", 0, 1.0, ledger, source)
+        return device.answered(settings, own, plan, ANN, ledger, source)
 
     assert look(2)
     assert look(5)

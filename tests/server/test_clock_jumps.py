@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from privet.client.runtime import supervisor
 from privet.client.runtime.answer_pace import Pace
+from privet.common.child_processes import Children, Spec
 from privet.common.files import read_lines
 from privet.server import ab_rounds, replies
 
@@ -78,11 +78,12 @@ def test_an_answer_leaves_at_the_moment_of_the_rehearsal(clocks: Clocks):
 
 def test_a_child_is_started_again_when_its_pause_is_over(clocks: Clocks, monkeypatch: Patch):
     started: list[float] = []
-    monkeypatch.setattr(supervisor, "_start", lambda *_: started.append(clocks.passed))
-    child = supervisor._Child(supervisor.Spec("node", ("true",)))
-    child.due = time.monotonic() + 8.0
+    monkeypatch.setattr(Children, "_start", lambda *_: started.append(clocks.passed))
+    children = Children(lambda _: None)
+    children.add(Spec("node", ("true",)))
+    children._children["node"].due = time.monotonic() + 8.0
     for _ in range(10):
-        supervisor._tend(child, {"node": child}, lambda _: None, 1.0, supervisor.backoff_s)
+        children.tend()
         clocks.sleep(1.0)
         time.time()
     assert started == [8.0, 9.0]

@@ -21,7 +21,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from privet.client.device import SimulatedContext, _answer, masked_phase, take_part
+from privet.client.device import (
+    SimulatedContext,
+    _answer,
+    exchange_at,
+    masked_phase,
+    take_part,
+)
 from privet.client.privacy import masked_upload
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
@@ -42,11 +48,11 @@ from privet.common.settings.config import Config, parse, read, to_toml
 from privet.experiments import engine, protocol
 from privet.experiments.engine import Loss
 from privet.experiments.simulate import prepare
-from privet.server import rounds
-from privet.server import unmasking as served
+from privet.server import rounds, unmasking
 from privet.server.rounds import Reply, masked_sum, run_rounds
 from privet.server.run_folder import checkpoint
 
+from ..served import served
 from ..tiny import patiently, population, tiny_config
 
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
@@ -121,6 +127,13 @@ class Devices:
         return sent
 
 
+def serve(
+    bench: SimulatedContext, config: Config, devices: Devices, folder: Path
+) -> NDArray[np.float32]:
+    run = dataclasses.replace(served(folder, config, devices.ask), id=bench.run)
+    return run_rounds(run, exchange_at(bench))
+
+
 def round_of(devices: Devices, plan: Plan) -> NDArray[np.uint32] | None:
     total, _, counts = masked_sum(devices.ask, EVERYBODY, plan, devices.bench.trainer.adapter.start)
     assert counts["refused"] == 0
@@ -176,7 +189,7 @@ def plain_sum(bench: SimulatedContext) -> Any:
         _: Any, cohort: Any, plan: Plan, adapter: NDArray[np.float32], *__: Any
     ) -> rounds.Summed:
         replies = (Reply(n, _answer(bench.device(n), plan, adapter)) for n in cohort)
-        return rounds._collect(replies, plan, len(adapter), cohort)
+        return rounds._collect(replies, plan, len(adapter), cohort, {})
 
     return found
 
@@ -190,8 +203,8 @@ def test_the_adapter_after_masked_rounds_is_that_of_the_unmasked_sums_bit_for_bi
     spent = {name: bench.ledger.charges(name) for name in bench.ledger.clients()}
     bench = SimulatedContext.open(plain)
     monkeypatch.setattr(rounds, "_sum", plain_sum(bench))
-    start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
-    run_rounds(Devices(bench).ask, prepared[1], bench.run, layout, start, plain, lambda _: None)
+    start = bench.trainer.adapter.start
+    serve(bench, prepared[1], Devices(bench), plain)
     assert masked.adapter.tobytes() == kept(plain).adapter.tobytes()
     assert masked.adapter.tobytes() != start.tobytes()
     assert spent == {name: bench.ledger.charges(name) for name in bench.ledger.clients()}
@@ -217,13 +230,13 @@ def test_with_simulated_dropout_the_sum_is_over_the_survivors(prepared, folder, 
     config = changed(prepared[1], **changes)
     (folder / "config.toml").write_text(to_toml(config))
     seen: list[Any] = []
-    unmask = served.unmask
+    unmask = unmasking.unmask
 
     def watched(*given: Any) -> Any:
         seen.append((given[0].listed.dealt.cohort.terms, unmask(*given)))
         return seen[-1][1]
 
-    monkeypatch.setattr(served, "unmask", watched)
+    monkeypatch.setattr(unmasking, "unmask", watched)
     engine.run("local", folder, config)
     bench = SimulatedContext.open(folder)
     plan = plan_of(bench)
@@ -264,10 +277,10 @@ def test_below_the_smallest_sum_nothing_is_opened_and_what_was_spent_stays_spent
     devices = Devices(bench, {("vector", "after"): range(5)})
     for name in ("_noised_mean", "decode"):
         monkeypatch.setattr(rounds, name, None)
-    monkeypatch.setattr(served, "unmask", None)
-    start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
+    monkeypatch.setattr(unmasking, "unmask", None)
+    start = bench.trainer.adapter.start
     with pytest.raises(RunUnfinished, match=r"0 came of 8 needed; 5 no answer \[vector\]"):
-        run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+        serve(bench, config, devices, folder)
     assert kept(folder).adapter.tobytes() == start.tobytes()
     (line,) = read_lines(folder / "rounds.jsonl")
     assert (line["void"], line["answered"]) == (True, 0)
@@ -282,14 +295,14 @@ def test_void_before_anybody_was_asked_for_a_vector_nothing_is_spent_and_the_num
 ):
     bench, config = SimulatedContext.open(folder), changed(prepared[1], rounds={"patience": 2})
     devices = Devices(bench, {("keys", "before"): range(6)})
-    start, layout = bench.trainer.adapter.start, bench.trainer.adapter.layout.digest
+    start = bench.trainer.adapter.start
     with pytest.raises(RunUnfinished, match=r"6 no answer \[keys\]: 0, 1, .*nothing was spent"):
-        run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+        serve(bench, config, devices, folder)
     lines = read_lines(folder / "rounds.jsonl")
     assert [(one["round"], one["spent"], one["again"]) for one in lines] == [(1, False, True)] * 2
     assert not bench.ledger.clients()
     devices.lost = {}
-    found = run_rounds(devices.ask, config, bench.run, layout, start, folder, lambda _: None)
+    found = serve(bench, config, devices, folder)
     assert [one["round"] for one in read_lines(folder / "rounds.jsonl")] == [1, 1, 1, 2]
     assert (folder / "attempts").read_text() == "4\n"
     assert found.tobytes() == kept(folder).adapter.tobytes() != start.tobytes()
@@ -496,7 +509,7 @@ def test_a_roster_below_the_devices_own_smallest_cohort_is_refused_by_the_device
         replies = {number: devices.phase(number, "keys", plan) for number in EVERYBODY[:10]}
         announced = {number: reply for number, reply in replies.items() if reply is not None}
         assert len(announced) == 10
-        _, rosters, refused = served.gather(terms, announced)
+        _, rosters, refused = unmasking.gather(terms, announced)
         assert not refused
         shares = [devices.phase(number, "shares", plan, rosters[number]) for number in rosters]
         assert len(shares) == 10
@@ -609,8 +622,8 @@ def read_alone(devices: Devices, plan: Plan, roster: tuple[int, ...]) -> dict[in
         replies = devices.ask(phase, messages, plan, start)
         return {one.client: one.payload for one in replies if one.payload is not None}
 
-    its, out, _ = served.gather(terms, all_of("keys", dict.fromkeys(roster, b"")))
-    _, inboxes, _ = served.relay(its, all_of("shares", out))
+    its, out, _ = unmasking.gather(terms, all_of("keys", dict.fromkeys(roster, b"")))
+    _, inboxes, _ = unmasking.relay(its, all_of("shares", out))
     held = {}
     for n in BAD:  # what a colluder is dealt
         state = devices.states[n]
@@ -663,10 +676,10 @@ def test_the_policy_alone_refuses_the_small_cohort_too(bench, monkeypatch):
 def test_under_the_agreed_plan_a_roster_of_six_is_not_dealt_shares(bench, monkeypatch):
     """The server keeps its word until the keys have come, and then names six of the twelve."""
     devices, plan = Devices(wary(bench)), plan_of(wary(bench))
-    monkeypatch.setattr(served, "_refuse_few", lambda *_: None)
+    monkeypatch.setattr(unmasking, "_refuse_few", lambda *_: None)
     terms = plan.terms(bench.trainer.adapter.layout.dimension)
     sent = {n: devices.phase(n, "keys", plan) or b"" for n in (*BAD, 7, 9)}
-    _, rosters, refused = served.gather(terms, sent, sized=lambda _: Graph(5, 4))
+    _, rosters, refused = unmasking.gather(terms, sent, sized=lambda _: Graph(5, 4))
     assert not refused
     assert devices.phase(9, "shares", plan, rosters[9]) is None
     assert "threshold 4 for 6 holders out of 6, this device asks for 6 to 6" in reason(bench, 9)

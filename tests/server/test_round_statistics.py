@@ -49,9 +49,11 @@ from privet.server.cohort import draw
 from privet.server.rounds import Reply, run_rounds
 
 from ..client.test_gate_of_a_device import leaves_the_same, records
+from ..served import RUN, exchange_of, served
 from ..tiny import fresh, population, tiny_config
 
-LAYOUT, RUN, SIZE, COHORT = "0" * 64, "run-1", 30, 12
+SIZE, COHORT = 30, 12
+LAYOUT = exchange_of(SIZE).state.digest
 BOUND = BOUNDS["losses"]
 OFF: dict[str, Any] = {"enabled": False}
 FREE: Any = SimpleNamespace(check=lambda *_: None, commit=lambda *_: None)
@@ -110,7 +112,7 @@ def the_round(
 ) -> Any:
     shown: list[Any] = []
     ask = ask_with(config, blocks, answering)
-    run_rounds(ask, config, RUN, LAYOUT, np.zeros(SIZE, np.float32), folder, shown.append)
+    run_rounds(served(folder, config, ask, shown.append), exchange_of(SIZE))
     (kept,) = read_lines(folder / "rounds.jsonl")
     assert kept == shown[0]
     return kept

@@ -39,7 +39,10 @@ from privet.server.cohort import draw
 from privet.server.rounds import PLANS, Reply, run_rounds
 from privet.server.run_folder import checkpoint
 
-LAYOUT, RUN, SIZE = "0" * 64, "run-1", 40
+from ..served import RUN, exchange_of, served
+
+SIZE = 40
+LAYOUT = exchange_of(SIZE).state.digest
 Vector = NDArray[np.float32]
 
 
@@ -80,8 +83,7 @@ def run(
     folder: Path, config: Config, ask: Any = honest, size: int = SIZE, show: Any = None
 ) -> Vector:
     folder.mkdir(exist_ok=True)
-    start = np.zeros(size, np.float32)
-    return run_rounds(ask, config, RUN, LAYOUT, start, folder, show or (lambda _: None))
+    return run_rounds(served(folder, config, ask, show), exchange_of(size))
 
 
 def asked(config: Config) -> list[int]:

@@ -7,9 +7,10 @@ import pytest
 
 from privet.common.model.adapter import attach
 from privet.common.model.exchange_layout import Exchange
+from privet.common.model.server_optimizers import optimizer_named
 from privet.common.settings.config import Config, parse
 from privet.common.settings.sections import AdapterSettings, ClusterSettings
-from privet.server import aggregation, server_step
+from privet.server import server_step
 
 RNG = np.random.default_rng
 
@@ -33,7 +34,7 @@ def configured(count: int = 40, cohort: int = 100, **rounds: Any) -> Config:
 
 
 def begun(config: Config, exchange: Exchange) -> tuple[Any, Any]:
-    return exchange.start, aggregation.begin(config.rounds, exchange.state.dimension)
+    return exchange.start, optimizer_named(config.rounds.optimizer).begin(exchange.state.dimension)
 
 
 def drawn(exchange: Exchange, number: int) -> Any:
@@ -66,7 +67,7 @@ def test_the_usual_families_take_the_optimisers_step_bit_for_bit(llama, family, 
     exchange, config = exchange_of(llama, family), configured(optimizer=optimizer)
     state, memory = begun(config, exchange)
     mean = drawn(exchange, 1)
-    wanted, kept = aggregation.apply(config.rounds, memory, state, mean)
+    wanted, kept = optimizer_named(optimizer).apply(config.rounds, memory, state, mean)
     found, stepped, said = server_step.step(config, exchange, 1, state, memory, mean)
     assert found.tobytes() == wanted.tobytes()
     assert {k: v.tobytes() for k, v in stepped.items()} == {k: v.tobytes() for k, v in kept.items()}

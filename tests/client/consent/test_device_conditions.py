@@ -15,7 +15,6 @@ from privet.client.consent.device_conditions import (
     Reading,
     not_now,
     read_conditions,
-    resident_mb,
     threads,
 )
 from privet.client.consent.policy import own_config
@@ -199,8 +198,3 @@ def test_a_limited_process_gives_way_and_is_refused_memory_above_its_limit():
         [sys.executable, "-c", LIMITED], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["7", "refused"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_what_a_process_holds_is_read_in_megabytes():
-    assert 5 < (resident_mb() or 0) < 100_000

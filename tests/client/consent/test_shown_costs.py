@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from privet.client.ab_outcome import answered
+from privet.client.ab_outcome import ArmOutcome, answered
 from privet.client.consent.offer_description import AGAINST, UNITS, describe, expected
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import Offer
@@ -78,7 +78,8 @@ def test_the_figures_of_an_ab_offer_are_those_of_its_first_ledger_row(tmp_path: 
     assert config.ab_run is not None
     plan = plan_of(config, config.ab_run, "run", 1)
     with Ledger.open(tmp_path / "ledger", owner="test") as ledger:
-        answered(config.ab_run, config, plan, "ann", 0, 1.0, ledger, TestSource(1, "release"))
+        given, source = ArmOutcome("ann", 0, 1.0), TestSource(1, "release")
+        answered(config.ab_run, config, plan, given, ledger, source)
         row = ledger.rows("ann")[0]
     assert expected(config, layout(settings).dimension) == row.charges
     assert shown(config) == charged(row.charges, config.privacy.delta)

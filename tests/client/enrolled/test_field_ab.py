@@ -170,7 +170,7 @@ def test_the_server_finds_what_is_true_of_the_people(
     people = 16
     homes = [DeviceStore.create(tmp_path / f"home-{n}", Passphrase("own")) for n in range(people)]
     places = {home.identity.seed: n % 2 for n, home in enumerate(homes)}
-    monkeypatch.setattr("privet.client.device.arm_of", lambda seed, *_: places[seed])
+    monkeypatch.setattr("privet.client.ab_arm.arm_of", lambda seed, *_: places[seed])
     known = {n: home.identity.public for n, home in enumerate(homes)}
     settings = experiment(outcome="binary", clients=people, privacy={"epsilon": 16.0},
                           secure_aggregation={"survivors": 1.0, "colluding": 0.0})  # fmt: skip

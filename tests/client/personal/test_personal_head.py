@@ -12,6 +12,7 @@ from torch import Tensor
 from privet.client.personal import label_head, text_head
 from privet.client.personal.head import PersonalHead
 from privet.client.personal.label_head import LabelHead, fit_label_head, label_losses, predict
+from privet.client.personal.scored_text import ScoredText
 from privet.client.personal.text_evaluator import TextPerson
 from privet.client.personal.text_head import (
     TextHead,
@@ -493,7 +494,9 @@ def test_a_text_head_whose_tensors_do_not_fit_together_is_named(change) -> None:
 
 def test_a_head_of_another_kind_is_refused_with_a_sentence() -> None:
     data = _person(1)
-    person = TextPerson(0.0, None, data, shared_scores(data, _output()), _output())
+    scores, scored = shared_scores(data, _output()), torch.ones(len(data), dtype=torch.bool)
+    text = ScoredText(data, scored, scores, _output(), 0, int(data.record.max()) + 1)
+    person = TextPerson([0.0], None, text, [1])
     other: PersonalHead = _shared_rating()
     with pytest.raises(TypeError, match="expected a TextHead or None, got a LabelHead"):
         person.loss(other)

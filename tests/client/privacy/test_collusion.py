@@ -99,7 +99,7 @@ def test_the_own_share_is_one_adders_noise_and_its_distance_from_gaussian_noise(
 
 @pytest.mark.parametrize("blocks", [False, True])
 def test_both_ends_and_the_agreed_row_of_the_table_are_exact_and_it_only_grows(blocks):
-    statistics = {"enabled": True, "gains": True, "arms": ["shared", "personal"]} if blocks else {}
+    statistics = {"enabled": True, "gains": True} if blocks else {}
     config = settings(statistics=statistics)
     plan = planned(config)
     cost, asked = charges(plan, SIZE, config.privacy), Asked(plan, SIZE)

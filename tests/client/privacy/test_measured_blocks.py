@@ -26,7 +26,6 @@ from privet.client.app import app
 from privet.client.device import Device, SimulatedContext, take_part
 from privet.client.personal.person_losses import (
     Losses,
-    arms_block,
     evaluate_person,
     evaluator_of,
     gains_block,
@@ -41,11 +40,10 @@ from privet.common.privacy.encoding import Grid, cannot_wrap, decode, pack, unpa
 from privet.common.privacy.noise import TestSource, skellam_table
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
-from privet.common.privacy.statistics_blocks import BOUNDS, DIAMETERS, Block, arm_names
+from privet.common.privacy.statistics_blocks import BOUNDS, DIAMETERS, Block
 from privet.common.secure_aggregation.keys import Secret
 from privet.common.settings.config import Config, parse
 from privet.experiments import engine
-from privet.experiments.evaluation import run_evaluation
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.experiments.simulate import prepare
 from privet.server.round_statistics import told
@@ -53,10 +51,12 @@ from privet.server.round_statistics import told
 from ...tiny import population, tiny_config
 from ..test_gate_of_a_device import DATA_SETS, leaves_the_same, masked_leave_the_same
 
+CONFIG_DIGEST = "d92a0273932041578947cef57896c19b3326314017e6c2c7eb2732a1e4ba0ea0"
+PLAN_DIGEST = "5b4f57d7a2a81d93b737cc68e871c20db0538f912f502497879affe9626faad6"
 LAYOUT, RUN, SIZE, COHORT = "0" * 64, "run-1", 30, 12
 FREE: Any = SimpleNamespace(check=lambda *_: None, commit=lambda *_: None)
 """A ledger that allows everything and keeps nothing."""
-ON: dict[str, Any] = {"enabled": True, "gains": True, "arms": ["shared", "personal"]}
+ON: dict[str, Any] = {"enabled": True, "gains": True}
 
 
 def configured(noise_at: str = "device", example: bool = True, **statistics: Any) -> Config:
@@ -87,7 +87,7 @@ def vector(seed: int = 0) -> NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=SIZE).astype(np.float32)
 
 
-EMPTY = {"losses": np.zeros(2), "gains": np.zeros(3), "arms": np.zeros(6)}
+EMPTY = {"losses": np.zeros(2), "gains": np.zeros(3)}
 
 
 def released(
@@ -109,42 +109,29 @@ losses = st.floats(-1e3, 1e3)
 people = st.builds(Losses, losses, losses, losses) | st.none()
 
 
-@given(people, people, st.floats(1e-3, 1e3), st.integers(0, 2))
+@given(people, people, st.floats(1e-3, 1e3))
 def test_a_block_passes_the_gate_within_its_bound_and_no_record_moves_it_further_than_declared(
-    one, other, bound, own
+    one, other, bound
 ):
-    """Whatever a record changes, the losses are some losses and the arm is the same."""
-    plan = planned(configured(arms=["base", "shared", "personal"]))
-    arms = arm_names(plan.arms)
-    for name, found in (
-        ("gains", [gains_block(each, bound) for each in (one, other)]),
-        ("arms", [arms_block(each, bound, arms, own) for each in (one, other)]),
-    ):
-        block = blocks_of(plan)[name]
-        assert all(block.fits(values) for values in found)
-        assert max(np.linalg.norm(values) for values in found) <= block.bound * (1 + 1e-12)
-        assert np.linalg.norm(found[0] - found[1]) <= block.moved * (1 + 1e-12)
+    """Whatever a record changes, the losses are some losses."""
+    block = blocks_of(planned(configured()))["gains"]
+    found = [gains_block(each, bound) for each in (one, other)]
+    assert all(block.fits(values) for values in found)
+    assert max(np.linalg.norm(values) for values in found) <= block.bound * (1 + 1e-12)
+    assert np.linalg.norm(found[0] - found[1]) <= block.moved * (1 + 1e-12)
 
 
 def test_the_declared_distances_are_reached_so_that_less_would_be_too_little():
     worst, best = Losses(0.0, 9.0, 99.0), Losses(99.0, 9.0, 0.0)
     moved = gains_block(best, 1.0) - gains_block(worst, 1.0)
     assert np.linalg.norm(moved) == pytest.approx(DIAMETERS["gains"])
-    arms = ("shared", "personal")
-    moved = arms_block(best, 50.0, arms, 1) - arms_block(worst, 50.0, arms, 1)
-    assert np.linalg.norm(moved) == pytest.approx(DIAMETERS["arms"])
     assert np.linalg.norm(gains_block(best, 1.0)) == pytest.approx(BOUNDS["gains"])
-    assert np.linalg.norm(arms_block(best, 50.0, arms, 1)) == pytest.approx(BOUNDS["arms"])
 
 
-def test_gains_are_clipped_in_units_of_their_bound_and_only_the_own_arm_is_filled():
+def test_gains_are_clipped_in_units_of_their_bound():
     found = Losses(base=5.0, shared=4.9, personal=6.0)
     assert gains_block(found, 0.5) == pytest.approx([0.2, -1.0, 1.0])
     assert gains_block(None, 0.5).tolist() == [0.0] * 3
-    arms = ("base", "shared", "personal")
-    assert arms_block(found, 10.0, arms, 1) == pytest.approx([0, 0, 0, 1, -0.02, 0.0004, 0, 0, 0])
-    assert arms_block(found, 10.0, arms, 2)[6:] == pytest.approx([1, 0.2, 0.04])
-    assert not arms_block(None, 10.0, arms, 2).any()
     assert "5.0" not in repr(found)
 
 
@@ -183,10 +170,6 @@ def test_where_losses_are_not_finite_a_device_counts_as_one_that_measured_nothin
         ("gains", (1.1, 0.0, 1.0)),
         ("gains", (math.nan, 0.0, 1.0)),
         ("gains", (0.0, 1.0)),
-        ("arms", (1.0, 0.5, 0.25, 1.0, 0.5, 0.25)),  # in two arms
-        ("arms", (1.0, 0.5, 0.5, 0.0, 0.0, 0.0)),  # no square
-        ("arms", (0.5, 0.5, 0.25, 0.0, 0.0, 0.0)),
-        ("arms", (1.0, -2.0, 4.0, 0.0, 0.0, 0.0)),
         ("losses", (1.0, math.inf)),
     ],
 )
@@ -205,31 +188,22 @@ def test_a_block_that_is_missing_or_not_asked_for_is_refused():
 
 
 def test_the_adapters_integers_are_the_same_whatever_rides_behind_it():
-    full = EMPTY | {"gains": np.ones(3), "arms": np.array([1, 1, 1, 0, 0, 0.0])}
-    plans = [
-        configured(enabled=False, gains=False, arms=[]),
-        configured(gains=False, arms=[]),
-        configured(arms=[]),
-        configured(gains=False),
-        configured(),
-    ]
+    full = EMPTY | {"gains": np.ones(3)}
+    plans = [configured(enabled=False, gains=False), configured(gains=False), configured()]
     seen = [released(c, planned(c), full)["adapter"].tobytes() for c in plans]
     assert len(set(seen)) == 1
-    other = configured(arms=["base", "shared", "personal"])
-    nothing = EMPTY | {"arms": np.zeros(9)}
-    assert released(other, planned(other), nothing)["adapter"].tobytes() == seen[0]
 
 
 @pytest.mark.parametrize("noise_at", ["device", "distributed"])
-@pytest.mark.parametrize("name", ["gains", "arms"])
-def test_the_noise_of_each_block_has_the_declared_variance(noise_at, name):
+@pytest.mark.parametrize(("name", "noise"), [("losses", 3.0 * 1.5), ("gains", 4.0 * math.sqrt(3))])
+def test_the_noise_of_each_block_has_the_declared_variance(noise_at, name, noise):
     config = configured(noise_at, example=False)
     plan = planned(config)
     block = blocks_of(plan)[name]
     drawn = [released(config, plan, EMPTY, seed)[name] for seed in range(1, 1001)]
     found = np.concatenate([decode(each, block.step) for each in drawn])
     declared = block.variance * block.step**2
-    assert declared * plan.adders == pytest.approx((4.0 * math.sqrt(3)) ** 2, rel=1e-3)
+    assert declared * plan.adders == pytest.approx(noise**2, rel=1e-3)
 
     def fits(variance: float) -> bool:
         return bool(abs(np.var(found) / variance - 1) < 5 * (2 / found.size) ** 0.5)
@@ -240,8 +214,8 @@ def test_the_noise_of_each_block_has_the_declared_variance(noise_at, name):
 
 
 def test_no_block_can_wrap_in_the_modulus_of_the_adapter():
-    for statistics in ({}, {"gain_noise_multiplier": 50.0}, {"arms": ["base"] * 7 + ["shared"]}):
-        plan = planned(configured("distributed", **statistics))
+    for noise_of_gains in (4.0, 50.0):
+        plan = planned(configured("distributed", gain_noise_multiplier=noise_of_gains))
         for block in plan.blocks:
             noise = COHORT * skellam_table(block.variance).bound
             assert cannot_wrap(Grid(block.step, plan.bits), block.bound, noise, COHORT)
@@ -250,7 +224,6 @@ def test_no_block_can_wrap_in_the_modulus_of_the_adapter():
 # --- what it costs -----------------------------------------------------------------------------
 
 GAINS = 4.0 * math.sqrt(3) / math.sqrt(8)
-OUTCOMES = 4.0 * math.sqrt(3) / 2
 RATE, ADDERS = 0.25, math.ceil(0.6 * COHORT) - math.ceil(0.1 * COHORT)
 
 
@@ -272,32 +245,27 @@ def test_a_person_moves_adapter_and_all_blocks_as_one_release(noise_at):
         if unit == "client":
             (charge,) = found
             share = ADDERS**-0.5 if against == "unmasked server" else 1.0
-            wanted = share * both(2.0, 3.0, 4.0, 4.0)
+            wanted = share * both(2.0, 3.0, 4.0)
             assert charge.noise_multiplier == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize("noise_at", ["device", "distributed", "server"])
-def test_a_record_pays_for_gains_and_arms_in_full_whatever_the_batch(noise_at):
-    plain = cost(noise_at, gains=False, arms=[])
+def test_a_record_pays_for_gains_in_full_whatever_the_batch(noise_at):
+    plain = cost(noise_at, gains=False)
     expected = {"analyst": 1.0, "server": 1.0}
     if noise_at == "server":
         expected["server"] = 0.0
     if noise_at == "distributed":
         expected["unmasked server"] = ADDERS**-0.5
     assert {against for unit, against in plain if unit == "example"} == set(expected)
-    for statistics, noise in (
-        ({}, both(GAINS, OUTCOMES)),
-        ({"arms": []}, GAINS),
-        ({"gains": False}, OUTCOMES),
-    ):
-        with_it = cost(noise_at, **statistics)
-        assert with_it.keys() == plain.keys()
-        for against, share in expected.items():
-            sampled, whole = with_it["example", against]
-            assert [sampled] == plain["example", against]
-            assert (whole.sampling_rate, whole.steps) == (1.0, 1)
-            assert whole.noise_multiplier == pytest.approx(share * noise, rel=1e-3)
-            assert (whole.distance > 0) == (share > 0)
+    with_it = cost(noise_at)
+    assert with_it.keys() == plain.keys()
+    for against, share in expected.items():
+        sampled, whole = with_it["example", against]
+        assert [sampled] == plain["example", against]
+        assert (whole.sampling_rate, whole.steps) == (1.0, 1)
+        assert whole.noise_multiplier == pytest.approx(share * GAINS, rel=1e-3)
+        assert (whole.distance > 0) == (share > 0)
 
 
 def exact(*events: Any) -> float:
@@ -315,7 +283,7 @@ def test_a_records_epsilon_is_that_of_an_independent_calculation_and_the_batchs_
     config = configured("distributed")
     line = cost("distributed")["example", against]
     claimed = epsilon(line, 1e-5)
-    # by hand: delta and losses of one batch; then gains and arms of everything
+    # by hand: delta and losses of one batch; then gains of everything
     share = ADDERS**-0.5 if against == "unmasked server" else 1.0
     training = config.privacy.example
     own = config.training.learning_rate * training.clip / config.training.batch_size
@@ -324,12 +292,11 @@ def test_a_records_epsilon_is_that_of_an_independent_calculation_and_the_batchs_
     truth = exact(
         dp_event.PoissonSampledDpEvent(RATE, dp_event.GaussianDpEvent(both(delta, losses_))),
         dp_event.GaussianDpEvent(share * GAINS),
-        dp_event.GaussianDpEvent(share * OUTCOMES),
     )
     assert claimed == pytest.approx(truth, rel=5e-3)
 
     def faulty() -> float:
-        """Gains and arms charged as if the batch's draw hid a record from them."""
+        """Gains charged as if the batch's draw hid a record from them."""
         return epsilon([dataclasses.replace(c, sampling_rate=RATE) for c in line], 1e-5)
 
     assert faulty() < 0.9 * truth
@@ -352,10 +319,10 @@ def test_several_local_steps_and_gains_are_charged_apart():
     steps, whole = (c for c in found if (c.unit, c.against) == ("example", "server"))
     assert (steps.steps, steps.noise_multiplier) == (3, plan.record_noise)
     assert whole.steps == 1
-    assert whole.noise_multiplier == pytest.approx(both(GAINS, OUTCOMES), 1e-3)
+    assert whole.noise_multiplier == pytest.approx(GAINS, 1e-3)
 
 
-def test_the_facts_tell_gains_and_arms_apart_from_the_batch():
+def test_the_facts_tell_gains_apart_from_the_batch():
     config = configured("distributed")
     facts = facts_of(config, [History("a", ((1, charges(planned(config), SIZE, config.privacy)),))])
     lines = {line["key"]: line for line in facts["lines"]}
@@ -369,29 +336,20 @@ def test_the_facts_tell_gains_and_arms_apart_from_the_batch():
     assert names == {"gains and A/B outcomes", "adapter and statistics as one"}
     promised = " ".join(facts["promised"]["sentences"])
     assert "each gain clipped to 0.5" in promised
-    assert "chooses of shared, personal" in promised
 
 
 # --- plan and settings -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gains", "arms"])
-def test_a_device_measures_only_what_its_own_settings_allow(name):
-    asking = configured()
-    own = configured(gains=False) if name == "gains" else configured(arms=[])
+def test_a_device_measures_only_what_its_own_settings_allow():
+    asking, own = configured(), configured(gains=False)
     planned(asking).refuse_if_laxer(asking)
     planned(own).refuse_if_laxer(asking)  # less asked is stricter
-    with pytest.raises(ProtocolError, match=f"laxer than this device allows: {name} "):
+    with pytest.raises(ProtocolError, match="laxer than this device allows: gains "):
         planned(asking).refuse_if_laxer(own)
 
 
-def test_an_arm_that_the_device_does_not_compare_is_refused():
-    own, asking = configured(), configured(arms=["base", "shared"])
-    with pytest.raises(ProtocolError, match="laxer than this device allows: arms "):
-        planned(asking).refuse_if_laxer(own)
-
-
-@pytest.mark.parametrize("name", ["gains", "arms"])
+@pytest.mark.parametrize("name", ["losses", "gains"])
 @pytest.mark.parametrize("noise_at", ["device", "distributed"])
 def test_less_noise_on_a_block_is_refused_by_its_name(name, noise_at):
     config = configured(noise_at)
@@ -412,13 +370,9 @@ def test_less_noise_on_a_block_is_refused_by_its_name(name, noise_at):
         ({"gains_bound": -1.0}, "gains_bound"),
         ({"gains_step": 0.0}, "gains_step"),
         ({"gains_variance": math.nan}, "gains_variance"),
-        ({"arms_variance": 1e300}, "arms_variance"),
-        ({"arms_bound": 0.0}, "expected both or neither"),
-        ({"arms": ""}, "expected both or neither"),
-        ({"arms": "shared"}, "at least two"),
-        ({"arms": "shared,shared"}, "at least two"),
-        ({"arms": "shared,best"}, "expected 2 to 8 of base, shared, personal"),
-        ({"arms": ",".join(["base"] * 8 + ["shared"])}, "expected 2 to 8"),
+        ({"arms_variance": 1e300}, r"arms_variance = 1e\+300: expected 0\.0"),
+        ({"arms_bound": 0}, "arms_bound = 0: expected 0.0"),
+        ({"arms": "shared,personal"}, r"by an A/B run of its own \(\[ab\]\)"),
     ],
 )
 def test_a_plan_that_no_honest_server_sends_is_refused_by_name(changes, named):
@@ -430,97 +384,41 @@ def test_a_plan_is_the_same_after_the_wire_and_counts_its_blocks():
     plan = planned(configured("distributed"))
     assert Plan.from_dict(plan.to_dict()) == plan
     assert {type(value) for value in plan.to_dict().values()} <= {str, int, float, bool}
-    assert plan.length(SIZE) == plan.terms(SIZE).dimension == SIZE + 2 + 3 + 6
+    assert plan.length(SIZE) == plan.terms(SIZE).dimension == SIZE + 2 + 3
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"enabled": False}, "need statistics.enabled = true"),
-        ({"arms": ["shared", "shared"]}, "at least two different"),
-        ({"arms": ["shared"]}, "at least two different"),
-        ({"arms": ["shared", "best"]}, "statistics.arms"),
-        ({"arms": ["shared", "base"] * 5}, "statistics.arms"),
+        ({"enabled": False}, "needs statistics.enabled = true"),
+        ({"arms": ["shared", "personal"]}, r"use an A/B run of its own \(\[ab\] in its settings"),
         ({"gain_bound": 0}, "gain_bound"),
     ],
 )
-def test_settings_that_compare_nothing_are_refused(changes, said):
+def test_settings_that_say_nothing_are_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         configured(**changes)
 
 
-def test_a_comparison_with_the_personal_model_needs_heads():
-    with pytest.raises(ConfigError, match=r"needs head\.enabled"):
-        parse({"statistics": ON, "head": {"enabled": False},
-               "privacy": {"client": {"noise_at": "device"}}})  # fmt: skip
+def test_a_run_that_left_arms_empty_opens_and_keeps_its_digest():
+    """Settings and plans of before: the keys of a comparison, empty, and the digests they had."""
+    config = configured(arms=[], arm_noise_multiplier=4.0)
+    assert config == configured()
+    assert config.digest == CONFIG_DIGEST
+    plan = planned(config, start=LAYOUT)
+    assert plan.digest == PLAN_DIGEST
+    kept = plan.to_dict()
+    assert {name: kept[name] for name in ("arms", "arms_bound", "arms_step", "arms_variance")} == {
+        "arms": "", "arms_bound": 0.0, "arms_step": 1.0, "arms_variance": 0.0,
+    }  # fmt: skip
 
 
 # --- what the server says ----------------------------------------------------------------------
 
 
-def sums_of(
-    plan: Plan, crowd: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """The arms' noised sums for people who lose (shared, personal), by fair coins."""
-    total, arms = np.zeros(6), arm_names(plan.arms)
-    for place, both_losses in zip(rng.integers(0, 2, len(crowd)), crowd, strict=True):
-        found = Losses(0.0, *map(float, both_losses))
-        total += arms_block(found, plan.arms_bound, arms, int(place))
-    block = blocks_of(plan)["arms"]
-    spread = block.variance**0.5 * block.step
-    noised: NDArray[np.float64] = total + rng.normal(0, spread, 6)
-    return noised
-
-
-def covered(plan: Plan, people_: int, repeats: int, shrink: float = 1.0) -> tuple[float, float]:
-    """How often the 95 % interval holds the true difference, -0.1; the mean half-width."""
-    rng, hits, widths = np.random.default_rng(people_), 0, []
-    for _ in range(repeats):
-        shared = rng.normal(5.0, 0.3, people_)
-        crowd = np.stack([shared, shared - 0.1 + rng.normal(0, 0.05, people_)], axis=1)
-        _, other = told({"arms": sums_of(plan, crowd, rng)}, only_arms(plan), people_)["arms"]
-        low, high = other["ci95"]
-        middle, half = (low + high) / 2, shrink * (high - low) / 2
-        hits += abs(middle + 0.1) <= half
-        widths.append(half)
-    return hits / repeats, float(np.mean(widths))
-
-
-def only_arms(plan: Plan) -> Plan:
-    return dataclasses.replace(plan, losses_bound=0.0, gains_bound=0.0)
-
-
-@pytest.mark.parametrize("size", [300, 3000])
-def test_the_interval_of_a_difference_holds_the_truth_at_least_as_often_as_it_says(size):
-    plan = planned(configured("server", example=False, arm_noise_multiplier=2.0))
-    share, half = covered(plan, size, 300)
-    assert share >= 0.93
-    assert covered(plan, size, 300, shrink=0.25)[0] < 0.93  # the check can fail
-    assert half < 30.0 / size**0.5
-
-
-def test_without_noise_the_interval_is_that_of_two_samples():
-    config = configured("none", example=False)
-    plan = only_arms(planned(config))
-    rng = np.random.default_rng(1)
-    crowd = rng.normal((5.0, 4.8), 0.5, (400, 2))
-    first, other = told({"arms": sums_of(plan, crowd, np.random.default_rng(2))}, plan, 400)["arms"]
-    places = np.random.default_rng(2).integers(0, 2, 400)
-    left, right = crowd[places == 0, 0], crowd[places == 1, 1]
-    assert (first["loss"], other["loss"]) == pytest.approx((left.mean(), right.mean()))
-    assert (first["devices"], other["devices"]) == (len(left), len(right))
-    errors = [each.std(ddof=1) / len(each) ** 0.5 for each in (left, right)]
-    assert (first["loss_std"], other["loss_std"]) == pytest.approx(errors)
-    assert other["difference"] == pytest.approx(right.mean() - left.mean())
-    reach = 1.96 * math.hypot(*errors)
-    assert other["ci95"] == pytest.approx(
-        [other["difference"] - reach, other["difference"] + reach]
-    )
-
-
 def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
     config = configured("server", example=False)
-    plan = dataclasses.replace(planned(config), losses_bound=0.0, arms="", arms_bound=0.0)
+    plan = dataclasses.replace(planned(config), losses_bound=0.0)
     block = blocks_of(plan)["gains"]
     people_, truth = 900, np.array([180.0, 45.0, 900.0])
     spread = block.variance**0.5 * block.step
@@ -535,18 +433,9 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
 
 def test_where_the_noise_outweighs_the_count_no_mean_is_told():
     plan = planned(configured())
-    sums = {"losses": np.ones(2), "gains": np.ones(3), "arms": np.ones(6)}
-    said = told(sums, plan, 12)
-    first, other = said["arms"]
+    said = told({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
     named = ("gain_shared", "gain_shared_std", "gain_personal", "gain_personal_std", "train_loss")
     assert {said[name] for name in named} == {None}
-    assert {
-        first["loss"],
-        first["loss_std"],
-        other["loss"],
-        other["difference"],
-        other["ci95"],
-    } == {None}
     assert said["measured_std"] > 0
 
 
@@ -586,9 +475,7 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "measured_on", halves)
 
 
-def test_with_gains_and_arms_replies_differ_in_nothing_but_the_vector(
-    device_run, tmp_path, monkeypatch
-):
+def test_with_gains_replies_differ_in_nothing_but_the_vector(device_run, tmp_path, monkeypatch):
     shifted(monkeypatch)
     assert leaves_the_same(device_run, tmp_path, monkeypatch, app)
 
@@ -622,13 +509,12 @@ def adapter_part(folder: Path, private: Any = None, **changes: Any) -> bytes:
 
 
 def test_what_is_measured_and_the_head_never_touch_the_adapter(device_run, tmp_path):
-    """Contract 7: byte for byte the same with gains and arms on or off, and on other records."""
+    """Contract 7: byte for byte the same with gains on or off, and on other records."""
     others = list(DATA_SETS["fifty"])
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "on": (None, {}),
         "gains off": (None, {"gains": False}),
-        "arms off": (None, {"arms": ()}),
-        "all off": (None, {"enabled": False, "gains": False, "arms": ()}),
+        "all off": (None, {"enabled": False, "gains": False}),
         "a head of other records": ((others[:25], others[25:]), {}),
         "nothing held out": (([], []), {}),
     }
@@ -664,17 +550,15 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
 
 
 def truly(folder: Path) -> dict[str, dict[str, float]]:
-    """Every device's losses under the adapter of the first round, as evaluation computes them."""
+    """Every device's nats per token under the adapter of the first round, as it is evaluated."""
     bench = SimulatedContext.open(folder)
     users, start = bench.index.train_users, bench.trainer.adapter.start
     evaluator = evaluator_of(bench.trainer.adapter, start)
-    people = run_evaluation._people(evaluator, bench, users, True, lambda: None)
-    found = run_evaluation._losses(bench, people, True)
-    names = {"base": "base", "shared": "global", "personal": "personal"}
-    return {
-        user: {name: found[key][place] for name, key in names.items()}
-        for place, user in enumerate(found["users"])
+    found = {
+        user: evaluate_person(lambda: evaluator, *Device(user, bench).measured_on(), True)
+        for user in users
     }
+    return {user: dataclasses.asdict(losses) for user, losses in found.items() if losses}
 
 
 def in_the_sum(config: Config, users: Any) -> list[str]:
@@ -703,8 +587,7 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
         "privacy.gate",
     ):  # no budget allows so little noise
         monkeypatch.setattr(f"privet.client.{module}.budgets", lambda _: {"client": math.inf})
-    noise = {f"{name}noise_multiplier": 1e-4 for name in ("", "gain_", "arm_")}
-    arms = ["base", "shared", "personal", "personal"]
+    noise = {f"{name}noise_multiplier": 1e-4 for name in ("", "gain_")}
     config = a_run(
         llama_folder,
         tmp_path,
@@ -714,7 +597,7 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
             "example": {"enabled": False},
         },
         simulation={"dropout": dropout},
-        statistics=ON | noise | {"arms": arms, "gain_bound": 2.0},
+        statistics=ON | noise | {"gain_bound": 2.0},
     )
     folder = tmp_path / "run"
     engine.run("local", folder, config)
@@ -724,13 +607,6 @@ def test_with_next_to_no_noise_a_masked_round_tells_what_evaluation_computes(
     assert not kept["void"]
     assert (kept["answered"] < 12) == (dropout > 0)
     assert kept["answered"] == len(whose)
-    mine = {u: arm_of(bench.identity(u).seed, bench.run, len(arms)) for u in whose}
-    for place, told_ in enumerate(said["arms"]):
-        own = [truth[u][arms[place]] for u in whose if mine[u] == place]
-        assert told_["arm"] == arms[place]
-        assert told_["devices"] == pytest.approx(len(own), abs=0.01)
-        if len(own) > 1:
-            assert told_["loss"] == pytest.approx(np.mean(own), abs=0.01)
     found = [truth[u] for u in whose]
     gains = [(x["base"] - x["shared"], x["shared"] - x["personal"]) for x in found]
     wanted = np.clip(gains, -2, 2).mean(axis=0)

@@ -22,8 +22,8 @@ from ...tiny import population, tiny_config
 
 FAMILIES = ("tiny", "ffa", "lora", "fedsvd", "rolora", "fedsa")
 TWO = {"count": 2, "extra": 0, "warmup": 1}
-MEASURED = {"enabled": True, "gains": True, "arms": ["base", "personal"], "loss_bound": 5.0}
-MEASURED_BLOCKS = ("losses", "gains", "arms")
+MEASURED = {"enabled": True, "gains": True, "loss_bound": 5.0}
+MEASURED_BLOCKS = ("losses", "gains")
 Parts = dict[str, Any]
 
 

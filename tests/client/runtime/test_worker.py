@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.commands import printing
-from privet.client.runtime import supervisor, worker
+from privet.client.runtime import worker
 from privet.client.runtime.worker import FAILED, pause_s, refuse_other_flower, work
+from privet.common import child_processes
 from privet.common.errors import ConfigError
 from privet.experiments.benchmarks import worker_start as loopback
 
@@ -397,7 +398,7 @@ def train(message, context):
 """
 WORKER = """
 import os, sys, time
-from privet.client.runtime.supervisor import stop_on_signals
+from privet.common.child_processes import stop_on_signals
 from privet.client.runtime.worker import work
 
 count = 0
@@ -493,7 +494,7 @@ def test_a_log_on_a_full_disk_stops_neither_worker_nor_supervisor(monkeypatch):
 
     monkeypatch.setattr("builtins.print", full)
     worker._say("a line")
-    supervisor._say("a line")
+    child_processes.print_line("a line")
     printing.line("a line")
 
 

@@ -15,12 +15,12 @@ from privet.client.store import key_file
 from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase
 from privet.client.training.records import RECORDS_FILE
+from privet.common.child_processes import Children, Spec
 from privet.common.files import append_line, write_atomic, write_json_atomic
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.experiments import engine
-from privet.experiments.demo.child_processes import Processes
 from privet.experiments.simulate import prepare
-from privet.server.operations import commands, setup
+from privet.server.operations import device_runs, setup
 
 from ...tiny import population, tiny_config
 
@@ -73,32 +73,23 @@ def test_the_files_of_a_server_are_its_owners_alone(llama_folder, tmp_path):
     known = {number: bytes([number]) * 32 for number in range(6)}
     write_directory(server.folder / "directory", Directory(known, closed=True))
     write_json_atomic(server.folder / "devices.json", [])
-    commands.prepare(server, tiny_config(llama_folder, "devices", name="first"), resume=False)
-    commands._log(server.folder / "logs", "superlink").close()
+    device_runs.prepare(server, tiny_config(llama_folder, "devices", name="first"), resume=False)
     names = {path.name for path in server.folder.rglob("*")}
-    assert {"ca.key", "superexec.secret", "directory", "run-id", "superlink.log"} <= names
+    assert {"ca.key", "superexec.secret", "directory", "run-id"} <= names
     assert readable_by_others(server.folder) == []
 
 
 def test_a_programs_own_files_such_as_the_state_database_are_its_owners_alone(tmp_path):
     """As the SuperLink makes them, in Python, with the mode that its umask leaves."""
     code = "import os, sys; open(sys.argv[1], 'w').close(); os.rename(sys.argv[1], sys.argv[2])"
-    for name in ("server", "processes"):
-        made = tmp_path / name
-        command = [sys.executable, "-c", code, f"{made}.part", str(made)]
-        if name == "server":
-            with commands._log(tmp_path, "program") as log:
-                child = commands._Child("program", tuple(command))
-                child = commands._looked_after(child, dict(os.environ), log, lambda _: None)
-                assert child.process is not None
-                child.process.wait()
-        else:
-            with Processes(tmp_path / "logs") as processes:
-                processes.start("program", command)
-                while processes.code("program") is None:
-                    time.sleep(0.02)
-            assert readable_by_others(tmp_path / "logs") == []
-        assert stat.S_IMODE(made.stat().st_mode) == 0o600
+    made = tmp_path / "made"
+    command = (sys.executable, "-c", code, f"{made}.part", str(made))
+    with Children() as processes:
+        processes.start(Spec("program", command, log=tmp_path / "logs" / "program.log"))
+        while processes.status("program") is None:
+            time.sleep(0.02)
+    assert readable_by_others(tmp_path / "logs") == []
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
 
 
 def test_the_files_of_a_devices_home_are_its_owners_alone(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from privet.experiments import engine
 from privet.experiments.benchmarks.cluster_recovery import FLOOR, recovered
 from privet.experiments.evaluation import cluster_evaluation, run_evaluation
 from privet.experiments.simulate import prepare
-from privet.server.run_folder.saving import largest
+from privet.server.run_folder.run import largest
 
 from ...common.model.test_adapter import READER
 from ...tiny import population, tiny_config

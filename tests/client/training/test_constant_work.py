@@ -246,7 +246,7 @@ class FreeContext:
     def tokenised(self, some: Sequence[Record]) -> list[data.Tokenised]:
         return tokenised(some, self.config, self.trainer, "generation")
 
-    def at_home(self, _: str) -> None:
+    def local_factor(self, _: str) -> None:
         return None
 
 

@@ -217,11 +217,11 @@ def test_b_is_kept_at_home_and_the_next_round_goes_on_from_it(llama_folder, peop
     one, sent = bench.device(0), exchange_at(bench)
     size = bench.trainer.adapter.own.dimension
     assert take_part(one, plan_of(bench, 1), sent.start) is not None
-    first = local_factor.before(bench.at_home(one.name), 2, size)
+    first = local_factor.before(bench.local_factor(one.name), 2, size)
     assert first is not None
     assert first.any()
     assert take_part(one, plan_of(bench, 2), sent.start) is not None
-    second = local_factor.before(bench.at_home(one.name), 3, size)
+    second = local_factor.before(bench.local_factor(one.name), 3, size)
     assert second is not None
     assert not np.array_equal(first, second)
     assert len(list((tmp_path / "run" / AT_HOME).iterdir())) == 1

@@ -1,5 +1,6 @@
 """local_training.py: one record moves a step by at most C, whatever is around it."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -232,7 +233,7 @@ def neighbours_differ(trainer, own, extra, plan, steps=1):
 
 
 def replace(plan, **changes):
-    return Plan(**plan.to_dict() | changes)
+    return dataclasses.replace(plan, **changes)
 
 
 @hypothesis_settings(

@@ -25,6 +25,7 @@ from privet.client.training.records import (
     read_index,
     read_user,
     split,
+    spread,
     tokenize,
 )
 from privet.common.errors import ConfigError, DataError
@@ -367,3 +368,9 @@ def test_trap_a_record_put_in_front_of_a_full_cap_changes_two_records():
     first = {record.text for record in capped(records, 4)}
     second = {record.text for record in capped(with_one_more, 4)}
     assert first ^ second == {"new", "record 3"}
+
+
+def test_held_out_records_are_spread_over_their_time():
+    assert spread(100, 4) == [0, 25, 50, 75]
+    assert spread(3, 8) == [0, 1, 2]
+    assert spread(0, 8) == []

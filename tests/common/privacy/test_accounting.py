@@ -3,9 +3,12 @@ import math
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
+from dp_accounting import dp_event, pld, rdp
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from privet.common.errors import ConfigError, LedgerCorrupt, PrivacyError
 from privet.common.privacy.accounting import (
@@ -16,13 +19,12 @@ from privet.common.privacy.accounting import (
     calibrate,
     delta,
     epsilon,
-    mixture_epsilon,
-    skellam_rdp_epsilon,
     within,
 )
 from privet.experiments.reports.second_accountant import cross_check
 
 DELTA = 1e-5
+_ORDERS = np.concatenate((1 + np.geomspace(1e-3, 10, 200), np.geomspace(11.5, 1e5, 200)))
 
 
 def charge(
@@ -115,6 +117,39 @@ def test_trap_weights_by_sample_count():
 def test_trap_shares_sized_by_the_cohort():
     for dropout, expected in ((0.1, 5.30), (0.3, 6.15), (0.5, 7.51)):
         assert spent(4.0 * math.sqrt(1 - dropout), 20) == pytest.approx(expected, abs=0.01)
+
+
+def mixture_epsilon(
+    noise_multiplier: float,
+    sampling_rate: float,
+    steps: int,
+    records: int,
+    delta: float,
+    interval: float = 1e-3,
+) -> float:
+    """Epsilon of a whole client under example-level DP-SGD, add_remove.
+
+    The client's `records` are Poisson-sampled independently, so a step's sensitivity is binomial:
+    a mixture of Gaussians (Choquette-Choo et al. 2024). Multiplying one record's epsilon would
+    give too little.
+
+    Args:
+        noise_multiplier: against one record's clip; 0 gives infinity.
+        sampling_rate: of each record.
+        steps: noised steps.
+        records: of the client.
+        delta: 0 < delta < 1.
+        interval: of the PLD's grid; the result rounds upwards.
+    """
+    counts = np.arange(records + 1)
+    event = dp_event.MixtureOfGaussiansDpEvent(
+        noise_multiplier,
+        tuple(counts.tolist()),
+        tuple(binom.pmf(counts, records, sampling_rate).tolist()),
+    )
+    accountant = pld.PLDAccountant(_RELATIONS["add_remove"], interval)
+    accountant.compose(dp_event.SelfComposedDpEvent(event, steps))
+    return float(accountant.get_epsilon(delta))
 
 
 def test_trap_a_clients_epsilon_is_not_its_records_times_one_records():
@@ -214,6 +249,28 @@ def test_calibration_counts_the_slack_or_says_that_no_noise_reaches_the_target()
     )
     with pytest.raises(ConfigError, match="finer grid"):
         calibrate(8.0, DELTA, 4, "add_remove", distance=2e-6)
+
+
+def skellam_rdp_epsilon(
+    variance: float, l2: float, l1: float, releases: int, delta: float
+) -> float:
+    """The published conservative bound for Skellam noise, as a second opinion.
+
+    Theorem 3.5 of Agarwal, Kairouz, Liu 2021, for real orders above 1, and the conversion from
+    Renyi to approximate DP of Canonne, Kamath, Steinke 2020 as in dp_accounting.
+
+    Args:
+        variance: of the total noise in a coordinate, grid units squared; 0 gives infinity.
+        l2: sensitivity of the rounded vector, grid units.
+        l1: the same in l1.
+        releases: identical ones.
+        delta: 0 < delta < 1.
+    """
+    if variance == 0:
+        return math.inf
+    second = ((2 * _ORDERS - 1) * l2**2 + 6 * l1) / (4 * variance**2)
+    loss = _ORDERS * l2**2 / (2 * variance) + np.minimum(second, 3 * l1 / (2 * variance))
+    return float(rdp.compute_epsilon(_ORDERS, releases * loss, delta)[0])
 
 
 def test_the_published_skellam_bound_agrees_with_the_gaussian_figure():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from privet.client.consent.offer_description import expected
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
-from privet.common.privacy import grid_sizing
+from privet.common.privacy import plan_maker
 from privet.common.privacy.encoding import (
     NOISE_DEVIATIONS,
     NOISE_EXTRA,
@@ -61,7 +61,7 @@ TOY = Mechanism(
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two places that choose: from the plan of a round, and from the settings of a run."""
     monkeypatch.setattr(Plan, "mechanism", TOY)
-    for module in (grid_sizing, claims):
+    for module in (plan_maker, claims):
         monkeypatch.setattr(module, "mechanism_of", lambda _: TOY)
 
 

@@ -74,10 +74,13 @@ def test_a_key_under_both_names_is_refused():
         parse(both)
 
 
-def test_a_key_that_is_gone_is_dropped_with_the_value_it_always_had_and_unknown_otherwise():
-    assert parse({"head": {"in_the_loop": False}}) == Config()
-    with pytest.raises(ConfigError, match=r"head.in_the_loop: unknown key"):
+def test_a_key_that_is_no_more_is_dropped_where_it_said_nothing_and_refused_otherwise():
+    nothing = {"arms": [], "arm_noise_multiplier": 7.0}
+    assert parse({"head": {"in_the_loop": False}, "statistics": nothing}) == Config()
+    with pytest.raises(ConfigError, match=r"head\.in_the_loop is no more: no part of privet"):
         parse({"head": {"in_the_loop": True}})
+    with pytest.raises(ConfigError, match=r"statistics\.arms is no more: .* `privet ab`"):
+        parse({"statistics": {"enabled": True, "arms": ["base", "shared"]}})
 
 
 def test_an_override_may_have_a_former_name_and_changes_todays_section():

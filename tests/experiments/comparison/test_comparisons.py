@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from privet.client.assistant.retrieval import Index
+from privet.client.personal.scored_text import Row, asked, scored_texts
+from privet.client.personal.text_evaluator import TextEvaluator, alone
+from privet.client.training.records import Tokenised
 from privet.common.model.adapter import attach
 from privet.common.settings.sections import AdapterSettings
 from privet.experiments.comparison import comparisons, tables
@@ -19,7 +22,7 @@ from privet.experiments.comparison.comparisons import (
     surest,
 )
 from privet.experiments.evaluation import contexts
-from privet.experiments.evaluation.contexts import History, Row, asked, states_of
+from privet.experiments.evaluation.contexts import History
 
 from ...tiny import WORDS
 
@@ -39,17 +42,23 @@ def shared(adapter):
 
 @pytest.fixture(scope="module")
 def evaluator(adapter, shared):
-    return ComparisonEvaluator(adapter, shared, opening=2, budget=24)
+    return ComparisonEvaluator(TextEvaluator(adapter, shared, opening=2), budget=24)
 
 
 def records(adapter, seed, count, length=10):
-    """Token ids of texts with one person's twelve words, start and end marks included."""
+    """Texts with one person's twelve words, start and end marks included."""
     rng = random.Random(seed)
     words = rng.sample(WORDS, 12)
     tokenizer = adapter.base.tokenizer
     texts = [" ".join(rng.choices(words, k=length)) for _ in range(count)]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return [(tokenizer.bos_token_id, *row, tokenizer.eos_token_id) for row in rows]
+    return [Tokenised((tokenizer.bos_token_id, *row, tokenizer.eos_token_id)) for row in rows]
+
+
+def evaluated(*given):
+    found = evaluate_text(*given)
+    assert found is not None
+    return found
 
 
 # --- what is given, what is scored --------------------------------------------------------------
@@ -60,23 +69,22 @@ def test_every_model_is_scored_on_the_same_tokens_with_and_without_texts_in_fron
 ):
     own, later = records(adapter, 0, 6), records(adapter, 0, 3)
     side = OwnSide.of(evaluator, own)
-    questions = evaluator.asked(later)
-    (alone,) = evaluator.states([Row((), one) for one in questions])
-    (fronted,) = evaluator.states([Row(side.history.context("", 24), one) for one in questions])
-    assert torch.equal(alone.states.targets[alone.scored], fronted.states.targets[fronted.scored])
-    assert int(alone.scored.sum()) == 3 * 10 - 3  # start and one word given, the end has no bytes
+    text = evaluator.text
+    questions = text.asked(later)
+    (plain,) = text.scored(alone(questions))
+    (fronted,) = text.scored([Row(side.history.context("", 24), one) for one in questions])
+    assert torch.equal(plain.states.targets[plain.scored], fronted.states.targets[fronted.scored])
+    assert int(plain.scored.sum()) == 3 * 10 - 3  # start and one word given, the end has no bytes
 
 
 def test_losses_are_the_models_own(adapter, shared):
     """Against the network's own log probabilities, context and all, two vectors in one call."""
-    first, second = records(adapter, 1, 2)
+    first, second = (one.ids for one in records(adapter, 1, 2))
     rows = [Row(first, asked(second, 4)), Row((), asked(first, 4))]
-    for vector, found in zip(
-        (shared, adapter.start), states_of(adapter, rows, (shared, adapter.start)), strict=True
-    ):
-        ready = comparisons._Ready.of(found, adapter.base.output)
+    vectors = ((shared, None), (adapter.start, None))
+    for (vector, _), found in zip(vectors, scored_texts(adapter, rows, vectors), strict=True):
         adapter.write(vector)
-        for row, said in zip(rows, ready.sums(), strict=True):
+        for row, said in zip(rows, found.sums(), strict=True):
             ids = torch.tensor([row.context + row.asked.ids])
             with torch.no_grad():
                 log_p = adapter.base.network(ids).logits[0].log_softmax(-1)
@@ -86,14 +94,12 @@ def test_losses_are_the_models_own(adapter, shared):
 
 
 def test_half_precision_moves_every_vector_a_little_and_mixes_none_up(adapter, shared):
-    rows = [Row((), asked(ids, 2)) for ids in records(adapter, 2, 4)]
-    vectors = (shared, adapter.start)
-    for exact, half in zip(
-        states_of(adapter, rows, vectors), states_of(adapter, rows, vectors, True), strict=True
-    ):
-        gap = (exact.states.states - half.states.states).abs().max()
+    rows = [Row((), asked(one.ids, 2)) for one in records(adapter, 2, 4)]
+    vectors = ((shared, None), (adapter.start, None))
+    one, two = scored_texts(adapter, rows, vectors, bf16=True)
+    for exact, bf16 in zip(scored_texts(adapter, rows, vectors), (one, two), strict=True):
+        gap = (exact.states.states - bf16.states.states).abs().max()
         assert 0 < gap < 0.1
-    one, two = states_of(adapter, rows, vectors, True)
     assert (one.states.states - two.states.states).abs().max() > 0.3
 
 
@@ -113,7 +119,7 @@ def changed_end(adapter, one):
 
 def contexts_of(adapter, evaluator, query):
     own = OwnSide.of(evaluator, records(adapter, 5, 12))
-    one = evaluator.asked(records(adapter, 5, 14))[-1]
+    one = evaluator.text.asked(records(adapter, 5, 14))[-1]
     return [own.history.context(query(each), 24) for each in (one, changed_end(adapter, one))]
 
 
@@ -142,16 +148,16 @@ def test_measure_text_searches_with_openings_and_never_finds_held_out_texts(
     monkeypatch.setattr(Index, "search", search)
     sides = OwnSide.of(evaluator, own), OwnSide.of(evaluator, other)
     asked_for.clear()
-    evaluate_text(evaluator, *sides, later)
+    evaluated(evaluator, *sides, later)
     tokenizer = adapter.base.tokenizer
-    assert set(asked_for) == {one.query(tokenizer) for one in evaluator.asked(later)}
-    ends = [one.scored_text(tokenizer) for one in evaluator.asked(later)]
+    assert set(asked_for) == {one.query(tokenizer) for one in evaluator.text.asked(later)}
+    ends = [one.scored_text(tokenizer) for one in evaluator.text.asked(later)]
     assert not any(end in query for end in ends for query in asked_for)
-    assert set(sides[0].history.ids) == set(own)
+    assert set(sides[0].history.ids) == {one.ids for one in own}
 
 
 def test_a_record_of_the_own_history_sees_earlier_ones_only(adapter):
-    own = records(adapter, 9, 6)
+    own = [one.ids for one in records(adapter, 9, 6)]
     history = History.of(own, adapter.base.tokenizer, None)
     texts = [adapter.base.tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
     for place, text in enumerate(texts):
@@ -162,7 +168,7 @@ def test_a_record_of_the_own_history_sees_earlier_ones_only(adapter):
 
 
 def test_a_context_is_whole_records_within_its_budget(adapter):
-    own = records(adapter, 10, 6)
+    own = [one.ids for one in records(adapter, 10, 6)]
     history = History.of(own, adapter.base.tokenizer, None)
     found = history.context(adapter.base.tokenizer.decode(own[2]), 30)
     assert len(found) == 24
@@ -199,7 +205,7 @@ def test_the_choice_does_not_see_the_test_records(adapter, evaluator):
         OwnSide.of(evaluator, records(adapter, 1, 12)),
     )
     found = [
-        evaluate_text(evaluator, own, other, later)
+        evaluated(evaluator, own, other, later)
         for later in (records(adapter, 0, 4), records(adapter, 1, 4))
     ]  # fmt: skip
     assert found[0]["chosen"] == found[1]["chosen"]
@@ -213,7 +219,7 @@ def test_a_choice_on_test_records_would_flatter_and_is_told_apart(adapter, evalu
         OwnSide.of(evaluator, records(adapter, 0, 16)),
         OwnSide.of(evaluator, records(adapter, 1, 16)),
     )
-    found = evaluate_text(evaluator, own, other, records(adapter, 1, 6))
+    found = evaluated(evaluator, own, other, records(adapter, 1, 6))
     losses = {name: sum(found["nats"][name]) for name in ("global", "retrieval", "head", "hybrid")}
     assert own.chosen != "global"
     assert losses[found["chosen"]] > losses["global"]  # hurt, and said so
@@ -237,7 +243,7 @@ def test_with_too_few_records_to_choose_texts_go_in_front_and_with_none_nothing(
     assert (few.chosen, none.chosen) == ("retrieval", "global")
     assert few.head.is_shared
     assert none.hybrid.is_shared
-    found = evaluate_text(evaluator, none, few, records(adapter, 0, 3))
+    found = evaluated(evaluator, none, few, records(adapter, 0, 3))
     assert found["nats"]["personal"] == found["nats"]["global"] == found["nats"]["retrieval"]
 
 
@@ -249,7 +255,7 @@ def test_all_models_and_controls_are_there_and_own_words_help(adapter, evaluator
         OwnSide.of(evaluator, records(adapter, 0, 20)),
         OwnSide.of(evaluator, records(adapter, 1, 20)),
     )
-    found = evaluate_text(evaluator, own, other, records(adapter, 0, 25)[20:])
+    found = evaluated(evaluator, own, other, records(adapter, 0, 25)[20:])
     assert set(found["nats"]) == {
         "base", "prompt", "global", "retrieval", "head", "hybrid", "personal",
         *comparisons.CONTROLS,
@@ -264,14 +270,16 @@ def test_all_models_and_controls_are_there_and_own_words_help(adapter, evaluator
 def _ends(adapter, evaluator):
     return [
         one.scored_text(adapter.base.tokenizer)
-        for one in evaluator.asked(records(adapter, 0, 25)[20:])
+        for one in evaluator.text.asked(records(adapter, 0, 25)[20:])
     ]
 
 
 def test_without_a_trained_adapter_the_base_model_is_the_shared_one(adapter):
-    evaluator = ComparisonEvaluator(adapter, adapter.start, trained=False, opening=2, budget=24)
+    evaluator = ComparisonEvaluator(
+        TextEvaluator(adapter, adapter.start, opening=2), trained=False, budget=24
+    )
     own = OwnSide.of(evaluator, records(adapter, 0, 8))
-    found = evaluate_text(evaluator, own, own, records(adapter, 0, 3))
+    found = evaluated(evaluator, own, own, records(adapter, 0, 3))
     assert set(found["nats"]) & {"global", "retrieval"} == set()
     assert found["chosen"] in {"base", "prompt", "head", "hybrid"}
 
@@ -279,17 +287,14 @@ def test_without_a_trained_adapter_the_base_model_is_the_shared_one(adapter):
 def test_an_adapter_of_another_run_is_measured_and_of_several_own_records_choose(adapter, shared):
     worse = (shared + 1.0).astype(np.float32)
     evaluator = ComparisonEvaluator(
-        adapter, shared, others={"group": (worse, shared)}, opening=2, budget=24
+        TextEvaluator(adapter, shared, opening=2), others={"group": (worse, shared)}, budget=24
     )
     mine = records(adapter, 0, 8)
     own = OwnSide.of(evaluator, mine)
-    rows = [Row((), one) for one in evaluator.asked(mine)]
-    sums = [
-        sum(comparisons._Ready.of(x, evaluator.output).sums())
-        for x in evaluator.states(rows, worse, shared)
-    ]
+    rows = alone(evaluator.text.asked(mine))
+    sums = [sum(one.sums()) for one in evaluator.text.scored(rows, worse, shared)]
     assert own.others == {"group": int(np.argmin(sums))}
-    found = evaluate_text(evaluator, own, own, records(adapter, 0, 3))
+    found = evaluated(evaluator, own, own, records(adapter, 0, 3))
     same = found["nats"]["group"] == pytest.approx(found["nats"]["global"], rel=1e-5)
     assert same == (own.others["group"] == 1)
 
@@ -324,8 +329,8 @@ def test_a_control_says_how_much_of_the_gain_it_keeps():
 
 
 def test_the_module_that_makes_states_knows_the_marks_of_the_tokenizer(adapter):
-    ids = records(adapter, 0, 1)[0]
-    found = states_of(adapter, [Row((), asked(ids, 1))], (adapter.start,))[0]
+    ids = records(adapter, 0, 1)[0].ids
+    (found,) = scored_texts(adapter, [Row((), asked(ids, 1))], [(adapter.start, None)])
     assert found.scored.tolist() == [True] * 10 + [False]
     assert contexts._HITS >= 2
 

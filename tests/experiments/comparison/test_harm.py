@@ -1,20 +1,19 @@
-"""harm.py, answers.py, memory.py, newcomers.py: who is served worse, and what is said."""
+"""harm.py, answers.py, memory.py, cold_start.py: who is served worse, and what is said."""
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
+from privet.client.personal.scored_text import Asked
+from privet.client.personal.text_evaluator import TextEvaluator, alone
+from privet.client.training.records import Tokenised
 from privet.common.model.adapter import attach
-from privet.common.model.base_model import final_states
 from privet.common.settings.sections import AdapterSettings
-from privet.experiments.comparison import harm, tables
-from privet.experiments.comparison.comparisons import ComparisonEvaluator, OwnSide, summed
+from privet.experiments.comparison import comparison_page, harm, tables
+from privet.experiments.comparison.comparisons import ComparisonEvaluator, OwnSide
 from privet.experiments.comparison.scenario import Scenario
-from privet.experiments.evaluation import answers, memorisation, newcomers
-from privet.experiments.evaluation.contexts import Asked, Row
+from privet.experiments.evaluation import answers, cold_start, memorisation
 from privet.experiments.evaluation.memorisation import exposure, rare_runs
 
 from .test_comparisons import line, records
@@ -29,7 +28,7 @@ def adapter(llama):
 
 @pytest.fixture(scope="module")
 def evaluator(adapter):
-    return ComparisonEvaluator(adapter, adapter.start, opening=2, budget=24)
+    return ComparisonEvaluator(TextEvaluator(adapter, adapter.start, opening=2), budget=24)
 
 
 def found(rows, scenario=SCENARIO, **more):
@@ -162,57 +161,13 @@ def test_a_planted_string_is_exposed_by_texts_in_front_and_head_and_not_by_the_b
     own = records(adapter, 0, 12)
     word = adapter.base.tokenizer("gato gato gato kito kito kito kito", add_special_tokens=False)
     prefix, run = tuple(word["input_ids"][-8:-4]) or (), tuple(word["input_ids"][-4:])
-    canary = (4, *own[0][1:3], *prefix, *run, 5)
+    canary = Tokenised((4, *own[0].ids[1:3], *prefix, *run, 5))
     side = OwnSide.of(evaluator, [*own, *[canary] * 6])
     rest = records(adapter, 1, 15)
-    runs = [run, *(one[2:6] for one in rest)]
+    runs = [run, *(one.ids[2:6] for one in rest)]
     questions = [Asked(prefix + each, len(prefix)) for each in runs]
-    (plain,) = evaluator.states([Row((), q) for q in questions])
-    alone = exposure(summed(plain, evaluator.output, None))
-    with_head = exposure(summed(plain, evaluator.output, side.head))
-    assert with_head == 4.0 > alone
-
-
-# --- answers ------------------------------------------------------------------------------------
-
-
-def test_answers_with_a_cache_are_those_without_one(adapter):
-    """Rows of different length in one batch, against one forward pass a token."""
-    base, starts = adapter.base, [[7, 9, 12, 30], [8], [40, 41]]
-    settings: dict[str, Any] = {"tokens": 5, "temperature": 1e-4, "seed": 3}  # the likeliest token
-    made = answers.continued(base, starts, None, **settings)
-    for start, said in zip(starts, made, strict=True):
-        ids = list(start)
-        with torch.no_grad():
-            for token in said:
-                mask = torch.ones(1, len(ids), dtype=torch.int64)
-                state = final_states(base, torch.tensor([ids]), mask)
-                assert token == int((base.output @ state[0, -1]).argmax())
-                ids.append(token)
-
-
-def test_half_precision_for_the_beginnings_makes_nearly_the_same_answers(adapter):
-    starts = [[7, 9, 12, 30], [8], [40, 41]]
-    settings: dict[str, Any] = {"tokens": 1, "temperature": 1e-4, "seed": 3}
-    exact = answers.continued(adapter.base, starts, None, **settings)
-    assert exact == answers.continued(adapter.base, starts, None, half=True, **settings)
-    settings["tokens"] = 8
-    longer = answers.continued(adapter.base, starts, None, half=True, **settings)
-    assert max(map(len, longer)) == 8
-
-
-def test_a_head_and_a_seed_change_answers(adapter, evaluator):
-    side = OwnSide.of(evaluator, records(adapter, 0, 20))
-    assert not side.head.is_shared
-    settings: dict[str, Any] = {"tokens": 12, "temperature": 0.8}
-    starts = [list(one[:4]) for one in records(adapter, 0, 4)]
-    shared = answers.continued(adapter.base, starts, None, seed=1, **settings)
-    assert shared == answers.continued(adapter.base, starts, None, seed=1, **settings)
-    assert shared != answers.continued(adapter.base, starts, None, seed=2, **settings)
-    mine = answers.continued(adapter.base, starts, side.head, seed=1, **settings)
-    own = set(side.head.tokens.tolist())
-    used = [sum(token in own for row in rows for token in row) for rows in (mine, shared)]
-    assert used[0] > used[1]
+    (plain,) = evaluator.text.scored(alone(questions))
+    assert exposure(plain.sums(side.head)) == 4.0 > exposure(plain.sums())
 
 
 # --- cold start ---------------------------------------------------------------------------------
@@ -220,13 +175,16 @@ def test_a_head_and_a_seed_change_answers(adapter, evaluator):
 
 def test_the_curve_says_gain_and_harm_at_each_number_of_records():
     lines = [
-        {"user": str(n), "counts": [0, 4], "shared": 40.0, "bytes": 40,
-         "personal": [40.0, 44.0 if n < 2 else 30.0], "chosen": ["base", "head"]}
+        {"user": str(n), "group": str(n), "counts": [0, 4], "global": 2.0,
+         "personal": [2.0, 2.2 if n < 2 else 1.5], "chosen": ["base", "head"]}
         for n in range(10)
     ]  # fmt: skip
-    none, four = newcomers.curve(lines, 200)
-    assert (none["records"], none["mean"], none["hurt"], none["worse"]) == (0, 0.0, 0.0, False)
-    assert (four["hurt"], four["worse"], four["chosen"]) == (0.2, False, {"head": 10})
-    assert four["mean"] == pytest.approx(7.2 / 40 / np.log(2))
-    worse = [{**one, "personal": [40.0, 50.0]} for one in lines]
-    assert newcomers.curve(worse, 200)[1]["worse"]
+    none, four = cold_start.curve(lines, 200)["rows"]
+    assert (none["records"], none["people"], none["hurt"], none["step"]) == (0, 10, 0.0, None)
+    assert (four["hurt"], four["chosen"]) == (0.2, {"head": 10})
+    assert four["personal_minus_global"]["mean"] == pytest.approx(-0.36)
+    (_, gain) = comparison_page._gains({"cold_start": {"rows": [none, four]}})
+    assert gain["mean"] == pytest.approx(0.36)
+    assert gain["ci95"][0] < 0.36 < gain["ci95"][1]
+    worse = cold_start.curve([{**one, "personal": [2.0, 2.5]} for one in lines], 200)
+    assert (worse["monotone"], worse["beats_from"]) == (False, None)

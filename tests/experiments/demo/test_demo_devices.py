@@ -1,7 +1,10 @@
 """experiments/demo/demo_devices.py: the demo on real processes, and what it may touch."""
 
 import io
+import os
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from privet.common.files import read_lines
 from privet.common.settings import config as configs
 from privet.experiments.demo import demo_devices
 from privet.experiments.demo.demo_devices import MARK, POLICY_CHANGES, adapted, claimed
+
+from ...nginx import find_or_fetch_nginx
 
 
 def test_a_folder_that_no_demo_made_is_refused_and_left_alone(tmp_path):
@@ -90,6 +95,12 @@ def test_equal_figures_share_a_column_and_a_device_without_one_has_none():
     assert [head.splitlines()[-1] for head in found] == ["analyst, server", "unmasked server"]
 
 
+def test_a_command_gives_what_it_prints_and_its_refusal_in_its_own_words(tmp_path):
+    assert demo_devices.call("--version").startswith("privet ")
+    with pytest.raises(StateError, match="privet client status: there is no home in"):
+        demo_devices.call("client", "status", "--home", tmp_path / "none")
+
+
 def of_this_demo(folder: Path) -> list[str]:
     listed = subprocess.run(["ps", "-A", "-o", "pid=,args="], capture_output=True, text=True)
     return [line for line in listed.stdout.splitlines() if str(folder) in line]
@@ -97,7 +108,9 @@ def of_this_demo(folder: Path) -> list[str]:
 
 @pytest.mark.heavy
 @pytest.mark.real
-def test_the_demo_ends_with_four_of_six_devices_and_nothing_left_running(tmp_path):
+def test_the_demo_ends_with_four_of_six_devices_and_nothing_left_running(tmp_path, monkeypatch):
+    if nginx := find_or_fetch_nginx():
+        monkeypatch.setenv("PATH", f"{nginx.parent}:{os.environ['PATH']}")
     said = io.StringIO()
     demo_devices.demo(tmp_path / "demo", Console(file=said, width=100, color_system=None))
     text = said.getvalue()
@@ -112,10 +125,6 @@ def test_the_demo_ends_with_four_of_six_devices_and_nothing_left_running(tmp_pat
 @pytest.mark.heavy
 @pytest.mark.real
 def test_a_demo_that_is_stopped_leaves_nothing_running(tmp_path, monkeypatch):
-    import os
-    import signal
-    import threading
-
     def stop() -> None:
         limit = time.monotonic() + 300
         while not list((tmp_path / "runs").glob("demo-devices/logs/device-6.log")):

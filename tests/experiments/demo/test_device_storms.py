@@ -29,12 +29,12 @@ from privet.client.store.device_store import ME, DeviceStore
 from privet.client.training.local_training import Trainer
 from privet.common.files import read_lines
 from privet.common.model.adapter import shared
+from privet.common.model.server_optimizers import optimizer_named
 from privet.common.privacy.encoding import unpack
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings import config as settings
 from privet.common.settings.config import Config
-from privet.server import aggregation
 from privet.server.rounds import LOG, _noised_mean
 from privet.server.run_folder import checkpoint
 from privet.server.void_rounds import trained
@@ -93,7 +93,8 @@ def retrace(fleet: Fleet, config: Config, refused: bool = False) -> list[frozens
     run = (place / "run-id").read_text().strip()
     adapter = shared(config)
     layout, start = adapter.layout.digest, adapter.start
-    memory = aggregation.begin(config.rounds, len(start))
+    optimizer = optimizer_named(config.rounds.optimizer)
+    memory = optimizer.begin(len(start))
     records = [one for one in read_lines(place / LOG) if not one.get("again")]
     assert refused or trained(records) == config.rounds.count
     count = len(records)
@@ -112,7 +113,7 @@ def retrace(fleet: Fleet, config: Config, refused: bool = False) -> list[frozens
             assert said == hashlib.sha256(payload).hexdigest(), "the ledger says what was given"
             given.append(unpack(payload, plan.length(len(start)), plan.bits))
         mean = applied(given, record, plan, config)
-        start, memory = aggregation.apply(config.rounds, memory, start, mean)
+        start, memory = optimizer.apply(config.rounds, memory, start, mean)
         found.append(frozenset(record["who"]["came"]))
     kept = checkpoint.load(place, run=run, config_hash=config.digest, layout=layout)
     if count:

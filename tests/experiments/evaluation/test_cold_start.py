@@ -13,7 +13,7 @@ from privet.commands import run as command
 from privet.common.errors import ConfigError, DataError
 from privet.common.settings.config import read
 from privet.experiments.evaluation import cold_start
-from privet.experiments.evaluation.cold_start import Newcomer, curve, picture
+from privet.experiments.evaluation.cold_start import Newcomer, label_lines, picture
 from privet.experiments.simulate import prepare
 
 from ...tiny import population, tiny_config
@@ -42,6 +42,10 @@ def people(count: int, taste: float, batch: float, per_group: int = 4, seed: int
                 )
             )
     return found
+
+
+def curve(people, shared, counts):
+    return cold_start.curve(label_lines(people, shared, counts))
 
 
 def test_with_a_taste_of_their_own_people_gain_from_two_labels_on_and_others_heads_do_not_do():
@@ -76,7 +80,7 @@ def test_no_label_and_one_label_leave_the_shared_head():
     rows = curve(people(16, taste=2.0, batch=0.0), SHARED, COUNTS)["rows"]
     for row in rows[:2]:
         assert row["personal"] == row["other"] == row["global"]
-        assert (row["hurt"], row["kept_shared"]) == (0.0, 1.0)
+        assert (row["hurt"], row["chosen"]) == (0.0, {"global": 16})
 
 
 def test_a_row_is_the_loss_of_heads_fitted_on_the_first_labels_of_oneself_and_of_the_next_one():
@@ -115,7 +119,7 @@ def test_people_with_too_few_labels_or_nobody_beside_them_are_left_out_and_count
     short = Newcomer("short", "0", tuple(part[:3] for part in some[0].own), some[0].held_out)
     lone = Newcomer("lone", "alone", some[0].own, some[0].held_out)
     found = curve([*some, short, lone], SHARED, COUNTS)
-    assert (found["people"], found["left_out"]) == (8, 2)
+    assert found["people"] == 8
     with pytest.raises(DataError, match="0 of 1 people"):
         curve([lone], SHARED, COUNTS)
 
@@ -150,17 +154,17 @@ def test_of_a_run_only_people_never_trained_on_are_measured_on_their_later_recor
 
     def seen(newcomers, *_):
         found.extend(newcomers)
-        return {}
+        return []
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cold_start, "curve", seen)
-        cold_start.cold_start(rated, config)
+        patch.setattr(cold_start, "label_lines", seen)
+        assert cold_start.cold_start(rated, config)["left_out"] == len(found)
     index = records.read_index(rated)
     assert [one.name for one in found] == list(index.test_users)
     own, held = records.split(records.read_user(rated, found[0].name, index), config.data.holdout)
     assert found[0].own[1].tolist() == pytest.approx([one.label for one in own])
-    limit = config.evaluation.records
-    assert found[0].held_out[1].tolist() == pytest.approx([one.label for one in held[:limit]])
+    places = records.spread(len(held), config.evaluation.records)
+    assert found[0].held_out[1].tolist() == pytest.approx([held[place].label for place in places])
 
 
 def test_the_command_writes_table_picture_and_json_and_tells_what_is_wrong(

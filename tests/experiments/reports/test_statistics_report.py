@@ -1,6 +1,5 @@
 """Gains and A/B outcomes in the page, the terminal, the live line and TensorBoard."""
 
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from privet.common.files import read_lines
 from privet.experiments import progress
-from privet.experiments.reports import figures, report, terminal
+from privet.experiments.reports import report, terminal
 from privet.experiments.reports.html_page import page
 from privet.server.round_statistics import told
 
@@ -29,7 +28,6 @@ def of_round(number: int, noisy: bool = False) -> dict[str, Any]:
     sums = {
         "losses": np.array([300.0, 600.0]),
         "gains": np.array([80.0 + 5 * number, 20.0, 400.0]),
-        "arms": np.array([200.0, 4.0, 10.0, 200.0, -2.0 - number, 10.0]),
     }
     scale = 0.01 if noisy else 1.0
     return told({name: scale * values for name, values in sums.items()}, plan, 400)
@@ -69,13 +67,9 @@ def test_page_and_terminal_say_what_every_round_said_and_stay_quiet_where_noise_
     assert "What the rounds' noised sums say" in words
     assert "What the rounds' noised sums say" in said
     last = facts["statistics"][-1]
-    sentence = "Round 4, loss of the arm personal less that of shared: "
     if 4 in noisy:
         assert last["gain_shared"] is None
-        assert f"{sentence}lost in the noise" in words
-        assert f"{sentence}lost in the noise" in said
     else:
-        assert f"{sentence}{last['arms'][1]['difference']:+.3g}, 95 % interval" in words
         assert f"{last['gain_shared']:.3g} ± {last['gain_shared_std']:.2g}" in said
 
 
@@ -86,16 +80,14 @@ def test_a_run_without_statistics_has_no_section_on_them(tmp_path):
     assert "noised sums say" not in shown(facts)
 
 
-def test_the_live_line_says_gains_and_the_difference_of_the_arms():
+def test_the_live_line_says_gains_where_the_noise_leaves_them():
     record: dict[str, Any] = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
     record |= {"mean_norm": 0.1, "update_norm": 0.2, "seconds": 1.0}
     said = progress.line(record | {"statistics": of_round(1)}, 2)
     assert "noised gain +0.106 +- " in said
     assert "noised head +0.025 +- " in said
-    assert "personal - shared -0.17 (" in said
     quiet = progress.line(record | {"statistics": of_round(1, noisy=True)}, 2)
     assert "gain lost in the noise" in quiet
-    assert "personal -" not in quiet
 
 
 def test_tensorboard_has_a_curve_for_every_statistic_that_is_a_number(tmp_path):
@@ -109,19 +101,8 @@ def test_tensorboard_has_a_curve_for_every_statistic_that_is_a_number(tmp_path):
     accumulator = events.EventAccumulator(str(run / "tensorboard"))
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
-    arms = {f"statistics/arms/{arm}_{name}" for arm in ("1_shared", "2_personal")
-            for name in ("loss", "loss_std", "devices")}  # fmt: skip
-    assert arms | {"statistics/arms/2_personal_difference"} <= tags
     assert {"statistics/gain_shared", "statistics/gain_personal_std"} <= tags
     written = [(event.step, event.value) for event in accumulator.Scalars("statistics/gain_shared")]
     truth = [(number, of_round(number)["gain_shared"]) for number in (1, 3, 4)]
     assert [step for step, _ in written] == [1, 3, 4]  # the noise won round 2
     assert [value for _, value in written] == pytest.approx([value for _, value in truth])
-
-
-def test_the_arms_of_one_model_are_two_curves():
-    plan = dataclasses.replace(planned(configured()), arms="shared,shared,base")
-    sums = {"losses": np.ones(2), "gains": np.ones(3), "arms": np.tile([900.0, 0.0, 90.0], 3)}
-    found = {"round": 1, **told(sums, dataclasses.replace(plan, noise_at="server"), 1000)}
-    names = [name for panel, name, _ in figures.statistics_series([found]) if "arm" in panel]
-    assert names == ["shared", "shared", "base"]

@@ -22,13 +22,13 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from privet.common.errors import AssetError, StateError
-from privet.common.model.assets import cache_folder
+from privet.common.errors import StateError
 from privet.common.secure_aggregation.keys import Identity
 from privet.server.operations import commands, control, enrolment, proxy, services, setup
 from privet.server.operations.server_folder import Server
 
 from ...fleet import answers, free_ports, until
+from ...nginx import find_or_fetch_nginx
 
 DAY = datetime.timedelta(days=1)
 BIN = Path(sys.executable).parent
@@ -45,10 +45,10 @@ class Up:
 
 @pytest.fixture(scope="module")
 def nginx() -> Path:
-    try:
-        return proxy.find_or_fetch_nginx(cache_folder())
-    except AssetError as error:
-        pytest.skip(str(error))
+    found = find_or_fetch_nginx()
+    if found is None:
+        pytest.skip("there is no nginx, and none could be fetched")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +59,11 @@ def up(nginx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     server = setup.init(folder, ["localhost"], port=outer, inner_port=inner)
     code = (
         "import sys; from pathlib import Path\n"
+        "from privet.common.child_processes import stop_on_signals, supervise\n"
         "from privet.server.operations import commands, services, setup\n"
-        "server = setup.load(Path(sys.argv[1]))\n"
-        "programs = dict(services.commands(server, Path(sys.argv[2]))); del programs['superexec']\n"
-        "logs = server.folder / 'logs'\n"
-        "commands.supervise(programs, services.environment(server), logs, commands.say)"
+        "programs = services.programs(setup.load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "programs = [program for program in programs if program.name != 'superexec']\n"
+        "supervise(programs, stop_on_signals(), say=commands.say)"
     )
     supervisor = subprocess.Popen(
         [sys.executable, "-c", code, str(folder), str(nginx)],
@@ -76,7 +76,7 @@ def up(nginx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     finally:
         supervisor.send_signal(signal.SIGTERM)
         said = supervisor.communicate(timeout=300)[0]
-    assert b"all stopped" in said, said
+    assert b"all children ended" in said, said
 
 
 def client(port: int, authority: Path) -> Any:
@@ -160,7 +160,6 @@ def ended(process: "subprocess.Popen[str]") -> str:
 
 def calls() -> Mapping[str, Callable[[Any], Any]]:
     """What nobody may do from outside."""
-    from flwr.cli.build import build_fab_from_files
     from flwr.common.serde import fab_to_proto
     from flwr.proto.control_pb2 import (
         ListNodesRequest,
@@ -175,8 +174,7 @@ def calls() -> Mapping[str, Callable[[Any], Any]]:
     register = RegisterNodeRequest(
         public_key=key.public_bytes(serialization.Encoding.PEM, public), name="intruder"
     )
-    content, _ = build_fab_from_files({"pyproject.toml": control._bundle().encode()})
-    start = StartRunRequest(fab=fab_to_proto(Fab("0", content, {})))
+    start = StartRunRequest(fab=fab_to_proto(Fab("0", control.bundle(), {})))
     return {
         "registering a node": lambda api: api.RegisterNode(register),
         "starting a run": lambda api: api.StartRun(start),

@@ -4,9 +4,7 @@ import datetime
 import itertools
 import json
 import os
-import signal
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,11 @@ from privet.common.files import append_line
 from privet.common.secure_aggregation import fleet_directory
 from privet.common.secure_aggregation.keys import Directory, write_directory
 from privet.common.settings.config import parse, read
+from privet.server import directory_listing
 from privet.server.operations import (
     commands,
     control,
-    directory_listing,
+    device_runs,
     enrolment,
     proxy,
     services,
@@ -232,54 +231,12 @@ def test_the_superlink_listens_on_loopback_with_tls_and_node_keys(tmp_path: Path
     assert Path(options["--superexec-auth-secret-file"]).read_bytes()
 
 
-def test_a_systemd_word_is_taken_as_text() -> None:
-    assert services._unit_word('a b%h$HOME"\\') == '"a b%%h$$HOME\\"\\\\"'
-
-
-def test_nginx_that_can_neither_be_found_nor_fetched_is_a_sentence(
+def test_a_server_without_nginx_is_told_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "find_nginx", lambda _: None)
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(proxy, "find_nginx", lambda: None)
     with pytest.raises(AssetError, match="apt install nginx"):
-        proxy.find_or_fetch_nginx(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_program_that_ends_is_started_again_later_and_later(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    def show(line: str) -> None:
-        said.append(line)
-        if sum("started" in line for line in said) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    program = [sys.executable, "-c", "print('hello'); raise SystemExit(3)"]
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    commands.supervise({"it": program}, {}, tmp_path, show)
-    assert "ended with code 3" in said[1]
-    assert "again in 1 s" in said[1]
-    assert said[-1] == "all stopped"
-    assert b"hello" in (tmp_path / "it.log").read_bytes()
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-
-def test_a_program_that_does_not_end_when_told_is_killed(tmp_path: Path) -> None:
-    pids: list[int] = []
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True)\n"
-
-    def show(line: str) -> None:
-        if "started" not in line:
-            return
-        pids.append(int(line.split()[-1].rstrip(")")))
-        while b"deaf" not in (tmp_path / "it.log").read_bytes():
-            pass
-        os.kill(os.getpid(), signal.SIGINT)
-
-    program = [sys.executable, "-c", code + "while True: time.sleep(1)"]
-    commands.supervise({"it": program}, {}, tmp_path, show, patience_s=0.1)
-    with pytest.raises(ProcessLookupError):
-        os.kill(pids[0], 0)
+        commands.up(made(tmp_path).folder)
 
 
 @pytest.fixture
@@ -308,7 +265,7 @@ def settings(llama: Path, **more: Any) -> Any:
 def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
     enrolled: Server, llama_folder: Path
 ) -> None:
-    config = commands.prepare(enrolled, settings(llama_folder), resume=False)
+    config = device_runs.prepare(enrolled, settings(llama_folder), resume=False)
     place = enrolled.folder / "runs" / "first"
     assert config.data.clients == 4
     assert config.data.task == "generation"
@@ -318,27 +275,27 @@ def test_a_run_folder_has_the_settings_the_run_id_and_the_directory(
 
 
 def test_a_run_is_resumed_with_the_same_settings_only(enrolled: Server, llama_folder: Path) -> None:
-    first = commands.prepare(enrolled, settings(llama_folder), resume=False)
+    first = device_runs.prepare(enrolled, settings(llama_folder), resume=False)
     with pytest.raises(RunExists, match="--resume"):
-        commands.prepare(enrolled, settings(llama_folder), resume=False)
-    assert commands.prepare(enrolled, settings(llama_folder), resume=True) == first
+        device_runs.prepare(enrolled, settings(llama_folder), resume=False)
+    assert device_runs.prepare(enrolled, settings(llama_folder), resume=True) == first
     clip = {"client": {"clip": 0.5}}
     with pytest.raises(ConfigError, match=r"other settings \(privacy.client.clip was 1.0"):
-        commands.prepare(enrolled, settings(llama_folder, privacy=clip), resume=True)
+        device_runs.prepare(enrolled, settings(llama_folder, privacy=clip), resume=True)
 
 
 def test_a_run_is_extended_but_not_while_a_process_serves_it(
     enrolled: Server, llama_folder: Path
 ) -> None:
-    first = commands.prepare(enrolled, settings(llama_folder), resume=False)
+    first = device_runs.prepare(enrolled, settings(llama_folder), resume=False)
     place = enrolled.folder / "runs" / "first"
     longer = settings(llama_folder, rounds={"count": 9})
     with (
         run_lock.alone(place, 7),
         pytest.raises(StateError, match=r"is going on, with other settings \(rounds.count"),
     ):
-        commands.prepare(enrolled, longer, resume=True)
-    found = commands.prepare(enrolled, longer, resume=True)
+        device_runs.prepare(enrolled, longer, resume=True)
+    found = device_runs.prepare(enrolled, longer, resume=True)
     assert (first.rounds.count, found.rounds.count) == (3, 9)
     assert read(place / "config.toml") == found
 
@@ -346,7 +303,7 @@ def test_a_run_is_extended_but_not_while_a_process_serves_it(
 def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritten_entry(
     enrolled: Server, llama_folder: Path
 ) -> None:
-    first = commands.prepare(enrolled, settings(llama_folder), resume=False)
+    first = device_runs.prepare(enrolled, settings(llama_folder), resume=False)
     path = enrolled.folder / "directory"
     begun, signer = (
         fleet_directory.load(path),
@@ -355,12 +312,12 @@ def test_a_run_goes_on_after_more_devices_were_enrolled_and_none_after_a_rewritt
     assert isinstance(begun, fleet_directory.Chain)
     more = begun.with_entries([fleet_directory.Entry(4, bytes([9]) * 32)]).sign(signer)
     fleet_directory.write(path, more)
-    assert commands.prepare(enrolled, settings(llama_folder), resume=True) == first
+    assert device_runs.prepare(enrolled, settings(llama_folder), resume=True) == first
     assert directory_listing.newest(enrolled.folder / "runs" / "first") == more
     changed = (*begun.entries[:3], fleet_directory.Entry(3, bytes([9]) * 32))
     fleet_directory.write(path, fleet_directory.Chain(begun.fleet, begun.key, changed).sign(signer))
     with pytest.raises(StateError, match=r"does not continue .*entry 3 .* was rewritten"):
-        commands.prepare(enrolled, settings(llama_folder), resume=True)
+        device_runs.prepare(enrolled, settings(llama_folder), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +338,7 @@ def test_settings_no_device_can_take_part_in_leave_nothing_behind(
     enrolled: Server, llama_folder: Path, more: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(PrivetError, match=told):
-        commands.prepare(enrolled, settings(llama_folder, **more), resume=False)
+        device_runs.prepare(enrolled, settings(llama_folder, **more), resume=False)
     assert list((enrolled.folder / "runs").iterdir()) == []
 
 
@@ -398,7 +355,7 @@ def test_a_run_that_its_own_cap_does_not_pay_for_is_refused_at_the_start(
             name=f"run-{count}-{cohort}-{len(budget)}",
         )
         refuse = main._Reports().refuse_unpaid
-        return commands.prepare(enrolled, config, resume=False, refuse=refuse)
+        return device_runs.prepare(enrolled, config, resume=False, refuse=refuse)
 
     with pytest.raises(ConfigError) as refused:
         prepared(8, {"client": 9.0})
@@ -417,7 +374,7 @@ def test_a_run_that_its_own_cap_does_not_pay_for_is_refused_at_the_start(
 
 def test_a_run_without_devices_is_refused(tmp_path: Path, llama_folder: Path) -> None:
     with pytest.raises(StateError, match="nobody is enrolled"):
-        commands.prepare(made(tmp_path), settings(llama_folder), resume=False)
+        device_runs.prepare(made(tmp_path), settings(llama_folder), resume=False)
 
 
 def record(number: int, **more: Any) -> dict[str, Any]:
@@ -450,10 +407,10 @@ def following(
     monkeypatch.setattr(control, "runs", told)
     monkeypatch.setattr(control, "stop_run", lambda *_: None)
     monkeypatch.setattr(control, "start_run", again)
-    monkeypatch.setattr(commands, "_going", lambda *_: None)
+    monkeypatch.setattr(device_runs, "going_on", lambda *_: None)
     for name in ("LOOK_S", "FIRST_WAIT_S", "SILENCE_S"):
-        monkeypatch.setattr(commands, name, 0.0)
-    commands.follow(server, place, 7, 3, said.append)
+        monkeypatch.setattr(device_runs, name, 0.0)
+    device_runs.follow(server, place, 7, 3, said.append)
     return said
 
 
@@ -464,7 +421,7 @@ def test_following_shows_each_round_once_and_waits_for_a_superlink_that_restarts
     states = ["running", StateError("gone"), "completed"]
     said = following(monkeypatch, server.folder / "runs" / "a", server, states)
     assert [line.split()[0] for line in said] == ["round", "waiting:", "round", "round", "done:"]
-    assert said[0] == "round 1/3  4 asked  3 came  1 declined  1.5 s"
+    assert said[0] == "round 1/3  4 asked  3 answered  1 declined  1.5 s"
 
 
 def test_a_run_that_ends_without_its_rounds_is_not_said_to_be_done(
@@ -519,7 +476,7 @@ def test_a_run_that_is_lost_again_and_again_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = made(tmp_path)
-    monkeypatch.setattr(commands, "read_lines", lambda _: [])
+    monkeypatch.setattr(device_runs, "read_lines", lambda _: [])
     with pytest.raises(StateError, match="failed: a reason"):
         following(monkeypatch, server.folder / "runs" / "a", server, ["failed"] * 6)
 
@@ -546,7 +503,7 @@ def test_status_without_a_superlink_says_what_the_files_say(
     enrolled: Server, llama_folder: Path
 ) -> None:
     quiet = Server(enrolled.folder, enrolled.hosts, 1, 2)  # nothing answers there
-    commands.prepare(enrolled, settings(llama_folder), resume=False)
+    device_runs.prepare(enrolled, settings(llama_folder), resume=False)
     append_line(enrolled.folder / "runs" / "first" / "rounds.jsonl", record(1, mean_norm=0.5))
     found = commands.facts(quiet)
     assert found["superlink"] is False

@@ -6,12 +6,11 @@ It travels in the greetings: a head always, entries to those who asked for them.
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from ...common.errors import ProtocolError, StateError
-from ...common.secure_aggregation import fleet_directory as directories
-from ...common.secure_aggregation.fleet_directory import Chain
-from ...common.secure_aggregation.keys import Directory
+from ..common.errors import ProtocolError, StateError
+from ..common.secure_aggregation import fleet_directory as directories
+from ..common.secure_aggregation.fleet_directory import Chain
+from ..common.secure_aggregation.keys import Directory
 
 __all__ = ["Listing", "newest"]
 
@@ -35,7 +34,7 @@ def newest(folder: Path) -> Chain | Directory:
         # a run begun under an earlier privet has a plain list
         return now if isinstance(now, Chain) and _continues(begun, now) else begun
     try:
-        directories.brought_up(begun, now.head, 0, now.entries)
+        directories.refuse_unless_later(begun, now)
     except ProtocolError as error:
         raise StateError(
             f"{path} does not continue the directory that {folder} began with ({error}); put the "
@@ -87,7 +86,7 @@ class Listing:
             return (0,)
         return found.st_ino, found.st_mtime_ns, found.st_size
 
-    def offer(self, node: int) -> Mapping[str, Any]:
+    def offer(self, node: int) -> Mapping[str, str | int]:
         """Return what a greeting to a node says of the directory.
 
         Of a plain list it says nothing.
@@ -99,7 +98,7 @@ class Listing:
         lines = directories.lines_of(chain, since)
         return {"directory": str(chain.head), "since": since, "entries": "\n".join(lines)}
 
-    def heard(self, node: int, reply: Mapping[str, Any]) -> None:
+    def heard(self, node: int, reply: Mapping[str, object]) -> None:
         """Note from which entry on a node needs the directory.
 
         Where it lacks none, that is from the present end on.

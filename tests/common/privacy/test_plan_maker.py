@@ -1,4 +1,6 @@
-"""common/privacy/grid_sizing.py: the modulus is chosen, and a rotation where it saves bits."""
+"""common/privacy/plan_maker.py: the modulus is chosen, and a rotation where it saves bits."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,11 +9,9 @@ from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.privacy.encoding import cannot_wrap, rounded_sensitivity
-from privet.common.privacy.grid_sizing import size
 from privet.common.privacy.noise import TestSource, skellam_table
-from privet.common.privacy.plan_maker import make_plan
+from privet.common.privacy.plan_maker import make_plan, size
 from privet.common.privacy.rotation import flat_bound
-from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import parse
 from privet.common.settings.sections import ClientPrivacySettings
 
@@ -59,7 +59,7 @@ def test_a_device_that_names_a_modulus_refuses_a_smaller_one():
     config = parse({"privacy": {"client": {"bits": 24}}})
     plan = make_plan(config, "run", 1, "0" * 64, np.zeros(50, np.float32))
     plan.refuse_if_laxer(config)
-    weaker = Plan(**plan.to_dict() | {"bits": 23})
+    weaker = dataclasses.replace(plan, bits=23)
     with pytest.raises(ProtocolError, match=r"bits \(own limit 24\)"):
         weaker.refuse_if_laxer(config)
 
