@@ -28,7 +28,7 @@ from ..store import verdicts
 from ..store.device_store import DeviceStore
 from . import template_store
 from .profile import profile_of, public_chances
-from .retrieval import Encoder, Index
+from .retrieval import Encoder, TextIndex
 from .sentence_encoder import embed_new, kept_bytes, read_kept, sentence_encoder
 from .templates import Template
 from .text_generation import Assistant, Sampling
@@ -131,14 +131,14 @@ def _template(home: DeviceStore, asked: str | None) -> tuple[Template, AbAssignm
     return template_store.trusted(home, asked or TEMPLATE), ab_run
 
 
-def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
+def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> TextIndex:
     """Build the retrieval index over the device's records.
 
     Sentence vectors that were made before are read from the vault.
     """
     encode = encoder_of(encoder)
     if encode is None or not texts:
-        return Index.build(texts)
+        return TextIndex.build(texts)
     name = f"retrieval/{encoder}"
     kept = home.vault.get(name)
     known = read_kept(kept, encode(["width"]).shape[1])
@@ -146,7 +146,7 @@ def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
     content = kept_bytes(texts, vectors)
     if content != kept:  # also when a record has gone: its vector goes with it
         home.vault.put(name, content)
-    return Index.build(texts, encode, vectors)
+    return TextIndex.build(texts, encode, vectors)
 
 
 def encoder_of(name: str) -> Encoder | None:

@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 
 from ...common.errors import ConfigError
 from ..training.records import Record
-from .retrieval import Hit, Index, pick
+from .retrieval import Hit, TextIndex, pick
 from .templates import Template, render
 
 __all__ = ["Context", "Profile", "context", "describe", "profile_of", "public_chances"]
@@ -201,7 +201,7 @@ def describe(profile: Profile) -> str:
 def context(
     template: Template,
     prompt: str,
-    index: Index,
+    index: TextIndex,
     count: Callable[[str], int],
     budget: int,
     profile: Profile | None = None,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...common.errors import ConfigError, DataError
 
-__all__ = ["Encoder", "Hit", "Index", "Ways", "pick", "words_of"]
+__all__ = ["Encoder", "Hit", "TextIndex", "Ways", "pick", "words_of"]
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts -> unit rows, (texts, width)."""
@@ -74,7 +74,7 @@ class Hit:
 
 
 @dataclass(frozen=True, eq=False)
-class Index:
+class TextIndex:
     """An index over texts, earliest first.
 
     Attributes:
@@ -94,8 +94,8 @@ class Index:
         texts: Sequence[str],
         encoder: Encoder | None = None,
         vectors: NDArray[np.float32] | None = None,
-    ) -> "Index":
-        """Index a history.
+    ) -> "TextIndex":
+        """TextIndex a history.
 
         Args:
             texts: earliest first, as `DeviceStore.records` and `records.read_user` give them.
@@ -170,7 +170,11 @@ class Index:
 
 
 def pick(
-    index: Index, hits: Sequence[Hit], lengths: Sequence[int], budget: int, diversity: float = 0.3
+    index: TextIndex,
+    hits: Sequence[Hit],
+    lengths: Sequence[int],
+    budget: int,
+    diversity: float = 0.3,
 ) -> list[Hit]:
     """Choose hits to put before a prompt, so that they fit a budget and do not repeat one thing.
 
@@ -219,7 +223,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _sparse(texts: Sequence[str]) -> Any:
-    """Index the words of texts for BM25, or return None when there is no word at all."""
+    """TextIndex the words of texts for BM25, or return None when there is no word at all."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell the terminal of each index

@@ -19,7 +19,7 @@ from .retrieval import Encoder
 
 __all__ = ["embed", "embed_new", "kept_bytes", "read_kept", "sentence_encoder"]
 
-LONGEST = 256
+MAX_TOKENS = 256
 """Tokens of a text that are read; what all-MiniLM-L6-v2 was trained with."""
 BATCH = 32
 _DIGEST = 16
@@ -59,7 +59,7 @@ def embed(base: BaseModel, texts: Sequence[str], step: Step | None = None) -> ND
     vectors = np.zeros((len(texts), base.width), np.float32)
     if not texts:
         return vectors
-    rows = base.tokenizer(list(texts), truncation=True, max_length=LONGEST, verbose=False)
+    rows = base.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS, verbose=False)
     rows = rows["input_ids"]
     order = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
     for start in range(0, len(order), BATCH):

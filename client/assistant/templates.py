@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 PLACEHOLDERS = ("profile", "history", "prompt")
-LARGEST_FILE, LONGEST_TEXT = 65_536, 8_000
+MAX_FILE_BYTES, MAX_TEXT = 65_536, 8_000
 """Bytes of a file, characters of a text."""
 
 _FIELD = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
@@ -82,7 +82,7 @@ class Template(_Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
     version: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}$")]
     about: _Short
-    text: str = Field(min_length=1, max_length=LONGEST_TEXT)
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
     segment: Segment = Segment()
     metadata: Mapping[_Short, _Short] = Field(default_factory=dict, max_length=20)
     publisher: str | None = None
@@ -228,8 +228,8 @@ def render(template: Template, *, prompt: str, profile: str = "", history: str =
 
 
 def _table(content: bytes, where: str) -> dict[str, object]:
-    if len(content) > LARGEST_FILE:
-        raise ConfigError(f"{where} has {len(content):,} bytes; a template has {LARGEST_FILE:,}")
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{where} has {len(content):,} bytes; a template has {MAX_FILE_BYTES:,}")
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:

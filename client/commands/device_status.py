@@ -33,7 +33,7 @@ __all__ = [
     "worker",
 ]
 
-State = Literal["agreed", "declined", "changed", "waits"]
+Decision = Literal["agreed", "declined", "changed", "waits"]
 
 
 class RunFacts(TypedDict):
@@ -42,7 +42,7 @@ class RunFacts(TypedDict):
     run: str
     server: str
     received: float
-    state: State
+    state: Decision
     agreed: float | None
     by: run_offers.How | None
 
@@ -139,7 +139,7 @@ def runs(home: DeviceStore) -> list[RunFacts]:
     ]
 
 
-def _state(home: DeviceStore, run: str) -> State:
+def _state(home: DeviceStore, run: str) -> Decision:
     if home.declined(run):
         return "declined"
     return "waits" if home.agreed(run) is None else "changed"

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 
-LARGEST = 64 * 2**20
+MAX_FILE_BYTES = 64 * 2**20
 """Bytes of a file of verdicts."""
 
 
@@ -137,12 +137,12 @@ def _read(file: Path, now: float) -> "list[Verdict]":
     from ..training.records import decode_line
 
     if str(file) == "-":
-        content = sys.stdin.buffer.read(LARGEST + 1)
+        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     else:
         with explain_os_errors(file, "read verdicts from"), open(file, "rb") as opened:
-            content = opened.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise DataError(f"{file}: more than {LARGEST:,} bytes; split it into several files.")
+            content = opened.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"{file}: more than {MAX_FILE_BYTES:,} bytes; split it into several files.")
     lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{file}: expected a verdict a line, found none.")

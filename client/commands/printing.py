@@ -219,19 +219,21 @@ def directory(facts: "DirectoryFacts", history: Sequence[tuple[float, int, str, 
 
 def budget(facts: "Spending", as_json: bool) -> None:
     """Print what was spent, a line for each unit, adversary and adjacency, and what it rests on."""
-    from ..consent.offer_description import NEIGHBOURS, UNITS
+    from ..consent.offer_description import ADJACENCY_WORDS, UNIT_WORDS
 
     if as_json:
         dump(facts)
         return
     rows = [
-        (UNITS[line["unit"]], against, epsilon, limit, line["releases"],
-         f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}")
+        (UNIT_WORDS[line["unit"]], against, epsilon, limit, line["releases"],
+         f"{line['adjacency']}: {ADJACENCY_WORDS[line['adjacency']]}")
         for line in facts["lines"]
         for against, epsilon, limit in _figures(line)
     ]  # fmt: skip
     if not rows:
-        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
+        allowed = ", ".join(
+            f"{value:g} for {UNIT_WORDS[u]}" for u, value in facts["budget"].items()
+        )
         print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
         return
     table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
@@ -252,9 +254,9 @@ def budget(facts: "Spending", as_json: bool) -> None:
 
 def _figures(line: "SpentLine") -> Iterator[tuple[str, str, str]]:
     """Yield the adversary, epsilon and limit of a claim, and of what masks would give beside it."""
-    from ..consent.offer_description import AGAINST
+    from ..consent.offer_description import ADVERSARY_WORDS
 
-    against = AGAINST[line["against"]]
+    against = ADVERSARY_WORDS[line["against"]]
     if line["with_masks"] is not None:
         counted = "this device's own share of the noise: no closed directory"
         if line["conditions"]:
@@ -266,7 +268,7 @@ def _figures(line: "SpentLine") -> Iterator[tuple[str, str, str]]:
     yield against, _bound(line) if line["known"] else "not known", limit
     if line["with_masks"] is not None:
         conditions = "; ".join(line["with_masks"]["conditions"])
-        against = f"{AGAINST[line['against']]}, only if: {conditions}"
+        against = f"{ADVERSARY_WORDS[line['against']]}, only if: {conditions}"
         yield against, _bound(line["with_masks"]), "no claim"
 
 

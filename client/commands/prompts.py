@@ -211,12 +211,12 @@ def _publisher(path: Path) -> "Identity":
 
 def _content(path: Path) -> bytes:
     from ...common.files import explain_os_errors
-    from ..assistant.templates import LARGEST_FILE
+    from ..assistant.templates import MAX_FILE_BYTES
 
     if not path.is_file():
         raise ConfigError(f"there is no template file {path}")
     with explain_os_errors(path, "read"), path.open("rb") as file:
-        return file.read(LARGEST_FILE + 1)
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def _confirm(question: str, yes: bool) -> None:

@@ -27,13 +27,13 @@ TYPICAL_DIMENSIONS = (4096, 512, 64, 8, 1)
 """Numbers in an adapter whose model has not been loaded yet, the first that the run's modulus has
 room for; epsilon hardly depends on it."""
 
-UNITS = {"client": "all your records together", "example": "any one of your records"}
-AGAINST = {
+UNIT_WORDS = {"client": "all your records together", "example": "any one of your records"}
+ADVERSARY_WORDS = {
     "analyst": "whoever sees what is published",
     "server": "the server",
     "unmasked server": "the server, should the masks fail",
 }
-NEIGHBOURS = {
+ADJACENCY_WORDS = {
     "add_remove": "whether it was there at all",
     "zero_out": "whether its share was replaced by zero",
     "replace_one": "whether it was this or something else",
@@ -42,7 +42,7 @@ BUDGET_OF = (
     "this home on this device, for its life: another device with your records, or a home begun "
     "after `privet client forget`, has a budget of its own, and what is learnt of you adds up"
 )
-PLACES = {
+NOISE_WORDS = {
     "device": "this device adds all of it before anything leaves; it holds against the server too",
     "distributed": "each device adds a share, and masks show the server the sum alone",
     "server": "the server adds it, and reads your clipped contribution before that",
@@ -187,9 +187,9 @@ def _epsilons(
             text += _if_they_fail(config, own, line[0], left, device.enrolled)
         elif line[:2] == ("client", "server") and _masked(config):
             text += _if_nobody_was_invented(config, own, cost)
-        adversaries.setdefault((line[0], text), []).append(AGAINST[line[1]])
+        adversaries.setdefault((line[0], text), []).append(ADVERSARY_WORDS[line[1]])
     return [
-        (f"epsilon, {unit}-level", f"{UNITS[unit]}, against {' and '.join(against)}: {text}")
+        (f"epsilon, {unit}-level", f"{UNIT_WORDS[unit]}, against {' and '.join(against)}: {text}")
         for (unit, text), against in adversaries.items()
     ]
 
@@ -284,7 +284,7 @@ def _epsilon(config: Config, own: Config, once: Sequence["Charge"], device: Devi
     cap = None if cap is None or math.isinf(cap) else cap
     return (
         f"{_growing(config, own, once)}" + f", at delta = {delta:g} ({charge.adjacency}: hidden is "
-        f"{NEIGHBOURS[charge.adjacency]}); your budget over all runs {budget:g}"
+        f"{ADJACENCY_WORDS[charge.adjacency]}); your budget over all runs {budget:g}"
         + (f", of which {_about(epsilon(line, delta))} is spent" if line else "")
         + (f"; the run's own cap {cap:g}" if cap is not None else "")
         + (f", of which {_about(epsilon(mine, delta))} is spent" if cap and mine else "")
@@ -311,7 +311,7 @@ def refuse_short(run: str, paid: "Paid | None", partly: bool) -> None:
     """
     if paid is None or (partly and paid.rounds):
         return
-    line = f"the {paid.unit}-level epsilon against {AGAINST[paid.against]}"
+    line = f"the {paid.unit}-level epsilon against {ADVERSARY_WORDS[paid.against]}"
     spent = f", of which {paid.spent:.4g} is spent," if paid.spent else ""
     after = f"{paid.whole:.4g}" if math.isfinite(paid.whole) else "without a bound"
     mend = f"raise {paid.limit.setting} in policy.toml, which is for life"
@@ -395,7 +395,7 @@ def _noise(config: Config) -> str:
     if client.enabled:
         parts = [
             f"client-level: contribution clipped to {client.clip:g}, noise of "
-            f"{client.noise_multiplier:g} times that; {PLACES[client.noise_at]}"
+            f"{client.noise_multiplier:g} times that; {NOISE_WORDS[client.noise_at]}"
         ]
     if config.ab_run is not None:
         masked = client.noise_at == "distributed"

@@ -45,7 +45,7 @@ PLACES: tuple[NoiseAt, ...] = get_args(NoiseAt)
 load NumPy."""
 
 BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier")
-LARGEST_FILE = 1_000_000
+MAX_FILE_BYTES = 1_000_000
 """Bytes; a larger policy file is somebody else's file."""
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -351,10 +351,10 @@ def _bytes(path: Path) -> bytes:
     if not stat.S_ISREG(mode):
         raise ConfigError(f"the policy {path} is not a regular file; expected a TOML file")
     with path.open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
         raise ConfigError(
-            f"the policy {path} has more than {LARGEST_FILE} bytes; expected a short TOML file, "
+            f"the policy {path} has more than {MAX_FILE_BYTES} bytes; expected a short TOML file, "
             "as `privet client init` writes it"
         )
     return content

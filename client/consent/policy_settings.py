@@ -21,14 +21,14 @@ from ...common.settings.sections import (
 __all__ = [
     "Allowed",
     "Budget",
-    "Consent",
+    "ConsentRules",
     "ImportTexts",
-    "Limits",
     "Outbox",
     "OwnBudget",
     "Policy",
     "Prompts",
     "Resources",
+    "RunLimits",
     "When",
     "ranges",
 ]
@@ -96,7 +96,7 @@ class OwnBudget(BudgetSettings):
     owner_example: float
 
 
-class Limits(_Section):
+class RunLimits(_Section):
     """What a run must hide, and how much work it may ask for. A run past a limit is refused."""
 
     noise_at: NoiseAt = Field(
@@ -231,7 +231,7 @@ class Resources(_Section):
     )
 
 
-class Consent(_Section):
+class ConsentRules(_Section):
     """Who says yes to a run that is inside the limits above."""
 
     ask: bool = Field(
@@ -275,11 +275,11 @@ class Policy(_Section):
     """The owner's limits. `Policy()` is what `privet client init` writes."""
 
     budget: Budget = Budget()
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     allowed: Allowed = Allowed()
     when: When = When()
     resources: Resources = Resources()
-    consent: Consent = Consent()
+    consent: ConsentRules = ConsentRules()
     import_texts: ImportTexts = ImportTexts()
     outbox: Outbox = Outbox()
     prompts: Prompts = Prompts()

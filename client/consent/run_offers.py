@@ -42,7 +42,7 @@ How = Literal["owner", "policy"]
 """Who agreed: the owner at the keyboard, or `consent.ask = false`."""
 
 FORMAT = 1
-LARGEST_TEXT = 64 * 1024
+MAX_TEXT = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def _checked(offer: Offer) -> Offer:
         raise StateError(f"run = {shown(offer.run)}: expected letters, digits, dots and dashes")
     if not 0 < len(offer.server) <= 300:
         raise StateError("server: expected HOST:PORT")
-    if len(offer.text) > LARGEST_TEXT:
-        raise StateError(f"its configuration has more than {LARGEST_TEXT} characters")
+    if len(offer.text) > MAX_TEXT:
+        raise StateError(f"its configuration has more than {MAX_TEXT} characters")
     _refuse_time(offer.received)
     try:
         _ = offer.config

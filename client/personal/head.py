@@ -10,7 +10,7 @@ read by adapter training, and nothing here may be sent; `client/privacy/gate.py`
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self, TypeVar
 
 import safetensors
@@ -22,6 +22,7 @@ from ...common.errors import StateError
 
 __all__ = [
     "PersonalHead",
+    "best_choice",
     "head_of_kind",
     "minimise",
     "number_of",
@@ -87,6 +88,21 @@ def minimise(objective: Callable[[], Tensor], variable: Tensor, max_iter: int) -
         return float(loss.detach())
 
     solver.step(step)
+
+
+def best_choice(
+    choices: Sequence[float], held_out: Callable[[float], float], shared: float
+) -> float:
+    """Return the choice with the lowest held-out loss, or 0 unless one is below `shared`.
+
+    Of equal ones the first is taken.
+    """
+    best, lowest = 0.0, shared
+    for choice in choices:
+        loss = held_out(choice)
+        if loss < lowest:
+            best, lowest = choice, loss
+    return best
 
 
 def pack(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:

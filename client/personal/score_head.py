@@ -46,7 +46,7 @@ STRENGTHS = (1.0, 10.0, 100.0)  # s, of a pair whose states are as far apart as 
 WORTHS = (0.0, 3.0, 30.0)  # w
 ODDS = 3.0  # "positive" evidence (Kass and Raftery 1995, section 3.2)
 MIN_PAIRS = 5
-MOST_PAIRS = 300  # the latest; time goes with the cube
+MAX_PAIRS = 300  # the latest; time goes with the cube
 _NEWTON_STEPS = 40
 _HALVINGS = 6
 _ENOUGH = 1e-7  # nats
@@ -86,13 +86,13 @@ def fit_score_head(
     _check(differences, longer, answers, shared, widths)
     if len(differences) < MIN_PAIRS:
         return shared
-    rows, longer = differences[-MOST_PAIRS:].double(), longer[-MOST_PAIRS:].double()
+    rows, longer = differences[-MAX_PAIRS:].double(), longer[-MAX_PAIRS:].double()
     weight = shared.weight.double()[0]
     margin, unit = _scaled((rows @ weight)[:, None])
     views, sizes = zip(*map(_scaled, rows.split(widths, dim=1)), strict=True)
     if settings.length_controlled:
         views = tuple(_off_length(view, longer) for view in views)
-    grid = _fitted_grid(margin, views, _own_worth(answers[-MOST_PAIRS:]))
+    grid = _fitted_grid(margin, views, _own_worth(answers[-MAX_PAIRS:]))
     changed = grid.strength > 0
     if not _wanted(grid.evidence, changed):
         return shared

@@ -53,8 +53,8 @@ ME = "me"
 POLICY = "policy.toml"
 RUN_ENTRIES = ("runs/", "agreed/")
 """Not `declined/`: an owner's no stands, whatever a server offers meanwhile."""
-LONGEST_NOTE = 2000
-MOST_RUNS = 100
+MAX_NOTE = 2000
+MAX_RUNS = 100
 """Offers kept; a server that sends more pushes out the oldest nobody agreed to."""
 
 
@@ -422,7 +422,7 @@ class DeviceStore:
         return True
 
     def _make_room_for_an_offer(self) -> None:
-        if len(self.vault.names("runs/")) < MOST_RUNS:
+        if len(self.vault.names("runs/")) < MAX_RUNS:
             return
         # what was agreed to once is kept, so that no flood of offers makes a weaker one a first one
         idle = (
@@ -433,7 +433,7 @@ class DeviceStore:
         oldest = next(idle, None)
         if oldest is None:
             raise PrivacyError(
-                f"this device has agreed to {MOST_RUNS} runs already and keeps no more; "
+                f"this device has agreed to {MAX_RUNS} runs already and keeps no more; "
                 "`privet client leave` ends them"
             )
         self.vault.put_all(dict.fromkeys(f"{kind}{oldest}" for kind in RUN_ENTRIES))
@@ -494,7 +494,7 @@ class DeviceStore:
 
         Said again, it is not written again: a server greets every two seconds.
         """
-        sentence = sentence[:LONGEST_NOTE]
+        sentence = sentence[:MAX_NOTE]
         if self.last_note is None or self.last_note[1] != sentence:
             self.vault.put("note", _json([time.time(), sentence]))
 

@@ -67,7 +67,7 @@ KEY_FILE = "key.json"
 _SERVICE = "privet"
 _KEY, _NONCE, _TAG, _ID = 32, 12, 16, 16
 _Publish = Callable[[Path, Path], None]
-_LARGEST_FILE = 65_536
+_MAX_FILE_BYTES = 65_536
 _ARGON2ID: _Cost = {"iterations": 3, "lanes": 4, "memory_kib": 65_536}
 # What a key.json may ask of this machine at most: 256 MiB and about 5 s.
 _BOUNDS = {"iterations": (1, 32), "lanes": (1, 16), "memory_kib": (1024, 262_144)}
@@ -471,7 +471,7 @@ def _keyring_answers() -> Iterator[None]:
 def _read(path: Path) -> _Wrapped:
     regular(path)
     with explain_os_errors(path, "read"), open(path, "rb") as file:
-        content = file.read(_LARGEST_FILE)
+        content = file.read(_MAX_FILE_BYTES)
     try:
         body = json.loads(content)
         checksum = body.pop("checksum")

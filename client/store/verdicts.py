@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .device_store import DeviceStore
 
 __all__ = [
-    "LONGEST",
-    "MOST",
+    "MAX_TEXT",
+    "MAX_VERDICTS",
     "Pair",
     "Verdict",
     "add",
@@ -33,12 +33,12 @@ __all__ = [
     "pairs",
 ]
 
-Kind = Literal["accept", "reject", "edit"]
+VerdictKind = Literal["accept", "reject", "edit"]
 
 ENTRY, FORMAT = "feedback/", 1
-LONGEST = 20_000
+MAX_TEXT = 20_000
 """Characters of one text."""
-MOST = 10_000
+MAX_VERDICTS = 10_000
 """Verdicts kept; the next one asks the owner to forget some."""
 SIDE_BY_SIDE = 8
 """Rejected answers that one accepted answer to the same prompt is paired with, the latest first."""
@@ -63,7 +63,7 @@ class Verdict:
         taken: in an experiment, whether the arm's answer was the one taken.
     """
 
-    kind: Kind
+    kind: VerdictKind
     prompt: str = field(repr=False)
     answer: str = field(repr=False)
     over: str | None = field(default=None, repr=False)
@@ -117,14 +117,14 @@ def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
     prompt = _optional(fields, "prompt", where) or ""
     time = _time(fields, where, now)
     over, edited = texts.get("over"), texts.get("edited")
-    return Verdict(cast(Kind, kind), prompt, answer, over, edited, time)
+    return Verdict(cast(VerdictKind, kind), prompt, answer, over, edited, time)
 
 
 def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
     """Keep verdicts, all or none, and return their numbers.
 
     Raises:
-        StateError: there would be more than `MOST`; nothing was kept.
+        StateError: there would be more than `MAX_VERDICTS`; nothing was kept.
     """
     with home.vault.transaction():
         names = home.vault.names(ENTRY)
@@ -132,10 +132,10 @@ def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
             f"{ENTRY}{number:08d}": json.dumps({"format": FORMAT, **asdict(verdict)}).encode()
             for number, verdict in enumerate(verdicts, start=_last(names) + 1)
         }
-        if len(names) + len(entries) > MOST:
+        if len(names) + len(entries) > MAX_VERDICTS:
             raise StateError(
-                f"this device keeps {len(names):,} verdicts and at most {MOST:,}: forget some "
-                "with `privet client feedback forget NUMBER...`"
+                f"this device keeps {len(names):,} verdicts and at most {MAX_VERDICTS:,}: forget "
+                "some with `privet client feedback forget NUMBER...`"
             )
         home.vault.put_all(entries)
     return [_number(name) for name in entries]
@@ -248,9 +248,9 @@ def _text(fields: Mapping[str, object], name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         kind = "nothing" if value is None or isinstance(value, str) else type(value).__name__
         raise DataError(f'{where}: "{name}" must be a text that is not empty, found {kind}.')
-    if len(value) > LONGEST:
+    if len(value) > MAX_TEXT:
         raise DataError(
-            f'{where}: "{name}" has {len(value):,} characters, and at most {LONGEST:,} are kept; '
+            f'{where}: "{name}" has {len(value):,} characters, and at most {MAX_TEXT:,} are kept; '
             "shorten it."
         )
     try:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...client.assistant.retrieval import Encoder, Index, Ways, pick
+from ...client.assistant.retrieval import Encoder, TextIndex, Ways, pick
 
 __all__ = ["History"]
 
@@ -31,7 +31,7 @@ class History:
         ways: how retrieval ranks.
     """
 
-    index: Index = field(repr=False)
+    index: TextIndex = field(repr=False)
     ids: tuple[tuple[int, ...], ...] = field(repr=False)
     ways: Ways
 
@@ -39,12 +39,12 @@ class History:
     def of(
         cls, records: Sequence[Sequence[int]], tokenizer: Any, encoder: Encoder | None
     ) -> "History":
-        """Index tokenised records, earliest first.
+        """TextIndex tokenised records, earliest first.
 
         What was cut off a record is not searched.
         """
         texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in records]
-        index = Index.build(texts, encoder)
+        index = TextIndex.build(texts, encoder)
         return cls(index, tuple(map(tuple, records)), Ways(meaning=1.0 if encoder else 0.0))
 
     def context(self, query: str, budget: int, before: int | None = None) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...client.assistant.retrieval import Encoder, Index, Ways
+from ...client.assistant.retrieval import Encoder, TextIndex, Ways
 from ...common.errors import ConfigError, DataError
 
 __all__ = [
@@ -246,7 +246,7 @@ def retrieve(
     if how == "dense" and encoder is None:
         raise ConfigError("--retrieval dense needs a sentence encoder")
     ways = Ways(words=float(how == "bm25"), meaning=float(how == "dense"), recency=0.0, pool=k)
-    index = Index.build([_searched(task, item) for item in profile],
+    index = TextIndex.build([_searched(task, item) for item in profile],
                         encoder if how == "dense" else None)  # fmt: skip
     return [profile[hit.index] for hit in index.search(query(task, question.text), k, ways)]
 

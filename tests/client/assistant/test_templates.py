@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privet.client.assistant import template_store
 from privet.client.assistant.templates import (
-    LARGEST_FILE,
+    MAX_FILE_BYTES,
     PLACEHOLDERS,
     Template,
     builtins,
@@ -156,7 +156,7 @@ def test_a_malformed_template_is_refused_and_cannot_be_signed(changes, sentence)
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff", b"name = ", b"[" * 5000, b" " * (LARGEST_FILE + 1), b""]
+    "content", [b"\xff", b"name = ", b"[" * 5000, b" " * (MAX_FILE_BYTES + 1), b""]
 )
 def test_what_is_no_template_file_is_said(content):
     with pytest.raises(ConfigError, match="f "):

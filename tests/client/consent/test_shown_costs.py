@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from privet.client.ab_outcome import ArmOutcome, answered
-from privet.client.consent.offer_description import AGAINST, UNITS, describe, expected
+from privet.client.consent.offer_description import ADVERSARY_WORDS, UNIT_WORDS, describe, expected
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import Offer
 from privet.client.device import SimulatedContext, exchange_at
@@ -31,9 +31,11 @@ def shown(config: Config, dimension: int | None = None) -> dict[tuple[str, str],
         if label.startswith("epsilon"):
             who, figures = text.split(": about ", 1)
             of, names = who.split(", against ", 1)
-            unit = next(name for name, words in UNITS.items() if words == of)
+            unit = next(name for name, words in UNIT_WORDS.items() if words == of)
             value = float(figures.split(" after 1 release")[0])
-            against = [name for name, words in AGAINST.items() if words in names.split(" and ")]
+            against = [
+                name for name, words in ADVERSARY_WORDS.items() if words in names.split(" and ")
+            ]
             found |= {(unit, name): value for name in against}
             if "should they fail, about " in text:
                 left = text.split("should they fail, about ")[1]
