@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...common.errors import ConfigError, DataError
 
-__all__ = ["Encoder", "Hit", "TextIndex", "Ways", "pick", "words_of"]
+__all__ = ["Encoder", "Hit", "Ranking", "TextIndex", "pick", "words_of"]
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts -> unit rows, (texts, width)."""
@@ -32,8 +32,8 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How much each ranking counts, and how long it is.
+class Ranking:
+    """How three rankings are fused: how much each of them counts, and how long it is.
 
     Attributes:
         words, meaning, recency: weights of 1 / (60 + rank), >= 0; 0 leaves a ranking out.
@@ -118,7 +118,7 @@ class TextIndex:
         return cls(texts, encoder, vectors, _sparse(texts))
 
     def search(
-        self, query: str, k: int, ways: Ways | None = None, before: int | None = None
+        self, query: str, k: int, ranking: Ranking | None = None, before: int | None = None
     ) -> list[Hit]:
         """Find the texts that fit a query best, best first.
 
@@ -127,7 +127,7 @@ class TextIndex:
         Args:
             query: a text; one that matches nothing gets the latest texts, where recency counts.
             k: at most so many.
-            ways: None: all three rankings.
+            ranking: None: all three rankings.
             before: only texts at indices below it; for somebody's past at an earlier time.
 
         Raises:
@@ -135,14 +135,14 @@ class TextIndex:
         """
         if k < 1 or (before is not None and before < 0):
             raise ConfigError(f"k must be at least 1 and before at least 0: {k}, {before}")
-        ways = ways or Ways()
+        ranking = ranking or Ranking()
         size = len(self.texts) if before is None else min(before, len(self.texts))
-        by_words = self._by_words(query, size, ways.pool) if ways.words else []
-        by_meaning = self._by_meaning(query, size, ways.pool) if ways.meaning else []
+        by_words = self._by_words(query, size, ranking.pool) if ranking.words else []
+        by_meaning = self._by_meaning(query, size, ranking.pool) if ranking.meaning else []
         indices = {*by_words, *by_meaning}
-        if not indices and ways.recency:
+        if not indices and ranking.recency:
             indices = set(range(max(0, size - k), size))
-        return _fused(by_words, by_meaning, sorted(indices, reverse=True), ways)[:k]
+        return _fused(by_words, by_meaning, sorted(indices, reverse=True), ranking)[:k]
 
     def alike(self, indices: Sequence[int]) -> NDArray[np.float64]:
         """Return how alike each two of these texts are, in [0, 1].
@@ -243,17 +243,17 @@ def _best(scores: NDArray[np.float32], count: int) -> list[int]:
 
 
 def _fused(
-    by_words: Sequence[int], by_meaning: Sequence[int], by_time: Sequence[int], ways: Ways
+    by_words: Sequence[int], by_meaning: Sequence[int], by_time: Sequence[int], ranking: Ranking
 ) -> list[Hit]:
     words = {index: rank for rank, index in enumerate(by_words, start=1)}
     meaning = {index: rank for rank, index in enumerate(by_meaning, start=1)}
     hits = []
     for age, index in enumerate(by_time, start=1):
-        score = ways.recency / (RANK_CONSTANT + age)
+        score = ranking.recency / (RANK_CONSTANT + age)
         if index in words:
-            score += ways.words / (RANK_CONSTANT + words[index])
+            score += ranking.words / (RANK_CONSTANT + words[index])
         if index in meaning:
-            score += ways.meaning / (RANK_CONSTANT + meaning[index])
+            score += ranking.meaning / (RANK_CONSTANT + meaning[index])
         hits.append(Hit(index, score, words.get(index), meaning.get(index)))
     return sorted(hits, key=lambda hit: (-hit.score, -hit.index))
 

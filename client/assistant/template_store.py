@@ -10,25 +10,25 @@ from dataclasses import dataclass
 
 from ...common.errors import ConfigError, PrivacyError
 from ..store.device_store import DeviceStore
-from .templates import Template, builtins, claimed, read
+from .templates import Template, builtins, claimed_publisher, read
 
 __all__ = [
-    "Kept",
+    "TemplateVersion",
     "add",
     "changes",
+    "check",
     "earlier",
     "find",
     "kept",
     "rollback",
     "trusted",
-    "weigh",
 ]
 
 _KEPT, _USED = "prompts/", "prompts-in-use/"
 
 
 @dataclass(frozen=True)
-class Kept:
+class TemplateVersion:
     """One version of a template on this device, and whether it is used.
 
     Attributes:
@@ -42,28 +42,28 @@ class Kept:
     refused: str = ""
 
 
-def kept(home: DeviceStore) -> list[Kept]:
+def kept(home: DeviceStore) -> list[TemplateVersion]:
     """Return every version of every template, by name, the newest first."""
     trusted = home.policy.prompts.publishers
-    versions = [Kept(template, used=True) for template in builtins().values()]
+    versions = [TemplateVersion(template, used=True) for template in builtins().values()]
     for name in home.vault.names(_KEPT):
         content = home.vault.get(name) or b""
         used = home.vault.get(_USED + name.split("/")[1]) == name.split("/")[2].encode()
         try:
-            versions.append(Kept(read(content, name, trusted), used))
+            versions.append(TemplateVersion(read(content, name, trusted), used))
         except PrivacyError as refusal:
-            self_signed = read(content, name, {claimed(content, name)})
-            versions.append(Kept(self_signed, used, str(refusal)))
+            as_claimed = read(content, name, {claimed_publisher(content, name)})
+            versions.append(TemplateVersion(as_claimed, used, str(refusal)))
     versions.sort(key=lambda version: version.template.number, reverse=True)
     return sorted(versions, key=lambda version: version.template.name)
 
 
-def _versions(home: DeviceStore, name: str) -> list[Kept]:
+def _versions(home: DeviceStore, name: str) -> list[TemplateVersion]:
     """Return every version of one template, the newest first."""
     return [version for version in kept(home) if version.template.name == name]
 
 
-def find(home: DeviceStore, name: str, version: str | None = None) -> Kept:
+def find(home: DeviceStore, name: str, version: str | None = None) -> TemplateVersion:
     """Find one version of a template, or the version in use.
 
     Raises:
@@ -92,13 +92,13 @@ def trusted(home: DeviceStore, name: str, version: str | None = None) -> Templat
     return _trusted(find(home, name, version))
 
 
-def _trusted(version: Kept) -> Template:
+def _trusted(version: TemplateVersion) -> Template:
     if version.refused:
         raise PrivacyError(version.refused)
     return version.template
 
 
-def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
+def check(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
     """Check a template file, and say which version it would replace.
 
     Nothing is changed. Returned are the new template and the one in use now, if there is one.
@@ -127,10 +127,10 @@ def add(home: DeviceStore, content: bytes, where: str) -> Template:
     """Keep the template in a file and use it from now on.
 
     Raises:
-        As `weigh`.
+        As `check`.
     """
     with home.vault.transaction():  # of two programs that add, one sees what the other did
-        new, _ = weigh(home, content, where)
+        new, _ = check(home, content, where)
         home.vault.put_all(
             {
                 f"{_KEPT}{new.name}/{new.version}": content,

@@ -38,7 +38,7 @@ __all__ = [
     "Segment",
     "Template",
     "builtins",
-    "claimed",
+    "claimed_publisher",
     "read",
     "render",
     "sign",
@@ -175,7 +175,7 @@ def read(content: bytes, where: str, trusted: Collection[str]) -> Template:
     return template.model_copy(update={"publisher": publisher.hex()})
 
 
-def claimed(content: bytes, where: str) -> str:
+def claimed_publisher(content: bytes, where: str) -> str:
     """Return the public key that a file says it is signed by, without checking it.
 
     Empty where the file names none.

@@ -178,16 +178,16 @@ def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
 def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
     from ..store.verdicts import pairs
 
-    rows = []
-    for pair in pairs(every.values()):
-        row: dict[str, object] = {"day": _day(pair.time)}
-        if texts:
-            row |= {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        else:
-            row["chosen characters"] = len(pair.chosen)
-            row["rejected characters"] = len(pair.rejected)
-        rows.append(row)
-    return rows
+    return [
+        {"day": _day(p.time), "prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+        if texts
+        else {
+            "day": _day(p.time),
+            "chosen characters": len(p.chosen),
+            "rejected characters": len(p.rejected),
+        }
+        for p in pairs(every.values())
+    ]
 
 
 def _day(seconds: float) -> str:

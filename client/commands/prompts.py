@@ -16,7 +16,8 @@ from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from ...common.secure_aggregation.keys import Identity
-    from ..assistant.template_store import Kept
+    from ..assistant.template_store import TemplateVersion
+    from ..assistant.templates import Template
     from ..store.device_store import DeviceStore
 
 __all__ = ["app"]
@@ -81,11 +82,9 @@ def add(
 
     content = _content(file)
     with opened(home, passphrase) as store:
-        new, before = template_store.weigh(store, content, str(file))
+        new, before = template_store.check(store, content, str(file))
         changed = template_store.changes(before, new)
-        if not as_json:
-            _print(changed)
-        _confirm(f"Use version {new.version} of {new.name!r} from now on?", yes)
+        _confirm(changed, new, yes, as_json)
         template_store.add(store, content, str(file))
     facts = {"name": new.name, "version": new.version, "changed": changed}
     printing.say(as_json, facts, f"{new.name!r} {new.version} is in use.")
@@ -112,7 +111,7 @@ def diff(
         if path.suffix == ".toml" or path.is_file():
             if versions:
                 raise ConfigError("a file is compared with the version in use: give no versions")
-            new, before = template_store.weigh(store, _content(path), what)
+            new, before = template_store.check(store, _content(path), what)
             changed = template_store.changes(before, new)
         else:
             changed = _between(store, what, versions or [])
@@ -136,9 +135,7 @@ def rollback(
     with opened(home, passphrase) as store:
         before, chosen = template_store.earlier(store, name, to)
         changed = template_store.changes(before, chosen)
-        if not as_json:
-            _print(changed)
-        _confirm(f"Use version {chosen.version} of {name!r} from now on?", yes)
+        _confirm(changed, chosen, yes, as_json)
         template_store.rollback(store, name, to)
     sentence = f"{name!r} {chosen.version} is in use; it was {before.version}."
     facts = {"name": name, "version": chosen.version, "before": before.version}
@@ -219,25 +216,24 @@ def _content(path: Path) -> bytes:
         return file.read(MAX_FILE_BYTES + 1)
 
 
-def _confirm(question: str, yes: bool) -> None:
+def _confirm(changed: Sequence[str], new: "Template", yes: bool, as_json: bool) -> None:
+    """Show what changes, and ask before it does."""
+    if not as_json:
+        for line in changed:
+            print(line)
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigError("nothing was changed: there is no terminal to ask at; add --yes")
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(f"Use version {new.version} of {new.name!r} from now on?", err=True):
         raise ConfigError("nothing was changed")
 
 
-def _state(version: "Kept") -> str:
+def _state(version: "TemplateVersion") -> str:
     if version.refused:
         return "not trusted any more"
     return "in use" if version.used else "kept"
 
 
-def _facts(version: "Kept") -> dict[str, object]:
+def _facts(version: "TemplateVersion") -> dict[str, object]:
     return {**version.template.model_dump(mode="json"), "state": _state(version)}
-
-
-def _print(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(line)

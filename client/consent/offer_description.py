@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..privacy.affordable_rounds import Paid
     from .run_offers import Offer
 
-__all__ = ["DeviceState", "describe", "expected", "limiting_budget", "refuse_short"]
+__all__ = ["DeviceState", "describe", "limiting_budget", "refuse_partial_run", "release_cost"]
 
 TYPICAL_DIMENSIONS = (4096, 512, 64, 8, 1)
 """Numbers in an adapter whose model has not been loaded yet, the first that the run's modulus has
@@ -114,7 +114,7 @@ def describe(
     return rows if refusals else [*rows, ("policy", "inside the limits of policy.toml")]
 
 
-def expected(config: Config, dimension: int | None = None) -> tuple["Charge", ...]:
+def release_cost(config: Config, dimension: int | None = None) -> tuple["Charge", ...]:
     """Return what one release of a run costs, as the gate will charge its first round's plan.
 
     Args:
@@ -164,7 +164,7 @@ def limiting_budget(offer: "Offer", policy: Policy, device: DeviceState = UNUSED
 def _counted(config: Config, own: Config, dimension: int | None) -> tuple["Charge", ...]:
     """Return what one release costs as this device counts it, with its own share if it must."""
     privacy = config.privacy.model_copy(update={"directory": own.privacy.directory})
-    return expected(config.model_copy(update={"privacy": privacy}), dimension)
+    return release_cost(config.model_copy(update={"privacy": privacy}), dimension)
 
 
 def _epsilons(
@@ -302,7 +302,7 @@ def _ends(paid: "Paid | None") -> str:
     return f"; {whose} ends it after about {paid.rounds}"
 
 
-def refuse_short(run: str, paid: "Paid | None", partly: bool) -> None:
+def refuse_partial_run(run: str, paid: "Paid | None", partly: bool) -> None:
     """Refuse consent to a run that the budget, or the run's own cap, ends early.
 
     Raises:
@@ -362,7 +362,7 @@ def _rounds(config: Config) -> str:
         + ("" if config.max_releases == own.count else ", should rounds come to nothing")
         + ", and what it sends cannot be taken back"
     )
-    if config.privacy.client.enabled and config.privacy.client.noise_at == "distributed":
+    if _masked(config):
         text += (
             f"; a sum is opened from {config.min_sum} devices on, and holds if at most "
             f"{config.colluders} of all enrolled devices work for the server"

@@ -10,7 +10,7 @@ shown beside it, and is no claim.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 from ...common.privacy.accounting import Adjacency, Charge, epsilon
@@ -143,10 +143,11 @@ def spending(home: DeviceStore) -> Spending:
     }
 
 
+@dataclass(frozen=True)
 class _Page:
     """The facts that all lines of one device share.
 
-    Args:
+    Attributes:
         releases: oldest first.
         older: those of which the own share is not known.
         delta: of every figure.
@@ -155,17 +156,12 @@ class _Page:
         without: whether the device belongs to a server without a closed directory.
     """
 
-    def __init__(
-        self,
-        releases: Sequence[Release],
-        older: frozenset[Release],
-        delta: float,
-        colluders: int | None,
-        enrolled: int | None,
-        without: bool,
-    ) -> None:
-        self.releases, self.older, self.delta = releases, older, delta
-        self.colluders, self.enrolled, self.without = colluders, enrolled, without
+    releases: Sequence[Release]
+    older: frozenset[Release]
+    delta: float
+    colluders: int | None
+    enrolled: int | None
+    without: bool
 
     def line(self, line: Line) -> Figure:
         """Return one line: its figure, and what the figure rests on."""

@@ -31,7 +31,7 @@ from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.sections import DEVICES
 from ..consent import device_conditions, run_offers
 from ..consent import policy as policies
-from ..consent.offer_description import DeviceState, limiting_budget, refuse_short
+from ..consent.offer_description import DeviceState, limiting_budget, refuse_partial_run
 from ..consent.policy_settings import Policy
 from ..consent.run_offers import Consent, Offer
 from ..privacy import ledger_chain as chain
@@ -349,7 +349,7 @@ class DeviceStore:
             refuse_colluders(offer.config, self.enrolled)
         consent = run_offers.agree(offer, policy, how, time.time())
         limit = limiting_budget(offer, policy, self.state_for(offer.run))
-        refuse_short(offer.run, limit, partly)
+        refuse_partial_run(offer.run, limit, partly)
         stored = run_offers.store(offer, consent)
         self.vault.put_all(
             {

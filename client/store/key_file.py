@@ -122,7 +122,7 @@ class Keyring:
 
     backend: KeyringBackend | None = field(default=None, repr=False)
 
-    def found(self) -> KeyringBackend:
+    def usable(self) -> KeyringBackend:
         """Return the backend in use.
 
         Raises:
@@ -379,7 +379,7 @@ def _new_wrapping(unlock: Unlock, vault: bytes) -> tuple[Secret, _Recipe]:
     # A name of its own for each wrapping: until key.json is replaced, the old entry stays.
     account = f"vault-{vault.hex()}-{secrets.token_hex(4)}"
     wrapping = secrets.token_bytes(_KEY)
-    backend = unlock.found()
+    backend = unlock.usable()
     with _keyring_answers():
         backend.set_password(_SERVICE, account, wrapping.hex())
         kept = backend.get_password(_SERVICE, account)
@@ -432,7 +432,7 @@ def _argon2id(unlock: Passphrase, recipe: _PassphraseRecipe) -> Secret:
 
 def _from_keyring(path: Path, unlock: Keyring, recipe: _KeyringRecipe) -> Secret:
     with _keyring_answers():
-        kept = unlock.found().get_password(recipe["service"], recipe["account"])
+        kept = unlock.usable().get_password(recipe["service"], recipe["account"])
     try:
         wrapping = bytes.fromhex(kept or "")
     except ValueError:
@@ -448,7 +448,7 @@ def _from_keyring(path: Path, unlock: Keyring, recipe: _KeyringRecipe) -> Secret
 
 def _forget(keyring: Keyring, recipe: _KeyringRecipe) -> str:
     with _keyring_answers():
-        keyring.found().delete_password(recipe["service"], recipe["account"])
+        keyring.usable().delete_password(recipe["service"], recipe["account"])
     return f"entry {recipe['account']} deleted"
 
 

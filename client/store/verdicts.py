@@ -128,9 +128,10 @@ def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
     """
     with home.vault.transaction():
         names = home.vault.names(ENTRY)
+        last = max(map(_number, names), default=0)
         entries = {
             f"{ENTRY}{number:08d}": json.dumps({"format": FORMAT, **asdict(verdict)}).encode()
-            for number, verdict in enumerate(verdicts, start=_last(names) + 1)
+            for number, verdict in enumerate(verdicts, start=last + 1)
         }
         if len(names) + len(entries) > MAX_VERDICTS:
             raise StateError(
@@ -232,10 +233,6 @@ def _restored(number: int, content: bytes) -> Verdict:
 
 def _number(name: str) -> int:
     return int(name.partition("/")[2])
-
-
-def _last(names: Iterable[str]) -> int:
-    return max(map(_number, names), default=0)
 
 
 def _optional(fields: Mapping[str, object], name: str, where: str) -> str | None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...client.assistant.retrieval import TextIndex, Ways, words_of
+from ...client.assistant.retrieval import Ranking, TextIndex, words_of
 from ...client.assistant.sentence_encoder import embed, sentence_encoder
 from ...common.model.assets import fetch
 from ...common.model.base_model import load
@@ -92,7 +92,7 @@ def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) ->
     built = time.perf_counter() - began
     rng = np.random.default_rng(1)
     asked = [items[place] for place in rng.integers(0, len(items), queries)]
-    words, meaning = Ways(meaning=0, recency=0), Ways(words=0, recency=0)
+    words, meaning = Ranking(meaning=0, recency=0), Ranking(words=0, recency=0)
     few = asked[: max(3, queries // 20)]
     check(index, few)
     found = {
@@ -164,11 +164,11 @@ def meaning_by_hand(index: TextIndex, query: str) -> NDArray[np.float64]:
 def check(index: TextIndex, asked: Sequence[str]) -> None:
     """Check that both searches find what the reference finds, up to rounding."""
     for query in asked:
-        for ways, by_hand in (
-            (Ways(meaning=0, recency=0), np.array(words_by_hand(index, query))),
-            (Ways(words=0, recency=0), meaning_by_hand(index, query)),
+        for ranking, by_hand in (
+            (Ranking(meaning=0, recency=0), np.array(words_by_hand(index, query))),
+            (Ranking(words=0, recency=0), meaning_by_hand(index, query)),
         ):
-            found = [by_hand[hit.index] for hit in index.search(query, BEST, ways)]
+            found = [by_hand[hit.index] for hit in index.search(query, BEST, ranking)]
             best = np.sort(by_hand)[::-1][: len(found)]
             if not np.allclose(found, best, rtol=1e-3, atol=1e-4):
                 raise SystemExit(f"the search and the reference disagree on {query!r}")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privet.client.assistant.retrieval import Hit, TextIndex, Ways, pick, words_of
+from privet.client.assistant.retrieval import Hit, Ranking, TextIndex, pick, words_of
 from privet.client.assistant.sentence_encoder import (
     embed,
     embed_new,
@@ -28,7 +28,7 @@ TEXTS = (
     "the cat sat on the mat again",
     "the dog slept in the rain",
 )
-WORDS_ONLY = Ways(meaning=0, recency=0)
+WORDS_ONLY = Ranking(meaning=0, recency=0)
 
 
 def first_letters(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -54,7 +54,7 @@ def test_words_that_are_rare_in_the_history_count_more_than_common_ones():
 
 def test_meaning_finds_what_shares_no_word_and_both_are_told_apart():
     index = TextIndex.build(("tacos", "xyz www", "coats"), first_letters)
-    found = index.search("scoat", 3, Ways(recency=0, pool=2))
+    found = index.search("scoat", 3, Ranking(recency=0, pool=2))
     assert set(places(found)) == {0, 2}
     assert all(hit.words is None and hit.meaning is not None for hit in found)
     (alone,) = TextIndex.build(("red", "blue")).search("red", 1)
@@ -66,7 +66,7 @@ def test_between_equals_the_later_text_is_first_and_recency_can_be_left_out():
     assert places(same.search("rain", 2)) == [2, 0]
     long_ago_better = TextIndex.build(["rain rain", *["sun"] * 5, "rain and a lot of other words"])
     assert places(long_ago_better.search("rain", 1, WORDS_ONLY)) == [0]
-    assert places(long_ago_better.search("rain", 1, Ways(recency=5))) == [6]
+    assert places(long_ago_better.search("rain", 1, Ranking(recency=5))) == [6]
 
 
 def test_a_prompt_that_matches_nothing_gets_the_latest_texts_or_none_without_recency():
@@ -159,7 +159,7 @@ def test_wrong_settings_and_wrong_lengths_are_told_in_a_sentence():
         index.search("cat", 0)
     for wrong in ({"words": -1.0}, {"recency": float("nan")}, {"pool": 0}):
         with pytest.raises(ConfigError, match="weights of retrieval"):
-            Ways(**wrong)
+            Ranking(**wrong)
     with pytest.raises(DataError, match="one finite vector"):
         TextIndex.build(TEXTS, first_letters, first_letters(TEXTS[:2]))
     with pytest.raises(DataError, match="one finite vector"):
@@ -228,4 +228,4 @@ def test_minilm_finds_a_line_by_its_meaning():
         ("songs nourish romance", 2),
         ("should one live or die?", 0),
     ):
-        assert index.search(query, 1, Ways(words=0, recency=0))[0].index == place
+        assert index.search(query, 1, Ranking(words=0, recency=0))[0].index == place

@@ -263,7 +263,7 @@ def test_what_is_refused_changes_nothing(home):
 
 def test_changes_show_every_field_that_differs(home):
     template_store.add(home, file(), "f")
-    new, before = template_store.weigh(
+    new, before = template_store.check(
         home, file("1.1.0", text="{prompt}", segment={"name": "few", "most_records": 2}), "f"
     )
     lines = list(template_store.changes(before, new))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from privet.client.consent.offer_description import (
     DeviceState,
     describe,
-    expected,
     limiting_budget,
-    refuse_short,
+    refuse_partial_run,
+    release_cost,
 )
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import (
@@ -179,8 +179,8 @@ def test_a_runs_own_cap_is_named_as_the_runs_and_counts_this_run_alone():
     assert found is not None
     assert (found.rounds, found.of, found.limit.of_run) == (3, 4, True)
     with pytest.raises(PrivacyError, match=r"cap privacy.budget.client = 9 allows 3 of 4 rounds"):
-        refuse_short(offer.run, found, partly=False)
-    refuse_short(offer.run, found, partly=True)
+        refuse_partial_run(offer.run, found, partly=False)
+    refuse_partial_run(offer.run, found, partly=True)
     device = DeviceState(spent=other * 4)
     assert limiting_budget(offered(client_level()), generous, device) is None
 
@@ -214,7 +214,7 @@ def test_a_server_cannot_draw_on_the_terminal():
     assert said(offered(config), dimension=1234)["adapter"].endswith("1,234 numbers")
 
 
-# --- the expected cost --------------------------------------------------------------------------
+# --- the expected cost ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise_at", ["device", "distributed", "server"])
@@ -227,17 +227,17 @@ def test_the_expected_cost_is_that_of_the_servers_own_plan(noise_at, statistics,
         statistics={"enabled": statistics},
     )
     plan = make_plan(config, "r", 1, "", np.zeros(dimension, np.float32))
-    assert expected(config, dimension) == charges(plan, dimension, config.privacy)
-    by_usual_size = expected(config)
-    for one, other in zip(by_usual_size, expected(config, dimension), strict=True):
+    assert release_cost(config, dimension) == charges(plan, dimension, config.privacy)
+    by_usual_size = release_cost(config)
+    for one, other in zip(by_usual_size, release_cost(config, dimension), strict=True):
         assert one.noise_multiplier == pytest.approx(other.noise_multiplier, rel=0.05)
 
 
 def test_a_modulus_with_room_for_a_small_adapter_only_is_reckoned_with_a_small_one():
     config = client_level(bits=14)
     with pytest.raises(PrivacyError, match="modulus of 14 bits is too small"):
-        expected(config, 4096)
-    assert expected(config) == expected(config, 512)
+        release_cost(config, 4096)
+    assert release_cost(config) == release_cost(config, 512)
 
 
 def test_a_run_that_no_server_could_plan_is_refused_in_a_sentence_and_gets_no_yes():
