@@ -6,6 +6,7 @@ and are better given in a file than on the command line, which other programs ca
 
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -59,21 +60,8 @@ def add(
     """Record a verdict on an answer, or all verdicts of a file (all of them, or none)."""
     from ..store import verdicts as feedback
 
-    options = {"accept": accept, "reject": reject, "edit": edit}
-    given = [name for name, text in options.items() if text is not None]
-    if file is not None and (given or over is not None or to is not None or prompt):
-        raise ConfigError("a file and a verdict were given: choose one of them")
-    if file is None and len(given) != 1:
-        raise ConfigError(
-            f"{len(given)} verdicts were given: say one of --accept, --reject, --edit, or name a "
-            "file of verdicts"
-        )
-    now = time.time()
-    if file is not None:
-        verdicts = _read(file, now)
-    else:
-        fields = {"kind": given[0], "prompt": prompt, "answer": options[given[0]]}
-        verdicts = [feedback.check({**fields, "over": over, "edited": to}, "the verdict", now)]
+    answers = {"accept": accept, "reject": reject, "edit": edit}
+    verdicts = _given(file, answers, {"prompt": prompt or None, "over": over, "edited": to})
     with opened(home, passphrase) as store:
         numbers = feedback.add(store, verdicts)
         counts = _counts(feedback.kept(store))
@@ -124,6 +112,26 @@ def forget(
         counts = _counts(feedback.kept(store))
     sentence = f"{_verdicts(gone)} erased; {_spoken(counts)}."
     printing.say(as_json, {"forgotten": gone, **counts}, sentence)
+
+
+def _given(
+    file: Path | None, answers: Mapping[str, str | None], others: Mapping[str, str | None]
+) -> "list[Verdict]":
+    """Return the verdicts of a file, or the one verdict that the options say."""
+    from ..store.verdicts import check
+
+    kinds = [kind for kind, answer in answers.items() if answer is not None]
+    if file is not None:
+        if kinds or any(text is not None for text in others.values()):
+            raise ConfigError("a file and a verdict were given: choose one of them")
+        return _read(file, time.time())
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"{len(kinds)} verdicts were given: say one of --accept, --reject, --edit, or name a "
+            "file of verdicts"
+        )
+    fields = {"kind": kinds[0], "answer": answers[kinds[0]], **others}
+    return [check(fields, "the verdict", time.time())]
 
 
 def _read(file: Path, now: float) -> "list[Verdict]":
