@@ -17,7 +17,7 @@ from ...common.settings.sections import DEVICES, PrivacySettings
 from .gate import budgets, caps, charges
 from .ledger import Limit, budget_of, without_directory
 
-__all__ = ["Paid", "fewest", "needed", "paid", "refuse_unpaid"]
+__all__ = ["Paid", "needed", "paid", "refuse_unpaid", "tightest_limit"]
 
 RECKONED = 0.01
 
@@ -73,7 +73,7 @@ def paid(
             yield Paid(rounds, count, limit, line[0], line[1], spent, whole, mend)
 
 
-def fewest(
+def tightest_limit(
     cost: Sequence[Charge],
     privacy: PrivacySettings,
     count: int,

@@ -10,23 +10,81 @@ shown beside it, and is no claim.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from ...common.privacy.accounting import Adjacency, epsilon
 from ...common.privacy.release_facts import Asked
 from ..store.device_store import ME, DeviceStore
-from .collusion import Release, completed, conditions, known, reckoned, table
+from .collusion import (
+    ColludingRow,
+    Release,
+    completed,
+    conditions,
+    epsilon_or_estimate,
+    known,
+    table,
+)
 from .ledger import Row
 
-__all__ = ["spending"]
+__all__ = ["Spending", "SpentLine", "WithMasks", "spending"]
 
 Line = tuple[str, str, Adjacency]
 OWN_SHARE = ("client", "unmasked server")
 INVENTED = "nobody on the roster was invented"
 
 
-def spending(home: DeviceStore) -> dict[str, Any]:
+class WithMasks(TypedDict):
+    """What masks would give for a claim that counts the own share only."""
+
+    epsilon: float | None
+    conditions: list[str]
+
+
+class Colluding(TypedDict):
+    """Epsilon by the number of devices that work with the server."""
+
+    agreed: int | None
+    enrolled: int | None
+    rows: list[ColludingRow]
+
+
+class Figure(TypedDict):
+    """A line's figure, and what it rests on, as `spending` says."""
+
+    unit: str
+    against: str
+    adjacency: Adjacency
+    delta: float
+    epsilon: float | None
+    bound: bool
+    known: bool
+    releases: int
+    conditions: list[str]
+    alone: int
+    with_masks: WithMasks | None
+    colluding: Colluding | None
+
+
+class SpentLine(Figure):
+    """A line of the ledger with its limit."""
+
+    budget: float | None
+
+
+class Spending(TypedDict):
+    """The content of `privet client budget --json`."""
+
+    delta: float
+    budget: dict[str, float]
+    releases: int
+    directory: str | None
+    enrolled: int | None
+    older: int
+    lines: list[SpentLine]
+
+
+def spending(home: DeviceStore) -> Spending:
     """Return the content of `privet client budget --json`.
 
     `lines` have `epsilon` (None: no bound, or not known; of the own share also where it is no
@@ -85,10 +143,11 @@ def spending(home: DeviceStore) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
 class _Page:
     """The facts that all lines of one device share.
 
-    Args:
+    Attributes:
         releases: oldest first.
         older: those of which the own share is not known.
         delta: of every figure.
@@ -97,19 +156,14 @@ class _Page:
         without: whether the device belongs to a server without a closed directory.
     """
 
-    def __init__(
-        self,
-        releases: Sequence[Release],
-        older: frozenset[Release],
-        delta: float,
-        colluders: int | None,
-        enrolled: int | None,
-        without: bool,
-    ) -> None:
-        self.releases, self.older, self.delta = releases, older, delta
-        self.colluders, self.enrolled, self.without = colluders, enrolled, without
+    releases: Sequence[Release]
+    older: frozenset[Release]
+    delta: float
+    colluders: int | None
+    enrolled: int | None
+    without: bool
 
-    def line(self, line: Line) -> dict[str, Any]:
+    def line(self, line: Line) -> Figure:
         """Return one line: its figure, and what the figure rests on."""
         unit, against, adjacency = line
         mine = [one for one in self.releases if any(c.line == line for c in one.charges)]
@@ -118,10 +172,10 @@ class _Page:
         masked = [one for one in mine if server and one not in alone and self._rests(one, line)]
         unknown = self.without and any(one in self.older for one in masked)
         charges = [c for one in mine for c in one.charges if c.line == line]
-        spent, bound = reckoned(charges, self.delta)
+        spent, bound = epsilon_or_estimate(charges, self.delta)
         if not bound and line[:2] != OWN_SHARE and not alone:
             spent = None
-        with_masks = None
+        with_masks: WithMasks | None = None
         if server and (alone or unknown):
             seen = [
                 replace(c, against="server")
@@ -133,9 +187,11 @@ class _Page:
                 "epsilon": _finite(epsilon(seen, self.delta)),
                 "conditions": [INVENTED, *conditions(self.colluders, self.enrolled)[1:]],
             }
-        rows = None
+        colluding: Colluding | None = None
         if line[:2] == ("client", "server") and self.colluders is not None:
-            rows = table([mine], adjacency, self.delta, self.colluders) or None
+            rows = table([mine], adjacency, self.delta, self.colluders)
+            if rows:
+                colluding = {"agreed": self.colluders, "enrolled": self.enrolled, "rows": rows}
         return {
             "unit": unit,
             "against": against,
@@ -148,8 +204,7 @@ class _Page:
             "conditions": conditions(self.colluders, self.enrolled) if masked else [],
             "alone": len(alone),
             "with_masks": with_masks,
-            "colluding": rows
-            and {"agreed": self.colluders, "enrolled": self.enrolled, "rows": rows},
+            "colluding": colluding,
         }
 
     def _rests(self, one: Release, line: Line) -> bool:

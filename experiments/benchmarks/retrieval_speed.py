@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ...client.assistant.retrieval import Index, Ways, words_of
+from ...client.assistant.retrieval import Ranking, TextIndex, words_of
 from ...client.assistant.sentence_encoder import embed, sentence_encoder
 from ...common.model.assets import fetch
 from ...common.model.base_model import load
@@ -84,11 +84,11 @@ def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) ->
     """Milliseconds of a search, and how many times the reference's median that is faster."""
     encoder = sentence_encoder()
     began = time.perf_counter()
-    index = Index.build(items, encoder, vectors)
+    index = TextIndex.build(items, encoder, vectors)
     built = time.perf_counter() - began
     rng = np.random.default_rng(1)
     asked = [items[place] for place in rng.integers(0, len(items), queries)]
-    words, meaning = Ways(meaning=0, recency=0), Ways(words=0, recency=0)
+    words, meaning = Ranking(meaning=0, recency=0), Ranking(words=0, recency=0)
     few = asked[: max(3, queries // 20)]
     check(index, few)
     found = {
@@ -125,7 +125,7 @@ def timed(work: Callable[[str], object], asked: Sequence[str]) -> dict[str, floa
     }
 
 
-def words_by_hand(index: Index, query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
+def words_by_hand(index: TextIndex, query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
     """BM25 (Lucene's) of every item, item by item."""
     asked, counts = set(words_of(query)), Counter[str]()
     rows = [words_of(text) for text in index.texts]
@@ -146,7 +146,7 @@ def words_by_hand(index: Index, query: str, k1: float = 1.5, b: float = 0.75) ->
     return scores
 
 
-def meaning_by_hand(index: Index, query: str) -> NDArray[np.float64]:
+def meaning_by_hand(index: TextIndex, query: str) -> NDArray[np.float64]:
     """Cosines of every item, in double precision, sorted as a whole."""
     if index.encoder is None or index.vectors is None:
         raise ValueError("the reference needs vectors")
@@ -157,14 +157,14 @@ def meaning_by_hand(index: Index, query: str) -> NDArray[np.float64]:
     return scores
 
 
-def check(index: Index, asked: Sequence[str]) -> None:
+def check(index: TextIndex, asked: Sequence[str]) -> None:
     """Check that both searches find what the reference finds, up to rounding."""
     for query in asked:
-        for ways, by_hand in (
-            (Ways(meaning=0, recency=0), np.array(words_by_hand(index, query))),
-            (Ways(words=0, recency=0), meaning_by_hand(index, query)),
+        for ranking, by_hand in (
+            (Ranking(meaning=0, recency=0), np.array(words_by_hand(index, query))),
+            (Ranking(words=0, recency=0), meaning_by_hand(index, query)),
         ):
-            found = [by_hand[hit.place] for hit in index.search(query, BEST, ways)]
+            found = [by_hand[hit.index] for hit in index.search(query, BEST, ranking)]
             best = np.sort(by_hand)[::-1][: len(found)]
             if not np.allclose(found, best, rtol=1e-3, atol=1e-4):
                 raise SystemExit(f"the search and the reference disagree on {query!r}")

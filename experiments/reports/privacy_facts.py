@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...client.privacy.collusion import Release, completed, known, reckoned, table
+from ...client.privacy.collusion import Release, completed, epsilon_or_estimate, known, table
 from ...client.privacy.ledger import Declined, Row, verify
 from ...client.privacy.run_ledger import LEDGERS, run_id, run_ledger
 from ...common.errors import PrivacyError, ProtocolError, StateError
@@ -256,7 +256,7 @@ def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
     if not charges:
         return 0.0
     if charges[0].line[:2] == claims.OWN_SHARE:
-        found, _ = reckoned(charges, delta)
+        found, _ = epsilon_or_estimate(charges, delta)
         return math.inf if found is None else found
     return epsilon(charges, delta)
 

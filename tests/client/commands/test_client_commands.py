@@ -158,7 +158,7 @@ def test_the_policy_is_shown_checked_and_its_mistakes_named(made: Path, ask: Any
     path = made / "policy.toml"
     path.write_text(path.read_text().replace("max_clip =", "max_clap ="))
     assert "limits.max_clap: unknown key; did you mean max_clip?" in refuse("policy")
-    path.write_text("[limits]\nsmallest_cohort = 3\nsmallest_survivors = 0.1\n")
+    path.write_text("[limits]\nmin_cohort = 3\nmin_survivors = 0.1\n")
     assert "honest survivors" in refuse("policy", "--check")
 
 
