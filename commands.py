@@ -51,7 +51,13 @@ _SINGLE = {
 """Commands without sub-commands, and the module of each in `experiments/commands/`."""
 _FORMER = {"personas": "clusters"}
 """Commands that have another name now."""
-_GROUPS = ("assets", "client", "prompts", "server")
+_GROUPS = {
+    "assets": "experiments.commands.assets_command",
+    "client": "client.commands.client",
+    "prompts": "client.commands.prompts",
+    "server": "server.operations.commands",
+}
+"""Commands with sub-commands, and the module of each."""
 
 
 def main() -> None:
@@ -116,22 +122,10 @@ def _command(arguments: Sequence[str]) -> click.Command:
         from .experiments.commands import experiment
 
         app.command("demo-devices", hidden=True)(experiment.demo_devices)
-    for name in _GROUPS:
+    for name, module in _GROUPS.items():
         if asked in (None, name):
-            app.add_typer(_group(name), name=name)
+            app.add_typer(import_module(f".{module}", __package__).app, name=name)
     return typer.main.get_command(app)
-
-
-def _group(name: str) -> typer.Typer:
-    if name == "assets":
-        from .experiments.commands.assets_command import app
-    elif name == "client":
-        from .client.commands.client import app
-    elif name == "prompts":
-        from .client.commands.prompts import app
-    else:
-        from .server.operations.commands import app
-    return app
 
 
 class _Reports:
@@ -150,9 +144,10 @@ class _Reports:
         """Refuse, at the beginning, a run that its own cap does not pay for."""
         from .client.privacy.affordable_rounds import refuse_unpaid
 
-        refuse_unpaid(
-            config, plan, dimension, lambda said: print(f"warning: {said}", file=sys.stderr)
-        )
+        def warn(sentence: str) -> None:
+            print(f"warning: {sentence}", file=sys.stderr)
+
+        refuse_unpaid(config, plan, dimension, warn)
 
 
 def _print_version(asked: bool) -> None:

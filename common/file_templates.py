@@ -1,4 +1,4 @@
-"""Text files with blanks, filled in: configurations, systemd units, a README.
+"""Text files with blanks, filled in: configurations, systemd units, a README, pages.
 
 Templates lie in the folder `templates` beside the module that fills them in, in Jinja's syntax.
 """
@@ -7,7 +7,7 @@ import shlex
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-__all__ = ["render", "systemd_word"]
+__all__ = ["environment", "render", "systemd_word"]
 
 
 def render(package: str, file: str, /, **values: object) -> str:
@@ -20,16 +20,26 @@ def render(package: str, file: str, /, **values: object) -> str:
         file: its name in the folder `templates` of that package.
         values: for the blanks; one that is missing is an error.
     """
-    environment = Environment(
+    files = environment(package, autoescape=False)
+    files.filters |= {"systemd": systemd_word, "shell": lambda word: shlex.quote(str(word))}
+    return files.get_template(file).render(values)
+
+
+def environment(package: str, *, autoescape: bool) -> Environment:
+    """Find the templates of a package, in which a missing value is an error.
+
+    Args:
+        package: `__package__` of the caller.
+        autoescape: whether values are escaped as in HTML.
+    """
+    return Environment(
         loader=PackageLoader(package),
         undefined=StrictUndefined,
-        autoescape=False,
+        autoescape=autoescape,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"systemd": systemd_word, "shell": lambda word: shlex.quote(str(word))}
-    return environment.get_template(file).render(values)
 
 
 def systemd_word(word: object, in_command: bool = True) -> str:

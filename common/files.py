@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,8 +71,10 @@ def owners_own(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
     """Replaces the content of `path` by `data`, as a whole or not at all.
+
+    What is too large to be held comes in parts.
 
     **Guarantee**: on any error before the rename (also Ctrl-C) the old content stays and the
     temporary file is removed; when the call returns, the new content is durable. After `kill -9` a
@@ -86,7 +88,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     with explain_os_errors(path, "write"):
         try:
             with open(temporary, "xb", opener=owners_own) as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 _sync(file)
             os.replace(temporary, path)
         except BaseException:

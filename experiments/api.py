@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
@@ -12,6 +12,9 @@ from ..common.files import write_json_atomic
 from ..common.settings.config import Config, of_run, parse
 from ..common.settings.sections import DEVICES
 from .named import RUNS, configuration, run_folder
+
+if TYPE_CHECKING:  # a run is opened without loading what reports need
+    from .reports.facts import Facts, PrivacyFacts, Summary
 
 __all__ = ["Run", "evaluate", "load_config", "report", "simulate"]
 
@@ -41,7 +44,7 @@ class Run:
         return of_run(self.folder)
 
     @property
-    def summary(self) -> Mapping[str, Any]:
+    def summary(self) -> "Summary":
         """What people got and what it cost: the content of `summary.json`.
 
         Raises:
@@ -50,7 +53,7 @@ class Run:
         return self._written()["summary"]
 
     @property
-    def privacy(self) -> Mapping[str, Any]:
+    def privacy(self) -> "PrivacyFacts":
         """What was promised and spent, from the devices' ledgers: the content of `privacy.json`.
 
         Raises:
@@ -67,7 +70,7 @@ class Run:
         """Write `report.html` again, and return its path."""
         return report(self)
 
-    def _written(self) -> Mapping[str, Mapping[str, Any]]:
+    def _written(self) -> "Facts":
         from .reports import report as files
 
         return files.written(self.folder)
@@ -130,7 +133,7 @@ def evaluate(run: str | Path | Run) -> Mapping[str, Any]:
     return evaluated(run)[0]
 
 
-def evaluated(run: str | Path | Run) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def evaluated(run: str | Path | Run) -> "tuple[Mapping[str, Any], Facts]":
     """As `evaluate`, with the facts of the report that was written.
 
     Raises:

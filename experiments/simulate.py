@@ -40,6 +40,7 @@ from .data import population
 from .data.dialects import BASE, ensure_base
 from .data.preference_people import refuse_other_cut
 from .evaluation import run_evaluation
+from .reports.facts import Measured
 from .reports.privacy_facts import reasons
 
 __all__ = ["prepare", "simulate"]
@@ -153,7 +154,7 @@ def _enrol(folder: Path, users: Sequence[str]) -> None:
     write_directory(folder / DIRECTORY, Directory(known, closed=True))
 
 
-def measured(folder: Path) -> dict[str, Any]:
+def measured(folder: Path) -> Measured:
     """What only the run itself could see: time, memory, bytes, versions."""
     kept = run_costs.read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)

@@ -70,10 +70,10 @@ def _unshipped(folder: Path, names: list[str]) -> set[str]:
 
 
 def expected(root: Path) -> set[str]:
-    """Every module, configuration and typing mark of the package."""
+    """Every module, configuration, template and typing mark of the package."""
     found = [path for package in PACKAGES for path in (root / package).rglob("*")]
     found += [path for path in (root / name for name in ROOT_FILES) if path.exists()]
-    kinds = (".py", ".toml", ".typed")
+    kinds = (".py", ".toml", ".typed", ".html", ".css")
     paths = (path.relative_to(root).as_posix() for path in found if path.suffix in kinds)
     return {f"privet/{path}" for path in paths}
 

@@ -21,13 +21,14 @@ from ...common.errors import AssetError, ConfigError, PrivacyError, StateError
 from ...common.model.adapter import shared
 from ...common.model.assets import CATALOGUE, status
 from ...common.model.base_model import BaseModel, load
+from ..consent.run_offers import by_beginning
 from ..enrolled.ab_assignment import AbAssignment, current
 from ..personal.text_head import TextHead
 from ..store import verdicts
 from ..store.device_store import DeviceStore
 from . import template_store
 from .profile import profile_of, public_chances
-from .retrieval import Encoder, Index
+from .retrieval import Encoder, TextIndex
 from .sentence_encoder import embed_new, kept_bytes, read_kept, sentence_encoder
 from .templates import Template
 from .text_generation import Assistant, Sampling
@@ -46,7 +47,7 @@ class VaultRecorder:
     def __init__(self, home: DeviceStore, run: str = "") -> None:
         """Record verdicts in the vault of `home`.
 
-        `run`: the experiment whose arm answers (`Assistant.trial`).
+        `run`: the experiment whose arm answers (`Assistant.ab_run`).
         """
         self._home, self._run = home, run
 
@@ -60,8 +61,8 @@ class VaultRecorder:
             DataError: nothing was preferred to anything: the edit is the answer itself.
             StateError: the device keeps as many verdicts as it may.
         """
-        said = {"kind": kind, "prompt": prompt, "answer": answer, "over": over, "edited": edited}
-        verdict = verdicts.check(said, "this verdict", time.time())
+        fields = {"kind": kind, "prompt": prompt, "answer": answer, "over": over, "edited": edited}
+        verdict = verdicts.check(fields, "this verdict", time.time())
         if self._run:
             verdict = replace(verdict, run=self._run, taken=taken)
         return verdicts.add(self._home, [verdict])[0]
@@ -87,22 +88,9 @@ def assistant_of(
         ConfigError: the run predicts labels; no such template.
         AssetError: a model is not in the cache; a chat fetches nothing.
     """
-    chosen = _ended(home, run)
+    ended = _ended(home, run)
     used, ab_run = _template(home, template)
-    head = None
-    if chosen is None:
-        base = loaded(BASE)
-    else:
-        config = home.run(chosen)[0].config
-        if config.outputs:
-            raise ConfigError(f"run {chosen} predicts labels; a chat needs one that makes text")
-        loaded(config.model.base)
-        adapter = shared(config)
-        content = home.vault.get(f"adapters/{chosen}") or b""
-        adapter.write(safetensors.numpy.load(content)["adapter"])
-        base = adapter.base
-        kept = home.vault.get(f"heads/{chosen}")
-        head = None if kept is None else TextHead.from_bytes(kept, f"heads/{chosen}")
+    base, head = (loaded(BASE), None) if ended is None else _result(home, ended)
     records = home.records()
     profile = profile_of(records, public_chances(base.tokenizer))
     home.vault.put("profile", profile.to_bytes())
@@ -110,7 +98,21 @@ def assistant_of(
     if ab_run is not None and ab_run.arm == "shared":
         head = None
     name = "" if ab_run is None else ab_run.run
-    return Assistant(base, chosen or "", head, index, profile, used, sampling, name)
+    return Assistant(base, ended or "", head, index, profile, used, sampling, name)
+
+
+def _result(home: DeviceStore, run: str) -> tuple[BaseModel, TextHead | None]:
+    """Return the model of a run that has ended, with its adapter, and the head fitted to it."""
+    config = home.run(run)[0].config
+    if config.outputs:
+        raise ConfigError(f"run {run} predicts labels; a chat needs one that makes text")
+    loaded(config.model.base)
+    adapter = shared(config)
+    content = home.vault.get(f"adapters/{run}") or b""
+    adapter.write(safetensors.numpy.load(content)["adapter"])
+    name = f"heads/{run}"
+    head = home.vault.get(name)
+    return adapter.base, None if head is None else TextHead.from_bytes(head, name)
 
 
 def _template(home: DeviceStore, asked: str | None) -> tuple[Template, AbAssignment | None]:
@@ -126,25 +128,25 @@ def _template(home: DeviceStore, asked: str | None) -> tuple[Template, AbAssignm
             return template_store.trusted(home, *wanted), ab_run
         except (ConfigError, PrivacyError):
             ab_run = None
-    return template_store.in_use(home, asked or TEMPLATE), ab_run
+    return template_store.trusted(home, asked or TEMPLATE), ab_run
 
 
-def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> Index:
+def index_of(home: DeviceStore, texts: Sequence[str], encoder: str) -> TextIndex:
     """Build the retrieval index over the device's records.
 
     Sentence vectors that were made before are read from the vault.
     """
-    found = encoder_of(encoder)
-    if found is None or not texts:
-        return Index.build(texts)
+    encode = encoder_of(encoder)
+    if encode is None or not texts:
+        return TextIndex.build(texts)
     name = f"retrieval/{encoder}"
     kept = home.vault.get(name)
-    known = read_kept(kept, found(["width"]).shape[1])
-    vectors = embed_new(texts, found, known)
-    made = kept_bytes(texts, vectors)
-    if made != kept:  # also when a record has gone: its vector goes with it
-        home.vault.put(name, made)
-    return Index.build(texts, found, vectors)
+    known = read_kept(kept, encode(["width"]).shape[1])
+    vectors = embed_new(texts, encode, known)
+    content = kept_bytes(texts, vectors)
+    if content != kept:  # also when a record has gone: its vector goes with it
+        home.vault.put(name, content)
+    return TextIndex.build(texts, encode, vectors)
 
 
 def encoder_of(name: str) -> Encoder | None:
@@ -164,7 +166,7 @@ def loaded(name: str) -> BaseModel:
     A model of the catalogue must be in the cache already.
     """
     if name in CATALOGUE:
-        state = next(one.state for one in status() if one.name == name)
+        state = next(asset.state for asset in status() if asset.name == name)
         if state != "ready":
             raise AssetError(
                 f"{name} is {state} in the cache, and a chat fetches nothing: run "
@@ -187,10 +189,8 @@ def _ended(home: DeviceStore, run: str | None) -> str | None:
                 "and its adapter cannot be read without them; join again, or chat about another run"
             )
         return offered[-1] if offered else None
-    found = [name for name in offered if name == run] or [
-        name for name in offered if name.startswith(run)
-    ]
-    if len(found) != 1:
+    matching = by_beginning(run, offered)
+    if len(matching) != 1:
         names = ", ".join(offered) or "none has"
         raise StateError(f"no run {run!r} has ended on this device: {names}")
-    return found[0]
+    return matching[0]

@@ -14,19 +14,21 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Protocol, TypeVar
 
-from ...common.errors import ConfigError, StateError
+from ...common.errors import ConfigError
 from ..training.records import Record
-from .retrieval import Hit, Index, Ways, pick
+from .retrieval import Hit, TextIndex, pick
 from .templates import Template, render
 
 __all__ = ["Context", "Profile", "context", "describe", "profile_of", "public_chances"]
 
 FAVOURITES, PHRASES = 12, 6
+MAX_HITS = 30
+"""Texts of the history that a prompt's context is picked from."""
 PRIOR = 2000.0
 """Words of public text that stand against the person's own (shrinkage)."""
 SURE = 2.0
@@ -67,21 +69,6 @@ class Profile:
         """Return the summary as the JSON bytes that the vault keeps."""
         return json.dumps(asdict(self)).encode()
 
-    @classmethod
-    def from_bytes(cls, content: bytes) -> "Profile":
-        """Read a summary that `to_bytes` wrote.
-
-        Raises:
-            StateError: it is something else.
-        """
-        try:
-            table = json.loads(content)
-            for name in ("favourites", "phrases"):
-                table[name] = tuple(map(str, table[name]))
-            return cls(**table)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StateError(f"the kept profile cannot be read ({error}); make it again") from None
-
 
 @dataclass(frozen=True)
 class Context:
@@ -100,7 +87,14 @@ class Context:
     with_profile: bool
 
 
-def public_chances(tokenizer: Any) -> dict[str, float]:
+class Vocabulary(Protocol):
+    """The one method of a tokenizer that is used here."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return each token's number."""
+
+
+def public_chances(tokenizer: Vocabulary) -> dict[str, float]:
     """Estimate how likely each word is in public text, from the order of a tokenizer's vocabulary.
 
     The chances follow Zipf's law and sum to 1.
@@ -133,37 +127,45 @@ def profile_of(records: Sequence[Record], public: Mapping[str, float]) -> Profil
         public: word -> chance, from `public_chances`.
     """
     rows = [_WORD.findall(record.text.lower()) for record in records]
-    lengths = [len(row) for row in rows]
     sentences = [
         len(_WORD.findall(part))
         for record in records
         for part in _SENTENCE.split(record.text)
         if _WORD.search(part)
     ]
-    rare = min(public.values(), default=1e-6)
-    words = Counter(word for row in rows for word in row)
-    pairs = Counter(pair for row in rows for pair in pairwise(row))
-    total = sum(words.values())
-    chance = {word: public.get(word, rare) for word in words}
-    by_chance = {pair: (words[pair[0]] / total) * (words[pair[1]] / total) for pair in pairs}
-    spread = Counter(word for row in rows for word in set(row))
-    spread_pairs = Counter(pair for row in rows for pair in set(pairwise(row)))
     common = set(heapq.nlargest(COMMON, public, key=lambda word: public[word]))
-    own = {word: n for word, n in words.items() if len(word) > 2 and word not in common}
-    said = {pair: n for pair, n in pairs.items() if not common.issuperset(pair)}
-    favourites = _surest(own, total, chance, spread)[:FAVOURITES]
-    phrases = _surest(said, pairs.total(), by_chance, spread_pairs)[:PHRASES]
     return Profile(
         records=len(records),
-        words=statistics.median(lengths) if lengths else 0.0,
+        words=statistics.median(map(len, rows)) if rows else 0.0,
         sentence=statistics.median(sentences) if sentences else 0.0,
         asks=_share(records, lambda text: "?" in text),
         exclaims=_share(records, lambda text: "!" in text),
         lower=_share(records, lambda text: text[:1].islower()),
-        favourites=tuple(favourites),
-        phrases=tuple(" ".join(pair) for pair in phrases),
+        favourites=_favourites(rows, public, common),
+        phrases=_phrases(rows, common),
         label=_label([record.label for record in records if record.label is not None]),
     )
+
+
+def _favourites(
+    rows: Sequence[Sequence[str]], public: Mapping[str, float], common: Set[str]
+) -> tuple[str, ...]:
+    rare = min(public.values(), default=1e-6)
+    words = Counter(word for row in rows for word in row)
+    spread = Counter(word for row in rows for word in set(row))
+    own = {word: n for word, n in words.items() if len(word) > 2 and word not in common}
+    chances = {word: public.get(word, rare) for word in own}
+    return tuple(_surest(own, words.total(), chances, spread)[:FAVOURITES])
+
+
+def _phrases(rows: Sequence[Sequence[str]], common: Set[str]) -> tuple[str, ...]:
+    words = Counter(word for row in rows for word in row)
+    pairs = Counter(pair for row in rows for pair in pairwise(row))
+    spread = Counter(pair for row in rows for pair in set(pairwise(row)))
+    own = {pair: n for pair, n in pairs.items() if not common >= {*pair}}
+    total = words.total()
+    chances = {(a, b): (words[a] / total) * (words[b] / total) for a, b in own}
+    return tuple(map(" ".join, _surest(own, pairs.total(), chances, spread)[:PHRASES]))
 
 
 def describe(profile: Profile) -> str:
@@ -173,11 +175,11 @@ def describe(profile: Profile) -> str:
     """
     if not profile.records:
         return ""
-    said = [f"Writes about {profile.words:.0f} words at a time."]
+    sentences = [f"Writes about {profile.words:.0f} words at a time."]
     if profile.favourites:
-        said.append(f"Often uses: {', '.join(profile.favourites)}.")
+        sentences.append(f"Often uses: {', '.join(profile.favourites)}.")
     if profile.phrases:
-        said.append(f"Often says: {', '.join(profile.phrases)}.")
+        sentences.append(f"Often says: {', '.join(profile.phrases)}.")
     habits = [
         habit
         for share, habit in (
@@ -188,25 +190,21 @@ def describe(profile: Profile) -> str:
         if share >= 1 / 3
     ]
     if habits:
-        said.append(f"Often {' and '.join(habits)}.")
+        sentences.append(f"Often {' and '.join(habits)}.")
     if isinstance(profile.label, float):
-        said.append(f"Rates at {profile.label:.2g} on average.")
+        sentences.append(f"Rates at {profile.label:.2g} on average.")
     elif profile.label is not None:
-        said.append(f"Mostly says: {profile.label}.")
-    return " ".join(said)
+        sentences.append(f"Mostly says: {profile.label}.")
+    return " ".join(sentences)
 
 
 def context(
     template: Template,
     prompt: str,
-    index: Index,
+    index: TextIndex,
     count: Callable[[str], int],
     budget: int,
-    *,
     profile: Profile | None = None,
-    ways: Ways | None = None,
-    shown: Sequence[str] | None = None,
-    before: int | None = None,
 ) -> Context:
     """Put a template around a prompt, with the summary and the retrieved texts that fit a budget.
 
@@ -220,65 +218,63 @@ def context(
         count: tokens of a text.
         budget: tokens of the whole beyond those of the prompt alone.
         profile: None for none.
-        ways: how the history is searched.
-        shown: what to show of each text, one a text; None: the text itself.
-        before: only texts at places below it.
 
     Raises:
-        ConfigError: the bare template does not fit the budget, or `shown` has another length.
+        ConfigError: the bare template does not fit the budget.
 
     **Guarantee**: `tokens` is at most `budget` more than `count(prompt)`.
     """
-    texts = index.texts if shown is None else shown
-    if len(texts) != len(index.texts):
-        raise ConfigError(f"{len(texts)} texts to show for {len(index.texts)} in the index")
-    most = budget + count(prompt)
+    max_tokens = budget + count(prompt)
     used = count(render(template, prompt=prompt))
-    if used > most:
+    if used > max_tokens:
         raise ConfigError(
-            f"template {template.name!r} takes {used - most} tokens more than the budget of "
+            f"template {template.name!r} takes {used - max_tokens} tokens more than the budget of "
             f"{budget}; raise it, or take another template"
         )
     summary = "" if profile is None or "{profile}" not in template.text else describe(profile)
-    if summary and count(render(template, prompt=prompt, profile=summary)) > most:
+    if summary and count(render(template, prompt=prompt, profile=summary)) > max_tokens:
         summary = ""
     picked: list[Hit] = []
     if "{history}" in template.text:
         used = count(render(template, prompt=prompt, profile=summary))
-        hits = index.search(prompt, 30, ways, before)
-        lengths = [1 + count(texts[hit.place]) for hit in hits]
-        picked = pick(index, hits, lengths, most - used)
+        hits = index.search(prompt, MAX_HITS)
+        lengths = [1 + count(index.texts[hit.index]) for hit in hits]
+        picked = pick(index, hits, lengths, max_tokens - used)
     while True:
-        history = "\n\n".join(texts[hit.place] for hit in reversed(picked))
+        history = "\n\n".join(index.texts[hit.index] for hit in reversed(picked))
         text = render(template, prompt=prompt, profile=summary, history=history)
         tokens = count(text)
-        if tokens <= most:
+        if tokens <= max_tokens:
             return Context(text, tokens, tuple(picked), bool(summary))
         picked.pop()
 
 
+_Term = TypeVar("_Term", str, tuple[str, str])
+"""A word, or a pair of words that follow each other."""
+
+
 def _surest(
-    counts: Mapping[Any, int],
+    counts: Mapping[_Term, int],
     total: int,
-    chances: Mapping[Any, float],
-    spread: Mapping[Any, int],
-) -> list[Any]:
+    chances: Mapping[_Term, float],
+    spread: Mapping[_Term, int],
+) -> list[_Term]:
     """Return what is used surely more often than its chance, the surest first."""
-    found = []
-    for one, used in counts.items():
-        chance = chances[one]
-        if used < 3 or spread[one] < 2 or chance >= 0.5:
+    surest = []
+    for term, used in counts.items():
+        chance = chances[term]
+        if used < 3 or spread[term] < 2 or chance >= 0.5:
             continue
         prior = PRIOR * chance
         own = (used + prior) / max(total + PRIOR - used - prior, 1.0)
-        sure = (math.log(own) - math.log(chance / (1 - chance))) * math.sqrt(used + prior)
-        if sure > SURE:
-            found.append((-sure, one))
-    return [one for _, one in sorted(found)]
+        z_score = (math.log(own) - math.log(chance / (1 - chance))) * math.sqrt(used + prior)
+        if z_score > SURE:
+            surest.append((-z_score, term))
+    return [term for _, term in sorted(surest)]
 
 
-def _share(records: Sequence[Record], said: Callable[[str], bool]) -> float:
-    return sum(said(record.text) for record in records) / len(records) if records else 0.0
+def _share(records: Sequence[Record], has_habit: Callable[[str], bool]) -> float:
+    return sum(has_habit(record.text) for record in records) / len(records) if records else 0.0
 
 
 def _label(labels: Sequence[float | str]) -> float | str | None:

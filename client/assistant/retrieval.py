@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ...common.errors import ConfigError, DataError
 
-__all__ = ["Encoder", "Hit", "Index", "Ways", "pick", "words_of"]
+__all__ = ["Encoder", "Hit", "Ranking", "TextIndex", "pick", "words_of"]
 
 Encoder = Callable[[Sequence[str]], NDArray[np.float32]]
 """Texts -> unit rows, (texts, width)."""
@@ -32,12 +32,12 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Ways:
-    """How much each ranking counts, and how long it is.
+class Ranking:
+    """How three rankings are fused: how much each of them counts, and how long it is.
 
     Attributes:
         words, meaning, recency: weights of 1 / (60 + rank), >= 0; 0 leaves a ranking out.
-        pool: how many places of words and of meaning are fused.
+        pool: how many texts of words and of meaning are fused.
 
     Raises:
         ConfigError: a negative weight, or an empty pool.
@@ -62,19 +62,19 @@ class Hit:
     """One text that was found.
 
     Attributes:
-        place: in the history; 0 is the earliest.
+        index: in the history; 0 is the earliest.
         score: fused; comparable within one search only.
         words, meaning: its rank in each, 1 is the best; None: not in the pool.
     """
 
-    place: int
+    index: int
     score: float
     words: int | None = None
     meaning: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Index:
+class TextIndex:
     """An index over texts, earliest first.
 
     Attributes:
@@ -94,8 +94,8 @@ class Index:
         texts: Sequence[str],
         encoder: Encoder | None = None,
         vectors: NDArray[np.float32] | None = None,
-    ) -> "Index":
-        """Index a history.
+    ) -> "TextIndex":
+        """TextIndex a history.
 
         Args:
             texts: earliest first, as `DeviceStore.records` and `records.read_user` give them.
@@ -117,21 +117,8 @@ class Index:
             vectors = encoder(texts)
         return cls(texts, encoder, vectors, _sparse(texts))
 
-    def extended(self, texts: Sequence[str]) -> "Index":
-        """Return the index with later texts added.
-
-        Only these are encoded, but the words of all texts are indexed again.
-        """
-        if not texts:
-            return self
-        vectors = self.vectors
-        if self.encoder is not None:
-            new = self.encoder(texts)
-            vectors = new if vectors is None else np.concatenate([vectors, new])
-        return Index.build((*self.texts, *texts), self.encoder, vectors)
-
     def search(
-        self, query: str, k: int, ways: Ways | None = None, before: int | None = None
+        self, query: str, k: int, ranking: Ranking | None = None, before: int | None = None
     ) -> list[Hit]:
         """Find the texts that fit a query best, best first.
 
@@ -140,33 +127,33 @@ class Index:
         Args:
             query: a text; one that matches nothing gets the latest texts, where recency counts.
             k: at most so many.
-            ways: None: all three rankings.
-            before: only texts at places below it; for somebody's past at an earlier time.
+            ranking: None: all three rankings.
+            before: only texts at indices below it; for somebody's past at an earlier time.
 
         Raises:
             ConfigError: `k` below 1, or `before` below 0.
         """
         if k < 1 or (before is not None and before < 0):
             raise ConfigError(f"k must be at least 1 and before at least 0: {k}, {before}")
-        ways = ways or Ways()
+        ranking = ranking or Ranking()
         size = len(self.texts) if before is None else min(before, len(self.texts))
-        by_words = self._by_words(query, size, ways.pool) if ways.words else []
-        by_meaning = self._by_meaning(query, size, ways.pool) if ways.meaning else []
-        found = {*by_words, *by_meaning}
-        if not found and ways.recency:
-            found = set(range(max(0, size - k), size))
-        return _fused(by_words, by_meaning, sorted(found, reverse=True), ways)[:k]
+        by_words = self._by_words(query, size, ranking.pool) if ranking.words else []
+        by_meaning = self._by_meaning(query, size, ranking.pool) if ranking.meaning else []
+        indices = {*by_words, *by_meaning}
+        if not indices and ranking.recency:
+            indices = set(range(max(0, size - k), size))
+        return _fused(by_words, by_meaning, sorted(indices, reverse=True), ranking)[:k]
 
-    def alike(self, places: Sequence[int]) -> NDArray[np.float64]:
+    def alike(self, indices: Sequence[int]) -> NDArray[np.float64]:
         """Return how alike each two of these texts are, in [0, 1].
 
-        (places, places): cosines of their vectors, or shared words where there are none.
+        (indices, indices): cosines of their vectors, or shared words where there are none.
         """
         if self.vectors is not None:
-            rows = self.vectors[list(places)].astype(np.float64)
+            rows = self.vectors[list(indices)].astype(np.float64)
             return np.clip(rows @ rows.T, 0.0, 1.0)
-        words = [set(words_of(self.texts[place])) for place in places]
-        return np.array([[_shared(one, other) for other in words] for one in words])
+        words = [set(words_of(self.texts[index])) for index in indices]
+        return np.array([[_jaccard(left, right) for right in words] for left in words])
 
     def _by_words(self, query: str, size: int, pool: int) -> list[int]:
         asked = [] if self._sparse is None else list(dict.fromkeys(words_of(query)))
@@ -174,7 +161,7 @@ class Index:
         if not known:
             return []
         scores = self._sparse.get_scores(known)[:size]
-        return [place for place in _best(scores, pool) if scores[place] > 0]
+        return [index for index in _best(scores, pool) if scores[index] > 0]
 
     def _by_meaning(self, query: str, size: int, pool: int) -> list[int]:
         if self.encoder is None or self.vectors is None or not size or not query.strip():
@@ -183,7 +170,11 @@ class Index:
 
 
 def pick(
-    index: Index, hits: Sequence[Hit], lengths: Sequence[int], budget: int, diversity: float = 0.3
+    index: TextIndex,
+    hits: Sequence[Hit],
+    lengths: Sequence[int],
+    budget: int,
+    diversity: float = 0.3,
 ) -> list[Hit]:
     """Choose hits to put before a prompt, so that they fit a budget and do not repeat one thing.
 
@@ -210,23 +201,18 @@ def pick(
         raise DataError(f"expected a length of at least 1 for each of {len(hits)} hits")
     if not hits:
         return []
-    alike = index.alike([hit.place for hit in hits])
+    alike = index.alike([hit.index for hit in hits])
+    texts = [index.texts[hit.index] for hit in hits]
     relevance = np.array([hit.score for hit in hits]) / max(hit.score for hit in hits)
     nearest, left = np.zeros(len(hits)), budget
-    picked: list[int] = []
-    said: set[str] = set()
+    picked: dict[str, Hit] = {}
     while True:
-        open_ = [
-            place
-            for place, hit in enumerate(hits)
-            if lengths[place] <= left and index.texts[hit.place] not in said
-        ]
+        open_ = [i for i, text in enumerate(texts) if lengths[i] <= left and text not in picked]
         if not open_:
-            return [hits[place] for place in picked]
+            return list(picked.values())
         value = (1 - diversity) * relevance[open_] - diversity * nearest[open_]
         best = open_[int(value.argmax())]
-        picked.append(best)
-        said.add(index.texts[hits[best].place])
+        picked[texts[best]] = hits[best]
         left -= lengths[best]
         nearest = np.maximum(nearest, alike[best])
 
@@ -237,41 +223,41 @@ def words_of(text: str) -> list[str]:
 
 
 def _sparse(texts: Sequence[str]) -> Any:
-    """Index the words of texts for BM25, or return None when there is no word at all."""
+    """TextIndex the words of texts for BM25, or return None when there is no word at all."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell the terminal of each index
     words = [words_of(text) for text in texts]
     if not any(words):
         return None
-    found = bm25s.BM25(method="lucene", dtype="float32")
-    found.index(words, show_progress=False)
-    return found
+    ranking = bm25s.BM25(method="lucene", dtype="float32")
+    ranking.index(words, show_progress=False)
+    return ranking
 
 
 def _best(scores: NDArray[np.float32], count: int) -> list[int]:
-    """Return the places of the largest scores, largest first, and of equals the later first."""
+    """Return the indices of the largest scores, largest first, and of equals the later first."""
     count = min(count, len(scores))
-    places = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
-    return [int(place) for place in places[np.lexsort((-places, -scores[places]))]]
+    best = np.argpartition(scores, len(scores) - count)[len(scores) - count :]
+    return [int(index) for index in best[np.lexsort((-best, -scores[best]))]]
 
 
 def _fused(
-    by_words: Sequence[int], by_meaning: Sequence[int], by_time: Sequence[int], ways: Ways
+    by_words: Sequence[int], by_meaning: Sequence[int], by_time: Sequence[int], ranking: Ranking
 ) -> list[Hit]:
-    words = {place: rank for rank, place in enumerate(by_words, start=1)}
-    meaning = {place: rank for rank, place in enumerate(by_meaning, start=1)}
+    words = {index: rank for rank, index in enumerate(by_words, start=1)}
+    meaning = {index: rank for rank, index in enumerate(by_meaning, start=1)}
     hits = []
-    for age, place in enumerate(by_time, start=1):
-        score = ways.recency / (RANK_CONSTANT + age)
-        if place in words:
-            score += ways.words / (RANK_CONSTANT + words[place])
-        if place in meaning:
-            score += ways.meaning / (RANK_CONSTANT + meaning[place])
-        hits.append(Hit(place, score, words.get(place), meaning.get(place)))
-    return sorted(hits, key=lambda hit: (-hit.score, -hit.place))
+    for age, index in enumerate(by_time, start=1):
+        score = ranking.recency / (RANK_CONSTANT + age)
+        if index in words:
+            score += ranking.words / (RANK_CONSTANT + words[index])
+        if index in meaning:
+            score += ranking.meaning / (RANK_CONSTANT + meaning[index])
+        hits.append(Hit(index, score, words.get(index), meaning.get(index)))
+    return sorted(hits, key=lambda hit: (-hit.score, -hit.index))
 
 
-def _shared(one: set[str], other: set[str]) -> float:
+def _jaccard(left: set[str], right: set[str]) -> float:
     """Return Jaccard's index of two sets of words, which is 1 for two empty sets."""
-    return len(one & other) / len(one | other) if one or other else 1.0
+    return len(left & right) / len(left | right) if left or right else 1.0

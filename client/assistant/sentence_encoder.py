@@ -19,7 +19,7 @@ from .retrieval import Encoder
 
 __all__ = ["embed", "embed_new", "kept_bytes", "read_kept", "sentence_encoder"]
 
-LONGEST = 256
+MAX_TOKENS = 256
 """Tokens of a text that are read; what all-MiniLM-L6-v2 was trained with."""
 BATCH = 32
 _DIGEST = 16
@@ -56,21 +56,21 @@ def embed(base: BaseModel, texts: Sequence[str], step: Step | None = None) -> ND
         texts: any number.
         step: told the number of texts done after each batch.
     """
-    found = np.zeros((len(texts), base.width), np.float32)
+    vectors = np.zeros((len(texts), base.width), np.float32)
     if not texts:
-        return found
-    rows = base.tokenizer(list(texts), truncation=True, max_length=LONGEST, verbose=False)
+        return vectors
+    rows = base.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS, verbose=False)
     rows = rows["input_ids"]
     order = sorted((i for i, ids in enumerate(rows) if ids), key=lambda i: len(rows[i]))
     for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
-        ids, mask = pad([rows[place] for place in places])
+        batch = order[start : start + BATCH]
+        ids, mask = pad([rows[i] for i in batch])
         weight = mask[..., None].float()
         mean = (final_states(base, ids, mask) * weight).sum(1) / weight.sum(1)
-        found[places] = torch.nn.functional.normalize(mean, dim=1).numpy()
+        vectors[batch] = torch.nn.functional.normalize(mean, dim=1).numpy()
         if step is not None:
-            step(len(places))
-    return found
+            step(len(batch))
+    return vectors
 
 
 def embed_new(texts: Sequence[str], encoder: Encoder, known: Known) -> NDArray[np.float32]:
@@ -92,10 +92,10 @@ def kept_bytes(texts: Sequence[str], vectors: NDArray[np.float32]) -> bytes:
     It has two bytes a number, and no text.
     """
     digests = np.frombuffer(b"".join(map(_digest, texts)), np.uint8).reshape(len(texts), _DIGEST)
-    found: bytes = safetensors.numpy.save(
+    content: bytes = safetensors.numpy.save(
         {"digests": digests, "vectors": vectors.astype(np.float16)}
     )
-    return found
+    return content
 
 
 def read_kept(content: bytes | None, width: int) -> dict[bytes, NDArray[np.float32]]:

@@ -6,31 +6,29 @@ publisher who used it first; a version is never replaced, and a lower one never 
 """
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...common.errors import ConfigError, PrivacyError
 from ..store.device_store import DeviceStore
-from .templates import Template, builtins, claimed, read
+from .templates import Template, builtins, claimed_publisher, read
 
 __all__ = [
-    "Kept",
+    "TemplateVersion",
     "add",
     "changes",
+    "check",
     "earlier",
     "find",
-    "in_use",
     "kept",
     "rollback",
     "trusted",
-    "weigh",
 ]
 
 _KEPT, _USED = "prompts/", "prompts-in-use/"
 
 
 @dataclass(frozen=True)
-class Kept:
+class TemplateVersion:
     """One version of a template on this device, and whether it is used.
 
     Attributes:
@@ -44,46 +42,42 @@ class Kept:
     refused: str = ""
 
 
-def kept(home: DeviceStore) -> list[Kept]:
+def kept(home: DeviceStore) -> list[TemplateVersion]:
     """Return every version of every template, by name, the newest first."""
     trusted = home.policy.prompts.publishers
-    found = [Kept(template, used=True) for template in builtins().values()]
+    versions = [TemplateVersion(template, used=True) for template in builtins().values()]
     for name in home.vault.names(_KEPT):
         content = home.vault.get(name) or b""
         used = home.vault.get(_USED + name.split("/")[1]) == name.split("/")[2].encode()
         try:
-            found.append(Kept(read(content, name, trusted), used))
+            versions.append(TemplateVersion(read(content, name, trusted), used))
         except PrivacyError as refusal:
-            found.append(Kept(read(content, name, {claimed(content, name)}), used, str(refusal)))
-    found.sort(key=lambda one: one.template.number, reverse=True)
-    return sorted(found, key=lambda one: one.template.name)
+            as_claimed = read(content, name, {claimed_publisher(content, name)})
+            versions.append(TemplateVersion(as_claimed, used, str(refusal)))
+    versions.sort(key=lambda version: version.template.number, reverse=True)
+    return sorted(versions, key=lambda version: version.template.name)
 
 
-def find(home: DeviceStore, name: str, version: str | None = None) -> Kept:
+def _versions(home: DeviceStore, name: str) -> list[TemplateVersion]:
+    """Return every version of one template, the newest first."""
+    return [version for version in kept(home) if version.template.name == name]
+
+
+def find(home: DeviceStore, name: str, version: str | None = None) -> TemplateVersion:
     """Find one version of a template, or the version in use.
 
     Raises:
         ConfigError: there is none.
     """
-    every = [one for one in kept(home) if one.template.name == name]
-    if not every:
-        known = ", ".join(sorted({one.template.name for one in kept(home)}))
+    versions = _versions(home, name)
+    if not versions:
+        known = ", ".join(sorted({each.template.name for each in kept(home)}))
         raise ConfigError(f"there is no template {name!r}; there are {known}")
-    chosen = [o for o in every if (o.used if version is None else o.template.version == version)]
-    if not chosen:
-        versions = ", ".join(one.template.version for one in every)
-        raise ConfigError(f"template {name!r} has no version {version}; there are {versions}")
-    return chosen[0]
-
-
-def in_use(home: DeviceStore, name: str) -> Template:
-    """Return the version of a template that is in use.
-
-    Raises:
-        ConfigError: there is none.
-        PrivacyError: its publisher is trusted no more.
-    """
-    return trusted(home, name)
+    for each in versions:
+        if each.used if version is None else each.template.version == version:
+            return each
+    numbers = ", ".join(each.template.version for each in versions)
+    raise ConfigError(f"template {name!r} has no version {version}; there are {numbers}")
 
 
 def trusted(home: DeviceStore, name: str, version: str | None = None) -> Template:
@@ -92,15 +86,19 @@ def trusted(home: DeviceStore, name: str, version: str | None = None) -> Templat
     `version` None means the one in use.
 
     Raises:
-        As `in_use`.
+        ConfigError: there is none.
+        PrivacyError: its publisher is trusted no more.
     """
-    found = find(home, name, version)
-    if found.refused:
-        raise PrivacyError(found.refused)
-    return found.template
+    return _trusted(find(home, name, version))
 
 
-def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
+def _trusted(version: TemplateVersion) -> Template:
+    if version.refused:
+        raise PrivacyError(version.refused)
+    return version.template
+
+
+def check(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Template | None]:
     """Check a template file, and say which version it would replace.
 
     Nothing is changed. Returned are the new template and the one in use now, if there is one.
@@ -111,28 +109,28 @@ def weigh(home: DeviceStore, content: bytes, where: str) -> tuple[Template, Temp
             name that another publisher uses.
     """
     new = read(content, where, home.policy.prompts.publishers)
-    same = [one for one in kept(home) if one.template.name == new.name]
-    for one in same:
-        if one.template.publisher != new.publisher:
-            owner = one.template.publisher or "privet itself"
+    versions = _versions(home, new.name)
+    for version in versions:
+        if version.template.publisher != new.publisher:
+            owner = version.template.publisher or "privet itself"
             raise PrivacyError(f"{where}: the name {new.name!r} belongs to {owner}; choose another")
-    if same and same[0].template.number >= new.number:
+    if versions and versions[0].template.number >= new.number:
         raise PrivacyError(
             f"{where} is version {new.version} of {new.name!r}, and this device has "
-            f"{same[0].template.version}: only a higher one is taken (privet prompts rollback "
+            f"{versions[0].template.version}: only a higher one is taken (privet prompts rollback "
             "goes back to a version that is kept)"
         )
-    return new, next((one.template for one in same if one.used), None)
+    return new, next((version.template for version in versions if version.used), None)
 
 
 def add(home: DeviceStore, content: bytes, where: str) -> Template:
     """Keep the template in a file and use it from now on.
 
     Raises:
-        As `weigh`.
+        As `check`.
     """
     with home.vault.transaction():  # of two programs that add, one sees what the other did
-        new, _ = weigh(home, content, where)
+        new, _ = check(home, content, where)
         home.vault.put_all(
             {
                 f"{_KEPT}{new.name}/{new.version}": content,
@@ -153,16 +151,13 @@ def earlier(home: DeviceStore, name: str, version: str | None = None) -> tuple[T
     """
     present = find(home, name).template
     if version is None:
-        every = [one for one in kept(home) if one.template.name == name]
-        lower = [one for one in every if one.template.number < present.number]
+        lower = [v for v in _versions(home, name) if v.template.number < present.number]
         if not lower:
             raise ConfigError(f"template {name!r} has no version before {present.version}")
         chosen = lower[0]
     else:
         chosen = find(home, name, version)
-    if chosen.refused:
-        raise PrivacyError(chosen.refused)
-    return present, chosen.template
+    return present, _trusted(chosen)
 
 
 def rollback(home: DeviceStore, name: str, version: str | None = None) -> Template:
@@ -178,7 +173,7 @@ def rollback(home: DeviceStore, name: str, version: str | None = None) -> Templa
     return chosen
 
 
-def changes(before: Template | None, after: Template) -> Sequence[str]:
+def changes(before: Template | None, after: Template) -> list[str]:
     """Return the lines that differ between two versions of a template, as `diff -u` does.
 
     Where there is no version before, every line is new.

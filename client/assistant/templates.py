@@ -17,7 +17,7 @@ import tomllib
 import unicodedata
 from collections.abc import Collection, Mapping
 from importlib.resources import files
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,7 +38,7 @@ __all__ = [
     "Segment",
     "Template",
     "builtins",
-    "claimed",
+    "claimed_publisher",
     "read",
     "render",
     "sign",
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 PLACEHOLDERS = ("profile", "history", "prompt")
-LARGEST_FILE, LONGEST_TEXT = 65_536, 8_000
+MAX_FILE_BYTES, MAX_TEXT = 65_536, 8_000
 """Bytes of a file, characters of a text."""
 
 _FIELD = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
@@ -75,12 +75,6 @@ class Segment(_Part):
             )
         return self
 
-    def suits(self, task: str, records: int) -> bool:
-        """Return whether a person with so many records, in a run of this task, is meant."""
-        most = self.most_records
-        few_enough = most is None or records <= most
-        return self.task in ("any", task) and self.fewest_records <= records and few_enough
-
 
 class Template(_Part):
     """One version of a prompt template, checked."""
@@ -88,7 +82,7 @@ class Template(_Part):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
     version: Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})(\.(0|[1-9][0-9]{0,5})){2}$")]
     about: _Short
-    text: str = Field(min_length=1, max_length=LONGEST_TEXT)
+    text: str = Field(min_length=1, max_length=MAX_TEXT)
     segment: Segment = Segment()
     metadata: Mapping[_Short, _Short] = Field(default_factory=dict, max_length=20)
     publisher: str | None = None
@@ -124,12 +118,13 @@ class Template(_Part):
     def lines(self) -> list[str]:
         """Return the template as lines for a person to read and for comparing versions."""
         segment = self.segment
-        most = "any" if segment.most_records is None else segment.most_records
+        max_records = "any" if segment.most_records is None else segment.most_records
         return [
             f"name: {self.name}",
             f"version: {self.version}",
             f"about: {self.about}",
-            f"for: {segment.name}, task {segment.task}, records {segment.fewest_records} to {most}",
+            f"for: {segment.name}, task {segment.task}, records {segment.fewest_records} to "
+            f"{max_records}",
             *(f"{key}: {value}" for key, value in sorted(self.metadata.items())),
             f"publisher: {self.publisher or 'comes with privet'}",
             "text:",
@@ -180,7 +175,7 @@ def read(content: bytes, where: str, trusted: Collection[str]) -> Template:
     return template.model_copy(update={"publisher": publisher.hex()})
 
 
-def claimed(content: bytes, where: str) -> str:
+def claimed_publisher(content: bytes, where: str) -> str:
     """Return the public key that a file says it is signed by, without checking it.
 
     Empty where the file names none.
@@ -212,12 +207,9 @@ def builtins() -> dict[str, Template]:
 
     They are trusted as the program itself is.
     """
-    found = {}
-    for file in sorted(files(__package__).joinpath("prompts").iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".toml"):
-            template = unsigned(file.read_bytes(), file.name)
-            found[template.name] = template
-    return found
+    folder = sorted(files(__package__).joinpath("prompts").iterdir(), key=lambda f: f.name)
+    templates = [unsigned(f.read_bytes(), f.name) for f in folder if f.name.endswith(".toml")]
+    return {template.name: template for template in templates}
 
 
 def render(template: Template, *, prompt: str, profile: str = "", history: str = "") -> str:
@@ -231,20 +223,20 @@ def render(template: Template, *, prompt: str, profile: str = "", history: str =
     for paragraph in template.text.split("\n\n"):
         names = _FIELD.findall(paragraph)
         if not names or "prompt" in names or any(values[name] for name in names):
-            parts.append(_FIELD.sub(lambda found: values[found[1]], paragraph))
+            parts.append(_FIELD.sub(lambda match: values[match[1]], paragraph))
     return "\n\n".join(parts)
 
 
-def _table(content: bytes, where: str) -> dict[str, Any]:
-    if len(content) > LARGEST_FILE:
-        raise ConfigError(f"{where} has {len(content):,} bytes; a template has {LARGEST_FILE:,}")
+def _table(content: bytes, where: str) -> dict[str, object]:
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{where} has {len(content):,} bytes; a template has {MAX_FILE_BYTES:,}")
     try:
         return tomllib.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not a template: not valid TOML ({error})") from None
 
 
-def _checked(table: Mapping[str, Any], where: str) -> Template:
+def _checked(table: Mapping[str, object], where: str) -> Template:
     if "publisher" in table:
         raise ConfigError(f"{where}: publisher is no field; it stands in [signature]")
     try:

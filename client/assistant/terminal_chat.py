@@ -5,14 +5,16 @@ lines work from a terminal and from a file, so that a chat can be scripted.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ...common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .text_generation import Assistant, Heard, Recorder, Reply
 
 __all__ = ["HELP", "as_text", "facts", "talk"]
@@ -27,12 +29,7 @@ HELP = """\
 
 
 def talk(
-    assistant: "Assistant",
-    record: "Recorder",
-    lines: TextIO,
-    *,
-    once: str | None,
-    as_json: bool,
+    assistant: "Assistant", record: "Recorder", lines: TextIO, *, once: str | None, as_json: bool
 ) -> None:
     """Hold a conversation until its lines end.
 
@@ -47,28 +44,28 @@ def talk(
         ConfigError: a command that is none, or a verdict before any answer; where lines come
             from a terminal it is said and the chat goes on.
     """
-    show = _Shown(as_json, live=once is None and lines.isatty())
+    output = _Output(as_json, live=once is None and lines.isatty())
     if once is not None:
-        show.reply(assistant, as_text(once))
+        output.reply(assistant, as_text(once))
         return
     last: Reply | None = None
-    if show.live:
-        show.say(HELP)
-    for line in _asked(lines, show.live):
+    if output.live:
+        output.say(HELP)
+    for line in _asked(lines, output.live):
         try:
             if not line.strip():
                 continue
             if not line.startswith(":") or line.startswith("::"):
                 prompt = line[1:] if line.startswith("::") else line
-                last = show.reply(assistant, as_text(prompt))
+                last = output.reply(assistant, as_text(prompt))
             elif line.split()[0] in (":quit", ":q"):
                 return
             else:
-                _obey(line, last, record, show)
+                _obey(line, last, record, output)
         except (ConfigError, DataError) as wrong:
-            if not show.live:
+            if not output.live:
                 raise
-            show.say(str(wrong))
+            output.say(str(wrong))
 
 
 # --- what is shown -------------------------------------------------------------------------------
@@ -96,10 +93,10 @@ def _asked(lines: TextIO, live: bool) -> Iterator[str]:
         yield line.rstrip("\n")
 
 
-def _obey(line: str, last: "Reply | None", record: "Recorder", show: "_Shown") -> None:
+def _obey(line: str, last: "Reply | None", record: "Recorder", output: "_Output") -> None:
     command, _, rest = line.partition(" ")
     if command == ":help":
-        show.say(HELP)
+        output.say(HELP)
         return
     if command not in (":accept", ":global", ":reject", ":edit", ":why"):
         raise ConfigError(f"{command} is no command; :help lists them")
@@ -107,7 +104,7 @@ def _obey(line: str, last: "Reply | None", record: "Recorder", show: "_Shown") -
         raise ConfigError(f"{command} needs an answer; ask something first")
     shared, personal = last.shared.text, last.personal.text
     if command == ":why":
-        show.sources(last)
+        output.sources(last)
         return
     if command == ":edit" and not rest.strip():
         raise ConfigError(":edit needs the text it should have been")
@@ -120,10 +117,10 @@ def _obey(line: str, last: "Reply | None", record: "Recorder", show: "_Shown") -
     over = None if over == answer else over
     taken = command == ":accept"
     number = record(kind, last.prompt, answer, over=over, edited=edited, taken=taken)
-    show.kept(kind, number)
+    output.kept(kind, number)
 
 
-class _Shown:
+class _Output:
     """Standard output: tables, or one JSON object a line."""
 
     def __init__(self, as_json: bool, live: bool) -> None:
@@ -142,18 +139,17 @@ class _Shown:
         self.say(f"kept on this device: {kind} (number {number})")
 
     def reply(self, assistant: "Assistant", prompt: str) -> "Reply":
-        if self.as_json or not self.live:
-            found = assistant.reply(prompt)
+        if not self.live:
+            reply = assistant.reply(prompt)
         else:
             with self._streaming() as heard:
-                found = assistant.reply(prompt, heard)
+                reply = assistant.reply(prompt, heard)
         if self.as_json:
-            self._json(facts(found, assistant))
-        else:
-            if not self.live:
-                self.console.print(_beside(found.shared.text, found.personal.text))
-            self.say(_origin(found, assistant))
-        return found
+            self._json(facts(reply, assistant))
+        elif not self.live:
+            self.console.print(_beside(reply.shared.text, reply.personal.text))
+        self.say(_origin(reply, assistant))
+        return reply
 
     def sources(self, reply: "Reply") -> None:
         if self.as_json:
@@ -167,7 +163,7 @@ class _Shown:
             by = ", ".join(ranks) or "the latest"
             self.say(f"text {source.place + 1} ({by}):\n{_indented(source.text)}")
 
-    def _json(self, value: dict[str, Any]) -> None:
+    def _json(self, value: Mapping[str, object]) -> None:
         print(json.dumps(value, allow_nan=False), flush=True)
 
     @contextmanager
@@ -184,7 +180,7 @@ class _Shown:
             yield heard
 
 
-def facts(reply: "Reply", assistant: "Assistant") -> dict[str, Any]:
+def facts(reply: "Reply", assistant: "Assistant") -> dict[str, object]:
     """Return a reply as the object that is printed as JSON."""
     return {
         "prompt": reply.prompt,
@@ -208,7 +204,7 @@ def facts(reply: "Reply", assistant: "Assistant") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _beside(shared: str, personal: str) -> Any:
+def _beside(shared: str, personal: str) -> "Table":
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -224,12 +220,12 @@ def _beside(shared: str, personal: str) -> Any:
 
 
 def _origin(reply: "Reply", assistant: "Assistant") -> str:
-    places = ", ".join(str(source.place + 1) for source in reply.sources)
+    numbers = ", ".join(str(source.place + 1) for source in reply.sources)
     parts = [
         f"adapter {assistant.adapter}" if assistant.adapter else "no adapter",
         "own head" if reply.with_head else "no head that helped",
         "profile" if reply.with_profile else "no profile",
-        f"own texts {places}" if places else "no own text",
+        f"own texts {numbers}" if numbers else "no own text",
         *([f"an arm of {assistant.ab_run}"] if assistant.ab_run else []),
     ]
     return (

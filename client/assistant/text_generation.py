@@ -22,7 +22,7 @@ from ...common.errors import ConfigError
 from ...common.model.base_model import BaseModel
 from ..personal.text_head import TextHead, adjusted_logits
 from .profile import Context, Profile, context
-from .retrieval import Index
+from .retrieval import TextIndex
 from .templates import Template
 
 __all__ = [
@@ -145,7 +145,7 @@ class Assistant:
     base: BaseModel
     adapter: str
     head: TextHead | None = field(repr=False)
-    index: Index = field(repr=False)
+    index: TextIndex = field(repr=False)
     profile: Profile | None = field(repr=False)
     template: Template
     sampling: Sampling
@@ -175,7 +175,7 @@ class Assistant:
             shared=shared,
             personal=personal,
             sources=tuple(
-                Source(hit.place, self.index.texts[hit.place], hit.words, hit.meaning)
+                Source(hit.index, self.index.texts[hit.index], hit.words, hit.meaning)
                 for hit in found.hits
             ),
             with_profile=found.with_profile,

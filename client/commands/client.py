@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,7 +19,10 @@ from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
     from ..consent.run_offers import Offer
+    from ..import_texts.watched_folders import Held
     from ..store.device_store import DeviceStore
+    from ..store.erase import Erased
+    from .printing import OfferFacts
 
 __all__ = ["app"]
 
@@ -49,14 +52,14 @@ def init(
     from ..store.vault import FILE
 
     folder = folder_of(home)
-    if any(os.path.lexists(folder / one) for one in (FILE, KEY_FILE)):
+    if any(os.path.lexists(folder / name) for name in (FILE, KEY_FILE)):
         raise StateError(
             f"there is a home in {folder} already, which was left as it is; `privet client status` "
             "looks at it, --home names another"
         )
     file = passphrase or (None if keyring else from_environment())
-    with DeviceStore.create(folder, new_unlock(file, keyring, "New passphrase"), name) as made:
-        card = made.card
+    with DeviceStore.create(folder, new_unlock(file, keyring, "New passphrase"), name) as store:
+        card = store.card
     if as_json:
         printing.dump({"home": str(folder), "card": json.loads(card)})
         return
@@ -74,8 +77,8 @@ def card(
     home: HomeFolder = None, passphrase: PassphraseFile = None, as_json: AsJson = False
 ) -> None:
     """Print the card again: one line of JSON for a server's operator, nothing secret."""
-    with opened(home, passphrase) as found:
-        print(found.card if not as_json else json.dumps(json.loads(found.card), indent=2))
+    with opened(home, passphrase) as store:
+        printing.say(as_json, json.loads(store.card), store.card)
 
 
 @app.command("policy")
@@ -92,9 +95,9 @@ def policy(
     from ..store.device_store import POLICY
 
     path = folder_of(home) / POLICY
-    found = policies.read(path)
-    values = found.model_dump(mode="json")
-    warnings = found.warnings()
+    limits = policies.read(path)
+    values = limits.model_dump(mode="json")
+    warnings = limits.warnings()
     if as_json:
         printing.dump({"path": str(path), "limits": values, "warnings": warnings})
         return
@@ -140,6 +143,8 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Erase everything of this device, the key first, and prove it. Nothing brings it back."""
+    from dataclasses import asdict
+
     from ..enrolled.access import folder_of
     from ..store.erase import exclusive
     from .device_status import worker
@@ -155,14 +160,12 @@ def forget(
             "FORGET",
         )
     erased = _erase(folder)
-    from dataclasses import asdict
-
     printing.say(as_json, {**asdict(erased), "folder_removed": not folder.exists()}, str(erased))
     if not as_json and not folder.exists():
         print(f"{folder} is gone.")
 
 
-def _erase(folder: Path) -> Any:
+def _erase(folder: Path) -> "Erased":
     """Erase the vault with its proof, then the policy, then the folder if nothing else is in it."""
     from contextlib import suppress
     from dataclasses import replace
@@ -215,12 +218,12 @@ def add(
     for root in roots:
         if not os.path.lexists(root):
             raise DataError(f"there is no {key_of(root)}: name a file or a folder that is there")
-    with opened(home, passphrase) as found, printing.progress() as step:
-        before = watched_folders.read(found)
+    with opened(home, passphrase) as store, printing.progress() as step:
+        before = watched_folders.read(store)
         if not before.roots and not roots:
             raise DataError("nothing is watched yet: name files or folders, add PATH...")
         scanned = watched_folders.rescan(
-            found,
+            store,
             roots=[*before.roots, *map(key_of, roots)],
             me=[*before.me, *(me or ())],
             progress=step,
@@ -241,8 +244,8 @@ def sources_(
     from ..import_texts import watched_folders
     from ..import_texts.scan import key_of
 
-    with opened(home, passphrase) as found:
-        held = watched_folders.read(found)
+    with opened(home, passphrase) as store:
+        held = watched_folders.read(store)
         if remove is not None:
             key = key_of(Path(os.path.abspath(remove.expanduser())))
             if key not in held.roots:
@@ -250,8 +253,8 @@ def sources_(
                 raise DataError(f"{key} is not watched: {known} is")
             with printing.progress() as step:
                 rest = [root for root in held.roots if root != key]
-                watched_folders.rescan(found, roots=rest, progress=step)
-            held = watched_folders.read(found)
+                watched_folders.rescan(store, roots=rest, progress=step)
+            held = watched_folders.read(store)
     counts = {root: _below(root, held.files) for root in held.roots}
     if as_json:
         printing.dump({"sources": counts, "records": held.records, "me": held.me})
@@ -260,7 +263,7 @@ def sources_(
     print(f"{held.records:,} records in all")
 
 
-def _below(root: str, files: Mapping[str, Any]) -> int:
+def _below(root: str, files: Mapping[str, "Held"]) -> int:
     """Count the records of the files in a source.
 
     A file in two sources counts in both.
@@ -313,12 +316,12 @@ def join(
     """Belong to a server. Nothing is sent before you agree to one of its runs."""
     from ..enrolled import join as joining
 
-    with opened(home, passphrase) as found:
+    with opened(home, passphrase) as store:
         asked = joining.Asked(server, ca, directory, insecure, directory_key, open_)
-        said = joining.join(found, asked)
-        closed = found.joined is not None and found.joined.closed
-    facts = {"server": server, "insecure": insecure, "closed": closed, "said": said}
-    printing.say(as_json, facts, "\n".join([*said, "Next: privet client start"]))
+        lines = joining.join(store, asked)
+        closed = store.joined is not None and store.joined.closed
+    facts = {"server": server, "insecure": insecure, "closed": closed, "said": lines}
+    printing.say(as_json, facts, "\n".join([*lines, "Next: privet client start"]))
 
 
 @app.command("directory")
@@ -337,17 +340,17 @@ def directory(
     from ...common.secure_aggregation import fleet_directory as directories
     from ..enrolled import pinned_directory
 
-    with opened(home, passphrase) as found:
-        chain, facts = found.chain, pinned_directory.facts(found)
+    with opened(home, passphrase) as store:
+        chain, facts = store.chain, pinned_directory.facts(store)
         if chain is None or facts is None or not chain.signature:
             raise StateError(
                 "this device holds no signed directory: join with one (`privet client join "
                 "--directory FILE`)"
             )
-        lines = pinned_directory.history(found)
+        lines = pinned_directory.history(store)
         if export is not None:
             directories.write(export, chain)
-        same = None if compare is None else pinned_directory.compared(found, compare)
+        same = None if compare is None else pinned_directory.compared(store, compare)
     if as_json:
         printing.dump({**facts, "history": lines, "compared": same})
         return
@@ -363,16 +366,16 @@ def leave(
     """Belong to no server any more, but keep records, heads and the ledger."""
     from .device_status import worker
 
-    with opened(home, passphrase) as found:
-        joined = found.joined
+    with opened(home, passphrase) as store:
+        joined = store.joined
         if joined is None:
             raise StateError("this device has joined no server: there is none to leave")
-        found.leave()
-        running = worker(found.folder)
-    said = f"This device has left {joined.server} and answers none of its runs any more."
+        store.leave()
+        running = worker(store.folder)
+    sentence = f"This device has left {joined.server} and answers none of its runs any more."
     if running is not None:
-        said += f" Stop `privet client start` too (its worker is process {running})."
-    printing.say(as_json, {"left": joined.server, "worker": running}, said)
+        sentence += f" Stop `privet client start` too (its worker is process {running})."
+    printing.say(as_json, {"left": joined.server, "worker": running}, sentence)
 
 
 @app.command("runs")
@@ -399,76 +402,62 @@ def runs(
         raise ConfigError("--partly goes with --agree: privet client runs RUN --agree --partly")
     if run is None and (agree or decline):
         raise ConfigError("name the run: privet client runs RUN --agree")
-    with opened(home, passphrase) as found:
-        if run is None:
-            printing.runs(status.runs(found), as_json)
-            if not as_json and found.directory_refused:
-                print(found.directory_refused)
-        else:
-            _decide(found, _offer(found, run), agree, partly, decline, as_json)
+    with opened(home, passphrase) as store:
+        if run is not None:
+            _decide(store, _offer(store, run), agree, partly, decline, as_json)
+            return
+        printing.runs(status.runs(store), as_json)
+        if not as_json and store.directory_refused:
+            print(store.directory_refused)
 
 
-def _offer(home: "DeviceStore", run: str) -> "Offer":
-    offers = [offer for offer, _ in home.runs()]
-    found = [one for one in offers if one.run == run] or [
-        one for one in offers if one.run.startswith(run)
-    ]
-    if len(found) != 1:
-        names = ", ".join(one.run for one in found or offers) or "none was offered yet"
-        what = "more than one run begins with" if found else "there is no run"
+def _offer(store: "DeviceStore", run: str) -> "Offer":
+    from ..consent.run_offers import by_beginning
+
+    offers = {offer.run: offer for offer, _ in store.runs()}
+    matching = by_beginning(run, [*offers])
+    if len(matching) != 1:
+        names = ", ".join(matching or offers) or "none was offered yet"
+        what = "more than one run begins with" if matching else "there is no run"
         raise StateError(f"{what} {run!r}: {names}")
-    return found[0]
+    return offers[matching[0]]
 
 
 def _decide(
-    home: "DeviceStore", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
+    store: "DeviceStore", offer: "Offer", agree: bool, partly: bool, decline: bool, as_json: bool
 ) -> None:
     """Show one run in full, then record what the owner said."""
-    from ..consent import offer_description
-    from ..consent import run_offers as offers
-    from ..store.device_store import ME
     from .device_status import runs
 
-    joined, released = home.joined, home.ledger.rows(ME)
-    closed = joined is not None and joined.closed
-    rows = offer_description.describe(
-        offer,
-        home.policy,
-        spent=[charge for row in released for charge in row.charges],
-        in_run=[row.charges for row in released if row.run == offer.run],
-        closed=closed,
-        enrolled=len(home.directory.known) if closed else None,
-    )
-    rows += _own_part(home, offer)
-    before = home.agreed(offer.run)
-    changed = [] if before is None else offers.changes(before[0], offer)
-    left_out = [(one.round, one.reason) for one in home.ledger.declined(ME) if one.run == offer.run]
+    facts = _offer_facts(store, offer)
     if not as_json:
-        printing.table(("", "what it asks for"), rows)
-        if changed:
-            printing.table(("changed since you agreed",), [(line,) for line in changed])
-        if left_out:
-            printing.table(("round", "not taken part in, because"), left_out)
+        printing.offer(facts)
     if agree:
-        home.agree(offer, "owner", partly)
+        store.agree(offer, "owner", partly)
     if decline:
-        home.withdraw(offer)
-    state = next(one for one in runs(home) if one["run"] == offer.run)
-    if as_json:
-        printing.dump(
-            {
-                **state,
-                "asks": rows,
-                "changed": changed,
-                "declined_rounds": left_out,
-                "digest": offer.digest,
-            }
-        )
-    else:
-        print(_STATES[state["state"]].format(run=offer.run))
+        store.withdraw(offer)
+    state = next(run for run in runs(store) if run["run"] == offer.run)
+    sentence = _STATES[state["state"]].format(run=offer.run)
+    printing.say(as_json, {**state, **facts, "digest": offer.digest}, sentence)
 
 
-def _own_part(home: "DeviceStore", offer: "Offer") -> "list[tuple[str, str]]":
+def _offer_facts(store: "DeviceStore", offer: "Offer") -> "OfferFacts":
+    """Return what a run asks for, what was changed in it since, and the rounds left out."""
+    from ..consent.offer_description import describe
+    from ..consent.run_offers import changes
+    from ..store.device_store import ME
+
+    rows = describe(offer, store.policy, store.state_for(offer.run))
+    before = store.agreed(offer.run)
+    declined = [round for round in store.ledger.declined(ME) if round.run == offer.run]
+    return {
+        "asks": [*rows, *_own_part(store, offer)],
+        "changed": [] if before is None else changes(before[0], offer),
+        "declined_rounds": [(round.round, round.reason) for round in declined],
+    }
+
+
+def _own_part(store: "DeviceStore", offer: "Offer") -> "list[tuple[str, str]]":
     """Describe this device's part in an A/B experiment.
 
     That is its arm, what the device lacks for it, and the outcome so far.
@@ -479,17 +468,17 @@ def _own_part(home: "DeviceStore", offer: "Offer") -> "list[tuple[str, str]]":
     from ..assistant import template_store
     from ..enrolled import ab_assignment
 
-    found = ab_assignment.of(home, offer)
-    if found is None:
+    mine = ab_assignment.of(store, offer)
+    if mine is None:
         return []
-    value = ab_assignment.outcome(home, offer.run, found.settings)
+    value = ab_assignment.outcome(store, offer.run, mine.settings)
     rows = [
-        ("your arm", found.arm),
+        ("your arm", mine.arm),
         ("your outcome", "none yet" if value is None else f"{value:.3g}, on this device"),
     ]
-    if found.template is not None:
+    if mine.template is not None:
         try:
-            template_store.trusted(home, *found.template)
+            template_store.trusted(store, *mine.template)
         except (ConfigError, PrivacyError) as lacking:
             rows.append(("your arm", f"not in use, and its outcome stays empty: {lacking}"))
     return rows
@@ -512,10 +501,10 @@ def pause(
     as_json: AsJson = False,
 ) -> None:
     """Take part in no new round until `pause --off`, but finish one that has begun."""
-    with opened(home, passphrase) as found:
-        found.pause(not off)
-    said = "This device takes part again." if off else "This device takes part in no new round."
-    printing.say(as_json, {"paused": not off}, said)
+    with opened(home, passphrase) as store:
+        store.pause(not off)
+    sentence = "This device takes part again." if off else "This device takes part in no new round."
+    printing.say(as_json, {"paused": not off}, sentence)
 
 
 # --- what happened -------------------------------------------------------------------------------
@@ -528,8 +517,8 @@ def status(
     """Show how this device is."""
     from . import device_status as statuses
 
-    with opened(home, passphrase) as found:
-        facts = statuses.facts(found)
+    with opened(home, passphrase) as store:
+        facts = statuses.facts(store)
     printing.status(facts, as_json)
 
 
@@ -540,13 +529,11 @@ def budget(
     """Show what this home has spent of its privacy budget, and against whom it holds.
 
     A budget is one home's: another device, or a home begun after `forget`, has its own.
-
-    A budget is one home's: another device, or a home begun after `forget`, has its own.
     """
-    from . import device_status as statuses
+    from ..privacy.spending import spending
 
-    with opened(home, passphrase) as found:
-        facts = statuses.budget(found)
+    with opened(home, passphrase) as store:
+        facts = spending(store)
     printing.budget(facts, as_json)
 
 
@@ -565,27 +552,20 @@ def outbox(
 
     if payload is not None and seq is None:
         raise ConfigError("--payload writes one byte-string: name its number")
-    with opened(home, passphrase) as found:
-        if seq is not None:
-            _show_sent(found, seq, payload, as_json)
+    with opened(home, passphrase) as store:
+        if seq is None:
+            printing.outbox(statuses.outbox(store), as_json)
             return
-        every = statuses.outbox(found)
-    printing.outbox(every, as_json)
+        sent, row = statuses.release_of(store, seq)
+        if payload is not None:
+            _write_payload(store, seq, payload)
+    printing.sent(sent, row, payload, as_json)
 
 
-def _show_sent(home: "DeviceStore", seq: int, path: Path | None, as_json: bool) -> None:
-    from . import device_status as statuses
-
-    sent, row = statuses.release_of(home, seq)
-    if path is not None:
-        _write_payload(home, seq, path)
-    printing.sent(sent, row, path, as_json)
-
-
-def _write_payload(home: "DeviceStore", seq: int, path: Path) -> None:
+def _write_payload(store: "DeviceStore", seq: int, path: Path) -> None:
     from ...common.files import explain_os_errors
 
-    content = home.payload(seq)
+    content = store.payload(seq)
     if content is None:
         raise StateError(
             f"the bytes of number {seq} made room for newer ones (outbox.keep_mb in policy.toml); "
@@ -651,6 +631,3 @@ def service(home: HomeFolder = None, passphrase: PassphraseFile = None) -> None:
     program = beside if beside.is_file() else Path(shutil.which("privet") or beside)
     file = None if passphrase is None else Path(os.path.abspath(passphrase))
     print(unit_text(folder, program, passphrase=file), end="")
-
-
-# --- printing ------------------------------------------------------------------------------------

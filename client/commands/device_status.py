@@ -8,13 +8,12 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from ...common.errors import PrivetError, StateError
-from ..consent import device_conditions
+from ..consent import device_conditions, run_offers
 from ..enrolled import pinned_directory
 from ..import_texts import watched_folders
 from ..runtime import connection
@@ -24,14 +23,79 @@ from ..store.erase import LOCK
 if TYPE_CHECKING:
     from ..privacy.ledger import Row
 
-__all__ = ["budget", "facts", "outbox", "release_of", "runs", "worker"]
+__all__ = [
+    "DeviceFacts",
+    "RunFacts",
+    "facts",
+    "outbox",
+    "release_of",
+    "runs",
+    "worker",
+]
+
+Decision = Literal["agreed", "declined", "changed", "waits"]
 
 
-def facts(home: DeviceStore) -> dict[str, Any]:
+class RunFacts(TypedDict):
+    """An offer that is kept, and what was decided about it; times are seconds since 1970."""
+
+    run: str
+    server: str
+    received: float
+    state: Decision
+    agreed: float | None
+    by: run_offers.How | None
+
+
+class ConnectionFacts(TypedDict):
+    """Whether the server is reached, since when not, and why, with a sentence on it."""
+
+    ok: bool
+    reached: float | None
+    failed: str | None
+    sentence: str
+
+
+class NoteFacts(TypedDict):
+    """The last thing the owner should know."""
+
+    time: float
+    sentence: str
+
+
+class DeviceFacts(TypedDict):
+    """The content of `privet client status --json`."""
+
+    home: str
+    server: str | None
+    insecure: bool
+    closed: bool
+    directory: pinned_directory.DirectoryFacts | None
+    paused: bool
+    worker: int | None
+    connection: ConnectionFacts | None
+    records: int
+    sources: list[str]
+    runs: list[RunFacts]
+    releases: int
+    note: NoteFacts | None
+    not_now: str | None
+    budget: dict[str, float] | None
+
+
+def facts(home: DeviceStore) -> DeviceFacts:
     """Return everything about the device's state but epsilon, whose accountant is slow to load."""
     joined, held, note = home.joined, watched_folders.read(home), home.last_note
     running = worker(home.folder)
-    found: dict[str, Any] = {
+    budget: dict[str, float] | None = None
+    try:
+        policy = home.policy
+        conditions = device_conditions.read_conditions(paused=home.paused)
+        not_now = device_conditions.not_now(policy, datetime.now(), conditions)
+        budget = {"client": policy.budget.client, "example": policy.budget.example}
+    except PrivetError as error:  # the rest is worth showing, and rounds are declined meanwhile
+        not_now = str(error)
+    return {
         "home": str(home.folder),
         "server": None if joined is None else joined.server,
         "insecure": joined is not None and joined.insecure,
@@ -45,26 +109,19 @@ def facts(home: DeviceStore) -> dict[str, Any]:
         "runs": runs(home),
         "releases": home.releases,
         "note": None if note is None else {"time": note[0], "sentence": note[1]},
+        "not_now": not_now,
+        "budget": budget,
     }
-    try:
-        policy = home.policy
-        reading = device_conditions.read_conditions(paused=home.paused)
-        found["not_now"] = device_conditions.not_now(policy, datetime.now(), reading)
-        found["budget"] = {"client": policy.budget.client, "example": policy.budget.example}
-    except PrivetError as error:  # the rest is worth showing, and rounds are declined meanwhile
-        found["not_now"], found["budget"] = str(error), None
-    return found
 
 
-def _connection(home: DeviceStore, server: str, running: int | None) -> dict[str, Any]:
-    """Return whether the server is reached, since when not, and why, with a sentence on it."""
-    found = connection.read(home.folder, server)
-    reached, said = connection.sentence(found, running is not None, time.time())
-    kind = None if reached else found.kind or "not heard"
-    return {"ok": reached, "reached": found.reached or None, "failed": kind, "sentence": said}
+def _connection(home: DeviceStore, server: str, running: int | None) -> ConnectionFacts:
+    last = connection.read(home.folder, server)
+    reached, sentence = connection.sentence(last, running is not None, time.time())
+    kind = None if reached else last.kind or "not heard"
+    return {"ok": reached, "reached": last.reached or None, "failed": kind, "sentence": sentence}
 
 
-def runs(home: DeviceStore) -> list[dict[str, Any]]:
+def runs(home: DeviceStore) -> list[RunFacts]:
     """Return every offer that is kept, oldest first, with what was decided about it.
 
     `state`: agreed, declined, changed (since the owner agreed), or waits.
@@ -82,7 +139,7 @@ def runs(home: DeviceStore) -> list[dict[str, Any]]:
     ]
 
 
-def _state(home: DeviceStore, run: str) -> str:
+def _state(home: DeviceStore, run: str) -> Decision:
     if home.declined(run):
         return "declined"
     return "waits" if home.agreed(run) is None else "changed"
@@ -106,18 +163,11 @@ def worker(folder: Path) -> int | None:
     return None
 
 
-def budget(home: DeviceStore) -> dict[str, Any]:
-    """Return what was spent, composed from the ledger (`client/privacy/spending.py`)."""
-    from ..privacy.spending import spending
-
-    return spending(home)
-
-
-def outbox(home: DeviceStore) -> list[dict[str, Any]]:
-    """Return every byte-string that left, oldest first, each with its release, if it has one."""
-    sent = home.outbox()
-    rows = _rows(home) if sent else {}
-    return [{**asdict(one), "release": _number(rows, one)} for one in sent]
+def outbox(home: DeviceStore) -> list[tuple[Sent, int | None]]:
+    """Return all that left, oldest first, each with the number of its release, if it has one."""
+    outbox = home.outbox()
+    rows = _rows(home) if outbox else {}
+    return [(sent, row.seq if (row := _row(rows, sent)) else None) for sent in outbox]
 
 
 def release_of(home: DeviceStore, seq: int) -> tuple[Sent, "Row | None"]:
@@ -126,10 +176,10 @@ def release_of(home: DeviceStore, seq: int) -> tuple[Sent, "Row | None"]:
     Raises:
         StateError: nothing with that number has left.
     """
-    found = next((one for one in home.outbox() if one.seq == seq), None)
-    if found is None:
-        raise StateError(f"nothing with number {seq} has left; `privet client outbox` lists it all")
-    return found, _row(_rows(home), found)
+    for sent in home.outbox():
+        if sent.seq == seq:
+            return sent, _row(_rows(home), sent)
+    raise StateError(f"nothing with number {seq} has left; `privet client outbox` lists it all")
 
 
 def _rows(home: DeviceStore) -> Mapping[tuple[str, int], "Row"]:
@@ -142,8 +192,3 @@ def _row(rows: Mapping[tuple[str, int], "Row"], sent: Sent) -> "Row | None":
     Keys, shares and signatures cost nothing, so they are no releases.
     """
     return rows.get((sent.run, sent.round)) if sent.phase in ("round", "vector") else None
-
-
-def _number(rows: Mapping[tuple[str, int], "Row"], sent: Sent) -> int | None:
-    row = _row(rows, sent)
-    return None if row is None else row.seq

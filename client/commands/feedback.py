@@ -6,9 +6,10 @@ and are better given in a file than on the command line, which other programs ca
 
 import sys
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 
-LARGEST = 64 * 2**20
+MAX_FILE_BYTES = 64 * 2**20
 """Bytes of a file of verdicts."""
 
 
@@ -59,26 +60,13 @@ def add(
     """Record a verdict on an answer, or all verdicts of a file (all of them, or none)."""
     from ..store import verdicts as feedback
 
-    options = {"accept": accept, "reject": reject, "edit": edit}
-    given = [name for name, text in options.items() if text is not None]
-    if file is not None and (given or over is not None or to is not None or prompt):
-        raise ConfigError("a file and a verdict were given: choose one of them")
-    if file is None and len(given) != 1:
-        raise ConfigError(
-            f"{len(given)} verdicts were given: say one of --accept, --reject, --edit, or name a "
-            "file of verdicts"
-        )
-    now = time.time()
-    if file is not None:
-        verdicts = _read(file, now)
-    else:
-        fields = {"kind": given[0], "prompt": prompt, "answer": options[given[0]]}
-        verdicts = [feedback.check({**fields, "over": over, "edited": to}, "the verdict", now)]
-    with opened(home, passphrase) as found:
-        numbers = feedback.add(found, verdicts)
-        counts = _counts(feedback.kept(found).values())
-    said = f"{len(numbers):,} verdict{'' if len(numbers) == 1 else 's'} recorded; "
-    printing.say(as_json, {"kept": numbers, **counts}, f"{said}{_spoken(counts)}.")
+    answers = {"accept": accept, "reject": reject, "edit": edit}
+    verdicts = _given(file, answers, {"prompt": prompt or None, "over": over, "edited": to})
+    with opened(home, passphrase) as store:
+        numbers = feedback.add(store, verdicts)
+        counts = _counts(feedback.kept(store))
+    sentence = f"{_verdicts(len(numbers))} recorded; {_spoken(counts)}."
+    printing.say(as_json, {"kept": numbers, **counts}, sentence)
 
 
 @app.command("list")
@@ -92,9 +80,9 @@ def list_(
     """List the verdicts kept with number, day and kind, and with --texts also what was said."""
     from ..store import verdicts as feedback
 
-    with opened(home, passphrase) as found:
-        every = feedback.kept(found)
-    counts = _counts(every.values())
+    with opened(home, passphrase) as store:
+        every = feedback.kept(store)
+    counts = _counts(every)
     rows = _pair_rows(every, texts) if pairs else _rows(every, texts)
     if as_json:
         printing.dump({**counts, "pairs" if pairs else "verdicts": rows})
@@ -119,11 +107,31 @@ def forget(
 
     if bool(numbers) == every:
         raise ConfigError("name the verdicts to forget by their numbers, or say --all")
-    with opened(home, passphrase) as found:
-        gone = feedback.forget(found, None if every else numbers)
-        counts = _counts(feedback.kept(found).values())
-    said = f"{gone:,} verdict{'' if gone == 1 else 's'} erased; {_spoken(counts)}."
-    printing.say(as_json, {"forgotten": gone, **counts}, said)
+    with opened(home, passphrase) as store:
+        gone = feedback.forget(store, None if every else numbers)
+        counts = _counts(feedback.kept(store))
+    sentence = f"{_verdicts(gone)} erased; {_spoken(counts)}."
+    printing.say(as_json, {"forgotten": gone, **counts}, sentence)
+
+
+def _given(
+    file: Path | None, answers: Mapping[str, str | None], others: Mapping[str, str | None]
+) -> "list[Verdict]":
+    """Return the verdicts of a file, or the one verdict that the options say."""
+    from ..store.verdicts import check
+
+    kinds = [kind for kind, answer in answers.items() if answer is not None]
+    if file is not None:
+        if kinds or any(text is not None for text in others.values()):
+            raise ConfigError("a file and a verdict were given: choose one of them")
+        return _read(file, time.time())
+    if len(kinds) != 1:
+        raise ConfigError(
+            f"{len(kinds)} verdicts were given: say one of --accept, --reject, --edit, or name a "
+            "file of verdicts"
+        )
+    fields = {"kind": kinds[0], "answer": answers[kinds[0]], **others}
+    return [check(fields, "the verdict", time.time())]
 
 
 def _read(file: Path, now: float) -> "list[Verdict]":
@@ -137,12 +145,12 @@ def _read(file: Path, now: float) -> "list[Verdict]":
     from ..training.records import decode_line
 
     if str(file) == "-":
-        content = sys.stdin.buffer.read(LARGEST + 1)
+        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     else:
         with explain_os_errors(file, "read verdicts from"), open(file, "rb") as opened:
-            content = opened.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise DataError(f"{file}: more than {LARGEST:,} bytes; split it into several files.")
+            content = opened.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"{file}: more than {MAX_FILE_BYTES:,} bytes; split it into several files.")
     lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
     if not lines:
         raise DataError(f"{file}: expected a verdict a line, found none.")
@@ -150,11 +158,14 @@ def _read(file: Path, now: float) -> "list[Verdict]":
             for n, line in lines]  # fmt: skip
 
 
-def _counts(verdicts: Any) -> dict[str, int]:
+def _counts(every: "dict[int, Verdict]") -> dict[str, int]:
     from ..store.verdicts import pairs
 
-    every = list(verdicts)
-    return {"verdicts_kept": len(every), "pairs_formed": len(pairs(every))}
+    return {"verdicts_kept": len(every), "pairs_formed": len(pairs(every.values()))}
+
+
+def _verdicts(count: int) -> str:
+    return f"{count:,} verdict{'' if count == 1 else 's'}"
 
 
 def _spoken(counts: dict[str, int]) -> str:
@@ -162,26 +173,29 @@ def _spoken(counts: dict[str, int]) -> str:
     return f"{kept:,} kept in all, pairs they give: {pairs:,}"
 
 
-def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+def _rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
     rows = []
-    for number, one in every.items():
-        row: dict[str, Any] = {"number": number, "day": _day(one.time), "kind": one.kind}
+    for number, v in every.items():
+        row: dict[str, object] = {"number": number, "day": _day(v.time), "kind": v.kind}
         if texts:
-            row |= {"prompt": one.prompt, "answer": one.answer, "other": one.edited or one.over}
+            row |= {"prompt": v.prompt, "answer": v.answer, "other": v.edited or v.over}
         rows.append(row)
     return rows
 
 
-def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, Any]]:
+def _pair_rows(every: "dict[int, Verdict]", texts: bool) -> list[dict[str, object]]:
     from ..store.verdicts import pairs
 
-    rows = []
-    for pair in pairs(every.values()):
-        row: dict[str, Any] = {"day": _day(pair.time)}
-        lengths = {"chosen": len(pair.chosen), "rejected": len(pair.rejected)}
-        said = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        rows.append(row | (said if texts else {f"{k} characters": n for k, n in lengths.items()}))
-    return rows
+    return [
+        {"day": _day(p.time), "prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+        if texts
+        else {
+            "day": _day(p.time),
+            "chosen characters": len(p.chosen),
+            "rejected characters": len(p.rejected),
+        }
+        for p in pairs(every.values())
+    ]
 
 
 def _day(seconds: float) -> str:

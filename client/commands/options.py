@@ -3,8 +3,6 @@
 It loads little, so that a `--help` is quick.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,13 +22,11 @@ PassphraseFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
-@contextmanager
-def opened(home: Path | None, passphrase: Path | None) -> Iterator["DeviceStore"]:
+def opened(home: Path | None, passphrase: Path | None) -> "DeviceStore":
     """Open the home for a command, as `access.opened` does.
 
     That module is imported here, because a `--help` does not need what it loads.
     """
     from ..enrolled.access import opened
 
-    with opened(home, passphrase) as found:
-        yield found
+    return opened(home, passphrase)

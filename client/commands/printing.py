@@ -11,19 +11,25 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from ...common.privacy.accounting import Charge
+    from ..enrolled.pinned_directory import DirectoryFacts
     from ..import_texts.watched_folders import Scanned
+    from ..privacy.collusion import ColludingRow
     from ..privacy.ledger import Row
+    from ..privacy.spending import Colluding, Spending, SpentLine, WithMasks
     from ..store.device_store import Sent
+    from .device_status import DeviceFacts, RunFacts
 
 __all__ = [
+    "OfferFacts",
     "budget",
     "directory",
     "dump",
     "line",
+    "offer",
     "outbox",
     "progress",
     "runs",
@@ -44,10 +50,10 @@ def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
     `every`: all lines, however many there are.
     """
     if as_json:
-        found = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
+        files = [{"path": p, "records": n, "notes": notes} for p, n, notes in scanned.found]
         ignored = [{"path": path, "reason": reason} for path, reason in scanned.ignored]
         counts = {name: getattr(scanned, name) for name in ("unchanged", "gone", "records")}
-        dump({"files": found, "ignored": ignored, **counts})
+        dump({"files": files, "ignored": ignored, **counts})
         return
     shown = scanned.found if every else scanned.found[:FEW]
     if shown:
@@ -59,8 +65,10 @@ def scan(scanned: "Scanned", every: bool, as_json: bool) -> None:
     left_out = [(path, note) for path, _, notes in scanned.found for note in notes]
     _reasons("left out of a file", left_out, every)
     _reasons("ignored", scanned.ignored, every)
-    said = f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
-    print(f"{said}{scanned.records:,} records in all")
+    print(
+        f"{scanned.unchanged:,} files as they were; {scanned.gone:,} taken out; "
+        f"{scanned.records:,} records in all"
+    )
 
 
 def _reasons(title: str, lines: Sequence[tuple[str, str]], every: bool) -> None:
@@ -99,27 +107,44 @@ def progress() -> Iterator[Callable[[object], None]]:
         yield step
 
 
-def runs(found: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def runs(every: "Sequence[RunFacts]", as_json: bool) -> None:
     """Print the runs that were offered, a line each."""
     if as_json:
-        dump({"runs": found})
-    elif not found:
+        dump({"runs": every})
+    elif not every:
         print("No run was offered to this device yet.")
     else:
-        rows = [(one["run"], one["server"], _when(one["received"]), _word(one)) for one in found]
+        rows = [(run["run"], run["server"], _when(run["received"]), _word(run)) for run in every]
         table(("run", "server", "offered", ""), rows)
         print("In full, before you decide: privet client runs RUN")
 
 
-def _word(run: Mapping[str, Any]) -> str:
+def _word(run: "RunFacts") -> str:
     words = {"waits": "waits for your yes", "changed": "was changed: waits for another yes"}
-    if run["state"] != "agreed":
-        return words.get(str(run["state"]), str(run["state"]))
+    if run["agreed"] is None:
+        return words.get(run["state"], run["state"])
     by = "you" if run["by"] == "owner" else "policy.toml"
     return f"agreed by {by}, {_when(run['agreed'])}"
 
 
-def status(facts: Mapping[str, Any], as_json: bool) -> None:
+class OfferFacts(TypedDict):
+    """What a run asks for, what was changed in it since the yes, and the rounds left out."""
+
+    asks: list[tuple[str, str]]
+    changed: list[str]
+    declined_rounds: list[tuple[int, str]]
+
+
+def offer(facts: OfferFacts) -> None:
+    """Print one run in full."""
+    table(("", "what it asks for"), facts["asks"])
+    if facts["changed"]:
+        table(("changed since you agreed",), [(change,) for change in facts["changed"]])
+    if facts["declined_rounds"]:
+        table(("round", "not taken part in, because"), facts["declined_rounds"])
+
+
+def status(facts: "DeviceFacts", as_json: bool) -> None:
     """Print the state of the device, a line for each thing."""
     if as_json:
         dump(facts)
@@ -128,7 +153,7 @@ def status(facts: Mapping[str, Any], as_json: bool) -> None:
         print(f"{label:<9}{text}")
 
 
-def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(facts: "DeviceFacts") -> Iterator[tuple[str, str]]:
     yield "home", facts["home"]
     insecure = " (WITHOUT TLS: a test)" if facts["insecure"] else ""
     yield "server", f"{facts['server']}{insecure}" if facts["server"] else "none joined"
@@ -140,8 +165,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "worker",
         "not running (`privet client start`)" if running is None else f"process {running}",
     )
-    if facts["server"]:
-        link = facts["connection"]
+    link = facts["connection"]
+    if link is not None:
         yield "link", link["sentence"]
         able = "takes part when it is asked" if link["ok"] else "cannot be asked: see above"
         yield "now", facts["not_now"] or able
@@ -149,8 +174,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "records", "none (`privet client add PATH...`)"
     else:
         yield "records", f"{facts['records']:,} of {len(facts['sources'])} sources"
-    for one in facts["runs"]:
-        yield "run", f"{one['run']}: {_word(one)}"
+    for run in facts["runs"]:
+        yield "run", f"{run['run']}: {_word(run)}"
     if not facts["runs"]:
         yield "run", "none was offered yet"
     yield "spent", f"{facts['releases']} releases; `privet client budget` has the epsilons"
@@ -158,7 +183,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "note", f"{_when(facts['note']['time'])}: {_plain(facts['note']['sentence'])}"
 
 
-def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
+def _fleet(facts: "DirectoryFacts | None") -> Iterator[str]:
     """Say who the other devices are, who vouches for them, and what came last."""
     if facts is None:
         yield (
@@ -183,30 +208,32 @@ def _fleet(facts: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"{_when(facts['last'][0])}: {_plain(facts['last'][3])}"
 
 
-def directory(facts: Mapping[str, Any], history: Sequence[tuple[float, int, str, str]]) -> None:
+def directory(facts: "DirectoryFacts", history: Sequence[tuple[float, int, str, str]]) -> None:
     """Print the signed directory and its history on this device."""
     for text in _fleet({**facts, "last": None}):
         print(text)
     if history:
-        rows = [(_when(t), version, _plain(said)) for t, version, _, said in history]
+        rows = [(_when(t), version, _plain(event)) for t, version, _, event in history]
         table(("when", "version held", "what"), rows)
 
 
-def budget(facts: Mapping[str, Any], as_json: bool) -> None:
+def budget(facts: "Spending", as_json: bool) -> None:
     """Print what was spent, a line for each unit, adversary and adjacency, and what it rests on."""
-    from ..consent.offer_description import NEIGHBOURS, UNITS
+    from ..consent.offer_description import ADJACENCY_WORDS, UNIT_WORDS
 
     if as_json:
         dump(facts)
         return
     rows = [
-        (UNITS[line["unit"]], against, epsilon, limit, line["releases"],
-         f"{line['adjacency']}: {NEIGHBOURS[line['adjacency']]}")
+        (UNIT_WORDS[line["unit"]], against, epsilon, limit, line["releases"],
+         f"{line['adjacency']}: {ADJACENCY_WORDS[line['adjacency']]}")
         for line in facts["lines"]
         for against, epsilon, limit in _figures(line)
     ]  # fmt: skip
     if not rows:
-        allowed = ", ".join(f"{value:g} for {UNITS[u]}" for u, value in facts["budget"].items())
+        allowed = ", ".join(
+            f"{value:g} for {UNIT_WORDS[u]}" for u, value in facts["budget"].items()
+        )
         print(f"Nothing was released, so nothing was spent. Allowed (epsilon): {allowed}.")
         return
     table(("hidden", "against", "epsilon", "of", "releases", "hidden is"), rows)
@@ -218,34 +245,34 @@ def budget(facts: Mapping[str, Any], as_json: bool) -> None:
         "after `forget`, has its own, and what is learnt of you adds up. What is left if the masks "
         "fail is limited by none for all your records together."
     )
-    for said in _rests(facts):
-        print(said)
+    for sentence in _rests(facts):
+        print(sentence)
     for line in facts["lines"]:
-        if line["colluding"]:
-            _colluding(line)
+        if line["colluding"] is not None:
+            _colluding(line["colluding"], line["with_masks"] is not None)
 
 
-def _figures(line: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _figures(line: "SpentLine") -> Iterator[tuple[str, str, str]]:
     """Yield the adversary, epsilon and limit of a claim, and of what masks would give beside it."""
-    from ..consent.offer_description import AGAINST
+    from ..consent.offer_description import ADVERSARY_WORDS
 
-    against = AGAINST[line["against"]]
+    against = ADVERSARY_WORDS[line["against"]]
     if line["with_masks"] is not None:
-        said = "this device's own share of the noise: no closed directory"
+        counted = "this device's own share of the noise: no closed directory"
         if line["conditions"]:
-            said += f"; {line['alone']} of {line['releases']} releases"
-        against += f" ({said})"
+            counted += f"; {line['alone']} of {line['releases']} releases"
+        against += f" ({counted})"
     if line["conditions"]:
         against += f" (if: {'; '.join(line['conditions'])})"
     limit = "no limit" if line["budget"] is None else f"{line['budget']:g}"
     yield against, _bound(line) if line["known"] else "not known", limit
     if line["with_masks"] is not None:
         conditions = "; ".join(line["with_masks"]["conditions"])
-        against = f"{AGAINST[line['against']]}, only if: {conditions}"
+        against = f"{ADVERSARY_WORDS[line['against']]}, only if: {conditions}"
         yield against, _bound(line["with_masks"]), "no claim"
 
 
-def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
+def _rests(facts: "Spending") -> Iterator[str]:
     if any(line["with_masks"] for line in facts["lines"]):
         yield (
             "Without a closed directory a server may invent the other devices of a round; then the "
@@ -259,17 +286,16 @@ def _rests(facts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _colluding(line: Mapping[str, Any]) -> None:
+def _colluding(colluding: "Colluding", open_directory: bool) -> None:
     """Print epsilon by the number of devices that work with the server."""
-    found = line["colluding"]
-    rows = found["rows"]
+    rows = colluding["rows"]
     notes = {
         rows[-1]["colluding"]: "this device's own share: the masks failed",
-        found["agreed"]: "the number agreed to",
+        colluding["agreed"]: "the number agreed to",
     }
     print(
         "\nIf devices work with the server, all your records together, epsilon against the server"
-        + (" (only if nobody on the roster was invented):" if line["with_masks"] else ":")
+        + (" (only if nobody on the roster was invented):" if open_directory else ":")
     )
     table(
         ("devices", "epsilon", ""),
@@ -282,52 +308,43 @@ def _colluding(line: Mapping[str, Any]) -> None:
     )
 
 
-def _bound(figure: Mapping[str, Any]) -> str:
+def _bound(figure: "SpentLine | WithMasks | ColludingRow") -> str:
     """Write out an epsilon, and whether it is a bound.
 
     A share that hides too little for a bound is given what Gaussian noise would hide.
     """
     if figure["epsilon"] is None:
         return "no bound"
-    said = f"{figure['epsilon']:.3f}"
-    return said if figure.get("bound", True) else f"no bound (as Gaussian noise {said})"
+    epsilon = f"{figure['epsilon']:.3f}"
+    return epsilon if figure.get("bound", True) else f"no bound (as Gaussian noise {epsilon})"
 
 
-def outbox(every: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """Print what has left, a line each."""
+def outbox(every: "Sequence[tuple[Sent, int | None]]", as_json: bool) -> None:
+    """Print what has left, a line each, with the number of its release."""
     if as_json:
-        dump({"outbox": every})
+        dump({"outbox": [{**asdict(sent), "release": release} for sent, release in every]})
     elif not every:
         print("Nothing has left this device.")
     else:
         rows = [
-            (
-                one["seq"],
-                _when(one["time"]),
-                one["server"],
-                one["run"],
-                one["round"],
-                one["phase"],
-                f"{one['bytes']:,}",
-                one["sha256"][:16],
-                "" if one["release"] is None else one["release"],
-            )
-            for one in every
-        ]
+            (sent.seq, _when(sent.time), sent.server, sent.run, sent.round, sent.phase,
+             f"{sent.bytes:,}", sent.sha256[:16], "" if release is None else release)
+            for sent, release in every
+        ]  # fmt: skip
         heads = ("no", "when", "to", "run", "round", "phase", "bytes", "SHA-256", "release")
         table(heads, rows)
         print("Without a release: keys, shares of masks and signatures, which say nothing of you.")
 
 
-def sent(one: "Sent", row: "Row | None", path: Path | None, as_json: bool) -> None:
+def sent(entry: "Sent", row: "Row | None", path: Path | None, as_json: bool) -> None:
     """Print one byte-string that left in full, with the release it belongs to."""
     charges = [] if row is None else [json.loads(charge.to_json()) for charge in row.charges]
     release = None if row is None else {"number": row.seq, "plan": row.plan, "charges": charges}
     if as_json:
-        dump({**asdict(one), "release": release, "payload": path and str(path)})
+        dump({**asdict(entry), "release": release, "payload": path and str(path)})
         return
     rows = [
-        (name, _when(value) if name == "time" else value) for name, value in asdict(one).items()
+        (name, _when(value) if name == "time" else value) for name, value in asdict(entry).items()
     ]
     if row is not None:
         rows += [("release", row.seq), ("plan", row.plan)]
@@ -344,7 +361,7 @@ def _cost(charge: "Charge") -> str:
     )
 
 
-def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
+def say(as_json: bool, facts: Mapping[str, object], sentence: str) -> None:
     """Print a sentence, or the facts as JSON."""
     if as_json:
         dump(facts)
@@ -352,7 +369,7 @@ def say(as_json: bool, facts: Mapping[str, Any], sentence: str) -> None:
         print(sentence)
 
 
-def dump(value: Any) -> None:
+def dump(value: object) -> None:
     """Print a value as JSON on standard output."""
     print(json.dumps(value, indent=2, allow_nan=False))
 
@@ -366,17 +383,17 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, show_header=any(heads))
+    columns = Table(box=None, pad_edge=False, show_header=any(heads))
     for head in heads:
-        made.add_column(head, overflow="fold")
+        columns.add_column(head, overflow="fold")
     for row in rows:
-        made.add_row(*(Text(_plain(cell)) for cell in row))
-    Console().print(made)
+        columns.add_row(*(Text(_plain(cell)) for cell in row))
+    Console().print(columns)
 
 
 def _plain(value: object) -> str:
     """Replace what a terminal would obey, because names may come from a server or a disk."""
-    return "".join(one if one.isprintable() or one == "\n" else "?" for one in str(value))
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(value))
 
 
 def _when(seconds: float) -> str:

@@ -6,7 +6,7 @@ Heavy imports wait inside the functions; no command here loads torch.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,9 @@ from . import printing
 from .options import AsJson, HomeFolder, PassphraseFile, opened
 
 if TYPE_CHECKING:
-    from ..assistant.template_store import Kept
+    from ...common.secure_aggregation.keys import Identity
+    from ..assistant.template_store import TemplateVersion
+    from ..assistant.templates import Template
     from ..store.device_store import DeviceStore
 
 __all__ = ["app"]
@@ -37,15 +39,15 @@ def list_(
     """List every version of every template on this device."""
     from ..assistant.template_store import kept
 
-    with opened(home, passphrase) as found:
-        every = kept(found)
+    with opened(home, passphrase) as store:
+        every = kept(store)
     if as_json:
-        printing.dump([_facts(one) for one in every])
+        printing.dump([_facts(version) for version in every])
         return
     rows = [
-        (one.template.name, one.template.version, _state(one), one.template.segment.name,
-         one.template.about)
-        for one in every
+        (version.template.name, version.template.version, _state(version),
+         version.template.segment.name, version.template.about)
+        for version in every
     ]  # fmt: skip
     printing.table(("template", "version", "", "for", "about"), rows)
 
@@ -61,12 +63,10 @@ def show_(
     """Show one template in full."""
     from ..assistant.template_store import find
 
-    with opened(home, passphrase) as found:
-        one = find(found, name, version)
-    if as_json:
-        printing.dump(_facts(one))
-        return
-    _print([*one.template.lines(), f"state: {_state(one)}"])
+    with opened(home, passphrase) as store:
+        shown = find(store, name, version)
+    lines = [*shown.template.lines(), f"state: {_state(shown)}"]
+    printing.say(as_json, _facts(shown), "\n".join(lines))
 
 
 @app.command("add")
@@ -81,17 +81,13 @@ def add(
     from ..assistant import template_store
 
     content = _content(file)
-    with opened(home, passphrase) as found:
-        new, before = template_store.weigh(found, content, str(file))
+    with opened(home, passphrase) as store:
+        new, before = template_store.check(store, content, str(file))
         changed = template_store.changes(before, new)
-        if not as_json:
-            _print(changed)
-        _confirm(f"Use version {new.version} of {new.name!r} from now on?", yes)
-        template_store.add(found, content, str(file))
-    said = f"{new.name!r} {new.version} is in use."
-    printing.say(
-        as_json, {"name": new.name, "version": new.version, "changed": list(changed)}, said
-    )
+        _confirm(changed, new, yes, as_json)
+        template_store.add(store, content, str(file))
+    facts = {"name": new.name, "version": new.version, "changed": changed}
+    printing.say(as_json, facts, f"{new.name!r} {new.version} is in use.")
 
 
 @app.command("diff")
@@ -110,19 +106,16 @@ def diff(
     """Show what changed between two versions, or what a file would change."""
     from ..assistant import template_store
 
-    with opened(home, passphrase) as found:
+    with opened(home, passphrase) as store:
         path = Path(what)
         if path.suffix == ".toml" or path.is_file():
             if versions:
                 raise ConfigError("a file is compared with the version in use: give no versions")
-            new, before = template_store.weigh(found, _content(path), what)
+            new, before = template_store.check(store, _content(path), what)
             changed = template_store.changes(before, new)
         else:
-            changed = _between(found, what, versions or [])
-    if as_json:
-        printing.dump({"changed": list(changed)})
-        return
-    _print(changed or ["nothing changed"])
+            changed = _between(store, what, versions or [])
+    printing.say(as_json, {"changed": changed}, "\n".join(changed or ["nothing changed"]))
 
 
 @app.command("rollback")
@@ -139,16 +132,14 @@ def rollback(
     """Use an earlier version again."""
     from ..assistant import template_store
 
-    with opened(home, passphrase) as found:
-        before, chosen = template_store.earlier(found, name, to)
+    with opened(home, passphrase) as store:
+        before, chosen = template_store.earlier(store, name, to)
         changed = template_store.changes(before, chosen)
-        if not as_json:
-            _print(changed)
-        _confirm(f"Use version {chosen.version} of {name!r} from now on?", yes)
-        template_store.rollback(found, name, to)
-    said = f"{name!r} {chosen.version} is in use; it was {before.version}."
+        _confirm(changed, chosen, yes, as_json)
+        template_store.rollback(store, name, to)
+    sentence = f"{name!r} {chosen.version} is in use; it was {before.version}."
     facts = {"name": name, "version": chosen.version, "before": before.version}
-    printing.say(as_json, {**facts, "changed": list(changed)}, said)
+    printing.say(as_json, {**facts, "changed": changed}, sentence)
 
 
 @app.command("sign")
@@ -174,20 +165,20 @@ def sign(
     )
 
 
-def _between(home: "DeviceStore", name: str, versions: Sequence[str]) -> Sequence[str]:
+def _between(store: "DeviceStore", name: str, versions: Sequence[str]) -> list[str]:
     from ..assistant import template_store
 
     if len(versions) > 2:
         raise ConfigError(f"two versions are compared; {len(versions)} were given")
     if versions:
-        before = template_store.find(home, name, versions[0]).template
-        after = template_store.find(home, name, versions[1] if versions[1:] else None).template
+        before = template_store.find(store, name, versions[0]).template
+        after = template_store.find(store, name, versions[1] if versions[1:] else None).template
     else:
-        after, before = template_store.earlier(home, name)
+        after, before = template_store.earlier(store, name)
     return template_store.changes(before, after)
 
 
-def _publisher(path: Path) -> Any:
+def _publisher(path: Path) -> "Identity":
     """Read a publisher's key from its file, or make the file if there is none.
 
     It has 64 hexadecimal digits, and only its owner can read it.
@@ -217,33 +208,32 @@ def _publisher(path: Path) -> Any:
 
 def _content(path: Path) -> bytes:
     from ...common.files import explain_os_errors
-    from ..assistant.templates import LARGEST_FILE
+    from ..assistant.templates import MAX_FILE_BYTES
 
     if not path.is_file():
         raise ConfigError(f"there is no template file {path}")
     with explain_os_errors(path, "read"), path.open("rb") as file:
-        return file.read(LARGEST_FILE + 1)
+        return file.read(MAX_FILE_BYTES + 1)
 
 
-def _confirm(question: str, yes: bool) -> None:
+def _confirm(changed: Sequence[str], new: "Template", yes: bool, as_json: bool) -> None:
+    """Show what changes, and ask before it does."""
+    if not as_json:
+        for line in changed:
+            print(line)
     if yes:
         return
     if not sys.stdin.isatty():
         raise ConfigError("nothing was changed: there is no terminal to ask at; add --yes")
-    if not typer.confirm(question, err=True):
+    if not typer.confirm(f"Use version {new.version} of {new.name!r} from now on?", err=True):
         raise ConfigError("nothing was changed")
 
 
-def _state(one: "Kept") -> str:
-    if one.refused:
+def _state(version: "TemplateVersion") -> str:
+    if version.refused:
         return "not trusted any more"
-    return "in use" if one.used else "kept"
+    return "in use" if version.used else "kept"
 
 
-def _facts(one: "Kept") -> dict[str, Any]:
-    return {**one.template.model_dump(mode="json"), "state": _state(one)}
-
-
-def _print(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(line)
+def _facts(version: "TemplateVersion") -> dict[str, object]:
+    return {**version.template.model_dump(mode="json"), "state": _state(version)}

@@ -14,7 +14,7 @@ import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -45,7 +45,7 @@ PLACES: tuple[NoiseAt, ...] = get_args(NoiseAt)
 load NumPy."""
 
 BLOCK_NOISE = ("noise_multiplier", "gain_noise_multiplier")
-LARGEST_FILE = 1_000_000
+MAX_FILE_BYTES = 1_000_000
 """Bytes; a larger policy file is somebody else's file."""
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -136,10 +136,10 @@ def refuse_run(policy: Policy, config: Config, server: str) -> None:
     The run's own `privacy.budget` is no reason: the ledger stops at either. Neither is
     `secure_aggregation.min_cohort`, of which the larger holds.
     """
-    found = reasons(policy, config, server)
-    if found:
+    refusals = reasons(policy, config, server)
+    if refusals:
         raise PrivacyError(
-            "the run asks for what this device does not do:\n  " + "\n  ".join(found)
+            "\n  ".join(["the run asks for what this device does not do:", *refusals])
         )
 
 
@@ -220,7 +220,7 @@ def _own_privacy(policy: Policy, config: Config, closed: bool) -> PrivacySetting
     )
 
 
-_Check = tuple[str, Any, bool, str, str]
+_Check = tuple[str, object, bool, str, str]
 """A field of the configuration, its value, whether it is kept, what the owner demands, the key."""
 
 
@@ -261,8 +261,8 @@ def _promises(policy: Policy, config: Config) -> Iterator[_Check]:
 
 def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
     limits, client, given = policy.limits, config.privacy.client, config.secure_aggregation
-    cohort, least = config.rounds.cohort, limits.min_cohort
-    yield _at_least("rounds.cohort", cohort, least, "limits.min_cohort")
+    cohort = config.rounds.cohort
+    yield _at_least("rounds.cohort", cohort, limits.min_cohort, "limits.min_cohort")
     if client.bits:  # 0: chosen, and then never below 16
         bits = limits.min_bits
         yield _at_least("privacy.client.bits", client.bits, bits, "limits.min_bits")
@@ -281,7 +281,7 @@ def _masks(policy: Policy, config: Config) -> Iterator[_Check]:
 
 def _work(policy: Policy, config: Config) -> Iterator[_Check]:
     limits, training, data = policy.limits, config.training, config.data
-    for field, given, most, key in (
+    for field, given, maximum, key in (
         ("training.steps", training.steps, limits.max_steps, "max_steps"),
         ("training.batch_size", training.batch_size, limits.max_batch, "max_batch"),
         ("data.records_per_client", data.records_per_client, limits.max_records,
@@ -289,7 +289,7 @@ def _work(policy: Policy, config: Config) -> Iterator[_Check]:
         ("data.max_tokens", data.max_tokens, limits.max_tokens, "max_tokens"),
         ("training.packed", training.packed, limits.max_tokens, "max_tokens"),
     ):  # fmt: skip
-        yield _at_most(field, given, most, f"limits.{key}")
+        yield _at_most(field, given, maximum, f"limits.{key}")
 
 
 def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
@@ -297,7 +297,10 @@ def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     demand = f"allows {', '.join(allowed.models)}"
     loads = config.ab_run is None
     yield "model.base", base, not loads or matches(base, allowed.models), demand, "allowed.models"
-    demand, known = f"allows {', '.join(allowed.servers)}", [one.lower() for one in allowed.servers]
+    demand, known = (
+        f"allows {', '.join(allowed.servers)}",
+        [name.lower() for name in allowed.servers],
+    )
     kept = not known or matches(server.lower(), known)
     yield "server", server, kept, demand, "allowed.servers"
     kept = allowed.statistics or not config.statistics.enabled
@@ -310,12 +313,12 @@ def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     yield "insecure_test_seed", seed, kept, demand, key
 
 
-def _at_most(field: str, given: float, most: float, key: str) -> _Check:
-    return field, given, given <= most, f"allows at most {most:g}", key
+def _at_most(field: str, given: float, maximum: float, key: str) -> _Check:
+    return field, given, given <= maximum, f"allows at most {maximum:g}", key
 
 
-def _at_least(field: str, given: float, least: float, key: str) -> _Check:
-    return field, given, given >= least, f"asks for at least {least:g}", key
+def _at_least(field: str, given: float, minimum: float, key: str) -> _Check:
+    return field, given, given >= minimum, f"asks for at least {minimum:g}", key
 
 
 def _adjacency(unit: str, given: str, own: str) -> _Check:
@@ -333,7 +336,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     )
 
 
-def _with(settings: Settings, **changes: Any) -> Settings:
+def _with(settings: Settings, **changes: object) -> Settings:
     return settings.model_copy(update=changes)
 
 
@@ -342,16 +345,16 @@ def _bytes(path: Path) -> bytes:
 
     It never waits for a pipe.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
         raise ConfigError(f"the policy {path} is a folder; expected a TOML file")
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(mode):
         raise ConfigError(f"the policy {path} is not a regular file; expected a TOML file")
     with path.open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
         raise ConfigError(
-            f"the policy {path} has more than {LARGEST_FILE} bytes; expected a short TOML file, "
+            f"the policy {path} has more than {MAX_FILE_BYTES} bytes; expected a short TOML file, "
             "as `privet client init` writes it"
         )
     return content
@@ -377,5 +380,5 @@ DEFAULT = text(Policy())
 def shown(value: object) -> str:
     """Make a peer's word short and harmless to a terminal."""
     words = value if isinstance(value, str) else repr(value)
-    plain = "".join(one if one.isprintable() else f"<{ord(one):x}>" for one in words)
+    plain = "".join(c if c.isprintable() else f"<{ord(c):x}>" for c in words)
     return plain if len(plain) <= 120 else plain[:120] + "..."

@@ -21,14 +21,14 @@ from ...common.settings.sections import (
 __all__ = [
     "Allowed",
     "Budget",
-    "Consent",
+    "ConsentRules",
     "ImportTexts",
-    "Limits",
     "Outbox",
     "OwnBudget",
     "Policy",
     "Prompts",
     "Resources",
+    "RunLimits",
     "When",
     "ranges",
 ]
@@ -96,7 +96,7 @@ class OwnBudget(BudgetSettings):
     owner_example: float
 
 
-class Limits(_Section):
+class RunLimits(_Section):
     """What a run must hide, and how much work it may ask for. A run past a limit is refused."""
 
     noise_at: NoiseAt = Field(
@@ -231,7 +231,7 @@ class Resources(_Section):
     )
 
 
-class Consent(_Section):
+class ConsentRules(_Section):
     """Who says yes to a run that is inside the limits above."""
 
     ask: bool = Field(
@@ -275,34 +275,34 @@ class Policy(_Section):
     """The owner's limits. `Policy()` is what `privet client init` writes."""
 
     budget: Budget = Budget()
-    limits: Limits = Limits()
+    limits: RunLimits = RunLimits()
     allowed: Allowed = Allowed()
     when: When = When()
     resources: Resources = Resources()
-    consent: Consent = Consent()
+    consent: ConsentRules = ConsentRules()
     import_texts: ImportTexts = ImportTexts()
     outbox: Outbox = Outbox()
     prompts: Prompts = Prompts()
 
     def warnings(self) -> list[str]:
         """Return warnings about settings that are allowed and still deserve one."""
-        found = []
+        texts = []
         if self.limits.noise_at == "server":
-            found.append(
+            texts.append(
                 'limits.noise_at = "server": runs are accepted whose server reads your '
                 "contribution before any client-level noise is added"
             )
         if self.allowed.insecure_test_seed:
-            found.append(
+            texts.append(
                 "allowed.insecure_test_seed = true: runs that are NOT PRIVATE are accepted"
             )
         if "*" in self.allowed.models:
-            found.append('allowed.models = ["*"]: a server may have any model fetched and loaded')
+            texts.append('allowed.models = ["*"]: a server may have any model fetched and loaded')
         if not self.consent.ask and not self.allowed.servers:
-            found.append(
+            texts.append(
                 "consent.ask = false: runs of every server you joined begin without asking you"
             )
-        return found
+        return texts
 
 
 def ranges(hours: str) -> tuple[tuple[int, int], ...]:
@@ -314,7 +314,7 @@ def ranges(hours: str) -> tuple[tuple[int, int], ...]:
     Raises:
         ValueError: not hours, or a range that never comes.
     """
-    found = []
+    spans = []
     for part in filter(None, (part.strip() for part in hours.split(","))):
         digits = re.fullmatch(r"([0-9]{1,2}):([0-9]{2})\s*-\s*([0-9]{1,2}):([0-9]{2})", part)
         if not digits:
@@ -325,7 +325,7 @@ def ranges(hours: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"{part!r} has no such time of day; expected 00:00 to 24:00")
         if start == end:
             raise ValueError(f"{part!r} never comes; leave hours empty for any hour")
-        found.append((start, end))
-    if hours and not found:
+        spans.append((start, end))
+    if hours and not spans:
         raise ValueError(f"{hours!r} has no hours; leave it empty for any hour")
-    return tuple(found)
+    return tuple(spans)

@@ -11,10 +11,11 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Literal, NoReturn, TypeVar, get_args
 
 from ...common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from ...common.settings import config as settings
@@ -27,6 +28,7 @@ __all__ = [
     "How",
     "Offer",
     "agree",
+    "by_beginning",
     "changes",
     "promises_less",
     "receive",
@@ -40,7 +42,7 @@ How = Literal["owner", "policy"]
 """Who agreed: the owner at the keyboard, or `consent.ask = false`."""
 
 FORMAT = 1
-LARGEST_TEXT = 64 * 1024
+MAX_TEXT = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,17 @@ def promises_less(before: Offer, after: Offer) -> bool:
     )
 
 
+def by_beginning(run: str, names: Sequence[str]) -> list[str]:
+    """Return the run of this name, or else all whose names begin so."""
+    return [name for name in names if name == run] or [
+        name for name in names if name.startswith(run)
+    ]
+
+
 def store(offer: Offer, consent: Consent | None) -> bytes:
     """Return an offer and its consent as the vault's entry `runs/<run id>`."""
-    found = {"format": FORMAT, "offer": asdict(offer), "consent": consent and asdict(consent)}
-    return json.dumps(found, sort_keys=True, allow_nan=False).encode()
+    entry = {"format": FORMAT, "offer": asdict(offer), "consent": consent and asdict(consent)}
+    return json.dumps(entry, sort_keys=True, allow_nan=False).encode()
 
 
 def restore(data: bytes) -> tuple[Offer, Consent | None]:
@@ -179,15 +188,15 @@ def restore(data: bytes) -> tuple[Offer, Consent | None]:
             of another type or out of range.
     """
     try:
-        found = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if not isinstance(found, dict) or set(found) != {"format", "offer", "consent"}:
+        entry = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if not isinstance(entry, dict) or set(entry) != {"format", "offer", "consent"}:
             raise StateError("expected format, offer and consent")
-        if found["format"] != FORMAT:
-            raise StateError(f"format {shown(found['format'])}, this privet knows {FORMAT}")
-        offer = _checked(_made(Offer, found["offer"]))
-        if found["consent"] is None:
+        if entry["format"] != FORMAT:
+            raise StateError(f"format {shown(entry['format'])}, this privet knows {FORMAT}")
+        offer = _checked(_made(Offer, entry["offer"]))
+        if entry["consent"] is None:
             return offer, None
-        consent = _made(Consent, found["consent"])
+        consent = _made(Consent, entry["consent"])
         _refuse_time(consent.time)
         if consent.how not in get_args(How) or not re.fullmatch("[0-9a-f]{64}", consent.digest):
             raise StateError("a consent has a SHA-256, and owner or policy")
@@ -199,13 +208,13 @@ def restore(data: bytes) -> tuple[Offer, Consent | None]:
         ) from None
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in table.items():
-        found |= (
+        flat |= (
             _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
-    return found
+    return flat
 
 
 _Kind = TypeVar("_Kind", Offer, Consent)
@@ -227,8 +236,8 @@ def _checked(offer: Offer) -> Offer:
         raise StateError(f"run = {shown(offer.run)}: expected letters, digits, dots and dashes")
     if not 0 < len(offer.server) <= 300:
         raise StateError("server: expected HOST:PORT")
-    if len(offer.text) > LARGEST_TEXT:
-        raise StateError(f"its configuration has more than {LARGEST_TEXT} characters")
+    if len(offer.text) > MAX_TEXT:
+        raise StateError(f"its configuration has more than {MAX_TEXT} characters")
     _refuse_time(offer.received)
     try:
         _ = offer.config
@@ -242,13 +251,12 @@ def _refuse_time(time: float) -> None:
         raise StateError(f"time = {time}: expected seconds since 1970")
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} comes twice")
-        found[key] = value
-    return found
+def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice!r} comes twice")
+    return table
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from ...common.errors import DataError, PrivetError, ProtocolError, StateError
 from ...common.secure_aggregation import fleet_directory as directories
@@ -18,7 +18,7 @@ from ...common.secure_aggregation.fleet_directory import Chain, Head
 if TYPE_CHECKING:
     from ..store.device_store import DeviceStore
 
-__all__ = ["compared", "facts", "heard", "history"]
+__all__ = ["DirectoryFacts", "compared", "facts", "heard", "history"]
 
 NOTHING = -1
 LATEST = 1000
@@ -79,7 +79,21 @@ def history(home: "DeviceStore") -> list[tuple[float, int, str, str]]:
     return [] if kept is None else [(t, v, h, sentence) for t, v, h, sentence in json.loads(kept)]
 
 
-def facts(home: "DeviceStore") -> dict[str, Any] | None:
+class DirectoryFacts(TypedDict):
+    """What is shown of a directory; from `version` on only of a signed one."""
+
+    enrolled: int | None
+    signed: bool
+    listed: bool
+    refused: str | None
+    version: NotRequired[int]
+    head: NotRequired[str]
+    key: NotRequired[str]
+    fleet: NotRequired[str]
+    last: NotRequired[tuple[float, int, str, str] | None]
+
+
+def facts(home: "DeviceStore") -> DirectoryFacts | None:
     """Return what `privet client status` shows of the directory.
 
     None with an open directory, or where no server was joined.
@@ -88,14 +102,23 @@ def facts(home: "DeviceStore") -> dict[str, Any] | None:
     if joined is None or not joined.closed:
         return None
     chain, directory = home.chain, home.directory
-    shown: dict[str, Any] = {"enrolled": directory.enrolled, "signed": chain is not None}
-    listed = home.identity.public in directory.known.values()
-    shown |= {"listed": listed, "refused": home.directory_refused or None}
-    if chain is not None:
-        last = history(home)
-        shown |= {"version": chain.version, "head": chain.hash.hex(), "key": chain.key.hex()}
-        shown |= {"fleet": chain.fleet, "last": last[-1] if last else None}
-    return shown
+    shown: DirectoryFacts = {
+        "enrolled": directory.enrolled,
+        "signed": chain is not None,
+        "listed": home.identity.public in directory.known.values(),
+        "refused": home.directory_refused or None,
+    }
+    if chain is None:
+        return shown
+    last = history(home)
+    return {
+        **shown,
+        "version": chain.version,
+        "head": chain.hash.hex(),
+        "key": chain.key.hex(),
+        "fleet": chain.fleet,
+        "last": last[-1] if last else None,
+    }
 
 
 def compared(home: "DeviceStore", path: Path) -> str:

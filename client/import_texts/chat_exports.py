@@ -6,15 +6,14 @@ They read WhatsApp, JSON Lines, and the exports of Telegram and ChatGPT.
 import codecs
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ...common.errors import DataError
 from ..training.records import RECORD_LIMIT, Record, check_fields, decode_line
-from .text_pieces import Note, Reading, clean, cut_up, is_me, numbered, say_who, time_of
+from .text_pieces import Note, Reading, Senders, clean, cut_up, numbered, time_of
 
 __all__ = ["export", "is_whatsapp", "json_lines", "whatsapp"]
 
@@ -48,7 +47,7 @@ def whatsapp(lines: Iterable[str], ask: Reading) -> Iterator[Record | Note]:
 
     They are dated once all dates were seen, because 03/04 alone does not say which is the month.
     """
-    names: Counter[str] = Counter()
+    senders = Senders(ask)
     largest = [0, 0]
     twelve_hours = dotted = False
     mine: list[_Message] = []
@@ -66,13 +65,10 @@ def whatsapp(lines: Iterable[str], ask: Reading) -> Iterator[Record | Note]:
         twelve_hours, dotted = twelve_hours or bool(stamp[8]), dotted or stamp[2] != "/"
         if (named := _NAMED.match(stamp[9])) is None:
             continue  # WhatsApp's own words: somebody joined, a number changed
-        name = (named[1] or named[3]).strip("\u200e\u202a\u202c ")
-        names[name] += 1
-        if is_me(name, ask):
+        if senders.wrote((named[1] or named[3]).strip("\u200e\u202a\u202c ")):
             open_message = _Message(date, _seconds(stamp), [named[2] or ""])
             mine.append(open_message)
-    if names and not mine:
-        raise say_who(names, ask)
+    senders.refuse_strangers()
     # Where no day is above 12: the twelve-hour clock with slashes is the American way.
     month_first = largest[0] <= 12 and (largest[1] > 12 or (twelve_hours and not dotted))
     for message in mine:
@@ -113,8 +109,7 @@ def json_lines(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
 
     Where there are several users, only the owner's lines are taken.
     """
-    names: Counter[str] = Counter()
-    mine = 0
+    senders = Senders(ask)
     for number, line in numbered(span, RECORD_LIMIT):
         if line is None:
             yield Note(f"longer than {RECORD_LIMIT:,} bytes", number)
@@ -129,21 +124,21 @@ def json_lines(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
             yield Note("not one JSON object in UTF-8", number)
             continue
         user = fields.get("user")
-        if isinstance(user, str) and user.strip():
-            names[user] += 1
-            if ask.me and not is_me(user, ask):
-                continue
-        mine += 1
+        if not (isinstance(user, str) and user.strip()):
+            senders.mine += 1
+        elif not senders.wrote(user, known=not ask.me):
+            continue
         yield from _fields(fields, number, ask)
-    if (len(names) > 1 and not ask.me) or (names and not mine):
-        raise say_who(names, ask)
+    if len(senders.names) > 1 and not ask.me:
+        raise senders.unknown()
+    senders.refuse_strangers()
 
 
 def _fields(fields: dict[str, object], number: int, ask: Reading) -> Iterator[Record | Note]:
     """Read one line: the native format, another with `text`, or a chat with `messages`."""
     time = time_of(fields.get("time"), ask.mtime)
     if "text" not in fields and isinstance(fields.get("messages"), list):
-        for message in _dicts(fields["messages"]):
+        for message in map(_dict, _list(fields["messages"])):
             if message.get("role") in ("user", "human"):
                 yield from cut_up(_parts(message.get("content")), time, ask)
         return
@@ -160,21 +155,22 @@ def _fields(fields: dict[str, object], number: int, ask: Reading) -> Iterator[Re
         yield Record(record.text.strip(), record.label, time)
 
 
-def _dicts(values: object) -> Iterator[dict[str, Any]]:
-    return (v for v in (values if isinstance(values, list) else []) if isinstance(v, dict))
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: object, key: str = "") -> Mapping[str, object]:
+    """Return an object, or the one below a key of it; empty where there is none."""
+    found = value if isinstance(value, dict) else {}
+    return _dict(found.get(key)) if key else found
 
 
 def _parts(content: object) -> str:
     """Join a text from its parts: a text, or a list of texts and of objects with a `text`."""
+    parts = [_dict(part).get("text", part) for part in _list(content)]
     if isinstance(content, str):
-        return content
-    parts = [p if isinstance(p, str) else p.get("text") for p in _texts(content)]
+        parts = [content]
     return "".join(part for part in parts if isinstance(part, str))
-
-
-def _texts(content: object) -> Iterator[str | dict[str, Any]]:
-    values = content if isinstance(content, list) else []
-    return (value for value in values if isinstance(value, str | dict))
 
 
 def export(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
@@ -183,10 +179,10 @@ def export(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
         content = json.loads(span.read())
     except (ValueError, RecursionError) as error:
         raise DataError("not a JSON document, or a damaged one") from error
-    if isinstance(content, list) and any("mapping" in item for item in _dicts(content)):
-        messages = _chatgpt(content, ask)
-    elif isinstance(content, dict) and ("messages" in content or "chats" in content):
-        messages = _telegram(content, ask)
+    if any("mapping" in _dict(item) for item in _list(content)):
+        messages = list(_chatgpt(content, ask))
+    elif "messages" in _dict(content) or "chats" in _dict(content):
+        messages = list(_telegram(content, ask))
     else:
         raise DataError(
             "a JSON document, but no export of Telegram (result.json) or ChatGPT "
@@ -196,12 +192,10 @@ def export(span: BinaryIO, ask: Reading) -> Iterator[Record | Note]:
         yield from cut_up(text, time, ask)
 
 
-def _chatgpt(content: list[object], ask: Reading) -> list[tuple[float, str]]:
-    found = []
-    for conversation in _dicts(content):
-        nodes = conversation.get("mapping")
+def _chatgpt(content: object, ask: Reading) -> Iterator[tuple[float, str]]:
+    for conversation in map(_dict, _list(content)):
         start = time_of(conversation.get("create_time"), ask.mtime)
-        for node in nodes.values() if isinstance(nodes, dict) else ():
+        for node in _dict(conversation, "mapping").values():
             message = _dict(node, "message")
             inner = _dict(message, "content")
             if (
@@ -209,42 +203,29 @@ def _chatgpt(content: list[object], ask: Reading) -> list[tuple[float, str]]:
                 and inner.get("content_type") in ("text", "multimodal_text")
                 and not _dict(message, "metadata").get("is_visually_hidden_from_conversation")
             ):
-                parts = [part for part in _texts(inner.get("parts")) if isinstance(part, str)]
-                found.append((time_of(message.get("create_time"), start), "\n\n".join(parts)))
-    return found
+                texts = [part for part in _list(inner.get("parts")) if isinstance(part, str)]
+                yield time_of(message.get("create_time"), start), "\n\n".join(texts)
 
 
-def _dict(value: object, key: str) -> Mapping[str, Any]:
-    inner = value.get(key) if isinstance(value, dict) else None
-    return inner if isinstance(inner, dict) else {}
-
-
-def _telegram(content: dict[str, Any], ask: Reading) -> list[tuple[float, str]]:
-    """Collect the owner's messages of one exported Telegram chat, or of all chats.
+def _telegram(content: object, ask: Reading) -> Iterator[tuple[float, str]]:
+    """Yield the owner's messages of one exported Telegram chat, or of all chats.
 
     An export of all chats knows whose it is.
     """
     owner = _dict(content, "personal_information").get("user_id")
-    names: Counter[str] = Counter()
-    found, mine = [], 0
-    for chat in [content, *_dicts(_dict(content, "chats").get("list"))]:
-        for message in _dicts(chat.get("messages")):
-            name = message.get("from")
-            if message.get("type") != "message" or not isinstance(name, str):
-                continue
-            names[name] += 1
-            is_owner = owner is not None and message.get("from_id") == f"user{owner}"
-            if not is_owner and not is_me(name, ask):
-                continue
-            mine += 1
-            if not message.get("forwarded_from"):
-                found.append((_telegram_time(message, ask.mtime), _parts(message.get("text"))))
-    if names and not mine:
-        raise say_who(names, ask)
-    return found
+    senders = Senders(ask)
+    chats = [content, *_list(_dict(content, "chats").get("list"))]
+    for message in (_dict(one) for chat in chats for one in _list(_dict(chat).get("messages"))):
+        name = message.get("from")
+        if message.get("type") != "message" or not isinstance(name, str):
+            continue
+        is_owner = owner is not None and message.get("from_id") == f"user{owner}"
+        if senders.wrote(name, known=is_owner) and not message.get("forwarded_from"):
+            yield _telegram_time(message, ask.mtime), _parts(message.get("text"))
+    senders.refuse_strangers()
 
 
-def _telegram_time(message: Mapping[str, Any], otherwise: float) -> float:
+def _telegram_time(message: Mapping[str, object], otherwise: float) -> float:
     stamp = message.get("date_unixtime")
     if isinstance(stamp, str) and stamp.isascii() and stamp.isdigit():
         return time_of(int(stamp[:15]), otherwise)

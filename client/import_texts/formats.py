@@ -23,7 +23,7 @@ which only parses as a whole, several times its size is held (52 MB of ChatGPT's
 import codecs
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ...common.errors import DataError
@@ -214,37 +214,17 @@ def _text(
     encoding = encoding or _encoding(_span(file, start, end))
     if encoding == "cp1252":
         yield Note("it is not UTF-8 and was read as Windows-1252")
-    text = io.TextIOWrapper(_span(file, start, end), encoding)
     try:
-        first = text.read(HEAD)
+        first = io.TextIOWrapper(_span(file, start, end), encoding).read(HEAD)
         if sum(not (c.isprintable() or c.isspace()) for c in first) > 0.05 * len(first) + 1:
             raise DataError("not text (too many characters that cannot be printed)")
-        chunks = _chunks(first, text)
+        text = io.TextIOWrapper(_span(file, start, end), encoding)
         if is_whatsapp(first):
-            yield from whatsapp(_text_lines(chunks), ask)
+            lines = iter(lambda: text.readline(STEP), "")
+            yield from whatsapp((line.removesuffix("\n") for line in lines), ask)
             return
+        chunks = iter(lambda: text.read(HEAD), "")
         for piece in pieces(map(clean, chunks), ask.piece_chars):
             yield Record(piece, None, ask.mtime)
     except UnicodeDecodeError as error:
         raise DataError(f"damaged {encoding.upper()} text: save it as UTF-8") from error
-
-
-def _chunks(first: str, text: io.TextIOWrapper) -> Iterator[str]:
-    yield first
-    while chunk := text.read(HEAD):
-        yield chunk
-
-
-def _text_lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield lines without their ends.
-
-    A line that is longer than `STEP` comes in parts.
-    """
-    rest = ""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split("\n")
-        yield from whole
-        if len(rest) > STEP:
-            yield rest
-            rest = ""
-    yield rest

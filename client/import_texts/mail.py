@@ -3,14 +3,11 @@
 Quotes and signatures are left out.
 """
 
-import email
 import re
-from collections import Counter
 from collections.abc import Iterator
+from email import message_from_bytes, policy
 from email.errors import MessageError
-from email.header import decode_header, make_header
-from email.message import Message
-from email.utils import parseaddr, parsedate_to_datetime
+from email.message import EmailMessage, MIMEPart
 from html.parser import HTMLParser
 from typing import BinaryIO
 
@@ -20,13 +17,12 @@ from .text_pieces import (
     STEP,
     Note,
     Reading,
+    Senders,
     clean,
     cut_up,
-    is_me,
     megabytes,
     moment,
     numbered,
-    say_who,
 )
 
 __all__ = ["POSTMARK", "mailbox"]
@@ -35,6 +31,10 @@ POSTMARK = re.compile(rb"From [^\n]*\d\d:\d\d[^\n]*\d{4}[ \t\r]*(?:\n|$)")
 _MAIL_LIMIT = 4 * STEP
 _MAIL_ERRORS = (ValueError, LookupError, TypeError, AttributeError, MessageError)
 _FORWARDED = re.compile(r"-{3,}[^-\n]+-{3,}\s*\n\s*\W?[A-Z][\w-]*\W{0,2}:")
+# what Outlook writes above a mail that it quotes, in any language
+_HEADERS = re.compile(
+    r"(?:^|\n\n)(?=(?:[^\n]*\n){0,2}[^\n]*(?:@|\d{4}))(?:\*?\w[\w .-]{0,19}:[^\n]+\n){3}"
+)
 _WROTE = re.compile(r"@|\d[:.]\d\d|\d{4}")
 _BLOCKS = frozenset(["p", "div", "br", "li", "ul", "ol", "tr", "table", "pre", "hr", "dt", "dd"])
 _HEADING = re.compile("h[1-6]")
@@ -46,31 +46,27 @@ def mailbox(span: BinaryIO, is_one: bool, ask: Reading) -> Iterator[Record | Not
 
     Without `me` all mails are taken.
     """
-    senders: Counter[str] = Counter()
-    mine = count = 0
+    senders = Senders(ask)
     for number, (raw, is_cut) in enumerate(_mails(span, is_one), start=1):
         try:
-            mail = email.message_from_bytes(raw)
-            name, address = parseaddr(_header(mail["From"]))
+            mail = message_from_bytes(raw, policy=policy.default)
+            name, address = _sender(mail)
             body = _body(mail)
         except _MAIL_ERRORS:
             yield Note(f"mail {number} cannot be parsed")
             continue
-        count += 1
-        senders[address or name] += 1
-        if ask.me and not (is_me(address, ask) or is_me(name, ask)):
+        if not senders.wrote(address, name, known=not ask.me):
             continue
-        mine += 1
         if is_cut and not mail.is_multipart():
             yield Note(f"mail {number} is left out after {megabytes(_MAIL_LIMIT)} MB")
-        yield from cut_up(_own_lines(clean(body)), _mail_time(mail["Date"], ask.mtime), ask)
-    if not count:
+        yield from cut_up(_own_lines(clean(body)), _mail_time(mail, ask.mtime), ask)
+    if not senders.names:
         raise DataError("no mail in it: a mailbox in the mbox format was expected")
-    if not mine:
-        raise say_who(senders, ask)
-    if not ask.me and len(senders) > 1:
+    senders.refuse_strangers()
+    if not ask.me and len(senders.names) > 1:
         yield Note(
-            f"the mails of all {len(senders)} senders were taken: --me ADDRESS takes yours only"
+            f"the mails of all {len(senders.names)} senders were taken: --me ADDRESS takes yours "
+            "only"
         )
 
 
@@ -93,18 +89,21 @@ def _mails(span: BinaryIO, is_one: bool) -> Iterator[tuple[bytes, bool]]:
         yield b"".join(lines), size > _MAIL_LIMIT
 
 
-def _header(value: object) -> str:
-    return str(make_header(decode_header(str(value or ""))))
+def _sender(mail: EmailMessage) -> tuple[str, str]:
+    """Return the display name and the address of who wrote a mail."""
+    for sender in mail["From"].addresses if mail["From"] else ():
+        return sender.display_name, sender.addr_spec
+    return "", ""
 
 
-def _mail_time(value: object, otherwise: float) -> float:
+def _mail_time(mail: EmailMessage, otherwise: float) -> float:
     try:
-        return moment(parsedate_to_datetime(str(value)))
+        return moment(mail["Date"].datetime)
     except (*_MAIL_ERRORS, OverflowError):
         return otherwise
 
 
-def _body(mail: "Message[str, str]") -> str:
+def _body(mail: MIMEPart) -> str:
     """Return the first plain text that is no attachment, else the first HTML as text."""
     parts = list(_leaves(mail))
     for kind, as_text in (("text/plain", str), ("text/html", _html_text)):
@@ -114,28 +113,25 @@ def _body(mail: "Message[str, str]") -> str:
     return ""
 
 
-def _leaves(mail: "Message[str, str]") -> "Iterator[Message[str, str]]":
+def _leaves(part: MIMEPart) -> Iterator[MIMEPart]:
     """Yield the parts of a mail that are no attachments.
 
     A mail that is attached is an attachment.
     """
-    inner = mail.get_payload()
-    if mail.get_content_maintype() == "multipart" and isinstance(inner, list):
-        for part in inner:
-            if isinstance(part, Message):
-                yield from _leaves(part)
-    elif not (
-        mail.is_multipart() or mail.get_filename() or mail.get_content_disposition() == "attachment"
-    ):
-        yield mail
+    if part.get_content_maintype() == "multipart":
+        for inner in part.iter_parts():
+            yield from _leaves(inner)
+    elif not (part.is_multipart() or part.get_filename() or part.is_attachment()):
+        yield part
 
 
-def _decoded(part: "Message[str, str]") -> str:
-    raw = part.get_payload(decode=True)
-    raw = raw if isinstance(raw, bytes) else b""
-    for charset in (part.get_content_charset(), "utf-8", "cp1252"):
+def _decoded(part: MIMEPart) -> str:
+    """Decode a text by the charset it names, or where that is wrong by the usual ones."""
+    content = part.get_payload(decode=True)
+    raw = content if isinstance(content, bytes) else b""
+    for charset in (part.get_content_charset("utf-8"), "utf-8", "cp1252"):
         try:
-            return raw.decode(charset or "utf-8")
+            return raw.decode(charset)
         except (UnicodeDecodeError, LookupError):
             continue
     return raw.decode("utf-8", "replace")
@@ -143,8 +139,8 @@ def _decoded(part: "Message[str, str]") -> str:
 
 def _own_lines(text: str) -> str:
     """Remove quoted lines, the line that announces them, forwarded mails and the signature."""
-    if found := _FORWARDED.search(text):
-        text = text[: found.start()]
+    for start in (_FORWARDED, _HEADERS):
+        text = text[: found.start()] if (found := start.search(text)) else text
     kept: list[str] = []
     was_quoted = False
     for line in text.split("\n"):

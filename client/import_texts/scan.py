@@ -3,7 +3,7 @@
     scan(roots)  walk -> the newest files within the limits -> one file at a time -> records
 
 A store that holds exactly the records of every `Found` and `Unchanged` of the last scan is right:
-what is `Ignored`, and what is not there any more (`gone`), has no records. Watching is scanning
+what is `Ignored`, and what is not there any more, has no records. Watching is scanning
 again with the fingerprints of the last time: a file that stayed as it was costs a look at its
 first bytes.
 
@@ -35,9 +35,9 @@ from ..training.records import Record
 from .formats import SUFFIXES, read
 from .text_pieces import Note, Reading
 
-__all__ = ["Found", "Ignored", "Limits", "Unchanged", "gone", "key_of", "path_of", "scan"]
+__all__ = ["Found", "Ignored", "Limits", "Unchanged", "key_of", "path_of", "scan"]
 
-READERS = 1
+READERS = 2
 """Raised when a reader changes: every file is then read again."""
 
 _CACHES = frozenset(
@@ -133,9 +133,7 @@ class _Entry(NamedTuple):
 
     mtime_ns: int
     path: str
-    size: int
-    inode: int
-    device: int
+    status: os.stat_result
 
 
 class _Settings(NamedTuple):
@@ -199,18 +197,6 @@ def scan(
         yield found
 
 
-def gone(known: Mapping[str, str], seen: Iterable[Path]) -> tuple[str, ...]:
-    """Return the keys of `known` that a whole scan did not give as `Found` or `Unchanged`.
-
-    Args:
-        seen: the paths of these, of a scan that ran to its end.
-
-    Edge cases: a drive that is not plugged in looks the same as deleted files; its files are
-    read again when it is back.
-    """
-    return tuple(sorted(set(known) - {key_of(path) for path in seen}))
-
-
 def key_of(path: Path) -> str:
     """Return a path as text that prints and that UTF-8 can hold, whatever bytes its name has.
 
@@ -263,14 +249,14 @@ def _newest(
         if out is None:
             heapq.heappush(heap, item)
         else:
-            dropped, dropped_bytes = dropped + 1, dropped_bytes + out.size
+            dropped, dropped_bytes = dropped + 1, dropped_bytes + out.status.st_size
             newest_dropped = max(out, newest_dropped or out)
     if newest_dropped is not None:
         yield _summary(newest_dropped, dropped, dropped_bytes, f"{limits.files:,} files")
     entries = sorted(heap, reverse=True)
     total = 0
     for number, entry in enumerate(entries):
-        total += min(entry.size, limits.file_mb * 1_000_000)
+        total += min(entry.status.st_size, limits.file_mb * 1_000_000)
         if total > limits.total_mb * 1_000_000:
             yield _left_out(entries[number:], f"{limits.total_mb:,} MB")
             return entries[:number]
@@ -278,7 +264,7 @@ def _newest(
 
 
 def _left_out(entries: Sequence[_Entry], limit: str) -> Ignored:
-    return _summary(entries[0], len(entries), sum(entry.size for entry in entries), limit)
+    return _summary(entries[0], len(entries), sum(entry.status.st_size for entry in entries), limit)
 
 
 def _summary(newest: _Entry, count: int, size: int, limit: str) -> Ignored:
@@ -388,7 +374,7 @@ def _candidate(path: str, status: os.stat_result) -> _Entry | Ignored:
         return Ignored(Path(path), "not a file: a pipe, a socket or a device")
     if not status.st_size:
         return Ignored(Path(path), "empty")
-    return _Entry(status.st_mtime_ns, path, status.st_size, status.st_ino, status.st_dev)
+    return _Entry(status.st_mtime_ns, path, status)
 
 
 _WHY = {
@@ -420,14 +406,14 @@ def _open(path: str) -> BinaryIO:
     return open(os.open(path, _OPEN), "rb", buffering=0)
 
 
-def _state(size: int, mtime_ns: int, inode: int, settings: _Settings) -> str:
-    return f"{settings.mark}:{size}:{mtime_ns}:{inode}:"
+def _state(status: os.stat_result) -> str:
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ino}:"
 
 
 def _fingerprint(file: BinaryIO, status: os.stat_result, settings: _Settings) -> str:
-    state = _state(status.st_size, status.st_mtime_ns, status.st_ino, settings)
     file.seek(0)
-    return state + hashlib.blake2b(file.read(_HEAD), digest_size=8).hexdigest()
+    head = hashlib.blake2b(file.read(_HEAD), digest_size=8).hexdigest()
+    return f"{settings.mark}:{_state(status)}{head}"
 
 
 def _is_same(entry: _Entry, known: Mapping[str, str], settings: _Settings) -> bool:
@@ -436,8 +422,7 @@ def _is_same(entry: _Entry, known: Mapping[str, str], settings: _Settings) -> bo
     Its first bytes are only read if size, time and inode are as they were.
     """
     print_before = known.get(key_of(Path(entry.path)), "")
-    state = _state(entry.size, entry.mtime_ns, entry.inode, settings)
-    if not print_before.startswith(state):
+    if not print_before.startswith(f"{settings.mark}:{_state(entry.status)}"):
         return False
     try:
         with _open(entry.path) as file:
@@ -459,20 +444,12 @@ def _read_steadily(
                     return Ignored(path, _WHY[errno.ENXIO])
                 mark = _fingerprint(file, before, settings)
                 result = _records(file, path, mark, settings, seen, room)
-                if _is_steady(before, os.fstat(file.fileno())) and _is_steady(
-                    before, os.lstat(path)
-                ):
+                after = os.fstat(file.fileno()), os.lstat(path)
+                if all(os.path.samestat(before, s) and _state(before) == _state(s) for s in after):
                     return result
         except OSError as error:
             return Ignored(path, _why(error))
     return Ignored(path, "it changed while it was read, twice: the next scan tries again")
-
-
-def _is_steady(before: os.stat_result, after: os.stat_result) -> bool:
-    return all(
-        getattr(before, name) == getattr(after, name)
-        for name in ("st_size", "st_mtime_ns", "st_ino", "st_dev")
-    )
 
 
 def _records(

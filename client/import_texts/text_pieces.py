@@ -18,14 +18,13 @@ __all__ = [
     "STEP",
     "Note",
     "Reading",
+    "Senders",
     "clean",
     "cut_up",
-    "is_me",
     "megabytes",
     "moment",
     "numbered",
     "pieces",
-    "say_who",
     "time_of",
 ]
 
@@ -189,14 +188,45 @@ def moment(time: datetime) -> float:
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
-def say_who(names: Counter[str], ask: Reading) -> DataError:
-    """Return the error for a file in which no sender is known to be the owner."""
-    shown = ", ".join(repr(clean(name)[:40]) for name, _ in names.most_common(8))
-    others = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    none = ", none of which is a name given" if ask.me else ""
-    return DataError(f"it has messages of {shown}{others}{none}: say who you are with --me NAME")
+class Senders:
+    """Who wrote the messages of one file, to tell the owner's from the others'.
 
+    Attributes:
+        names: how many messages each sender has, in order of first appearance.
+        mine: how many of them are the owner's.
+    """
 
-def is_me(name: str, ask: Reading) -> bool:
-    """Return whether a sender is the owner, who may have several names."""
-    return name.strip().casefold() in ask.me
+    def __init__(self, ask: Reading) -> None:
+        self.names: Counter[str] = Counter()
+        self.mine = 0
+        self._ask = ask
+
+    def wrote(self, *names: str, known: bool = False) -> bool:
+        """Count a message, and return whether it is the owner's, who may have several names.
+
+        Args:
+            names: of the sender, of which the first that is not empty is shown.
+            known: the message is the owner's, whatever the name.
+        """
+        self.names[next(filter(None, names), "")] += 1
+        own = known or any(name.strip().casefold() in self._ask.me for name in names)
+        self.mine += own
+        return own
+
+    def refuse_strangers(self) -> None:
+        """Refuse a file with senders, none of whom is known to be the owner.
+
+        Raises:
+            DataError: names the senders, of whom the owner has to say which one is meant.
+        """
+        if self.names and not self.mine:
+            raise self.unknown()
+
+    def unknown(self) -> DataError:
+        """Return the error for a file of which it is not known which sender is the owner."""
+        shown = ", ".join(repr(clean(name)[:40]) for name, _ in self.names.most_common(8))
+        others = f" and {len(self.names) - 8} more" if len(self.names) > 8 else ""
+        none = ", none of which is a name given" if self._ask.me else ""
+        return DataError(
+            f"it has messages of {shown}{others}{none}: say who you are with --me NAME"
+        )

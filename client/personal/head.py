@@ -10,16 +10,26 @@ read by adapter training, and nothing here may be sent; `client/privacy/gate.py`
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, Self, TypeVar
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ...common.errors import StateError
 
-__all__ = ["PersonalHead", "head_of_kind", "number_of", "pack", "unpack", "unusable"]
+__all__ = [
+    "PersonalHead",
+    "best_choice",
+    "head_of_kind",
+    "minimise",
+    "number_of",
+    "pack",
+    "unpack",
+    "unusable",
+]
 
 _Kind = TypeVar("_Kind")
 
@@ -64,6 +74,35 @@ def head_of_kind(kind: type[_Kind], head: PersonalHead | None) -> _Kind | None:
         f"expected a {kind.__name__} or None, got a {type(head).__name__}: give the head that "
         "was fitted by the same evaluator"
     )
+
+
+def minimise(objective: Callable[[], Tensor], variable: Tensor, max_iter: int) -> None:
+    """Move `variable` to where `objective` is least, by L-BFGS with a strong Wolfe line search."""
+    solver = torch.optim.LBFGS([variable], max_iter=max_iter, line_search_fn="strong_wolfe")
+
+    def step() -> float:
+        solver.zero_grad()
+        with torch.enable_grad():
+            loss = objective()
+            loss.backward()
+        return float(loss.detach())
+
+    solver.step(step)
+
+
+def best_choice(
+    choices: Sequence[float], held_out: Callable[[float], float], shared: float
+) -> float:
+    """Return the choice with the lowest held-out loss, or 0 unless one is below `shared`.
+
+    Of equal ones the first is taken.
+    """
+    best, lowest = 0.0, shared
+    for choice in choices:
+        loss = held_out(choice)
+        if loss < lowest:
+            best, lowest = choice, loss
+    return best
 
 
 def pack(kind: str, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> bytes:

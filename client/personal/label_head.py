@@ -12,7 +12,6 @@ Regression is ridge regression in closed form, its strength chosen by exact leav
 folds. Strength 0, the shared head, is always among the choices.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
-from .head import number_of, pack, unpack, unusable
+from .head import best_choice, minimise, number_of, pack, unpack, unusable
 
-__all__ = ["LabelHead", "Task", "fit_label_head", "label_losses", "predict"]
+__all__ = ["LabelHead", "LabelTask", "fit_label_head", "label_losses", "predict"]
 
-Task = Literal["regression", "classification"]
+LabelTask = Literal["regression", "classification"]
 
 # Public constants, tuned on raters of 40 batches and checked on 40 others; see experiments/LOG.md.
 WEIGHT_VARIANCE = 0.3
@@ -50,7 +49,7 @@ class LabelHead:
 
     weight: Tensor = field(repr=False)
     bias: Tensor = field(repr=False)
-    task: Task
+    task: LabelTask
     strength: float = 0.0
 
     def __post_init__(self) -> None:
@@ -79,7 +78,7 @@ class LabelHead:
 
         Later training does not change it.
         """
-        task: Task = "regression" if layer.out_features == 1 else "classification"
+        task: LabelTask = "regression" if layer.out_features == 1 else "classification"
         return cls(layer.weight.detach().clone(), layer.bias.detach().clone(), task)
 
     def to_bytes(self) -> bytes:
@@ -96,7 +95,7 @@ class LabelHead:
             raise unusable(name, f"its task is {task!r}")
         try:
             return cls(
-                **tensors, task=cast(Task, task), strength=number_of(facts, "strength", name)
+                **tensors, task=cast(LabelTask, task), strength=number_of(facts, "strength", name)
             )
         except DataError as error:
             raise unusable(name, str(error)) from error
@@ -162,7 +161,10 @@ def _fit_regression(features: Tensor, labels: Tensor, shared: LabelHead) -> Labe
         alpha = inverse @ residual
         return alpha, alpha / inverse.diagonal()
 
-    strength = _strongest(residual.square().mean(), lambda s: dual(s)[1].square().mean())
+    def held_out(strength: float) -> float:
+        return float(dual(strength)[1].square().mean())
+
+    strength = best_choice(STRENGTHS, held_out, float(residual.square().mean()))
     if strength == 0:
         return shared
     alpha = strength * dual(strength)[0]
@@ -174,7 +176,7 @@ def _fit_classes(features: Tensor, labels: Tensor, shared: LabelHead) -> LabelHe
     folds = torch.arange(len(labels)) % min(FOLDS, len(labels))
     rows = [(folds != number, folds == number) for number in range(int(folds.max()) + 1)]
 
-    def held_out(strength: float) -> Tensor:
+    def held_out(strength: float) -> float:
         losses = [
             label_losses(
                 _logistic(features[rest], labels[rest], shared, strength),
@@ -183,9 +185,10 @@ def _fit_classes(features: Tensor, labels: Tensor, shared: LabelHead) -> LabelHe
             )
             for rest, out in rows
         ]
-        return torch.cat(losses).mean()
+        return float(torch.cat(losses).mean())
 
-    strength = _strongest(label_losses(shared, features, labels).mean(), held_out)
+    alone = float(label_losses(shared, features, labels).mean())
+    strength = best_choice(STRENGTHS, held_out, alone)
     return shared if strength == 0 else _logistic(features, labels, shared, strength)
 
 
@@ -215,35 +218,9 @@ def _logistic(features: Tensor, labels: Tensor, shared: LabelHead, strength: flo
         fit = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         return fit + change.square().sum() / 2
 
-    _minimise(objective, change)
+    minimise(objective, change, max_iter=60)
     matrix, bias = parts()
     return _head(shared, matrix.detach(), bias.detach(), strength)
-
-
-def _minimise(objective: Callable[[], Tensor], variable: Tensor) -> None:
-    solver = torch.optim.LBFGS([variable], max_iter=60, line_search_fn="strong_wolfe")
-
-    def step() -> float:
-        solver.zero_grad()
-        with torch.enable_grad():
-            loss = objective()
-            loss.backward()
-        return float(loss.detach())
-
-    solver.step(step)
-
-
-def _strongest(shared_loss: Tensor, held_out: Callable[[float], Tensor]) -> float:
-    """Return the strength with the lowest held-out loss.
-
-    It is 0 unless one is below the shared head's.
-    """
-    best, lowest = 0.0, float(shared_loss)
-    for strength in STRENGTHS:
-        loss = float(held_out(strength))
-        if loss < lowest:
-            best, lowest = strength, loss
-    return best
 
 
 def _head(shared: LabelHead, weight: Tensor, bias: Tensor, strength: float) -> LabelHead:

@@ -20,15 +20,22 @@ here is read by training or by the gate.
 Source: Rafailov et al. 2023 (DPO).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ...common.settings.sections import PreferenceSettings
-from .text_head import SharedScores, TextHead, TokenStates, no_text_head, shared_scores
+from .head import best_choice, minimise
+from .text_head import (
+    SharedScores,
+    TextHead,
+    TokenStates,
+    no_text_head,
+    shared_scores,
+    token_losses,
+)
 
 __all__ = [
     "AnswerTokens",
@@ -41,7 +48,7 @@ __all__ = [
 # Public constants; docs/preferences.md has what was tried.
 BIAS_SPREADS = (0.3, 1.0, 3.0)  # standard deviation of a token's bias, nats, tried beside 0
 SHARES = (1.0, 3.0, 10.0, 30.0)  # scales of the shared margin at which it is judged alone
-MOST_TOKENS = 512
+MAX_TOKENS = 512
 FOLDS = 5
 MIN_PAIRS = 5
 
@@ -70,8 +77,8 @@ class AnswerTokens:
 
     def summed(self, values: Tensor) -> Tensor:
         """Sum values of positions (k,) to values of pairs (n,), weighed."""
-        found = torch.zeros(self.pairs, dtype=values.dtype)
-        return found.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
+        sums = torch.zeros(self.pairs, dtype=values.dtype)
+        return sums.index_add(0, self.tokens.record, self.weight.to(values.dtype) * values)
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,6 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 def token_margins(answers: AnswerTokens, head: TextHead | None, shared: SharedScores,
                   output: Tensor) -> Tensor:  # fmt: skip
     """Return margins (n,) of the pairs under the shared model (None) or with a head, nats."""
-    from .text_head import token_losses
-
     return -answers.summed(token_losses(head, answers.tokens, output, shared))
 
 
@@ -138,41 +143,55 @@ def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSe
         A head without a memory, whose biases may be below zero; the shared model for fewer than
         `MIN_PAIRS` pairs, or where no change predicts left-out pairs better.
     """
+    nothing = no_text_head(output.shape[1])
     if answers.pairs < MIN_PAIRS:
-        return no_text_head(output.shape[1])
+        return nothing
     tokens, slots = _distinguishing(answers)
     scores = shared_scores(answers.tokens, output)
     with torch.no_grad():
         states = answers.tokens.states.float()
         own = (states @ output[tokens].float().T - scores.log_z[:, None]).exp()
         offset = settings.beta * token_margins(answers, None, scores, output)
-
-    def change(bias: Tensor) -> Tensor:
-        """Return what the bias adds to the margins, (n,)."""
-        given = torch.where(slots >= 0, bias[slots.clamp_min(0)], 0.0)
-        return answers.summed(given - torch.log1p((own @ torch.expm1(bias)).clamp_min(-0.999)))
-
-    def fitted(spread: float, counted: Tensor) -> Tensor:
-        """Fit the bias (m,) on the pairs where `counted` (n,) is true."""
-
-        def objective(free: Tensor) -> Tensor:
-            fit = functional.softplus(-settings.beta * change(spread * free))[counted].sum()
-            return fit + free.square().sum() / 2
-
-        return spread * _minimum(objective, len(tokens))
-
-    def fitted_on(spread: float, rest: Tensor) -> Tensor:
-        return settings.beta * change(fitted(spread, rest))
-
-    spread = _best(offset, _folds(answers.which), fitted_on)
+    fit = _BiasFit(answers, slots, own, settings.beta)
+    spread = _best(offset, _folds(answers.which), fit)
     if spread == 0:
-        return no_text_head(output.shape[1])
-    bias = fitted(spread, torch.ones(answers.pairs, dtype=torch.bool))
-    nothing = no_text_head(output.shape[1])
-    return TextHead(
-        tokens, bias, nothing.keys, nothing.slots, nothing.centre,
-        bias_weight=spread, memory_offset=0.0,
-    )  # fmt: skip
+        return nothing
+    bias = fit.bias(spread, torch.ones(answers.pairs, dtype=torch.bool))
+    return replace(nothing, tokens=tokens, bias=bias, bias_weight=spread)
+
+
+@dataclass(frozen=True, eq=False)
+class _BiasFit:
+    """Fits a bias on m tokens to n pairs.
+
+    Attributes:
+        answers: k positions.
+        slots: (k,) which of the tokens each position has, -1 for none.
+        own: (k, m) the shared model's probabilities of the tokens.
+        beta: DPO's.
+    """
+
+    answers: AnswerTokens
+    slots: Tensor
+    own: Tensor
+    beta: float
+
+    def added(self, bias: Tensor) -> Tensor:
+        """Return what the bias adds to beta times the margins, (n,)."""
+        given = torch.where(self.slots >= 0, bias[self.slots.clamp_min(0)], 0.0)
+        growth = torch.log1p((self.own @ torch.expm1(bias)).clamp_min(-0.999))
+        return self.beta * self.answers.summed(given - growth)
+
+    def bias(self, spread: float, counted: Tensor) -> Tensor:
+        """Fit the bias (m,) on the pairs where `counted` (n,) is true."""
+        free = torch.zeros(self.own.shape[1], requires_grad=True)
+
+        def objective() -> Tensor:
+            losses = functional.softplus(-self.added(spread * free))[counted]
+            return losses.sum() + free.square().sum() / 2
+
+        minimise(objective, free, max_iter=40)
+        return spread * free.detach()
 
 
 def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
@@ -180,27 +199,12 @@ def _distinguishing(answers: AnswerTokens) -> tuple[Tensor, Tensor]:
 
     Also returned is each position's token among them, -1 for none.
     """
-    every, place = torch.unique(answers.tokens.targets, return_inverse=True)
-    net = torch.zeros(len(every)).index_add(0, place, answers.weight.sign().float()).abs()
-    chosen = net.argsort(descending=True, stable=True)[:MOST_TOKENS].sort().values
-    slot = torch.full((len(every),), -1)
+    used, index = torch.unique(answers.tokens.targets, return_inverse=True)
+    net = torch.zeros(len(used)).index_add(0, index, answers.weight.sign().float()).abs()
+    chosen = net.argsort(descending=True, stable=True)[:MAX_TOKENS].sort().values
+    slot = torch.full((len(used),), -1)
     slot[chosen] = torch.arange(len(chosen))
-    return every[chosen], slot[place]
-
-
-def _minimum(objective: Callable[[Tensor], Tensor], count: int) -> Tensor:
-    free = torch.zeros(count, requires_grad=True)
-    solver = torch.optim.LBFGS([free], max_iter=40, line_search_fn="strong_wolfe")
-
-    def step() -> float:
-        solver.zero_grad()
-        with torch.enable_grad():
-            loss = objective(free)
-            loss.backward()
-        return float(loss.detach())
-
-    solver.step(step)
-    return free.detach()
+    return used[chosen], slot[index]
 
 
 # --- folds ---------------------------------------------------------------------------------------
@@ -228,13 +232,11 @@ def _folds(answers: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _ranks(answers: Tensor) -> Tensor:
     """Return how many other answers were met before each one, (n, 2), first come first."""
     order: dict[int, int] = {}
-    flat = [order.setdefault(one, len(order)) for one in answers.flatten().tolist()]
+    flat = [order.setdefault(answer, len(order)) for answer in answers.flatten().tolist()]
     return torch.tensor(flat).view(answers.shape)
 
 
-def _best(
-    offset: Tensor, folds: list[tuple[Tensor, Tensor]], fitted_on: Callable[[float, Tensor], Tensor]
-) -> float:
+def _best(offset: Tensor, folds: list[tuple[Tensor, Tensor]], fit: _BiasFit) -> float:
     """Return the spread that predicts left-out pairs best.
 
     0 unless one beats the shared model alone, whose scale is chosen on the left-out pairs
@@ -243,16 +245,15 @@ def _best(
     Args:
         offset: (n,) beta times the shared model's margins.
         folds: masks (n,) of the pairs left out and of those to fit on.
-        fitted_on: spread and mask (n,) of the pairs to fit on -> (n,) what it adds to them.
+        fit: of the pairs.
     """
     if not folds:
         return 0.0
     shared = torch.cat([offset[out] for out, _ in folds])
-    best = 0.0
-    lowest = min(float(functional.softplus(-share * shared).mean()) for share in SHARES)
-    for spread in BIAS_SPREADS:
-        added = torch.cat([fitted_on(spread, rest)[out] for out, rest in folds])
-        loss = float(functional.softplus(-(shared + added)).mean())
-        if loss < lowest:
-            best, lowest = spread, loss
-    return best
+
+    def held_out(spread: float) -> float:
+        added = torch.cat([fit.added(fit.bias(spread, rest))[out] for out, rest in folds])
+        return float(functional.softplus(-(shared + added)).mean())
+
+    alone = min(float(functional.softplus(-share * shared).mean()) for share in SHARES)
+    return best_choice(BIAS_SPREADS, held_out, alone)

@@ -26,6 +26,7 @@ here is read by training or by the gate.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -45,7 +46,7 @@ STRENGTHS = (1.0, 10.0, 100.0)  # s, of a pair whose states are as far apart as 
 WORTHS = (0.0, 3.0, 30.0)  # w
 ODDS = 3.0  # "positive" evidence (Kass and Raftery 1995, section 3.2)
 MIN_PAIRS = 5
-MOST_PAIRS = 300  # the latest; time goes with the cube
+MAX_PAIRS = 300  # the latest; time goes with the cube
 _NEWTON_STEPS = 40
 _HALVINGS = 6
 _ENOUGH = 1e-7  # nats
@@ -85,34 +86,25 @@ def fit_score_head(
     _check(differences, longer, answers, shared, widths)
     if len(differences) < MIN_PAIRS:
         return shared
-    rows, longer = differences[-MOST_PAIRS:].double(), longer[-MOST_PAIRS:].double()
-    weight, own = shared.weight.double()[0], _own_worth(answers[-MOST_PAIRS:])
+    rows, longer = differences[-MAX_PAIRS:].double(), longer[-MAX_PAIRS:].double()
+    weight = shared.weight.double()[0]
     margin, unit = _scaled((rows @ weight)[:, None])
     views, sizes = zip(*map(_scaled, rows.split(widths, dim=1)), strict=True)
     if settings.length_controlled:
         views = tuple(_off_length(view, longer) for view in views)
-    kernels = torch.stack([view @ view.T for view in views])
-
-    choices = [(c, 0.0, 0, w) for c, w in product(SHARES, WORTHS)]
-    choices += list(product(SHARES, STRENGTHS, range(len(views)), WORTHS))
-    share, strength, which, worth = torch.tensor(choices).double().T
-    view = which.long()
-    mean = share[:, None] * margin.T
-    changed = strength[:, None, None] * kernels[view]
-    dual, evidence = _laplace(mean, changed + worth[:, None, None] * own)
-    if not _wanted(evidence, strength > 0):
+    grid = _fitted_grid(margin, views, _own_worth(answers[-MAX_PAIRS:]))
+    changed = grid.strength > 0
+    if not _wanted(grid.evidence, changed):
         return shared
-
-    said = mean + (changed @ dual[:, :, None])[:, :, 0]  # (g, n), without an answer's own worth
-    size = said.square().mean(1).sqrt().clamp_min(_LENGTH)
-    probability = torch.softmax(evidence, 0)
+    size = grid.margins.square().mean(1).sqrt().clamp_min(_LENGTH)
+    probability = torch.softmax(grid.evidence, 0)
     part = probability / size * (probability @ size) / settings.beta
     changes = [
-        (part * strength * (view == number)) @ dual @ rows / sizes[number]
-        for number, rows in enumerate(views)
+        (part * grid.strength * (grid.view == number)) @ grid.dual @ view / sizes[number]
+        for number, view in enumerate(views)
     ]
-    personal = (part @ share) / unit * weight + torch.cat(changes)
-    sure = float(probability[strength > 0].sum())
+    personal = (part @ grid.share) / unit * weight + torch.cat(changes)
+    sure = float(probability[changed].sum())
     return LabelHead(personal.to(shared.weight.dtype)[None], shared.bias, shared.task, sure)
 
 
@@ -120,6 +112,44 @@ def widened(shared: LabelHead, width: int) -> LabelHead:
     """Return the shared head over `width` columns, with 0 in those it does not know."""
     weight = functional.pad(shared.weight, (0, width - shared.weight.shape[1]))
     return LabelHead(weight, shared.bias, shared.task, shared.strength)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The g fitted heads of the public grid.
+
+    Attributes:
+        share, strength, view: (g,) c, s and the number of the view.
+        dual: (g, n) of each head's posterior.
+        evidence: (g,) log evidence.
+        margins: (g, n) of the pairs under each head, without an answer's own worth.
+    """
+
+    share: Tensor
+    strength: Tensor
+    view: Tensor
+    dual: Tensor
+    evidence: Tensor
+    margins: Tensor
+
+
+def _fitted_grid(margin: Tensor, views: Sequence[Tensor], own: Tensor) -> _Grid:
+    """Fit every (c, s, view, w) of the grid.
+
+    Args:
+        margin: (n, 1) the shared head's margins, of root mean square 1.
+        views: each (n, its width), likewise.
+        own: (n, n) covariance of the answers' own worths.
+    """
+    choices = [(c, 0.0, 0, w) for c, w in product(SHARES, WORTHS)]
+    choices += list(product(SHARES, STRENGTHS, range(len(views)), WORTHS))
+    share, strength, view, worth = torch.tensor(choices).double().T
+    mean = share[:, None] * margin.T
+    kernels = torch.stack([rows @ rows.T for rows in views])
+    changed = strength[:, None, None] * kernels[view.long()]
+    dual, evidence = _laplace(mean, changed + worth[:, None, None] * own)
+    margins = mean + (changed @ dual[:, :, None])[:, :, 0]
+    return _Grid(share, strength, view, dual, evidence, margins)
 
 
 def _laplace(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,8 +188,8 @@ def _laplace(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         step = target - root * solved - dual
         moved, length = times(step), torch.ones(len(mean), 1).double()
         for _ in range(_HALVINGS):
-            found = value(dual + length * step, fit + length * moved)
-            down = found < reached - _ENOUGH
+            candidate = value(dual + length * step, fit + length * moved)
+            down = candidate < reached - _ENOUGH
             length[down] /= 2
             if not bool(down.any()):
                 break
@@ -180,8 +210,8 @@ def _wanted(evidence: Tensor, change: Tensor) -> bool:
 def _own_worth(answers: Tensor) -> Tensor:
     """Return the covariance (n, n) of differences of answers' own worths, each of variance 1."""
     _, number = torch.unique(answers, return_inverse=True)
-    one, other = functional.one_hot(number).double().unbind(1)
-    return (one - other) @ (one - other).T
+    chosen, rejected = functional.one_hot(number).double().unbind(1)
+    return (chosen - rejected) @ (chosen - rejected).T
 
 
 def _off_length(rows: Tensor, longer: Tensor) -> Tensor:

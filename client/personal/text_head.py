@@ -149,7 +149,7 @@ class TextHead:
     def from_bytes(cls, content: bytes, name: str) -> "TextHead":
         """Read a head that `to_bytes` wrote, as `PersonalHead.from_bytes` says."""
         tensors, facts = unpack("text", _TENSORS, content, name)
-        tokens, bias, keys, slots, centre = (tensors[each] for each in _TENSORS)
+        tokens, bias, keys, slots, centre = (tensors[key] for key in _TENSORS)
         fits = tokens.shape == bias.shape and len(keys) == len(slots)
         fits = fits and keys.ndim == 2 and centre.shape == keys.shape[1:]
         if not fits or bool((slots < 0).any() or (slots >= len(tokens)).any()):
@@ -215,18 +215,18 @@ def token_losses(
     losses = shared.log_z - shared.target_logit
     if head is None or head.is_shared:
         return losses
-    place = _places(head.tokens, data.targets)
+    slots = _slots_of(head.tokens, data.targets)
     columns = output[head.tokens].float()
     for rows in _chunks(len(data), _ROWS):
         states = data.states[rows].float()
         log_p = -losses[rows]
         if head.bias_weight:
             own = states @ columns.T - shared.log_z[rows, None]
-            log_p = log_p + _bias_gain(own, head.bias[None], place[rows])
+            log_p = log_p + _bias_gain(own, head.bias[None], slots[rows])
         if len(head.keys):
             similar = _unit(states - head.centre) @ head.keys.T
             mass, odds = _recall(similar, head.slots, len(head.tokens))
-            log_p = _mix(log_p, _at(mass, place[rows]), odds + head.memory_offset)
+            log_p = _mix(log_p, _at(mass, slots[rows]), odds + head.memory_offset)
         losses[rows] = -log_p
     return losses
 
@@ -288,16 +288,14 @@ def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None 
     shared = shared_scores(own, output) if shared is None else shared
     tokens, slots = torch.unique(own.targets, return_inverse=True)
     log_own = own.states.float() @ output[tokens].float().T - shared.log_z[:, None]
-    gains = _held_out_gains(own, shared, tokens, slots, log_own)
-    pair = _choice(gains, own.record)
-    if pair is None:
+    chosen = _choice(_held_out_gains(own, shared, slots, log_own), own.record)
+    if chosen is None:
         return no_text_head(output.shape[1])
-    weight, offset = pair
-    counts = torch.bincount(slots, minlength=len(tokens)).float()
+    weight, offset = chosen
     centre, keys = _memory(own.states) if offset is not None else _memory(own.states[:0])
     return TextHead(
         tokens=tokens,
-        bias=weight * _evidence(counts, log_own.exp().mean(0)),
+        bias=weight * _evidence(slots, log_own),
         keys=keys,
         slots=slots[: len(keys)],
         centre=centre,
@@ -310,10 +308,10 @@ _Pair = tuple[float, float | None]
 
 
 def _held_out_gains(
-    own: TokenStates, shared: SharedScores, tokens: Tensor, slots: Tensor, log_own: Tensor
+    own: TokenStates, shared: SharedScores, slots: Tensor, log_own: Tensor
 ) -> dict[_Pair, Tensor]:
     """Return the nats (n,) that each pair of weights gains at positions it was not fitted on."""
-    base = shared.target_logit - shared.log_z
+    base, count = shared.target_logit - shared.log_z, log_own.shape[1]
     block = _blocks(own.record)
     gains: dict[_Pair, Tensor] = {
         (weight, offset): torch.zeros(len(own))
@@ -322,11 +320,10 @@ def _held_out_gains(
     }
     for number in range(int(block.max()) + 1):
         out, rest = block == number, block != number
-        counts = torch.bincount(slots[rest], minlength=len(tokens)).float()
-        evidence = _evidence(counts, log_own[rest].exp().mean(0))
+        evidence = _evidence(slots[rest], log_own[rest])
         centre, keys = _memory(own.states[rest])
         similar = _unit(own.states[out].float() - centre) @ keys.T
-        mass, odds = _recall(similar, slots[rest], len(tokens))
+        mass, odds = _recall(similar, slots[rest], count)
         remembered = _at(mass, slots[out])
         for weight in BIAS_WEIGHTS:
             gain = _bias_gain(log_own[out], weight * evidence[None], slots[out])
@@ -343,11 +340,11 @@ def _choice(gains: dict[_Pair, Tensor], record: Tensor) -> _Pair | None:
 
     None when none is sure to be above zero.
     """
-    _, place = torch.unique(record, return_inverse=True)
-    count = int(place.max()) + 1
+    _, index = torch.unique(record, return_inverse=True)
+    count = int(index.max()) + 1
     best, best_bound = None, 0.0
     for pair, gain in gains.items():
-        per_record = torch.zeros(count).index_add_(0, place, gain)
+        per_record = torch.zeros(count).index_add_(0, index, gain)
         standard_error = per_record.std() / count**0.5
         bound = float(per_record.mean() - CAUTION * standard_error)
         if bound > best_bound:
@@ -357,19 +354,25 @@ def _choice(gains: dict[_Pair, Tensor], record: Tensor) -> _Pair | None:
 
 def _blocks(record: Tensor) -> Tensor:
     """Number each position's contiguous block of records, (n,), at most `FOLDS` blocks."""
-    records, place = torch.unique(record, return_inverse=True)
-    return torch.div(place * min(FOLDS, len(records)), len(records), rounding_mode="floor")
+    records, index = torch.unique(record, return_inverse=True)
+    return torch.div(index * min(FOLDS, len(records)), len(records), rounding_mode="floor")
 
 
-def _evidence(counts: Tensor, expected: Tensor) -> Tensor:
+def _evidence(slots: Tensor, log_own: Tensor) -> Tensor:
     """Return how much more often each token was used than the shared model expects, (m,).
 
     The log of it, shrunken, and 0 if the token was never used.
+
+    Args:
+        slots: (n,) the token used at each position.
+        log_own: (n, m) the shared model's log probabilities there.
     """
+    counts = torch.bincount(slots, minlength=log_own.shape[1]).float()
+    expected = log_own.exp().mean(0)
     return torch.log1p(counts / (SHRINKAGE * expected.clamp_min(1e-12)))
 
 
-def _bias_gain(log_own: Tensor, bias: Tensor, place: Tensor) -> Tensor:
+def _bias_gain(log_own: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
     """Return the nats (n,) a bias gives the target.
 
     That is its own bias less the growth of the normaliser.
@@ -377,10 +380,10 @@ def _bias_gain(log_own: Tensor, bias: Tensor, place: Tensor) -> Tensor:
     Args:
         log_own: (n, m) the shared model's log probabilities of the person's tokens.
         bias: (1, m), >= 0.
-        place: (n,) the target's column, or -1 when the person never used it.
+        slot: (n,) the target's column, or -1 when the person never used it.
     """
     growth = torch.log1p((log_own.exp() * torch.expm1(bias)).sum(1))
-    return torch.where(place >= 0, bias[0][place.clamp_min(0)], 0.0) - growth
+    return torch.where(slot >= 0, bias[0][slot.clamp_min(0)], 0.0) - growth
 
 
 def _memory(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -419,22 +422,15 @@ def _unit(rows: Tensor) -> Tensor:
     return unit
 
 
-def _places(tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return where each target is in the sorted `tokens`, (n,).
-
-    -1 where it is not.
-    """
-    place = torch.searchsorted(tokens, targets).clamp_max(len(tokens) - 1)
-    return torch.where(tokens[place] == targets, place, -1)
+def _slots_of(tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the index of each target in the sorted `tokens`, (n,), or -1 where it is not there."""
+    index = torch.searchsorted(tokens, targets).clamp_max(len(tokens) - 1)
+    return torch.where(tokens[index] == targets, index, -1)
 
 
-def _at(mass: Tensor, place: Tensor) -> Tensor:
-    """Return `mass` at each row's place, (n,).
-
-    0 where the place is -1.
-    """
-    found = mass.gather(1, place.clamp_min(0)[:, None])[:, 0]
-    return torch.where(place >= 0, found, 0.0)
+def _at(mass: Tensor, slot: Tensor) -> Tensor:
+    """Return each row's `mass` in its own slot, (n,), or 0 where the slot is -1."""
+    return torch.where(slot >= 0, mass.gather(1, slot.clamp_min(0)[:, None])[:, 0], 0.0)
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from ...common.settings.sections import DEVICES, PrivacySettings
 from .gate import budgets, caps, charges
 from .ledger import Limit, budget_of, without_directory
 
-__all__ = ["Paid", "needed", "paid", "refuse_unpaid", "tightest"]
+__all__ = ["Paid", "needed", "paid", "refuse_unpaid", "tightest_limit"]
 
 RECKONED = 0.01
 
@@ -60,11 +60,11 @@ def paid(
 
     `slack`: by how much of a limit `cost` may be reckoned too dear, where it is no plan's own.
     """
-    for line in dict.fromkeys(map(_line, cost)):
+    for line in dict.fromkeys(charge.line for charge in cost):
         limit = budget_of(limits, *line[:2])
         if limit is None or math.isinf(limit):
             continue
-        once, before = ([one for one in some if _line(one) == line] for some in (cost, past))
+        once, before = ([one for one in some if one.line == line] for some in (cost, past))
         rounds = payable(once, before, delta, limit * (1 + slack), count)
         if rounds < count:
             spent = epsilon(before, delta) if before else 0.0
@@ -73,7 +73,7 @@ def paid(
             yield Paid(rounds, count, limit, line[0], line[1], spent, total, mend)
 
 
-def tightest(
+def tightest_limit(
     cost: Sequence[Charge],
     privacy: PrivacySettings,
     count: int,
@@ -152,7 +152,3 @@ def needed(epsilon: float) -> str:
     So it is enough for an adapter of the size that owners reckon with, too.
     """
     return f"{math.ceil(101 * epsilon - 1e-9) / 100:g}"
-
-
-def _line(charge: Charge) -> tuple[str, str, str]:
-    return charge.unit, charge.against, charge.adjacency

@@ -14,13 +14,13 @@ the last row is what is left; the rows between say what the noise alone would st
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 from ...common.privacy.accounting import Adjacency, Charge, epsilon
 from ...common.privacy.release_facts import Asked, restored
 from .gate import colluding
 
-__all__ = ["Release", "completed", "conditions", "known", "points", "reckoned", "table"]
+__all__ = ["Release", "completed", "conditions", "epsilon_or_estimate", "known", "points", "table"]
 
 MAX_ROWS = 9
 
@@ -58,7 +58,7 @@ def completed(charges: tuple[Charge, ...], asked: Asked | None) -> tuple[Charge,
     return (*charges, replace(own, against="unmasked server"))
 
 
-def reckoned(charges: Sequence[Charge], delta: float) -> tuple[float | None, bool]:
+def epsilon_or_estimate(charges: Sequence[Charge], delta: float) -> tuple[float | None, bool]:
     """Return an epsilon, and whether it is a bound.
 
     One share hides so little that epsilon is beyond what integer noise has a bound for: its tables
@@ -101,9 +101,17 @@ def points(agreed: int, last: int) -> list[int]:
     return sorted({0, min(agreed, last), *steps, *near, last})
 
 
+class ColludingRow(TypedDict):
+    """A row of `table`."""
+
+    colluding: int
+    epsilon: float | None
+    bound: bool
+
+
 def table(
     histories: Iterable[Sequence[Release]], adjacency: Adjacency, delta: float, agreed: int
-) -> list[dict[str, Any]]:
+) -> list[ColludingRow]:
     """Tabulate client-level epsilon against the server by the number of colluding devices.
 
     It is that of the worst history.
@@ -115,19 +123,21 @@ def table(
         agreed: how many devices may collude, a row of its own.
 
     Returns:
-        `colluding`, `epsilon` and whether it is a `bound` (as `reckoned`), from 0 until only the
-        own share is left; empty where nothing was masked, or where some release's plan is not
-        known.
+        `colluding`, `epsilon` and whether it is a `bound` (as `epsilon_or_estimate`), from 0 until
+        only the own share is left; empty where nothing was masked, or where some release's plan is
+        not known.
     """
     mine = {tuple(one for one in every if _person(one, adjacency)) for every in histories}
     every = {one for releases in mine for one in releases}
     survivors = [one.asked.plan.survivors for one in every if one.asked and one.asked.plan.masked]
     if not survivors or any(one.asked is None for one in every):
         return []
-    rows = []
+    rows: list[ColludingRow] = []
     for devices in points(agreed, max(survivors) - 1):
         costs = {one: _cost(one, adjacency, devices) for one in every}
-        epsilons = [reckoned([costs[one] for one in releases], delta) for releases in mine]
+        epsilons = [
+            epsilon_or_estimate([costs[one] for one in releases], delta) for releases in mine
+        ]
         value, bound = max(epsilons, key=lambda one: math.inf if one[0] is None else one[0])
         rows.append({"colluding": devices, "epsilon": value, "bound": bound})
     return rows
@@ -135,7 +145,7 @@ def table(
 
 def _person(release: Release, adjacency: Adjacency) -> Charge | None:
     wanted = ("client", "server", adjacency)
-    found = [c for c in release.charges if (c.unit, c.against, c.adjacency) == wanted]
+    found = [c for c in release.charges if c.line == wanted]
     return found[0] if found else None
 
 

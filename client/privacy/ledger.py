@@ -599,14 +599,14 @@ def _refuse_over_budget(
     delta: float,
     of: str = "",
 ) -> None:
-    for line in dict.fromkeys(_line(charge) for charge in (*past, *new)):
+    for line in dict.fromkeys(charge.line for charge in (*past, *new)):
         unit, against, adjacency = line
-        after = [c for c in (*past, *new) if _line(c) == line]
+        after = [c for c in (*past, *new) if c.line == line]
         budget = budget_of(budgets, unit, against)
         if budget is not None and within(after, delta, budget):
             continue
         total = epsilon(after, delta)
-        before = [c for c in past if _line(c) == line]
+        before = [c for c in past if c.line == line]
         spent = epsilon(before, delta) if before else 0.0
         plain = "no budget" if budget is None else f"the budget of {budget:.6g}"
         whose = getattr(budget, "whose", "") or f"there is {plain} for this unit"
@@ -647,7 +647,3 @@ def _own_share_only(charges: Sequence[Charge]) -> bool:
     """Return whether a masked release costs as much against the server as if its mask broke."""
     multipliers = {c.against: c.noise_multiplier for c in charges if c.unit == "client"}
     return "server" in multipliers and multipliers["server"] == multipliers.get("unmasked server")
-
-
-def _line(charge: Charge) -> tuple[str, str, str]:
-    return charge.unit, charge.against, charge.adjacency

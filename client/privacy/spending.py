@@ -11,22 +11,80 @@ shown beside it, and is no claim.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
-from ...common.privacy.accounting import Adjacency, Charge, epsilon
+from ...common.privacy.accounting import Adjacency, Against, Charge, Unit, epsilon
 from ...common.privacy.release_facts import Asked
 from ..store.device_store import ME, DeviceStore
-from .collusion import Release, completed, conditions, known, reckoned, table
+from .collusion import (
+    ColludingRow,
+    Release,
+    completed,
+    conditions,
+    epsilon_or_estimate,
+    known,
+    table,
+)
 from .ledger import Row
 
-__all__ = ["spending"]
+__all__ = ["Spending", "SpentLine", "WithMasks", "spending"]
 
-Line = tuple[str, str, Adjacency]
+Line = tuple[Unit, Against, Adjacency]
 OWN_SHARE = ("client", "unmasked server")
 INVENTED = "nobody on the roster was invented"
 
 
-def spending(home: DeviceStore) -> dict[str, Any]:
+class WithMasks(TypedDict):
+    """What masks would give for a claim that counts the own share only."""
+
+    epsilon: float | None
+    conditions: list[str]
+
+
+class Colluding(TypedDict):
+    """Epsilon by the number of devices that work with the server."""
+
+    agreed: int | None
+    enrolled: int | None
+    rows: list[ColludingRow]
+
+
+class Figure(TypedDict):
+    """A line's figure, and what it rests on, as `spending` says."""
+
+    unit: str
+    against: str
+    adjacency: Adjacency
+    delta: float
+    epsilon: float | None
+    bound: bool
+    known: bool
+    releases: int
+    conditions: list[str]
+    alone: int
+    with_masks: WithMasks | None
+    colluding: Colluding | None
+
+
+class SpentLine(Figure):
+    """A line of the ledger with its limit."""
+
+    budget: float | None
+
+
+class Spending(TypedDict):
+    """The content of `privet client budget --json`."""
+
+    delta: float
+    budget: dict[str, float]
+    releases: int
+    directory: str | None
+    enrolled: int | None
+    older: int
+    lines: list[SpentLine]
+
+
+def spending(home: DeviceStore) -> Spending:
     """Return the content of `privet client budget --json`.
 
     `lines` have `epsilon` (None: no bound, or not known; of the own share also where it is no
@@ -53,7 +111,7 @@ def spending(home: DeviceStore) -> dict[str, Any]:
     )
     budgets = {"client": owner.client, "example": owner.example}
     limits = {**budgets, "client/server": max(owner.client, owner.open_directory)}
-    lines = sorted({_line(charge) for release in releases for charge in release.charges})
+    lines = sorted({charge.line for release in releases for charge in release.charges})
     return {
         "delta": delta,
         "budget": budgets,
@@ -108,7 +166,7 @@ class _Page:
     enrolled: int | None
     without: bool
 
-    def line(self, line: Line) -> dict[str, Any]:
+    def line(self, line: Line) -> Figure:
         """Return one line: its figure, and what the figure rests on."""
         unit, against, adjacency = line
         mine = [release for release in self.releases if _charges(release, line)]
@@ -116,7 +174,7 @@ class _Page:
         unmasked = [x for x in mine if server and _own_share_only(x, line)]
         masked = [x for x in mine if server and x not in unmasked and self._rests(x, line)]
         unknown = self.without and any(release in self.older for release in masked)
-        spent, bound = reckoned([c for x in mine for c in _charges(x, line)], self.delta)
+        spent, bound = epsilon_or_estimate([c for x in mine for c in _charges(x, line)], self.delta)
         if unknown or not (bound or line[:2] == OWN_SHARE or unmasked):
             spent = None
         return {
@@ -134,16 +192,16 @@ class _Page:
             "colluding": self._colluding(mine, line),
         }
 
-    def _with_masks(self, releases: Sequence[Release], line: Line) -> dict[str, Any]:
+    def _with_masks(self, releases: Sequence[Release], line: Line) -> WithMasks:
         """Return what the masks would give: the figure against the analyst, and its conditions."""
-        seen = (line[0], "analyst", line[2])
+        seen: Line = (line[0], "analyst", line[2])
         charges = [replace(c, against="server") for x in releases for c in _charges(x, seen)]
         return {
             "epsilon": _finite(epsilon(charges, self.delta)),
             "conditions": [INVENTED, *conditions(self.colluders, self.enrolled)[1:]],
         }
 
-    def _colluding(self, releases: Sequence[Release], line: Line) -> dict[str, Any] | None:
+    def _colluding(self, releases: Sequence[Release], line: Line) -> Colluding | None:
         """Return epsilon by the number of colluding devices, where there is such a table."""
         if line[:2] != ("client", "server") or self.colluders is None:
             return None
@@ -161,7 +219,7 @@ def _release(row: Row, asked: Asked | None) -> Release:
 
 
 def _charges(release: Release, line: Line) -> list[Charge]:
-    return [charge for charge in release.charges if _line(charge) == line]
+    return [charge for charge in release.charges if charge.line == line]
 
 
 def _has(release: Release, line: tuple[str, str]) -> bool:
@@ -175,10 +233,6 @@ def _own_share_only(release: Release, line: Line) -> bool:
     own = [c for c in release.charges if (c.unit, c.against) == OWN_SHARE]
     broken = [replace(charge, against="server") for charge in own]
     return broken != [] and broken == _charges(release, line)
-
-
-def _line(charge: Charge) -> Line:
-    return charge.unit, charge.against, charge.adjacency
 
 
 def _finite(value: float) -> float | None:

@@ -29,8 +29,9 @@ from ...common.secure_aggregation import fleet_directory as directories
 from ...common.secure_aggregation.fleet_directory import Chain, refuse_colluders
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.sections import DEVICES
-from ..consent import device_conditions, offer_description, run_offers
+from ..consent import device_conditions, run_offers
 from ..consent import policy as policies
+from ..consent.offer_description import DeviceState, limiting_budget, refuse_partial_run
 from ..consent.policy_settings import Policy
 from ..consent.run_offers import Consent, Offer
 from ..privacy import ledger_chain as chain
@@ -52,8 +53,8 @@ ME = "me"
 POLICY = "policy.toml"
 RUN_ENTRIES = ("runs/", "agreed/")
 """Not `declined/`: an owner's no stands, whatever a server offers meanwhile."""
-LONGEST_NOTE = 2000
-MOST_RUNS = 100
+MAX_NOTE = 2000
+MAX_RUNS = 100
 """Offers kept; a server that sends more pushes out the oldest nobody agreed to."""
 
 
@@ -318,8 +319,8 @@ class DeviceStore:
 
     def runs(self) -> list[tuple[Offer, Consent | None]]:
         """Return the runs that servers have offered, with what was agreed to, oldest first."""
-        found = [run_offers.restore(self._entry(name)) for name in self.vault.names("runs/")]
-        return sorted(found, key=lambda one: one[0].received)
+        runs = [run_offers.restore(self._entry(name)) for name in self.vault.names("runs/")]
+        return sorted(runs, key=lambda run: run[0].received)
 
     def run(self, run: str) -> tuple[Offer, Consent | None]:
         """Return one of the runs that were offered.
@@ -343,16 +344,12 @@ class DeviceStore:
         Raises:
             PrivacyError: the policy forbids it; all reasons. Or not all rounds are paid for.
         """
-        joined, policy = self.joined, self.policy
-        if joined is not None:
+        policy = self.policy
+        if self.joined is not None:
             refuse_colluders(offer.config, self.enrolled)
         consent = run_offers.agree(offer, policy, how, time.time())
-        rows = self.ledger.rows(ME)
-        spent = [charge for row in rows for charge in row.charges]
-        in_run = [row.charges for row in rows if row.run == offer.run]
-        closed = joined is not None and joined.closed
-        short = offer_description.shortage(offer, policy, spent, in_run, closed)
-        offer_description.refuse_short(offer.run, short, partly)
+        limit = limiting_budget(offer, policy, self.state_for(offer.run))
+        refuse_partial_run(offer.run, limit, partly)
         stored = run_offers.store(offer, consent)
         self.vault.put_all(
             {
@@ -363,6 +360,17 @@ class DeviceStore:
         )
         if self.last_note is not None and self.last_note[1] == run_offers.waiting(offer.run):
             self.vault.put_all({"note": None})
+
+    def state_for(self, run: str) -> DeviceState:
+        """Return what an offer of this run is weighed with."""
+        joined, rows = self.joined, self.ledger.rows(ME)
+        closed = joined is not None and joined.closed
+        return DeviceState(
+            spent=[charge for row in rows for charge in row.charges],
+            in_run=[row.charges for row in rows if row.run == run],
+            closed=closed,
+            enrolled=self.enrolled if closed else None,
+        )
 
     def agreed(self, run: str) -> tuple[Offer, Consent | None] | None:
         """Return the offer of this run that was agreed to last, perhaps not the present one."""
@@ -414,7 +422,7 @@ class DeviceStore:
         return True
 
     def _make_room_for_an_offer(self) -> None:
-        if len(self.vault.names("runs/")) < MOST_RUNS:
+        if len(self.vault.names("runs/")) < MAX_RUNS:
             return
         # what was agreed to once is kept, so that no flood of offers makes a weaker one a first one
         idle = (
@@ -425,7 +433,7 @@ class DeviceStore:
         oldest = next(idle, None)
         if oldest is None:
             raise PrivacyError(
-                f"this device has agreed to {MOST_RUNS} runs already and keeps no more; "
+                f"this device has agreed to {MAX_RUNS} runs already and keeps no more; "
                 "`privet client leave` ends them"
             )
         self.vault.put_all(dict.fromkeys(f"{kind}{oldest}" for kind in RUN_ENTRIES))
@@ -486,7 +494,7 @@ class DeviceStore:
 
         Said again, it is not written again: a server greets every two seconds.
         """
-        sentence = sentence[:LONGEST_NOTE]
+        sentence = sentence[:MAX_NOTE]
         if self.last_note is None or self.last_note[1] != sentence:
             self.vault.put("note", _json([time.time(), sentence]))
 
@@ -527,9 +535,9 @@ class DeviceStore:
     def _kept(self) -> tuple[int, dict[int, int]]:
         """The last number of the outbox, and the sizes of the payloads that are kept."""
         kept = {int(name.partition("/")[2]) for name in self.vault.names("payload/")}
-        every = self.outbox()
-        sizes = {one.seq: one.bytes for one in every if one.seq in kept}
-        return max((one.seq for one in every), default=0), sizes
+        outbox = self.outbox()
+        sizes = {sent.seq: sent.bytes for sent in outbox if sent.seq in kept}
+        return max((sent.seq for sent in outbox), default=0), sizes
 
     def outbox(self) -> list[Sent]:
         """Return everything that left, oldest first."""
@@ -549,21 +557,21 @@ class DeviceStore:
         from ..training.records import parse_line
 
         with self.vault.transaction(writing=False):  # as of one moment: a scan may be writing
-            found = [
+            records = [
                 parse_line(line, name).record
                 for name in self.vault.names("records/")
                 for line in self._entry(name).splitlines()
             ]
-        return sorted(found, key=_when)
+        return sorted(records, key=_when)
 
     def _entry(self, name: str) -> bytes:
-        found = self.vault.get(name)
-        if found is None:
+        content = self.vault.get(name)
+        if content is None:
             raise StateError(
                 f"{self.folder}: the vault has no entry {name!r}: making it was interrupted; "
                 "erase it with `privet client forget`, and begin again"
             )
-        return found
+        return content
 
 
 def _written(directory: Directory) -> bytes:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol, TypedDict, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -54,14 +54,21 @@ __all__ = [
     "unlock_kind",
 ]
 
+
+class _Cost(TypedDict):
+    iterations: int
+    lanes: int
+    memory_kib: int
+
+
 FORMAT = 1
 """Version of a vault, written into key.json and into vault.sqlite."""
 KEY_FILE = "key.json"
 _SERVICE = "privet"
 _KEY, _NONCE, _TAG, _ID = 32, 12, 16, 16
 _Publish = Callable[[Path, Path], None]
-_LARGEST_FILE = 65_536
-_ARGON2ID = {"iterations": 3, "lanes": 4, "memory_kib": 65_536}
+_MAX_FILE_BYTES = 65_536
+_ARGON2ID: _Cost = {"iterations": 3, "lanes": 4, "memory_kib": 65_536}
 # What a key.json may ask of this machine at most: 256 MiB and about 5 s.
 _BOUNDS = {"iterations": (1, 32), "lanes": (1, 16), "memory_kib": (1024, 262_144)}
 
@@ -115,7 +122,7 @@ class Keyring:
 
     backend: KeyringBackend | None = field(default=None, repr=False)
 
-    def found(self) -> KeyringBackend:
+    def usable(self) -> KeyringBackend:
         """Return the backend in use.
 
         Raises:
@@ -156,6 +163,25 @@ class VaultKey:
     key: Secret
 
 
+class _PassphraseRecipe(_Cost):
+    """How a passphrase gives the key that wraps the vault's."""
+
+    kind: Literal["passphrase"]
+    kdf: str
+    salt: str
+
+
+class _KeyringRecipe(TypedDict):
+    """Where the OS keyring has the key that wraps the vault's."""
+
+    kind: Literal["keyring"]
+    service: str
+    account: str
+
+
+_Recipe = _PassphraseRecipe | _KeyringRecipe
+
+
 @dataclass(frozen=True)
 class _Wrapped:
     """The content of key.json: whose key, how to get at it (`recipe`), and the sealed key.
@@ -164,7 +190,7 @@ class _Wrapped:
     """
 
     vault: bytes
-    recipe: Mapping[str, Any]
+    recipe: _Recipe
     sealed: bytes
 
     def to_json(self) -> bytes:
@@ -209,8 +235,7 @@ def unlock_kind(folder: str | os.PathLike[str]) -> str:
     Raises:
         StateError: as `read_key`.
     """
-    path = Path(folder) / KEY_FILE
-    return str(_read(path).recipe["kind"])
+    return _read(Path(folder) / KEY_FILE).recipe["kind"]
 
 
 def rewrap(folder: str | os.PathLike[str], old: Unlock, new: Unlock) -> None:
@@ -231,7 +256,7 @@ def rewrap(folder: str | os.PathLike[str], old: Unlock, new: Unlock) -> None:
         _write(folder, key, new, os.replace)
         with suppress(OSError):  # the name is gone already: this is for the disk's old blocks
             _overwrite(handle)
-    if isinstance(old, Keyring):
+    if isinstance(old, Keyring) and before.recipe["kind"] == "keyring":
         _forget(old, before.recipe)
 
 
@@ -256,7 +281,7 @@ def erase_key(folder: Path, keyring: KeyringBackend | None) -> ErasedKey:
         StateError: key.json is a link or cannot be overwritten; nothing else was done then.
     """
     path = folder / KEY_FILE
-    recipe: Mapping[str, Any] = {}
+    recipe: _Recipe | None = None
     sha256 = ""
     if os.path.lexists(path):
         regular(path)
@@ -270,7 +295,7 @@ def erase_key(folder: Path, keyring: KeyringBackend | None) -> ErasedKey:
             if stat.S_ISREG(copy.lstat().st_mode):
                 _shred(copy)
         sync_folder(folder)
-    if recipe.get("kind") != "keyring":
+    if recipe is None or recipe["kind"] != "keyring":
         return ErasedKey(sha256, "not used")
     try:
         return ErasedKey(sha256, _forget(Keyring(keyring), recipe))
@@ -324,7 +349,7 @@ def _write(folder: Path, key: VaultKey, unlock: Unlock, publish: _Publish) -> No
                 os.fsync(file.fileno())
             publish(temporary, path)
     except BaseException:
-        if isinstance(unlock, Keyring):
+        if isinstance(unlock, Keyring) and recipe["kind"] == "keyring":
             with suppress(ConfigError):
                 _forget(unlock, recipe)
         raise
@@ -344,15 +369,17 @@ def _publish_new(temporary: Path, path: Path) -> None:
         ) from None
 
 
-def _new_wrapping(unlock: Unlock, vault: bytes) -> tuple[Secret, Mapping[str, Any]]:
+def _new_wrapping(unlock: Unlock, vault: bytes) -> tuple[Secret, _Recipe]:
     if isinstance(unlock, Passphrase):
         salt = secrets.token_bytes(16).hex()
-        recipe = {"kind": "passphrase", "kdf": "argon2id", "salt": salt, **_ARGON2ID}
+        recipe: _PassphraseRecipe = {
+            "kind": "passphrase", "kdf": "argon2id", "salt": salt, **_ARGON2ID
+        }  # fmt: skip
         return _argon2id(unlock, recipe), recipe
     # A name of its own for each wrapping: until key.json is replaced, the old entry stays.
     account = f"vault-{vault.hex()}-{secrets.token_hex(4)}"
     wrapping = secrets.token_bytes(_KEY)
-    backend = unlock.found()
+    backend = unlock.usable()
     with _keyring_answers():
         backend.set_password(_SERVICE, account, wrapping.hex())
         kept = backend.get_password(_SERVICE, account)
@@ -364,30 +391,29 @@ def _new_wrapping(unlock: Unlock, vault: bytes) -> tuple[Secret, Mapping[str, An
 
 
 def _unwrap(path: Path, wrapped: _Wrapped, unlock: Unlock) -> VaultKey:
-    kind = "passphrase" if isinstance(unlock, Passphrase) else "keyring"
-    if wrapped.recipe["kind"] != kind:
+    recipe = wrapped.recipe
+    if isinstance(unlock, Passphrase) and recipe["kind"] == "passphrase":
+        wrapping, given = _argon2id(unlock, recipe), "passphrase"
+    elif isinstance(unlock, Keyring) and recipe["kind"] == "keyring":
+        wrapping, given = _from_keyring(path, unlock, recipe), "entry in the OS keyring"
+    else:
+        given = "passphrase" if isinstance(unlock, Passphrase) else "keyring"
         raise ConfigError(
-            f"The vault in {path.parent} is unlocked by a {wrapped.recipe['kind']}, and a {kind} "
-            f"was given: unlock it by a {wrapped.recipe['kind']}."
+            f"The vault in {path.parent} is unlocked by a {recipe['kind']}, and a {given} was "
+            f"given: unlock it by a {recipe['kind']}."
         )
-    wrapping = (
-        _argon2id(unlock, wrapped.recipe)
-        if isinstance(unlock, Passphrase)
-        else _from_keyring(path, unlock, wrapped.recipe)
-    )
     nonce, sealed = wrapped.sealed[:_NONCE], wrapped.sealed[_NONCE:]
     try:
-        key = AESGCM(wrapping.value).decrypt(nonce, sealed, _bound(wrapped.vault, wrapped.recipe))
+        key = AESGCM(wrapping.value).decrypt(nonce, sealed, _bound(wrapped.vault, recipe))
     except InvalidTag:
-        wrong = "passphrase is" if kind == "passphrase" else "entry in the OS keyring is"
         raise ConfigError(
-            f"The {wrong} not the one of the vault in {path.parent} (its key.json is not damaged; "
-            "the other explanation is that somebody rewrote it). Try again."
+            f"The {given} is not the one of the vault in {path.parent} (its key.json is not "
+            "damaged; the other explanation is that somebody rewrote it). Try again."
         ) from None
     return VaultKey(wrapped.vault, Secret(key))
 
 
-def _argon2id(unlock: Passphrase, recipe: Mapping[str, Any]) -> Secret:
+def _argon2id(unlock: Passphrase, recipe: _PassphraseRecipe) -> Secret:
     try:
         kdf = Argon2id(
             salt=bytes.fromhex(recipe["salt"]),
@@ -404,9 +430,9 @@ def _argon2id(unlock: Passphrase, recipe: Mapping[str, Any]) -> Secret:
         ) from None
 
 
-def _from_keyring(path: Path, unlock: Keyring, recipe: Mapping[str, Any]) -> Secret:
+def _from_keyring(path: Path, unlock: Keyring, recipe: _KeyringRecipe) -> Secret:
     with _keyring_answers():
-        kept = unlock.found().get_password(recipe["service"], recipe["account"])
+        kept = unlock.usable().get_password(recipe["service"], recipe["account"])
     try:
         wrapping = bytes.fromhex(kept or "")
     except ValueError:
@@ -420,9 +446,9 @@ def _from_keyring(path: Path, unlock: Keyring, recipe: Mapping[str, Any]) -> Sec
     return Secret(wrapping)
 
 
-def _forget(keyring: Keyring, recipe: Mapping[str, Any]) -> str:
+def _forget(keyring: Keyring, recipe: _KeyringRecipe) -> str:
     with _keyring_answers():
-        keyring.found().delete_password(recipe["service"], recipe["account"])
+        keyring.usable().delete_password(recipe["service"], recipe["account"])
     return f"entry {recipe['account']} deleted"
 
 
@@ -445,7 +471,7 @@ def _keyring_answers() -> Iterator[None]:
 def _read(path: Path) -> _Wrapped:
     regular(path)
     with explain_os_errors(path, "read"), open(path, "rb") as file:
-        content = file.read(_LARGEST_FILE)
+        content = file.read(_MAX_FILE_BYTES)
     try:
         body = json.loads(content)
         checksum = body.pop("checksum")
@@ -466,33 +492,37 @@ def _read(path: Path) -> _Wrapped:
     return _checked(path, body)
 
 
-def _checked(path: Path, body: Mapping[str, Any]) -> _Wrapped:
+def _checked(path: Path, body: Mapping[str, object]) -> _Wrapped:
     """Read the parts of an undamaged key.json, which somebody else may have written."""
     with _hostile(path):
-        recipe: dict[str, Any] = dict(body["recipe"])
+        recipe = body["recipe"]
+        if not isinstance(recipe, dict):
+            raise TypeError
         kind = recipe["kind"]
         names = {"passphrase": ("salt",), "keyring": ("service", "account")}[kind]
         if not all(isinstance(recipe[name], str) for name in names):
             raise ValueError
-        wrapped = _Wrapped(bytes.fromhex(body["vault"]), recipe, bytes.fromhex(body["sealed"]))
-        if len(wrapped.vault) != _ID or len(wrapped.sealed) != _NONCE + _KEY + _TAG:
+        vault, sealed = (bytes.fromhex(str(body[name])) for name in ("vault", "sealed"))
+        if len(vault) != _ID or len(sealed) != _NONCE + _KEY + _TAG:
             raise ValueError
+        wrapped = _Wrapped(vault, cast(_Recipe, recipe), sealed)
         if kind == "keyring":
             return wrapped
         if len(bytes.fromhex(recipe["salt"])) < 8 or recipe["kdf"] != "argon2id":
             raise ValueError
-    for name, (least, most) in _BOUNDS.items():
+    for name, (minimum, maximum) in _BOUNDS.items():
         value = recipe.get(name)
-        if type(value) is not int or not least <= value <= most:
+        if type(value) is not int or not minimum <= value <= maximum:
             raise StateError(
-                f"{path} asks for {name} = {value!r} of Argon2id; this privet accepts {least} to "
-                f"{most}. The file was left as it is: privet did not write it; put a copy back."
+                f"{path} asks for {name} = {value!r} of Argon2id; this privet accepts {minimum} to "
+                f"{maximum}. The file was left as it is: privet did not write it; put a copy back."
             )
     return wrapped
 
 
 @contextmanager
 def _hostile(path: Path) -> Iterator[None]:
+    """Refuse a key.json whose checksum is right and which privet did not write."""
     try:
         yield
     except (ValueError, KeyError, TypeError):
@@ -502,11 +532,11 @@ def _hostile(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _bound(vault: bytes, recipe: Mapping[str, Any]) -> bytes:
+def _bound(vault: bytes, recipe: _Recipe) -> bytes:
     return b"privet vault key\0" + _canonical([FORMAT, vault.hex(), dict(recipe)])
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
+def _checksum(body: Mapping[str, object]) -> str:
     return hashlib.sha256(_canonical(body)).hexdigest()
 
 

@@ -63,7 +63,7 @@ from .key_file import (
 
 __all__ = [
     "FILE",
-    "LARGEST",
+    "MAX_ENTRY_BYTES",
     "Keyring",
     "Passphrase",
     "Unlock",
@@ -73,10 +73,10 @@ __all__ = [
 ]
 
 FILE = "vault.sqlite"
-LARGEST = 2**29
+MAX_ENTRY_BYTES = 2**29
 """Bytes of one entry at most; a sealed row must fit into memory several times."""
 _APPLICATION = 0x70726976  # "priv": what `file` shows
-_NONCE, _DIGEST, _PAD, _LONGEST_NAME = 12, 32, 128, 1024
+_NONCE, _DIGEST, _PAD, _MAX_NAME_BYTES = 12, 32, 128, 1024
 _SCHEMA = (
     "CREATE TABLE entry (id BLOB PRIMARY KEY, generation INTEGER NOT NULL, digest BLOB NOT NULL, "
     "name BLOB NOT NULL, data BLOB NOT NULL) STRICT",
@@ -251,8 +251,8 @@ class Vault:
         """
         with self.transaction(writing=False):
             rows = self._rows("SELECT id, generation, name FROM entry", bytes, int, bytes)
-            found = [self._name(*row) for row in rows]
-        return sorted(name for name in found if name.startswith(prefix))
+            names = [self._name(*row) for row in rows]
+        return sorted(name for name in names if name.startswith(prefix))
 
     def version(self, name: str) -> int | None:
         """Return a number that changes when the entry is written.
@@ -334,8 +334,8 @@ class Vault:
         if len(states) != 1:
             self._damaged("its state is missing")
         count, total = self._opened_state(*states[0])
-        marks, found = self._walked()
-        if (len(marks), found) != (count, total):
+        marks, walked = self._walked()
+        if (len(marks), walked) != (count, total):
             self._blame()
         if states[0][1] < self._generation:
             self._tampered("an older state was put back while it was in use")
@@ -389,10 +389,10 @@ class Vault:
         return sealed
 
     def _insert(self, name: str, data: bytes) -> None:
-        if len(data) > LARGEST:
+        if len(data) > MAX_ENTRY_BYTES:
             raise StateError(
-                f"The entry {name!r} has {len(data)} bytes; the vault keeps at most {LARGEST} in "
-                "one entry. Nothing was written: split it."
+                f"The entry {name!r} has {len(data)} bytes; the vault keeps at most "
+                f"{MAX_ENTRY_BYTES} in one entry. Nothing was written: split it."
             )
         entry, generation = self._open_keys.id(name), self._generation + 1
         sealed_name = self._open_keys.seal("name", entry, generation, _padded(name))
@@ -564,8 +564,8 @@ def _check_file(path: Path, db: sqlite3.Connection) -> None:
             f"The vault {path} has format version {version}, and this privet reads version "
             f"{FORMAT}. It was left untouched: use the privet that wrote it, or a newer one."
         )
-    found = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name")
-    schema = tuple(sql for (sql,) in found)
+    rows = db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY name")
+    schema = tuple(sql for (sql,) in rows)
     if (application, version, schema) != (_APPLICATION, FORMAT, _SCHEMA):
         raise StateError(
             f"The vault {path} is damaged: it has not the tables of a vault (cut, overwritten, or "
@@ -592,10 +592,10 @@ def _encoded(name: str) -> bytes:
         data = name.encode()
     except UnicodeEncodeError:
         data = b""
-    if not 0 < len(data) <= _LONGEST_NAME or b"\0" in data:
+    if not 0 < len(data) <= _MAX_NAME_BYTES or b"\0" in data:
         raise StateError(
-            f"{name[:80]!r} cannot name an entry of the vault: 1 to {_LONGEST_NAME} bytes of UTF-8 "
-            "without NUL are needed."
+            f"{name[:80]!r} cannot name an entry of the vault: 1 to {_MAX_NAME_BYTES} bytes of "
+            "UTF-8 without NUL are needed."
         )
     return data
 

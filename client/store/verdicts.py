@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .device_store import DeviceStore
 
 __all__ = [
-    "LONGEST",
-    "MOST",
+    "MAX_TEXT",
+    "MAX_VERDICTS",
     "Pair",
     "Verdict",
     "add",
@@ -33,12 +33,12 @@ __all__ = [
     "pairs",
 ]
 
-Kind = Literal["accept", "reject", "edit"]
+VerdictKind = Literal["accept", "reject", "edit"]
 
 ENTRY, FORMAT = "feedback/", 1
-LONGEST = 20_000
+MAX_TEXT = 20_000
 """Characters of one text."""
-MOST = 10_000
+MAX_VERDICTS = 10_000
 """Verdicts kept; the next one asks the owner to forget some."""
 SIDE_BY_SIDE = 8
 """Rejected answers that one accepted answer to the same prompt is paired with, the latest first."""
@@ -63,7 +63,7 @@ class Verdict:
         taken: in an experiment, whether the arm's answer was the one taken.
     """
 
-    kind: Kind
+    kind: VerdictKind
     prompt: str = field(repr=False)
     answer: str = field(repr=False)
     over: str | None = field(default=None, repr=False)
@@ -117,25 +117,26 @@ def check(fields: Mapping[str, object], where: str, now: float) -> Verdict:
     prompt = _optional(fields, "prompt", where) or ""
     time = _time(fields, where, now)
     over, edited = texts.get("over"), texts.get("edited")
-    return Verdict(cast(Kind, kind), prompt, answer, over, edited, time)
+    return Verdict(cast(VerdictKind, kind), prompt, answer, over, edited, time)
 
 
 def add(home: "DeviceStore", verdicts: Iterable[Verdict]) -> list[int]:
     """Keep verdicts, all or none, and return their numbers.
 
     Raises:
-        StateError: there would be more than `MOST`; nothing was kept.
+        StateError: there would be more than `MAX_VERDICTS`; nothing was kept.
     """
     with home.vault.transaction():
         names = home.vault.names(ENTRY)
+        last = max(map(_number, names), default=0)
         entries = {
             f"{ENTRY}{number:08d}": json.dumps({"format": FORMAT, **asdict(verdict)}).encode()
-            for number, verdict in enumerate(verdicts, start=_last(names) + 1)
+            for number, verdict in enumerate(verdicts, start=last + 1)
         }
-        if len(names) + len(entries) > MOST:
+        if len(names) + len(entries) > MAX_VERDICTS:
             raise StateError(
-                f"this device keeps {len(names):,} verdicts and at most {MOST:,}: forget some "
-                "with `privet client feedback forget NUMBER...`"
+                f"this device keeps {len(names):,} verdicts and at most {MAX_VERDICTS:,}: forget "
+                "some with `privet client feedback forget NUMBER...`"
             )
         home.vault.put_all(entries)
     return [_number(name) for name in entries]
@@ -148,8 +149,8 @@ def kept(home: "DeviceStore") -> dict[int, Verdict]:
         StateError: a newer privet wrote one.
     """
     with home.vault.transaction(writing=False):
-        found = {_number(name): home.vault.get(name) for name in home.vault.names(ENTRY)}
-    return {number: _restored(number, content or b"{}") for number, content in found.items()}
+        entries = {_number(name): home.vault.get(name) for name in home.vault.names(ENTRY)}
+    return {number: _restored(number, content or b"{}") for number, content in entries.items()}
 
 
 def forget(home: "DeviceStore", numbers: Sequence[int] | None) -> int:
@@ -179,10 +180,10 @@ def pairs(verdicts: Iterable[Verdict]) -> tuple[Pair, ...]:
     answer has one verdict, and two answers have one order.
     """
     ordered = sorted(verdicts, key=lambda verdict: verdict.time)
-    found: dict[tuple[str, frozenset[str]], Pair] = {}
+    latest: dict[tuple[str, frozenset[str]], Pair] = {}
     for pair in sorted([*_shown(ordered), *_judged(ordered)], key=lambda pair: pair.time):
-        found[pair.prompt, frozenset((pair.chosen, pair.rejected))] = pair
-    return tuple(sorted(found.values(), key=lambda pair: pair.time))
+        latest[pair.prompt, frozenset((pair.chosen, pair.rejected))] = pair
+    return tuple(sorted(latest.values(), key=lambda pair: pair.time))
 
 
 def own_records(home: "DeviceStore") -> "list[Record]":
@@ -197,27 +198,27 @@ def own_records(home: "DeviceStore") -> "list[Record]":
 
 def _shown(ordered: Sequence[Verdict]) -> Iterator[Pair]:
     """Yield the pairs that lie within one verdict."""
-    for one in ordered:
-        prompt, answer = one.prompt.strip(), one.answer.strip()
-        if one.over is not None:
-            yield Pair(prompt, answer, one.over.strip(), one.time)
-        if one.edited is not None:
-            yield Pair(prompt, one.edited.strip(), answer, one.time)
+    for verdict in ordered:
+        prompt, answer, time = verdict.prompt.strip(), verdict.answer.strip(), verdict.time
+        if verdict.over is not None:
+            yield Pair(prompt, answer, verdict.over.strip(), time)
+        if verdict.edited is not None:
+            yield Pair(prompt, verdict.edited.strip(), answer, time)
 
 
 def _judged(ordered: Sequence[Verdict]) -> Iterator[Pair]:
     """Yield accepted over rejected answers to the same prompt."""
     latest: dict[str, dict[str, Verdict]] = {}
-    for one in ordered:
-        if one.kind != "edit":
-            latest.setdefault(one.prompt.strip(), {})[one.answer.strip()] = one
+    for verdict in ordered:
+        if verdict.kind != "edit":
+            latest.setdefault(verdict.prompt.strip(), {})[verdict.answer.strip()] = verdict
     for prompt, judged in latest.items():
-        rejected = [(a, one.time) for a, one in judged.items() if one.kind == "reject"]
-        rejected = sorted(rejected, key=lambda each: each[1])[-SIDE_BY_SIDE:]
-        for answer, one in judged.items():
-            if one.kind == "accept":
-                for other, time in rejected:
-                    yield Pair(prompt, answer, other, max(one.time, time))
+        rejected = [(v.time, answer) for answer, v in judged.items() if v.kind == "reject"]
+        rejected = sorted(rejected, key=lambda each: each[0])[-SIDE_BY_SIDE:]
+        for answer, verdict in judged.items():
+            if verdict.kind == "accept":
+                for time, other in rejected:
+                    yield Pair(prompt, answer, other, max(verdict.time, time))
 
 
 def _restored(number: int, content: bytes) -> Verdict:
@@ -234,10 +235,6 @@ def _number(name: str) -> int:
     return int(name.partition("/")[2])
 
 
-def _last(names: Iterable[str]) -> int:
-    return max(map(_number, names), default=0)
-
-
 def _optional(fields: Mapping[str, object], name: str, where: str) -> str | None:
     value = fields.get(name)
     return None if value is None or value == "" else _text(fields, name, where)
@@ -246,11 +243,11 @@ def _optional(fields: Mapping[str, object], name: str, where: str) -> str | None
 def _text(fields: Mapping[str, object], name: str, where: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
-        found = "nothing" if value is None or isinstance(value, str) else type(value).__name__
-        raise DataError(f'{where}: "{name}" must be a text that is not empty, found {found}.')
-    if len(value) > LONGEST:
+        kind = "nothing" if value is None or isinstance(value, str) else type(value).__name__
+        raise DataError(f'{where}: "{name}" must be a text that is not empty, found {kind}.')
+    if len(value) > MAX_TEXT:
         raise DataError(
-            f'{where}: "{name}" has {len(value):,} characters, and at most {LONGEST:,} are kept; '
+            f'{where}: "{name}" has {len(value):,} characters, and at most {MAX_TEXT:,} are kept; '
             "shorten it."
         )
     try:

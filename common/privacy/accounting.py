@@ -100,6 +100,11 @@ class Charge:
             _refuse("steps", "a whole number of at least 1", self.steps)
 
     @property
+    def line(self) -> tuple[Unit, Against, Adjacency]:
+        """What the charge is counted with: charges of two lines are never added up."""
+        return self.unit, self.against, self.adjacency
+
+    @property
     def event(self) -> dp_event.DpEvent:
         """The charge as a dp_accounting `DpEvent` (Gaussian, sampled, self-composed)."""
         event: dp_event.DpEvent = dp_event.GaussianDpEvent(self.noise_multiplier)
@@ -273,7 +278,7 @@ class _Total(NamedTuple):
 
 def _total(charges: Iterable[Charge]) -> _Total | None:
     counts = Counter(charges)
-    kinds = {(charge.unit, charge.against, charge.adjacency) for charge in counts}
+    kinds = {charge.line for charge in counts}
     if len(kinds) > 1:
         raise PrivacyError(
             f"One epsilon is about one unit, adversary and adjacency, got {sorted(kinds)}; compute "

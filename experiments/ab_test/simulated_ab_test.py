@@ -10,7 +10,7 @@ masks would have revealed them, and nothing else is used of them.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def spent(settings: AbTestSettings, ledger: Ledger) -> list[dict[str, Any]]:
         raise StateError(
             f"no device released anything in {settings.name}; see its ledger's reasons"
         )
-    lines = facts_of(run_settings(settings), histories)["lines"]
+    lines: Sequence[Mapping[str, object]] = facts_of(run_settings(settings), histories)["lines"]
     shown = (
         "unit", "against", "adjacency", "adjacency_means", "epsilon", "delta", "noise_at",
         "participations_max", "noise_counted", "holds_against", "assumptions", "cross_check",

@@ -12,15 +12,13 @@ chance that an answer of the device with records took longer than one of the oth
 `--real` takes SmolLM2; without it a random model of 4 blocks. The last line is one JSON object.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -36,6 +34,7 @@ from ...common.privacy.plan_maker import make_plan
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.config import Config, parse
 from .deployment import tiny_model
+from .harness import command
 
 WORDS = tuple(a + b + c for a in "bdgklmnprst" for b in "aeiou" for c in ("", "n", "r", "s"))
 RECORDS = 8
@@ -95,31 +94,25 @@ class FreeContext:
         """Do nothing, as no parameters stay on the device."""
 
 
-def main() -> None:
-    """Print AUC and medians of each mode, and as the last line one JSON object."""
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--rounds", type=int, default=200, help="of each device, in each mode")
-    options.add_argument("--starts", type=int, default=3, help="of the devices' workers")
-    options.add_argument("--threads", type=int, default=1)
-    options.add_argument("--tick-s", type=float, default=0.5, help="as `rounds.tick_s`")
-    options.add_argument("--real", action="store_true", help="SmolLM2 for the random model")
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+def main(
+    rounds: int = 200, starts: int = 3, threads: int = 1, tick_s: float = 0.5, real: bool = False
+) -> dict[str, object]:
+    """AUC and medians of each mode, over so many rounds of each device in each of them."""
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        base = "smollm2-135m-instruct" if given.real else str(tiny_model(Path(folder)))
-        found = measure(base, given.rounds, given.starts, given.tick_s)
-    facts = {"base": "SmolLM2" if given.real else "random, tiny", "rounds": given.rounds,
-             "threads": given.threads, "tick_s": given.tick_s}  # fmt: skip
-    print(json.dumps({**facts, **found}))
+        base = "smollm2-135m-instruct" if real else str(tiny_model(Path(folder)))
+        found = measure(base, rounds, starts, tick_s)
+    facts = {"base": "SmolLM2" if real else "random, tiny", "rounds": rounds}
+    return {**facts, "threads": threads, "tick_s": tick_s, **found}
 
 
-def measure(base: str, rounds: int, starts: int, tick_s: float) -> dict[str, Any]:
+def measure(base: str, rounds: int, starts: int, tick_s: float) -> dict[str, object]:
     """Measure the AUC and each device's median seconds in each mode.
 
     The mode `answer` is measured after each of several starts.
     """
     trainer: Trainer | None = None
-    measured = {}
+    measured: dict[str, object] = {}
     for mode in ("off", "work", *(f"answer {start}" for start in range(1, starts + 1))):
         config = _config(base, mode != "off", tick_s)
         trainer = trainer or Trainer.of(attach(load(base), config.adapter))
@@ -185,4 +178,4 @@ def _mode(config: Config, trainer: Trainer, rounds: int, paced: bool) -> dict[st
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -8,13 +8,10 @@ is taken. The two alternate, so that a busy machine slows both. The step's share
 its counted floating-point work over its time, against the best matrix product measured here.
 """
 
-import argparse
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,45 +23,36 @@ from ...common.model.base_model import load
 from ...common.privacy.noise import SystemSource
 from ...common.privacy.plan_maker import make_plan
 from ...common.settings import config as settings
+from .harness import command, seconds
 
 RECORDS, TOKENS = 8, 64
 
 
-def main() -> None:
-    """Print the two medians, their ratio and the share of the ceiling."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--config", default="demo")
-    options.add_argument("--repeats", type=int, default=15)
-    options.add_argument("--threads", type=int, default=2)
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
+def measure(config: str = "demo", repeats: int = 15, threads: int = 2) -> dict[str, object]:
+    """A step's seconds with and without privacy, their ratio, and the share of the ceiling."""
+    torch.set_num_threads(threads)
     folder = Path(__file__).parent.parent / "configs"
-    print(json.dumps(measure(folder / f"{given.config}.toml", given.repeats), indent=2))
-
-
-def measure(path: Path, repeats: int) -> dict[str, Any]:
-    """Medians in seconds, the ratio, and floating-point rates in GFLOP/s."""
-    config = settings.read(path)
-    adapter = attach(load(config.model.base), config.adapter)
-    plan = make_plan(config, "benchmark", 1, adapter.layout.digest, adapter.start)
+    read = settings.read(folder / f"{config}.toml")
+    adapter = attach(load(read.model.base), read.adapter)
+    plan = make_plan(read, "benchmark", 1, adapter.layout.digest, adapter.start)
     private = dataclasses.replace(plan, rate=1.0, batch_size=RECORDS)
     plain = dataclasses.replace(private, record_clip=0.0, record_noise=0.0)
     rng = np.random.default_rng(0)
     vocabulary = len(adapter.base.tokenizer)
     records = [Tokenised(tuple(map(int, rng.integers(vocabulary, size=TOKENS)))) for _ in range(8)]
-    trainer, seconds = Trainer.of(adapter), {"private": [0.0], "plain": [0.0]}
+    trainer, spent = Trainer.of(adapter), {"private": [0.0], "plain": [0.0]}
     for turn in range(repeats + 2):
         for name, step in (("private", private), ("plain", plain)):
             began = time.perf_counter()
             train(trainer, adapter.start, records, step, Randomness(rng, SystemSource()))
             if turn >= 2:  # the first two warm up
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["private"][1:], seconds["plain"][1:], strict=True)]
+                spent[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values[1:]) for name, values in spent.items()}
+    ratios = [a / b for a, b in zip(spent["private"][1:], spent["plain"][1:], strict=True)]
     work, ceiling = step_flop(adapter), matrix_ceiling()
     return {
-        "base_model": config.model.base,
-        "adapter": {"family": config.adapter.family, "dimension": adapter.layout.dimension},
+        "base_model": read.model.base,
+        "adapter": {"family": read.adapter.family, "dimension": adapter.layout.dimension},
         "records": RECORDS,
         "tokens": TOKENS,
         "threads": torch.get_num_threads(),
@@ -95,13 +83,9 @@ def step_flop(adapter: Adapter) -> float:
 def matrix_ceiling(size: int = 1536, repeats: int = 12) -> float:
     """Best float32 matrix product seen, FLOP/s."""
     left, right = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - began)
+    best = min(seconds(lambda: torch.mm(left, right), repeats))
     return 2.0 * size**3 / best
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

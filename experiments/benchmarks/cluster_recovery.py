@@ -8,11 +8,12 @@ people, other cohorts, other noise. What the clusters are worth is measured by `
 A run that is there in `--runs` goes on, so an interrupted command is given again.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ...common.settings import config as settings
 from .. import engine
@@ -20,24 +21,24 @@ from ..evaluation import cluster_evaluation
 from ..progress import say
 from ..reports.privacy_facts import privacy_facts
 from ..simulate import prepare
+from .harness import command
 
 CONFIG = Path(__file__).parent.parent / "configs" / "groups.toml"
 FLOOR = 0.8
 
 
-def main() -> None:
-    """Print a line for each seed, then how many reach the floor."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", type=_seeds, default=(21, 22, 23, 24, 25, 26))
-    options.add_argument("--runs", type=Path, default=Path("runs"))
-    options.add_argument("--set", dest="settings", action="append", default=[])
-    given = options.parse_args()
-    found = []
-    for seed in given.seeds:
-        found.append(recovered(seed, given.runs, given.settings))
-        print(json.dumps({"seed": seed, **found[-1]}), flush=True)
-    reached = sum(one["ari"] >= FLOOR for one in found)
-    print(f"{reached} of {len(found)} seeds reach {FLOOR}")
+def measure(
+    seeds: str = "21,22,23,24,25,26",
+    runs: Path = Path("runs"),
+    settings_: Annotated[list[str] | None, typer.Option("--set")] = None,
+) -> dict[str, object]:
+    """Every seed's index, and how many of them reach the floor."""
+    found: dict[str, dict[str, Any]] = {}
+    for seed in map(int, seeds.split(",")):
+        found[str(seed)] = recovered(seed, runs, settings_ or [])
+        print(json.dumps({"seed": seed, **found[str(seed)]}), flush=True)
+    reached = sum(row["ari"] >= FLOOR for row in found.values())
+    return {"seeds": found, "floor": FLOOR, "reach the floor": reached}
 
 
 def recovered(seed: int, runs: Path, changed: Sequence[str]) -> dict[str, Any]:
@@ -55,9 +56,5 @@ def recovered(seed: int, runs: Path, changed: Sequence[str]) -> dict[str, Any]:
     return {**cluster_evaluation.recovered(folder), "epsilon": round(worst, 2)}
 
 
-def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(int(one) for one in text.split(","))
-
-
 if __name__ == "__main__":
-    main()
+    command(measure)

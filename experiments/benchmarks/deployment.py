@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ...client.consent import policy as policies
 from ...client.consent.policy_settings import Policy
 from ...client.enrolled import join
 from ...client.import_texts import watched_folders
+from ...client.runtime.processes import free_port
 from ...client.store.device_store import POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import privet_command
@@ -23,14 +22,14 @@ from ...common.errors import StateError
 from ...common.settings.config import Config, parse
 from ...server.operations import control, device_runs, enrolment, proxy, services, setup
 from ...server.operations.server_folder import Server
-from .worker_start import Program, free_port, listening, program, wait_for
+from ..data.made_model import save_made_model
+from .harness import Program, listening, program, wait_for
 
 __all__ = [
     "Up",
     "followed",
     "homes",
     "people",
-    "processor_s",
     "quiet",
     "run_config",
     "server_up",
@@ -181,36 +180,10 @@ def followed(
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def processor_s(pid: int) -> float:
-    """Return the processor seconds that a process has used so far, in all its threads.
-
-    It is 0 for one that is gone.
-    """
-    with suppress(psutil.NoSuchProcess):
-        times = psutil.Process(pid).cpu_times()
-        return float(times.user + times.system)
-    return 0.0
-
-
 def tiny_model(folder: Path) -> Path:
     """A random decoder (width 32, four blocks): training it costs next to nothing."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    marks = ("[PAD]", "[UNK]", "<s>", "</s>")
-    numbers = {word: number for number, word in enumerate((*marks, *WORDS))}
-    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token="<s>",
-        eos_token="</s>",
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(1)
-    size = LlamaConfig(
-        vocab_size=len(numbers), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=2, eos_token_id=3, pad_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(size).save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 128}  # fmt: skip
+    save_made_model(folder, WORDS, size, seed=1)
     return folder

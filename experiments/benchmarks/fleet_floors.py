@@ -11,19 +11,22 @@ after the other: each of their exchanges starts a process per message, and Flowe
 (`Grid.send_and_receive`) waits for it. What they answer is one byte.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from ...client.runtime.processes import free_port
 from ...client.store.device_store import DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import below, privet_command
@@ -38,7 +41,8 @@ from .deployment import (
     server_up,
     tiny_model,
 )
-from .worker_start import PYPROJECT, free_port, program, wait_for
+from .harness import command, process_memory_mb, program, wait_for
+from .worker_start import PYPROJECT
 
 DEVICES = 3
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
@@ -156,69 +160,64 @@ def _start_sent(up: Up) -> None:
         client.StartRun(StartRunRequest(fab=fab))
 
 
-def rounds_table(records: Sequence[Mapping[str, Any]], stock: Sequence[float]) -> str:
-    """Seconds of each phase and of the round, beside the stock nodes' exchanges."""
-    later = records[1:]
-    lines = [f"seconds, medians of {len(later)} rounds and {len(stock)} stock exchanges"]
-    lines.append(f"{'':<24}{'privet':>9}{'stock':>9}{'ratio':>8}")
-    one = statistics.median(stock)
-    for phase in PHASES:
-        own = statistics.median(record["phases"][phase] for record in later)
-        lines.append(f"{phase:<24}{own:9.2f}{one:9.2f}{one / own:7.1f}x")
-    whole = [float(record["seconds"]) for record in later]
-    rest = statistics.median(record["seconds"] - sum(record["phases"].values()) for record in later)
-    lines.append(f"{'the server between them':<24}{rest:9.2f}")
-    own = statistics.median(whole)
-    lines.append(f"{'masked round':<24}{own:9.2f}{5 * one:9.2f}{5 * one / own:7.1f}x")
-    lines.append(f"{'one exchange (FedAvg)':<24}{'':9}{one:9.2f}")
-    lines.append(f"rounds: {' '.join(f'{seconds:.2f}' for seconds in whole)} (the first, with")
-    lines.append(f"the greeting: {records[0]['seconds']:.2f}); load {os.getloadavg()[0]:.1f}")
-    return "\n".join(lines)
+def rounds(count: int) -> dict[str, object]:
+    """Measure masked rounds and stock nodes' exchanges, both at one SuperLink.
 
-
-def rounds(count: int) -> str:
-    """Measure masked rounds and stock nodes' exchanges, both at one SuperLink."""
+    Seconds, medians but for `rounds`; the first of these greets the devices and loads the model.
+    """
     with TemporaryDirectory() as name, server_up(Path(name)) as up:
         folder = Path(name)
         records = masked_rounds(up, folder, count + 1)
         superexec = up.programs["superexec"].process
         superexec.terminate()
         superexec.wait(30)
-        return rounds_table(records, stock_exchanges(up, folder, count))
+        stock = statistics.median(stock_exchanges(up, folder, count))
+    later = records[1:]
+    whole = statistics.median(record["seconds"] for record in later)
+    phases = {
+        phase: statistics.median(record["phases"][phase] for record in later) for phase in PHASES
+    }
+    return {
+        "phases_s": phases,
+        "between_them_s": statistics.median(
+            record["seconds"] - sum(record["phases"].values()) for record in later
+        ),
+        "round_s": whole,
+        "stock_exchange_s": stock,
+        "stock_exchanges_over_round": len(PHASES) * stock / whole,
+        "rounds_s": [record["seconds"] for record in records],
+        "load": os.getloadavg()[0],
+    }
 
 
-def resident_mb(pid: int) -> tuple[float, float]:
-    """Return a process's resident memory now and at its peak, MB (2**20 bytes)."""
-    rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return tuple(int(rows[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
-
-
-def memory() -> str:
+def memory() -> dict[str, object]:
     """Measure the memory of one device of three, before a model is loaded and after training.
 
-    The device is a SuperNode and a worker.
+    The device is a SuperNode and a worker; of three the largest is shown, MB.
     """
-    base, lines = SMOLLM2, list[str]()
     config = run_config(
-        "memory", base, DEVICES, 2,
+        "memory", SMOLLM2, DEVICES, 2,
         data={"source": "devices", "clients": DEVICES, "records_per_client": 32,
               "max_tokens": 64, "task": "generation"},
         adapter={"family": "lora_xs", "rank": 4, "last_blocks": 4},
     )  # fmt: skip
-    with TemporaryDirectory() as name, server_up(Path(name)) as up:
-        made = homes(Path(name), up, DEVICES, [base])
-        with people(made) as started:
-            supervisors = [one.process.pid for one in started]
-            wait_for(lambda: all(len(below(pid)) >= 2 for pid in supervisors), 60, "devices")
-            for one in started:
-                one.wait_for("SuperNode ID", 120)
-            time.sleep(5)
-            pids = [_named(pid) for pid in supervisors]
-            lines.append(_sizes("idle, no model", pids, lambda now, _: now))
-            followed(up, config, 600)
-            lines.append(_sizes("training 4 x 64, most", pids, lambda _, most: most))
-            lines.append(_sizes("after the run", pids, lambda now, _: now))
-    return "\n".join([f"MB, the largest of {DEVICES} devices", *lines])
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        up = stack.enter_context(server_up(folder))
+        started = stack.enter_context(people(homes(folder, up, DEVICES, [SMOLLM2])))
+        supervisors = [one.process.pid for one in started]
+        wait_for(lambda: all(len(below(pid)) >= 2 for pid in supervisors), 60, "devices")
+        for one in started:
+            one.wait_for("SuperNode ID", 120)
+        time.sleep(5)
+        pids = [_named(pid) for pid in supervisors]
+        idle = _largest(pids, "rss")
+        followed(up, config, 600)
+        return {
+            "idle, no model": idle,
+            "training 4 x 64, most": _largest(pids, "most"),
+            "after the run": _largest(pids, "rss"),
+        }
 
 
 def _named(supervisor: int) -> dict[str, int]:
@@ -232,16 +231,12 @@ def _named(supervisor: int) -> dict[str, int]:
     return found
 
 
-def _sizes(
-    what: str, devices: Sequence[Mapping[str, int]], pick: Callable[[float, float], float]
-) -> str:
-    sizes = [{name: pick(*resident_mb(pid)) for name, pid in one.items()} for one in devices]
-    one = max(sizes, key=lambda found: found["SuperNode"] + found["worker"])
-    told = ", ".join(f"{name} {size:.0f}" for name, size in one.items())
-    return f"{what:<24}{one['SuperNode'] + one['worker']:7.0f}   ({told})"
+def _largest(devices: Sequence[Mapping[str, int]], kind: str) -> dict[str, float]:
+    sizes = [{name: process_memory_mb(pid)[kind] for name, pid in one.items()} for one in devices]
+    return max(sizes, key=lambda found: found["SuperNode"] + found["worker"])
 
 
-def status(times: int) -> str:
+def status(times: int) -> dict[str, object]:
     """Measure wall and processor seconds of `privet client status`."""
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -249,38 +244,41 @@ def status(times: int) -> str:
         with DeviceStore.create(folder / "home", Passphrase(PASSPHRASE), ""):
             pass
         opened = ("--home", folder / "home", "--passphrase-file", folder / "pass")
-        command = privet_command("client", "status", *opened)
+        line = privet_command("client", "status", *opened)
         walls, used = [], []
         for _ in range(times):
             began, before = time.perf_counter(), os.times()
-            subprocess.run(command, check=True, capture_output=True)
-            after = os.times()
+            subprocess.run(line, check=True, capture_output=True)
             walls.append(time.perf_counter() - began)
-            used.append(
-                after.children_user + after.children_system
-                - before.children_user - before.children_system
-            )  # fmt: skip
-    return (
-        f"privet client status, {times} times: wall median {statistics.median(walls):.2f} s, least "
-        f"{min(walls):.2f} s; processor median {statistics.median(used):.2f} s; load "
-        f"{os.getloadavg()[0]:.1f}"
-    )
+            after = os.times()
+            used.append(sum(after[2:4]) - sum(before[2:4]))  # those of children
+    return {
+        "times": times,
+        "wall_median_s": statistics.median(walls),
+        "wall_least_s": min(walls),
+        "processor_median_s": statistics.median(used),
+        "load": os.getloadavg()[0],
+    }
 
 
-def main() -> None:
-    """Print the figures asked for."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("what", choices=("rounds", "memory", "status"))
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--times", type=int, default=10)
-    given = options.parse_args()
-    if given.what == "rounds":
-        print(rounds(given.rounds))
-    elif given.what == "memory":
-        print(memory())
-    else:
-        print(status(given.times))
+class What(StrEnum):
+    """What is measured."""
+
+    ROUNDS = "rounds"
+    MEMORY = "memory"
+    STATUS = "status"
+
+
+def main(
+    what: What,
+    count: Annotated[int, typer.Option("--rounds")] = 5,
+    times: int = 10,
+) -> dict[str, object]:
+    """The figures asked for."""
+    if what is What.ROUNDS:
+        return rounds(count)
+    return memory() if what is What.MEMORY else status(times)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -27,7 +27,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import Key
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 
-from .processor_time import Clock
+from .harness import Clock
 
 __all__ = ["flower_round"]
 

@@ -1,6 +1,6 @@
 """What a message costs beyond training, in the in-process grid, at 10 and at 1,000 clients.
 
-    python -m privet.experiments.benchmarks.message_cost [--clients 10 1000] [--dimension 768]
+    python -m privet.experiments.benchmarks.message_cost [--clients 10,1000] [--rank 4]
 
 The real ServerApp and ClientApp exchange real messages through `LocalGrid`: plan and adapter out,
 `take_part` on the device (plan check, ledger, gate, noise, commit to disk), packed vector back,
@@ -9,7 +9,6 @@ cost beyond training that is measured. Beside it, in the same run: the bare Clie
 empty message.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -32,23 +31,19 @@ from ...server import app as server_app
 from ...server.replies import replies
 from .. import simulate
 from ..grid import LocalGrid
+from .harness import command
 
 
-def main() -> None:
-    """Print milliseconds a message for each number of clients."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--clients", type=int, nargs="+", default=[10, 1000])
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--base", default="smollm2-135m-instruct")
-    options.add_argument("--rank", type=int, default=4)
-    given = options.parse_args()
+def main(
+    clients: str = "10,1000", rounds: int = 3, base: str = "smollm2-135m-instruct", rank: int = 4
+) -> dict[str, object]:
+    """Milliseconds a message for each number of clients."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the privet command sets it
     torch.set_num_threads(2)
-    found = [measure(n, given.rounds, given.base, given.rank) for n in given.clients]
-    print(json.dumps(found, indent=2))
+    return {"runs": [measure(int(n), rounds, base, rank) for n in clients.split(",")]}
 
 
-def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, Any]:
+def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, float]:
     """Measure milliseconds a message, training excluded, with all clients in every round."""
     with tempfile.TemporaryDirectory() as folder:
         config = _prepare(Path(folder), clients, rounds, base, rank)
@@ -108,4 +103,4 @@ def _prepare(folder: Path, clients: int, rounds: int, base: str, rank: int) -> C
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -7,55 +7,36 @@ Skellam integers, no float in what decides. Beside them, in the same run: NumPy'
 own generator, which is neither exact nor secret.
 """
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from ...common.privacy.encoding import round_randomly
 from ...common.privacy.noise import SystemSource, skellam, skellam_table
+from .harness import command, median_s
 
 VARIANCES = (1e2, 1e5, 1e8)
 
 
-def main() -> None:
-    """Print millions of coordinates a second."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--coordinates", type=int, default=4_000_000)
-    options.add_argument("--repeats", type=int, default=7)
-    given = options.parse_args()
-    print(json.dumps(measure(given.coordinates, given.repeats), indent=2))
-
-
-def measure(count: int, repeats: int) -> dict[str, Any]:
-    """Medians over `repeats` runs, in millions of coordinates a second."""
+def measure(coordinates: int = 4_000_000, repeats: int = 7) -> dict[str, object]:
+    """Rounding and noise in millions of coordinates a second, medians over `repeats` runs."""
     rng, source = np.random.default_rng(0), SystemSource()
-    vector = rng.normal(size=count)
-    tables = {variance: skellam_table(variance) for variance in VARIANCES}
+    vector = rng.normal(size=coordinates)
 
     def rate(work: Callable[[], object]) -> float:
-        work()  # the first touches memory
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - began)
-        return round(count / statistics.median(seconds) / 1e6, 1)
+        return round(coordinates / median_s(work, repeats) / 1e6, 1)
+
+    def noise(variance: float) -> float:
+        table = skellam_table(variance)
+        return rate(lambda: skellam(table, coordinates, source))
 
     return {
-        "coordinates": count,
+        "coordinates": coordinates,
         "rounding": rate(lambda: round_randomly(vector, 1e-3, source.words)),
-        "skellam": {
-            f"variance {variance:g}": rate(lambda table=table: skellam(table, count, source))  # type: ignore[misc]
-            for variance, table in tables.items()
-        },
-        "numpy_gaussian": rate(lambda: rng.normal(size=count)),
+        "skellam": {f"variance {variance:g}": noise(variance) for variance in VARIANCES},
+        "numpy_gaussian": rate(lambda: rng.normal(size=coordinates)),
     }
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

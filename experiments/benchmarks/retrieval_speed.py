@@ -11,8 +11,6 @@ Beside them, in the same run: each item's words gone through in Python for words
 sort of all cosines for meaning. Both must find the same best items, or the run fails.
 """
 
-import argparse
-import json
 import math
 import re
 import statistics
@@ -20,36 +18,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...client.assistant.retrieval import Index, Ways, words_of
+from ...client.assistant.retrieval import Ranking, TextIndex, words_of
 from ...client.assistant.sentence_encoder import embed, sentence_encoder
 from ...common.model.assets import fetch
 from ...common.model.base_model import load
 from ..data.shakespeare import read_plays
 from ..progress import counting
+from .harness import command
 
 BEST = 20
 _END = re.compile(r"(?<=[.!?;:])\s+")
 
 
-def main() -> None:
-    """Print the milliseconds of a search, and of the searches it is compared with."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--items", type=int, default=100_000)
-    options.add_argument("--queries", type=int, default=200)
-    options.add_argument("--encoded", type=int, default=10_000)
-    options.add_argument("--cache", type=Path, default=Path("runs/retrieval-vectors.npy"))
-    given = options.parse_args()
+def main(
+    items: int = 100_000,
+    queries: int = 200,
+    encoded: int = 10_000,
+    cache: Path = Path("runs/retrieval-vectors.npy"),
+) -> dict[str, object]:
+    """The milliseconds of a search, and of the searches it is compared with."""
     import torch
 
     torch.set_num_threads(1)
-    items = shakespeare(given.items)
-    vectors = spread(encoded(items[: given.encoded], given.cache), len(items))
-    print(json.dumps(measure(items, vectors, given.queries), indent=2))
+    texts = shakespeare(items)
+    return measure(texts, spread(vectors_of(texts[:encoded], cache), items), queries)
 
 
 def shakespeare(count: int) -> list[str]:
@@ -62,7 +58,7 @@ def shakespeare(count: int) -> list[str]:
     return found
 
 
-def encoded(texts: Sequence[str], cache: Path) -> NDArray[np.float32]:
+def vectors_of(texts: Sequence[str], cache: Path) -> NDArray[np.float32]:
     """MiniLM's vectors, from `cache` when it has enough of them."""
     if cache.exists() and len(kept := np.load(cache)) >= len(texts):
         found: NDArray[np.float32] = kept[: len(texts)]
@@ -84,15 +80,15 @@ def spread(vectors: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return rows
 
 
-def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) -> dict[str, Any]:
+def measure(items: Sequence[str], vectors: NDArray[np.float32], queries: int) -> dict[str, object]:
     """Milliseconds of a search, and how many times the reference's median that is faster."""
     encoder = sentence_encoder()
     began = time.perf_counter()
-    index = Index.build(items, encoder, vectors)
+    index = TextIndex.build(items, encoder, vectors)
     built = time.perf_counter() - began
     rng = np.random.default_rng(1)
     asked = [items[place] for place in rng.integers(0, len(items), queries)]
-    words, meaning = Ways(meaning=0, recency=0), Ways(words=0, recency=0)
+    words, meaning = Ranking(meaning=0, recency=0), Ranking(words=0, recency=0)
     few = asked[: max(3, queries // 20)]
     check(index, few)
     found = {
@@ -129,7 +125,7 @@ def timed(work: Callable[[str], object], asked: Sequence[str]) -> dict[str, floa
     }
 
 
-def words_by_hand(index: Index, query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
+def words_by_hand(index: TextIndex, query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
     """BM25 (Lucene's) of every item, item by item."""
     asked, counts = set(words_of(query)), Counter[str]()
     rows = [words_of(text) for text in index.texts]
@@ -150,7 +146,7 @@ def words_by_hand(index: Index, query: str, k1: float = 1.5, b: float = 0.75) ->
     return scores
 
 
-def meaning_by_hand(index: Index, query: str) -> NDArray[np.float64]:
+def meaning_by_hand(index: TextIndex, query: str) -> NDArray[np.float64]:
     """Cosines of every item, in double precision, sorted as a whole."""
     if index.encoder is None or index.vectors is None:
         raise ValueError("the reference needs vectors")
@@ -161,18 +157,18 @@ def meaning_by_hand(index: Index, query: str) -> NDArray[np.float64]:
     return scores
 
 
-def check(index: Index, asked: Sequence[str]) -> None:
+def check(index: TextIndex, asked: Sequence[str]) -> None:
     """Check that both searches find what the reference finds, up to rounding."""
     for query in asked:
-        for ways, by_hand in (
-            (Ways(meaning=0, recency=0), np.array(words_by_hand(index, query))),
-            (Ways(words=0, recency=0), meaning_by_hand(index, query)),
+        for ranking, by_hand in (
+            (Ranking(meaning=0, recency=0), np.array(words_by_hand(index, query))),
+            (Ranking(words=0, recency=0), meaning_by_hand(index, query)),
         ):
-            found = [by_hand[hit.place] for hit in index.search(query, BEST, ways)]
+            found = [by_hand[hit.index] for hit in index.search(query, BEST, ranking)]
             best = np.sort(by_hand)[::-1][: len(found)]
             if not np.allclose(found, best, rtol=1e-3, atol=1e-4):
                 raise SystemExit(f"the search and the reference disagree on {query!r}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

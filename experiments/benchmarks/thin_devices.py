@@ -9,7 +9,6 @@ has no process, no model, no ledger. SuperLink, SuperExec and ServerApp are real
 machine: the thin devices' processor time is shown apart, and takes cores from the server.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -24,7 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 
 from ...client.privacy import masked_upload
 from ...client.runtime.supernode import PARTS, Waits
@@ -33,15 +31,8 @@ from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Directory, Identity, greeting
 from ...common.secure_aggregation.terms import MaskingPolicy
 from ...server.operations import control, enrolment
-from .deployment import (
-    Up,
-    followed,
-    processor_s,
-    quiet,
-    run_config,
-    server_up,
-    tiny_model,
-)
+from .deployment import Up, followed, quiet, run_config, server_up, tiny_model
+from .harness import command, process_memory_mb, processor_s, wait_for
 
 IDLE_S = 20.0
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
@@ -117,7 +108,11 @@ def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
 
     keys = (device.key, device.key.public_key())
     roots = up.authority.read_bytes()
-    waits = Waits(pause=lambda seconds: _rest(stop, seconds))
+
+    def rest(seconds: float) -> None:
+        stop.wait(seconds)
+
+    waits = Waits(pause=rest)
     runs: set[int] = set()
     try:
         with http_request_response(up.address, False, roots, keys) as conn:
@@ -138,10 +133,6 @@ def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
                 waits.sleep(0.5)  # a look for the reply, as the SuperNode takes
     except Exception as error:
         counts.failed.append(f"device {device.number}: {type(error).__name__}: {error}")
-
-
-def _rest(stop: threading.Event, seconds: float) -> None:
-    stop.wait(seconds)
 
 
 def _inflated(tree: Any, run: int, pull: Any) -> Any:
@@ -230,13 +221,6 @@ def thin_devices(folder: Path, up: Up, count: int, dimension: int) -> list[Thin]
     return devices
 
 
-def resident_mb(pid: int) -> float:
-    """Memory of a process now, MB (2**20 bytes)."""
-    with suppress(psutil.NoSuchProcess):
-        return float(psutil.Process(pid).memory_info().rss / 2**20)
-    return 0.0
-
-
 @dataclass(frozen=True)
 class Sample:
     """What the server's programs have used at one moment.
@@ -255,13 +239,13 @@ def sampled(up: Up, counts: Counts) -> Sample:
     used = {}
     for name, one in up.programs.items():
         pid = one.process.pid
-        started = sum(processor_s(child.pid) for child in below(pid))
-        used[name] = processor_s(pid) + (started if name == "proxy" else 0.0)
+        children = sum(processor_s(child.pid) for child in below(pid))
+        used[name] = processor_s(pid) + (children if name == "proxy" else 0.0)
         if name == "superexec":
-            used["serverapp"] = started
+            used["serverapp"] = children
     own = os.times()
     used["thin devices"] = own.user + own.system
-    memory = resident_mb(up.programs["superlink"].process.pid)
+    memory = process_memory_mb(up.programs["superlink"].process.pid)["rss"]
     return Sample(time.monotonic(), used, memory, counts.total())
 
 
@@ -304,7 +288,7 @@ def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
         stack.callback(_ended, threads, stop)
         for thread in threads:
             thread.start()
-        _wait_until_online(up, count, 60 + count)
+        wait_for(lambda: _online(up) >= count, 60 + count, f"{count} devices")
         time.sleep(60)  # a minute later a device that nobody asks is at its slowest
         before = sampled(up, counts)
         time.sleep(IDLE_S)
@@ -322,7 +306,7 @@ def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
         database = sum(one.stat().st_size for one in up.server.folder.glob("state.sqlite*"))
         found |= {"database_mb": database / 2**20, "enrol_s": enrolled}
         found["greeting_s"] = records[0]["seconds"]
-        found["superlink_mb"] = resident_mb(up.programs["superlink"].process.pid)
+        found["superlink_mb"] = process_memory_mb(up.programs["superlink"].process.pid)["rss"]
         found["idle_superlink_mb"] = before.memory
     return found
 
@@ -333,12 +317,9 @@ def _ended(threads: Sequence[threading.Thread], stop: threading.Event) -> None:
         thread.join(20)
 
 
-def _wait_until_online(up: Up, count: int, limit_s: float) -> None:
-    until = time.monotonic() + limit_s
-    while sum(node.status == "online" for node in control.nodes(up.server)) < count:
-        if time.monotonic() > until:
-            raise TimeoutError(f"{count} devices were not online after {limit_s:.0f} s")
-        time.sleep(1)
+def _online(up: Up) -> int:
+    time.sleep(1)
+    return sum(node.status == "online" for node in control.nodes(up.server))
 
 
 def _found(
@@ -369,50 +350,16 @@ def _found(
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A column for each number of devices."""
-    names = {
-        "devices": "devices",
-        "enrol_s": "enrolment, s",
-        "greeting_s": "first round with greeting, s",
-        "round_s": "a masked round, s",
-        **{name: f"  {name}, s" for name in PHASES},
-        **{
-            name: f"  {name}, processor s a round"
-            for name in ("superlink", "proxy", "serverapp", "thin devices")
-        },
-        "requests": "requests a round",
-        "sent_kb": "kB a device sends in a round",
-        "received_kb": "kB a device receives in a round",
-        "superlink_mb": "SuperLink's memory after, MB",
-        "idle_superlink_mb": "SuperLink's memory before, MB",
-        "database_mb": "SQLite files after, MB",
-        "idle_requests_s": "idle: requests a second",
-        "idle_superlink": "idle: SuperLink, share of a core",
-        "load": "load of the machine",
-    }
-    flat = [{**row, **row["phases"], **row["used_s"]} for row in rows]
-    lines = []
-    for name, title in names.items():
-        cells = "".join(f"{row[name]:>10.4g}" if name in row else f"{'-':>10}" for row in flat)
-        lines.append(f"{title:<36}{cells}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Print a table of what grows with the number of devices."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--counts", default="10,50,100,250")
-    options.add_argument("--rounds", type=int, default=2)
-    options.add_argument("--limit", type=float, default=1800.0, help="seconds for one run")
-    options.add_argument("--json", action="store_true")
-    given = options.parse_args()
+def main(
+    counts: str = "10,50,100,250", rounds: int = 2, limit: float = 1800.0
+) -> dict[str, object]:
+    """What grows with the number of devices; `limit`: seconds for one run."""
     rows = []
-    for count in map(int, given.counts.split(",")):
-        rows.append(measure(count, given.rounds, given.limit))
+    for count in map(int, counts.split(",")):
+        rows.append(measure(count, rounds, limit))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print(json.dumps(rows, indent=2) if given.json else table(rows))
+    return {"runs": rows}
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ...client.assistant.device_chat import encoder_of, loaded
 from ...client.assistant.profile import profile_of, public_chances
-from ...client.assistant.retrieval import Index
+from ...client.assistant.retrieval import TextIndex
 from ...client.assistant.templates import builtins
 from ...client.assistant.text_generation import Assistant, Sampling
 from ...client.device import SimulatedContext
@@ -57,7 +57,7 @@ def assistant_of(
         records.read_user(bench.folder, user, bench.index), bench.config.data.holdout
     )
     profile = profile_of(own, public_chances(adapter.base.tokenizer))
-    index = Index.build([record.text for record in own], encoder_of(encoder))
+    index = TextIndex.build([record.text for record in own], encoder_of(encoder))
     head = kept_head(bench, user, final)
     return Assistant(adapter.base, bench.run, head, index, profile, known[template], sampling)
 

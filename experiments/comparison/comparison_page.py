@@ -1,23 +1,23 @@
 """A comparison as one HTML page with pictures, and as tables in the terminal, findings first."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from ..reports import pictures
-from ..reports.figures import interval_text
-from ..reports.html_page import _beside, _list, _section, _table
-from ..reports.style import style
+from ..reports import pictures, terminal
+from ..reports.figures import Table, interval_text
+from ..reports.rendering import render
 
 __all__ = ["page", "show"]
 
 Facts = Mapping[str, Any]
-TextTable = tuple[str, list[str], list[list[str]]]
+"""The content of a comparison's `summary.json`, or a part of it."""
 
+GAINS = "What each model gains"
+PAIRS = "Better than each alone, and lost with another person's"
 NOTE = (
     "Read by the experimenter off simulated devices: nothing of it passed a server, and no epsilon "
     "covers it."
@@ -27,15 +27,10 @@ NOTE = (
 def show(found: Facts, console: Console) -> None:
     """Show the content of `summary.json` in the terminal."""
     console.print(Text(f"{found['title']}: {_about(found)}", style="bold"))
-    for text in _findings(found):
-        console.print(Text(f"! {text}", style="yellow"))
-    for title, head, rows in _tables(found):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for number, name in enumerate(head):
-            table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
+    terminal.print_bullets(_findings(found), console, "!", "yellow")
+    for title, table in _tables(found).items():
+        console.print(Text(f"\n{title}", style="italic"))
+        terminal.print_table(table, console)
     console.print(Text(NOTE, style="dim"))
 
 
@@ -45,48 +40,49 @@ def page(found: Facts) -> str:
     Raises:
         ConfigError: Matplotlib, which draws the pictures, is not installed.
     """
+    return render(
+        "comparison.html",
+        title=f"privet evaluate: {found['title']}",
+        found=found,
+        about=_about(found),
+        findings=_findings(found),
+        tables=_tables(found),
+        drawn=_drawn(found),
+        note=NOTE,
+    )
+
+
+def _drawn(found: Facts) -> dict[str, Markup]:
+    """The pictures, by the title of the table beside which they stand."""
     unit = found["unit"]
-    bars = [(m["name"], m["gain"]["mean"], m["gain"]["ci95"]) for m in _shown(found)]
-    drawn = pictures.differences(bars, unit)
-    alt = "Gain over the shared model with 95 % intervals: " + "; ".join(
-        f"{name} {mean:+.3f}" for name, mean, _ in bars
-    )
-    pictured = {"What each model gains": pictures.svg(drawn, "gains", alt)}
-    rows = [(one["title"], one["mean"], one["ci95"]) for one in found["comparisons"]]
-    alt = "Differences: " + "; ".join(f"{title} {mean:+.3f}" for title, mean, _ in rows)
-    drawing = pictures.differences(rows, unit)
-    pictured["Better than each alone, and lost with another person's"] = pictures.svg(
-        drawing, "pairs", alt
-    )
+    bars = [
+        (model["name"], model["gain"]["mean"], model["gain"]["ci95"])
+        for model in found["models"]
+        if model["model"] != found["shared"]
+    ]
+    pairs = [(pair["title"], pair["mean"], pair["ci95"]) for pair in found["comparisons"]]
+    drawn = {
+        GAINS: _differences(bars, unit, "gains", "Gain over the shared model with 95 % intervals"),
+        PAIRS: _differences(pairs, unit, "pairs", "Differences"),
+    }
     curves = (
         ("Over time", "over_time", "decile", found["over_time"]),
         ("Cold start", "cold_start", "records", _gains(found)),
     )
-    for title, key, place, lines in curves:
-        if lines:
-            points = [(one[place], one["mean"], _spread(one["ci95"])) for one in lines]
-            picture = pictures.over_rounds([(f"gain, {unit}", "personal", points)], place)
+    for title, key, along, rows in curves:
+        if rows:
+            points = [(row[along], row["mean"], _spread(row["ci95"])) for row in rows]
+            picture = pictures.over_rounds([(f"gain, {unit}", "personal", points)], along)
             alt = f"{title}: " + "; ".join(f"{n}: {mean:+.3f}" for n, mean, _ in points)
-            pictured[title] = pictures.svg(picture, key, alt)
-    body = [
-        f'<header><p class="kicker">privet evaluate · {escape(found["scenario"])}</p>'
-        f"<h1>{escape(found['title'])}</h1><p class='lead'>{escape(_about(found))}</p></header>",
-        _section("Findings", _list(_findings(found), "not") or "<p>None above its threshold.</p>"),
-    ]
-    for title, head, cells in _tables(found):
-        table = _table(head, cells, "")
-        inner = _beside(pictured[title], table) if title in pictured else table
-        body.append(_section(title, inner))
-    body.append(f"<p>{escape(NOTE)}</p>")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape('privet evaluate: ' + found['title'])}</title>\n"
-        f"<style>\n{style()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+            drawn[title] = pictures.svg(picture, key, alt)
+    return drawn
+
+
+def _differences(
+    rows: Sequence[tuple[str, float, Sequence[float] | None]], unit: str, name: str, what: str
+) -> Markup:
+    alt = f"{what}: " + "; ".join(f"{title} {mean:+.3f}" for title, mean, _ in rows)
+    return pictures.svg(pictures.differences(rows, unit), name, alt)
 
 
 def _about(found: Facts) -> str:
@@ -100,95 +96,81 @@ def _findings(found: Facts) -> list[str]:
     return [f"{one['touched']:.0%} of people: {one['text']}" for one in found["harm"]["findings"]]
 
 
-def _shown(found: Facts) -> list[Facts]:
-    return [one for one in found["models"] if one["model"] != found["shared"]]
-
-
-def _tables(found: Facts) -> list[TextTable]:
-    """(title, head, rows), the same for the page and the terminal."""
+def _tables(found: Facts) -> dict[str, Table]:
+    """The tables by their titles, the same for the page and the terminal."""
     unit = found["unit"]
-    over_time = [
-        [str(one["decile"]), str(one["people"]), *_mean(one)] for one in found["over_time"]
-    ]
-    return [
-        ("What each model gains",
-         ["model", unit, "gain", "95 %", "wins", "hurt", "p10", "Gini"], _models(found)),
-        ("Better than each alone, and lost with another person's",
-         ["difference", unit, "95 %", "gain kept"], _pairs(found)),
-        *_metrics(found),
-        ("Over time", ["tenth of the held-out time", "people", "gain", "95 %"], over_time),
-        ("Segments", ["segment", "people", "without", "with", "gain", "hurt"], _segments(found)),
-        *_further(found),
-    ]  # fmt: skip
+    tables = {
+        GAINS: Table(
+            ["model", unit, "gain", "95 %", "wins", "hurt", "p10", "Gini"],
+            [
+                [
+                    row["name"], f"{row['loss']['mean']:.4f}", *_mean(row["gain"]),
+                    f"{row['win_rate']:.0%}", f"{row['hurt']:.0%}", f"{row['deciles'][1]:+.3f}",
+                    "" if row["gini_of_losses"] is None else f"{row['gini_of_losses']:.3f}",
+                ]
+                for row in found["models"]
+            ],
+        ),
+        PAIRS: Table(
+            ["difference", unit, "95 %", "gain kept"],
+            [
+                [
+                    row["title"], *_mean(row),
+                    "" if row["gain_kept"] is None else f"{row['gain_kept']:.0%}",
+                ]
+                for row in found["comparisons"]
+            ],
+        ),
+    }  # fmt: skip
+    labelled = [row for row in found["models"] if "metrics" in row]  # accuracy, F1; MAE, RMSE
+    if labelled:
+        names = list(labelled[0]["metrics"])
+        rows = [[row["name"], *(f"{row['metrics'][n]:.4f}" for n in names)] for row in labelled]
+        tables["Metrics of labels"] = Table(["model", *names], rows)
+    rows = [[str(row["decile"]), str(row["people"]), *_mean(row)] for row in found["over_time"]]
+    head = ["tenth of the held-out time", "people", "gain", "95 %"]
+    tables["Over time"] = Table(head, rows)
+    tables["Segments"] = _segments(found["harm"]["segments"])
+    return tables | _further(found)
 
 
-def _models(found: Facts) -> list[list[str]]:
-    return [
+def _segments(found: Sequence[Facts]) -> Table:
+    rows = [
         [
-            one["name"], f"{one['loss']['mean']:.4f}", f"{one['gain']['mean']:+.4f}",
-            interval_text(one["gain"]["ci95"], "+.4f"), f"{one['win_rate']:.0%}",
-            f"{one['hurt']:.0%}", f"{one['deciles'][1]:+.3f}", _number(one["gini_of_losses"]),
+            f"{row['kind']}: {row['segment']}", str(row["people"]),
+            f"{row['without']['mean']:.3f}", f"{row['with']['mean']:.3f}",
+            f"{row['gain']['mean']:+.3f}", f"{row['hurt']:.0%}",
         ]
-        for one in found["models"]
+        for row in found
     ]  # fmt: skip
+    return Table(["segment", "people", "without", "with", "gain", "hurt"], rows)
 
 
-def _pairs(found: Facts) -> list[list[str]]:
-    return [
-        [
-            one["title"], f"{one['mean']:+.4f}", interval_text(one["ci95"], "+.4f"),
-            "" if one["gain_kept"] is None else f"{one['gain_kept']:.0%}",
-        ]
-        for one in found["comparisons"]
-    ]  # fmt: skip
-
-
-def _segments(found: Facts) -> list[list[str]]:
-    return [
-        [
-            f"{one['kind']}: {one['segment']}", str(one["people"]),
-            f"{one['without']['mean']:.3f}", f"{one['with']['mean']:.3f}",
-            f"{one['gain']['mean']:+.3f}", f"{one['hurt']:.0%}",
-        ]
-        for one in found["harm"]["segments"]
-    ]  # fmt: skip
-
-
-def _metrics(found: Facts) -> list[TextTable]:
-    """Make the table of label metrics: accuracy and F1, or MAE and RMSE."""
-    having = [one for one in found["models"] if "metrics" in one]
-    if not having:
-        return []
-    names = list(having[0]["metrics"])
-    rows = [[one["name"], *(f"{one['metrics'][name]:.4f}" for name in names)] for one in having]
-    return [("Metrics of labels", ["model", *names], rows)]
-
-
-def _further(found: Facts) -> list[TextTable]:
-    tables = []
+def _further(found: Facts) -> dict[str, Table]:
+    """The tables of the stages that not every scenario has."""
+    tables = {}
     if found.get("cold_start"):
         rows = [
-            [str(one["records"]), str(one["people"]), *_mean(one), f"{one['hurt']:.0%}",
-             ", ".join(f"{name} {number}" for name, number in one["chosen"].items())]
-            for one in _gains(found)
+            [str(row["records"]), str(row["people"]), *_mean(row), f"{row['hurt']:.0%}",
+             ", ".join(f"{name} {number}" for name, number in row["chosen"].items())]
+            for row in _gains(found)
         ]  # fmt: skip
         head = ["own records", "people", "gain", "95 %", "hurt", "chosen"]
-        tables.append(("Cold start", head, rows))
+        tables["Cold start"] = Table(head, rows)
     if found.get("answers"):
         means = found["answers"]["means"].items()
         rows = [[name.replace("_", " "), *_mean(mean)] for name, mean in means]
-        tables.append(("Answers", ["measure", "mean", "95 %"], rows))
+        tables["Answers"] = Table(["measure", "mean", "95 %"], rows)
     if found.get("memory", {}).get("exposure"):
-        bits = found["memory"]["exposure"].items()
-        rows = [[name, *_mean(mean)] for name, mean in bits]
-        most = found["memory"]["most"]
-        tables.append(("Rare own strings", ["model", f"bits of {most:g}", "95 %"], rows))
+        rows = [[name, *_mean(mean)] for name, mean in found["memory"]["exposure"].items()]
+        head = ["model", f"bits of {found['memory']['most']:g}", "95 %"]
+        tables["Rare own strings"] = Table(head, rows)
     return tables
 
 
-def _gains(found: Facts) -> list[dict[str, Any]]:
-    """Return the rows of the cold start with the gain over the shared model as their mean."""
-    gains = []
+def _gains(found: Facts) -> list[Facts]:
+    """The rows of the cold start, with the gain over the shared model as their mean."""
+    gains: list[Facts] = []
     for row in found.get("cold_start", {}).get("rows", []):
         more = row["personal_minus_global"]
         interval = more["ci95"] and [-bound for bound in reversed(more["ci95"])]
@@ -196,12 +178,8 @@ def _gains(found: Facts) -> list[dict[str, Any]]:
     return gains
 
 
-def _mean(one: Facts) -> list[str]:
-    return [f"{one['mean']:+.4f}", interval_text(one["ci95"], "+.4f")]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _mean(found: Facts) -> list[str]:
+    return [f"{found['mean']:+.4f}", interval_text(found["ci95"])]
 
 
 def _spread(interval: Sequence[float] | None) -> float:

@@ -17,11 +17,10 @@ knows all three, and no more of one than of another. Everything is made from pub
 
 import random
 from pathlib import Path
-from typing import Any
 
 from ...client.training.records import Record
 from ..progress import say
-from .record_sources import Person, Source
+from .record_sources import DataSource, SourceUser
 
 __all__ = ["BASE", "DIALECTS", "dialect_of", "dialects_source", "ensure_base", "spelled"]
 
@@ -53,7 +52,10 @@ TEMPLATES = (
     "a A N V the N because the N V the A N",
     "the N V the N while a A N V the N",
 )
-SPECIAL = ("[PAD]", "[UNK]", "<s>", "</s>")
+
+SIZE = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
 
 
 def spelled(word: str, dialect: str) -> str:
@@ -66,10 +68,10 @@ def dialect_of(user: str) -> str:
     return user.partition("/")[0]
 
 
-def dialects_source(seed: int) -> Source:
+def dialects_source(seed: int) -> DataSource:
     """`PEOPLE` people of `RECORDS` sentences each, a third in each dialect."""
     people = tuple(
-        Person(f"{DIALECTS[number % len(DIALECTS)]}/{number:04d}", None, RECORDS)
+        SourceUser(f"{DIALECTS[number % len(DIALECTS)]}/{number:04d}", None, RECORDS)
         for number in range(PEOPLE)
     )
 
@@ -79,7 +81,7 @@ def dialects_source(seed: int) -> Source:
         own = dialect_of(user)
         return tuple(Record(_sentence(rng, words, own), None, time) for time in range(RECORDS))
 
-    return Source("dialects", people, "generation", None, read)
+    return DataSource("dialects", people, "generation", None, read)
 
 
 _KINDS = {"N": list(NOUNS), "A": list(ADJECTIVES), "V": list(VERBS)}
@@ -101,31 +103,15 @@ def ensure_base(folder: Path, *, steps: int = 800, seed: int = 7) -> None:
     if (folder / "config.json").exists():
         return
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from .made_model import made_model
 
     say(f"making the base model of the dialects in {folder} (once, half a minute)")
     content = [spelled(w, d) for words in _KINDS.values() for w in words for d in DIALECTS]
-    vocabulary = {word: number for number, word in enumerate((*SPECIAL, *FRAME, *content))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        special_tokens=[(name, SPECIAL.index(name)) for name in ("<s>", "</s>")],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", bos_token="<s>",
-        eos_token="</s>",
-    )  # fmt: skip
-    settings = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=48, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-        tie_word_embeddings=False, bos_token_id=2, eos_token_id=3, pad_token_id=0,
-    )  # fmt: skip
     rng = random.Random(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(settings)
+        tokenizer, model = made_model((*FRAME, *content), SIZE, framed=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
         for _ in range(steps):

@@ -7,28 +7,28 @@ time.
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from ...client.training.records import INDEX_FILE, RECORDS_FILE, SCHEMA, Record, Task
-from ...common.errors import ConfigError, DataError, StateError
+from ...common.errors import ConfigError, DataError
+from ...common.files import explain_os_errors, write_atomic
 from ...common.model.assets import fetch
 from .changelogs import read_changelogs
 from .dialects import dialects_source
 from .preference_people import pairs_of_ratings, tastes
-from .ratings import Batch, read_batches
-from .record_sources import Person, Source, dataset_source, folder_source, jsonl_source
+from .ratings import ratings_source
+from .record_sources import DataSource, SourceUser, folder_source, jsonl_source, source_of_texts
 from .shakespeare import read_plays
 
-__all__ = ["Population", "choose", "from_dataset", "load", "open_source", "write"]
+__all__ = ["Population", "choose", "load", "open_source", "write"]
 
+Item = TypeVar("Item")
 BUILT_IN = ("shakespeare", "ratings", "changelogs", "dialects", "preferences", "tastes")
 
 
@@ -88,30 +88,7 @@ def load(
     )
 
 
-def from_dataset(
-    dataset: Any,
-    *,
-    name: str,
-    clients: int | None,
-    test_clients: int,
-    min_records: int,
-    seed: int,
-) -> Population:
-    """Like `load`, from a `datasets.Dataset` with the columns of the native format.
-
-    Raises:
-        DataError: a row that is not such a record (names the row); too few people.
-    """
-    return choose(
-        dataset_source(dataset, name),
-        clients=clients,
-        test_clients=test_clients,
-        min_records=min_records,
-        seed=seed,
-    )
-
-
-def open_source(source: str | Path, seed: int) -> Source:
+def open_source(source: str | Path, seed: int) -> DataSource:
     """Open a source by its name, to know everybody it has.
 
     See `load` for what a source can be.
@@ -121,11 +98,11 @@ def open_source(source: str | Path, seed: int) -> Source:
             and line); labels or times of two kinds; one user under two names of a folder.
     """
     if source == "shakespeare":
-        return _writers(source, read_plays(fetch("shakespeare")))
+        return source_of_texts(source, read_plays(fetch("shakespeare")))
     if source == "changelogs":
-        return _writers(source, read_changelogs())
+        return source_of_texts(source, read_changelogs())
     if source == "ratings":
-        return _ratings(fetch("ratings"), seed)
+        return ratings_source(fetch("ratings"), seed)
     if source == "dialects":
         return dialects_source(seed)
     if source == "preferences":
@@ -144,7 +121,7 @@ def open_source(source: str | Path, seed: int) -> Source:
 
 
 def choose(
-    source: Source, *, clients: int | None, test_clients: int, min_records: int, seed: int
+    source: DataSource, *, clients: int | None, test_clients: int, min_records: int, seed: int
 ) -> Population:
     """Draw test users, then train users from the groups that are left.
 
@@ -188,50 +165,59 @@ def write(population: Population, folder: str | Path) -> None:
     `client/training/records.py` has the format.
 
     Blocks are in the order of the users' names, records earliest first, one user in memory at a
-    time. Each file is written beside its place, flushed and renamed; the index goes first and
-    comes last, so a crash leaves no index that describes other bytes.
+    time. Each file is whole or not there; the index goes first and comes last, so a crash leaves
+    no index that describes other bytes.
 
     Raises:
         StateError: the folder cannot be written (full, read-only).
         DataError: a user's records cannot be read any more, or hold none.
     """
     folder = Path(folder)
-    try:
+    with explain_os_errors(folder, "write the population to"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / INDEX_FILE).unlink(missing_ok=True)
-        digest, size, blocks = hashlib.sha256(), 0, {}
+    blocks: dict[str, tuple[int, int, str | None]] = {}
+    digest = hashlib.sha256()
+    write_atomic(folder / RECORDS_FILE, _blocks(population, blocks, digest.update))
+    index = {
+        "schema": SCHEMA,
+        "name": population.name,
+        "task": population.task,
+        "classes": population.classes,
+        "train_users": population.train_users,
+        "test_users": population.test_users,
+        "sha256": digest.hexdigest(),
+        "bytes": sum(length for _, length, _ in blocks.values()),
+        "users": blocks,
+    }
+    write_atomic(folder / INDEX_FILE, json.dumps(index, ensure_ascii=False, indent=1).encode())
 
-        def lines() -> Iterator[bytes]:
-            nonlocal size
-            for user in population.users:
-                group = population.groups.get(user)
-                block = b"".join(_line(user, group, r) for r in population.read(user))
-                if not block:
-                    raise DataError(f"User {user!r} of {population.name} has no records any more.")
-                blocks[user] = [size, len(block), group]
-                size += len(block)
-                digest.update(block)
-                yield block
 
-        _write_atomically(folder / RECORDS_FILE, lines())
-        index = {
-            "schema": SCHEMA,
-            "name": population.name,
-            "task": population.task,
-            "classes": population.classes,
-            "train_users": population.train_users,
-            "test_users": population.test_users,
-            "sha256": digest.hexdigest(),
-            "bytes": size,
-            "users": blocks,
-        }
-        text = json.dumps(index, ensure_ascii=False, indent=1)
-        _write_atomically(folder / INDEX_FILE, [text.encode("utf-8")])
-    except OSError as error:
-        raise StateError(
-            f"The population cannot be written to {folder} ({error.strerror}); free some space "
-            f"or name a folder that can be written."
-        ) from error
+def _blocks(
+    population: Population,
+    places: dict[str, tuple[int, int, str | None]],
+    count: Callable[[bytes], None],
+) -> Iterator[bytes]:
+    """Yield every user's records, and note where they lie: offset, length and group."""
+    offset = 0
+    for user in population.users:
+        group = population.groups.get(user)
+        block = b"".join(_line(user, group, record) for record in population.read(user))
+        if not block:
+            raise DataError(f"User {user!r} of {population.name} has no records any more.")
+        places[user] = (offset, len(block), group)
+        offset += len(block)
+        count(block)
+        yield block
+
+
+def _line(user: str, group: str | None, record: Record) -> bytes:
+    fields: dict[str, object] = {"user": user, "text": record.text}
+    extra = {"label": record.label, "time": record.time, "group": group}
+    if record.rejected is not None:
+        extra |= {"prompt": record.prompt, "rejected": record.rejected}
+    fields |= {key: value for key, value in extra.items() if value is not None}
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -247,7 +233,7 @@ def _check_numbers(clients: int | None, test_clients: int, min_records: int) -> 
             raise ConfigError(f"{name} must be at least {least}; it is {value}.")
 
 
-def _group(person: Person) -> tuple[bool, str]:
+def _group(person: SourceUser) -> tuple[bool, str]:
     """Return a person's group, or the person alone.
 
     The flag keeps a group from being taken for a user.
@@ -255,7 +241,7 @@ def _group(person: Person) -> tuple[bool, str]:
     return (False, person.user) if person.group is None else (True, person.group)
 
 
-def _spread(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[Any]:
+def _spread(items: Sequence[Item], count: int, rng: np.random.Generator) -> list[Item]:
     """Draw one item at random from each of `count` equal consecutive runs.
 
     All are different.
@@ -265,7 +251,7 @@ def _spread(items: Sequence[Any], count: int, rng: np.random.Generator) -> list[
 
 
 def _test_side(
-    able: Sequence[Person], test_clients: int, rng: np.random.Generator
+    able: Sequence[SourceUser], test_clients: int, rng: np.random.Generator
 ) -> set[tuple[bool, str]]:
     """Groups, spread over the source's order, that hold at least `test_clients` people.
 
@@ -282,77 +268,3 @@ def _test_side(
         drawn = _spread(names, count, rng)
         missing = test_clients - sum(sizes[name] for name in drawn)
     return set(drawn)
-
-
-# --- sources -----------------------------------------------------------------------------------
-
-
-def _writers(name: str, texts: Mapping[str, tuple[Record, ...]]) -> Source:
-    people = tuple(Person(user, None, len(records)) for user, records in texts.items())
-    return Source(name, people, "generation", None, texts.__getitem__)
-
-
-def _ratings(folder: Path, seed: int) -> Source:
-    """Make a source of ratings, with raters as users and batches as groups.
-
-    The rows of a batch are in one order for all its raters.
-
-    The order is shuffled by the public seed, so that the first k labels are no sorted part, and
-    shared, so that another rater of the batch has the same items held out.
-    """
-    batches = {batch.name: batch for batch in read_batches(folder)}
-    orders = {
-        name: np.random.default_rng([seed, int(name)]).permutation(len(batch.texts))
-        for name, batch in batches.items()
-    }
-
-    def read(user: str) -> tuple[Record, ...]:
-        name, rater = user.split("/")
-        batch = batches[name]
-        return tuple(
-            Record(batch.texts[row], batch.ratings[int(rater)][row], time)
-            for time, row in enumerate(orders[name].tolist())
-        )
-
-    people = tuple(person for batch in batches.values() for person in _raters(batch))
-    return Source("ratings", people, "regression", None, read)
-
-
-def _raters(batch: Batch) -> Iterator[Person]:
-    for rater in range(len(batch.ratings)):
-        yield Person(f"{batch.name}/{rater:02d}", batch.name, len(batch.texts))
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-def _line(user: str, group: str | None, record: Record) -> bytes:
-    fields: dict[str, object] = {"user": user, "text": record.text}
-    extra = {"label": record.label, "time": record.time, "group": group}
-    if record.rejected is not None:
-        extra |= {"prompt": record.prompt, "rejected": record.rejected}
-    fields |= {key: value for key, value in extra.items() if value is not None}
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-
-
-def _write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write beside the place, flush, rename, and flush the folder.
-
-    The temporary file never stays.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as sink:
-            for chunk in chunks:
-                sink.write(chunk)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    place = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)

@@ -26,7 +26,7 @@ from ...client.training.records import Record
 from ...common.errors import ConfigError
 from ...common.settings.config import Config
 from .ratings import Batch, read_batches
-from .record_sources import Person, Source
+from .record_sources import DataSource, SourceUser
 
 __all__ = ["HELD_OUT", "OWN", "crowd", "pairs_of_ratings", "refuse_other_cut", "reward", "tastes"]
 
@@ -73,7 +73,7 @@ def refuse_other_cut(config: Config) -> None:
 # --- ratings -------------------------------------------------------------------------------------
 
 
-def pairs_of_ratings(folder: Path, seed: int) -> Source:
+def pairs_of_ratings(folder: Path, seed: int) -> DataSource:
     """Make a source of pairs from ratings, with raters as users and batches as groups.
 
     Raters who rate too much alike have fewer records.
@@ -89,11 +89,11 @@ def pairs_of_ratings(folder: Path, seed: int) -> Source:
         return _pairs(batches[name], int(rater), seed)
 
     people = tuple(
-        Person(f"{name}/{rater:02d}", name, len(_pairs(batch, rater, seed)))
+        SourceUser(user, name, len(_pairs(batch, rater, seed)))
         for name, batch in batches.items()
-        for rater in range(len(batch.ratings))
+        for user, rater in batch.raters
     )
-    return Source("preferences", people, "preference", None, read)
+    return DataSource("preferences", people, "preference", None, read)
 
 
 def crowd(folder: Path) -> Callable[[str, str], float]:
@@ -113,7 +113,7 @@ def _others(batch: Batch, rater: int, text: str) -> float:
 
 
 def _pairs(batch: Batch, rater: int, seed: int) -> tuple[Record, ...]:
-    order = np.random.default_rng([seed, int(batch.name)]).permutation(len(batch.texts)).tolist()
+    order = batch.order(seed)
     cut = 2 * len(order) // 3
     own = _differing(batch, rater, order[:cut], seed)[:OWN]
     held_out = _differing(batch, rater, order[cut:], seed)[:HELD_OUT]
@@ -146,7 +146,7 @@ def _differing(batch: Batch, rater: int, rows: list[int], seed: int) -> list[tup
 # --- made people ---------------------------------------------------------------------------------
 
 
-def tastes(seed: int) -> Source:
+def tastes(seed: int) -> DataSource:
     """`MADE_PEOPLE` people, the same for the same public seed."""
 
     def read(user: str) -> tuple[Record, ...]:
@@ -159,8 +159,8 @@ def tastes(seed: int) -> Source:
             for time, (chosen, rejected) in enumerate([*own, *held_out])
         )
 
-    people = tuple(Person(f"{n:04d}", None, OWN + HELD_OUT) for n in range(MADE_PEOPLE))
-    return Source("tastes", people, "preference", None, read)
+    people = tuple(SourceUser(f"{n:04d}", None, OWN + HELD_OUT) for n in range(MADE_PEOPLE))
+    return DataSource("tastes", people, "preference", None, read)
 
 
 def reward(seed: int, user: str, text: str) -> float:

@@ -7,12 +7,17 @@ a rater's mean says is the polarity of the batch, so a gain of personalisation n
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...common.errors import DataError
+import numpy as np
 
-__all__ = ["BATCH_ROWS", "Batch", "read_batches"]
+from ...client.training.records import Record
+from ...common.errors import DataError
+from .record_sources import DataSource, SourceUser, read_text
+
+__all__ = ["BATCH_ROWS", "Batch", "ratings_source", "read_batches"]
 
 BATCH_ROWS = 30
 TEXTS = "movieReviewSnippets_GroundTruth.txt"
@@ -26,6 +31,41 @@ class Batch:
     name: str
     texts: tuple[str, ...] = field(repr=False)
     ratings: tuple[tuple[float, ...], ...] = field(repr=False)
+
+    @property
+    def raters(self) -> Iterator[tuple[str, int]]:
+        """Every rater's name as a user, and number."""
+        return ((f"{self.name}/{rater:02d}", rater) for rater in range(len(self.ratings)))
+
+    def order(self, seed: int) -> list[int]:
+        """The rows shuffled by the public seed, the same for all raters.
+
+        The first k labels are then no sorted part, and another rater of the batch has the same
+        items held out.
+        """
+        rng = np.random.default_rng([seed, int(self.name)])
+        return [int(row) for row in rng.permutation(len(self.texts))]
+
+
+def ratings_source(folder: Path, seed: int) -> DataSource:
+    """Make a source of ratings, with raters as users and batches as groups."""
+    batches = {batch.name: batch for batch in read_batches(folder)}
+    orders = {name: batch.order(seed) for name, batch in batches.items()}
+
+    def read(user: str) -> tuple[Record, ...]:
+        name, rater = user.split("/")
+        batch = batches[name]
+        return tuple(
+            Record(batch.texts[row], batch.ratings[int(rater)][row], time)
+            for time, row in enumerate(orders[name])
+        )
+
+    people = tuple(
+        SourceUser(user, batch.name, len(batch.texts))
+        for batch in batches.values()
+        for user, _ in batch.raters
+    )
+    return DataSource("ratings", people, "regression", None, read)
 
 
 def read_batches(folder: Path) -> tuple[Batch, ...]:
@@ -59,10 +99,7 @@ def _batch(number: int, rows: list[tuple[str, list[float]]], where: str) -> Batc
 
 def _table(path: Path, cells: int) -> list[tuple[str, list[str]]]:
     """Tab-separated lines -> (file and line, cells)."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}).") from error
+    lines = read_text(path).splitlines()
     table = [(f"{path}, line {n}", line.split("\t")) for n, line in enumerate(lines, 1) if line]
     for where, row in table:
         if len(row) != cells:

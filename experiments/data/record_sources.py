@@ -1,27 +1,34 @@
 """Files of people's own records -> who is in them, and a way to read one person's.
 
-Read here: a .jsonl file in the native format (`client/training/records.py`), a folder with a file
-or a sub-folder per user, a `datasets.Dataset`. One pass checks every record and streams: what is
+Read here: a .jsonl file in the native format (`client/training/records.py`), and a folder with a
+file or a sub-folder per user. One pass checks every record and streams: what is
 kept of a file is where each person's records lie, not the texts.
 """
 
 import warnings
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from ...client.training.records import RECORD_LIMIT, Line, Record, Task, check_fields, decode_line
 from ...common.errors import DataError
 
-__all__ = ["Person", "Source", "dataset_source", "folder_source", "jsonl_source"]
+__all__ = [
+    "DataSource",
+    "SourceUser",
+    "folder_source",
+    "jsonl_source",
+    "read_text",
+    "source_of_texts",
+]
 
 TEXT_SUFFIXES = (".txt", ".md")
 
 
 @dataclass(frozen=True)
-class Person:
+class SourceUser:
     """One user of a source: how many records, and the group (a batch, a class) if there is one."""
 
     user: str
@@ -30,7 +37,7 @@ class Person:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Everybody a source has, in its own order, and a way to read one of them.
 
     Attributes:
@@ -38,13 +45,13 @@ class Source:
     """
 
     name: str
-    people: tuple[Person, ...] = field(repr=False)
+    people: tuple[SourceUser, ...] = field(repr=False)
     task: Task
     classes: tuple[str, ...] | None
     read: Callable[[str], tuple[Record, ...]] = field(repr=False)
 
 
-def jsonl_source(path: Path) -> Source:
+def jsonl_source(path: Path) -> DataSource:
     """A .jsonl file in the native format.
 
     Raises:
@@ -65,7 +72,7 @@ def jsonl_source(path: Path) -> Source:
     return census.source(path.stem, read)
 
 
-def _records_at(handle: Any, places: Iterable[int], user: str, where: str) -> Iterator[Record]:
+def _records_at(handle: BinaryIO, places: Iterable[int], user: str, where: str) -> Iterator[Record]:
     for place in places:
         handle.seek(place)
         raw = handle.readline(RECORD_LIMIT + 1)
@@ -75,7 +82,7 @@ def _records_at(handle: Any, places: Iterable[int], user: str, where: str) -> It
         yield line.record
 
 
-def folder_source(folder: Path) -> Source:
+def folder_source(folder: Path) -> DataSource:
     """A folder with a file or a sub-folder per user.
 
     .txt and .md files are split at blank lines, a paragraph a record; lines of .jsonl files may
@@ -207,22 +214,22 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path} cannot be read ({error.strerror}).")
 
 
-def dataset_source(dataset: Any, name: str) -> Source:
-    """A `datasets.Dataset` with the native format's columns.
+def source_of_texts(name: str, texts: Mapping[str, tuple[Record, ...]]) -> DataSource:
+    """A source of texts that are read already, by who wrote them."""
+    people = tuple(SourceUser(user, None, len(records)) for user, records in texts.items())
+    return DataSource(name, people, "generation", None, texts.__getitem__)
+
+
+def read_text(path: Path) -> str:
+    """A whole text file in UTF-8, with or without a mark.
 
     Raises:
-        DataError: a row that is not such a record (names the row), or nobody in it.
+        DataError: it cannot be read; names the file.
     """
-    census = _Census()
-    for number, row in enumerate(dataset):
-        where = f"{name}, row {number}"
-        census.add(check_fields(row, where), where, number)
-
-    def read(user: str) -> tuple[Record, ...]:
-        rows = census.places[user]
-        return _in_order(check_fields(dataset[n], f"{name}, row {n}").record for n in rows)
-
-    return census.source(name, read)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}).") from error
 
 
 @dataclass
@@ -263,7 +270,7 @@ class _Census:
             self.classes.add(line.record.label)
         places.append(place)
 
-    def source(self, name: str, read: Callable[[str], tuple[Record, ...]]) -> Source:
+    def source(self, name: str, read: Callable[[str], tuple[Record, ...]]) -> DataSource:
         """Make a source of what the pass found.
 
         Warns of dropped records, and raises DataError where nobody was found.
@@ -281,11 +288,12 @@ class _Census:
         tasks: dict[str, Task] = {"a number": "regression", "a text": "classification"}
         tasks["a pair"] = "preference"
         people = tuple(
-            Person(user, self.groups.get(user), len(places)) for user, places in self.places.items()
+            SourceUser(user, self.groups.get(user), len(places))
+            for user, places in self.places.items()
         )
         task = tasks.get(self.labels[0], "generation") if self.labels else "generation"
         classes = tuple(sorted(self.classes)) if task == "classification" else None
-        return Source(name, people, task, classes, read)
+        return DataSource(name, people, task, classes, read)
 
 
 def _kind(value: float | str | None) -> str:
@@ -310,8 +318,4 @@ def _in_order(records: Iterable[Record]) -> tuple[Record, ...]:
     found = list(records)
     if any(record.time is None for record in found):
         return tuple(found)
-    return tuple(sorted(found, key=_time))
-
-
-def _time(record: Record) -> Any:
-    return record.time
+    return tuple(sorted(found, key=lambda record: record.time))  # type: ignore[arg-type, return-value]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...client.training.records import Record
 from ...common.errors import DataError
+from .record_sources import read_text
 
 __all__ = ["read_plays", "speeches"]
 
@@ -46,11 +47,7 @@ def read_plays(folder: Path) -> dict[str, tuple[Record, ...]]:
         raise DataError(f"Expected plays (*.md) in {folder / 'plays'}, found none.")
     roles: dict[str, list[Record]] = {}
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({error}).") from error
-        for number, (role, speech) in enumerate(speeches(text)):
+        for number, (role, speech) in enumerate(speeches(read_text(path))):
             if speech:
                 roles.setdefault(f"{path.stem}/{role}", []).append(Record(speech, time=number))
     return {user: tuple(records) for user, records in roles.items()}

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...client.commands import device_status
 from ...client.runtime.processes import free_port
 from ...client.store.device_store import ME, POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
@@ -400,10 +399,12 @@ def report(place: Path, console: Console) -> None:
 
 def budgets(people: Sequence[Person], console: Console) -> None:
     """Show what each device says of itself, `privet client budget` and `outbox`, in one table."""
+    from ...client.privacy.spending import spending
+
     spent, sent = {}, {}
     for person in people:
         with person.open() as home:
-            spent[person.name], sent[person.name] = device_status.budget(home), home.outbox()
+            spent[person.name], sent[person.name] = spending(home), home.outbox()
     delta = max(one["delta"] for one in spent.values())
     console.rule(f"privet client budget | outbox, on each device (delta = {delta:g})")
     columns = _columns(list(spent.values()))

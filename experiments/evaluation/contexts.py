@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...client.assistant.retrieval import Encoder, Index, Ways, pick
+from ...client.assistant.retrieval import Encoder, Ranking, TextIndex, pick
 
 __all__ = ["History"]
 
@@ -28,24 +28,24 @@ class History:
     Attributes:
         index: over the records' texts, as far as their tokens go.
         ids: the records' tokens, cut like every record's.
-        ways: how retrieval ranks.
+        ranking: how retrieval ranks.
     """
 
-    index: Index = field(repr=False)
+    index: TextIndex = field(repr=False)
     ids: tuple[tuple[int, ...], ...] = field(repr=False)
-    ways: Ways
+    ranking: Ranking
 
     @classmethod
     def of(
         cls, records: Sequence[Sequence[int]], tokenizer: Any, encoder: Encoder | None
     ) -> "History":
-        """Index tokenised records, earliest first.
+        """TextIndex tokenised records, earliest first.
 
         What was cut off a record is not searched.
         """
         texts = [str(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in records]
-        index = Index.build(texts, encoder)
-        return cls(index, tuple(map(tuple, records)), Ways(meaning=1.0 if encoder else 0.0))
+        index = TextIndex.build(texts, encoder)
+        return cls(index, tuple(map(tuple, records)), Ranking(meaning=1.0 if encoder else 0.0))
 
     def context(self, query: str, budget: int, before: int | None = None) -> tuple[int, ...]:
         """Whole earlier records that fit the query, in the order of time, `budget` tokens at most.
@@ -57,7 +57,7 @@ class History:
         """
         if not self.ids or before == 0:
             return ()
-        hits = self.index.search(query, _HITS, self.ways, before)
-        chosen = pick(self.index, hits, [len(self.ids[hit.place]) for hit in hits], budget)
-        places = sorted(hit.place for hit in chosen)
-        return tuple(token for place in places for token in self.ids[place])
+        hits = self.index.search(query, _HITS, self.ranking, before)
+        chosen = pick(self.index, hits, [len(self.ids[hit.index]) for hit in hits], budget)
+        indices = sorted(hit.index for hit in chosen)
+        return tuple(token for index in indices for token in self.ids[index])

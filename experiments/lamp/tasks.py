@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ...client.assistant.retrieval import Encoder, Index, Ways
+from ...client.assistant.retrieval import Encoder, Ranking, TextIndex
 from ...common.errors import ConfigError, DataError
 
 __all__ = [
@@ -245,10 +245,10 @@ def retrieve(
         raise ConfigError(f"--retrieval {how!r}: expected one of {', '.join(RETRIEVALS)}")
     if how == "dense" and encoder is None:
         raise ConfigError("--retrieval dense needs a sentence encoder")
-    ways = Ways(words=float(how == "bm25"), meaning=float(how == "dense"), recency=0.0, pool=k)
-    index = Index.build([_searched(task, item) for item in profile],
+    ranking = Ranking(float(how == "bm25"), float(how == "dense"), recency=0.0, pool=k)
+    index = TextIndex.build([_searched(task, item) for item in profile],
                         encoder if how == "dense" else None)  # fmt: skip
-    return [profile[hit.place] for hit in index.search(query(task, question.text), k, ways)]
+    return [profile[hit.index] for hit in index.search(query(task, question.text), k, ranking)]
 
 
 def prompt(

@@ -6,16 +6,16 @@ adversaries.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from ...client.privacy.collusion import conditions
-from ...common.privacy.accounting import Charge
+from ...common.privacy.accounting import Adjacency, Against, Charge, Unit
 from ...common.privacy.mechanism import mechanism_of
 from ...common.privacy.statistics_blocks import BOUNDS
 from ...common.settings.config import Config
-from ...common.settings.sections import DEVICES, StatisticsSettings
+from ...common.settings.sections import DEVICES, ClientPrivacySettings, StatisticsSettings
+from .facts import LineFacts, PrivacyFacts, Promised
 
 __all__ = [
     "ADDERS",
@@ -125,24 +125,24 @@ NO_AMPLIFICATION = (
 )
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One epsilon's kind: whose presence it hides, from whom, between which neighbours."""
 
-    unit: str
-    against: str
-    adjacency: str
+    unit: Unit
+    against: Against
+    adjacency: Adjacency
 
     @property
     def key(self) -> str:
+        """How the line is named in `privacy.json`."""
         return f"{self.unit}/{self.against}"
 
     def of(self, charges: Iterable[Charge]) -> tuple[Charge, ...]:
-        wanted = (self.unit, self.against, self.adjacency)
-        return tuple(c for c in charges if (c.unit, c.against, c.adjacency) == wanted)
+        """Return those of some charges that are on this line."""
+        return tuple(charge for charge in charges if charge.line == self)
 
 
-def headline(facts: Mapping[str, Any]) -> str:
+def headline(facts: PrivacyFacts) -> str:
     """Write the one sentence that a privacy officer asks for.
 
     It is of the strongest client-level line, if there is any.
@@ -161,12 +161,12 @@ def headline(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _under(line: Mapping[str, Any]) -> str:
+def _under(line: LineFacts) -> str:
     """The conditions of a line as a sentence."""
     return f" Against the server that rests on: {condition(line)}." if condition(line) else ""
 
 
-def _broken(facts: Mapping[str, Any]) -> str:
+def _broken(facts: PrivacyFacts) -> str:
     """Say what is left if masking is broken. It is empty where there are no masks."""
     found = [x for x in facts["lines"] if (x["unit"], x["against"]) == OWN_SHARE]
     if not found:
@@ -177,9 +177,9 @@ def _broken(facts: Mapping[str, Any]) -> str:
     )
 
 
-def condition(line: Mapping[str, Any]) -> str:
+def condition(line: LineFacts) -> str:
     """Say what a line rests on, in one clause. It is empty where it rests on no masks."""
-    return "; ".join(line.get("conditions", ()))
+    return "; ".join(line["conditions"])
 
 
 def conditions_of(
@@ -218,26 +218,24 @@ def _allowed(config: Config) -> dict[str, float]:
     return {unit: most for unit, most in own.items() if enabled[unit]}
 
 
-def main_line(facts: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def main_line(facts: PrivacyFacts) -> LineFacts | None:
     """The line that a report shows first: client-level, then whichever holds against most."""
-    lines: Sequence[Mapping[str, Any]] = facts["lines"]
-    if not lines:
-        return None
     return max(
-        lines,
+        facts["lines"],
         key=lambda line: (
             line["unit"] == "client",
             len(line["holds_against"]),
             line["against"] == "server",
         ),
+        default=None,
     )
 
 
-def line_name(line: Mapping[str, Any]) -> str:
+def line_name(line: LineFacts) -> str:
     """What a line is about, with its conditions: `client-level, against the analyst`."""
     said = f"{line['unit']}-level, against the {line['against']}"
     if line["against"] == "unmasked server":
-        less = "" if line.get("bound", True) else f"; {AS_GAUSSIAN}"
+        less = "" if line["bound"] else f"; {AS_GAUSSIAN}"
         return f"{said} (if masking is broken{less})"
     return f"{said} (if: {condition(line)})" if condition(line) else said
 
@@ -305,14 +303,18 @@ def noise_counted(
     device's own share.
     """
     noise = f"the {mechanism_of(config.privacy.client).name}"
-    said = _both_counted if config.statistics.enabled else _one_counted
-    at = "alone" if alone else at
-    return "; ".join(
-        _measured_counted(noise, charge, n, alone)
-        if measured(charge, charges)
-        else said(noise, at, charge, n)
-        for charge, n in Counter(charges).items()
-    )
+    counted = _both_counted if config.statistics.enabled else _one_counted
+    said = []
+    for charge, times in Counter(charges).items():
+        often = f"in {times} releases" if times > 1 else "in one release"
+        if measured(charge, charges):
+            what = _measured_counted(noise, charge, alone)
+        else:
+            what = counted(noise, "alone" if alone else at, charge)
+            steps = charge.steps > 1 and not config.statistics.enabled
+            often += f", {charge.steps} steps each" if steps else ""
+        said.append(f"{what} ({often})")
+    return "; ".join(said)
 
 
 def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
@@ -327,54 +329,40 @@ def measured(charge: Charge, charges: Sequence[Charge]) -> bool:
     )
 
 
-def _measured_counted(noise: str, charge: Charge, times: int, alone: bool) -> str:
-    often = f"in {times} releases" if times > 1 else "in one release"
+def _measured_counted(noise: str, charge: Charge, alone: bool) -> str:
     whose = "the device's own share of " if alone else ""
     return (
         f"{whose}{noise} on gains and A/B outcomes, which every record of a person "
         f"enters in every round, {charge.noise_multiplier:.3g} times the most that one record can "
-        f"move them ({often})"
+        "move them"
     )
 
 
-def _both_counted(noise: str, at: str | None, charge: Charge, times: int) -> str:
-    often = f"in {times} releases" if times > 1 else "in one release"
-    subject = "person" if charge.unit == "client" else "record"
-    drawn = (
-        f", record drawn at the public rate {charge.sampling_rate:g}"
-        if charge.sampling_rate < 1
-        else ""
-    )
-    adapter = f"{noise} {_adder(at)} on the adapter"
+def _both_counted(noise: str, at: str | None, charge: Charge) -> str:
+    adapter, block = f"{noise} {_adder(at)} on the adapter", "on the statistics"
     if charge.unit == "example":
         adapter += " or, where that is more, the Gaussian noise in the training step (DP-SGD)"
-    block = "on the statistics"
     if at == "alone":
         block = "of the device's own share on the statistics"
         if charge.unit == "example":
             adapter = "the Gaussian noise in the training step (DP-SGD, Opacus)"
-    return (
-        f"{adapter}, and {noise} {block}, as one release: together "
-        f"{charge.noise_multiplier:.3g} times the most that one {subject} can move it{drawn} "
-        f"({often})"
-    )
+    return f"{adapter}, and {noise} {block}, as one release: together {_size(charge)}"
 
 
-def _one_counted(noise: str, at: str | None, charge: Charge, times: int) -> str:
-    often = f"in {times} releases" if times > 1 else "in one release"
-    steps = f", {charge.steps} steps each" if charge.steps > 1 else ""
-    size, rate = f"{charge.noise_multiplier:.3g} times", f"public rate {charge.sampling_rate:g}"
+def _one_counted(noise: str, at: str | None, charge: Charge) -> str:
     if from_training(charge):
         return (
-            f"the Gaussian noise in each training step (DP-SGD, Opacus), {size} the clip of one "
-            f"record, batches at the {rate} ({often}{steps})"
+            "the Gaussian noise in each training step (DP-SGD, Opacus), "
+            f"{charge.noise_multiplier:.3g} times the clip of one record, batches at the public "
+            f"rate {charge.sampling_rate:g}"
         )
-    subject = "person" if charge.unit == "client" else "record"
-    drawn = f", record drawn at the {rate}" if charge.sampling_rate < 1 else ""
-    return (
-        f"{noise} {_adder(at)}, {size} the most that one {subject} can move it{drawn} "
-        f"({often}{steps})"
-    )
+    return f"{noise} {_adder(at)}, {_size(charge)}"
+
+
+def _size(charge: Charge) -> str:
+    subject, rate = "person" if charge.unit == "client" else "record", charge.sampling_rate
+    drawn = f", record drawn at the public rate {rate:g}" if rate < 1 else ""
+    return f"{charge.noise_multiplier:.3g} times the most that one {subject} can move it{drawn}"
 
 
 def _adder(at: str | None) -> str:
@@ -393,26 +381,14 @@ def _adder(at: str | None) -> str:
 def assumptions(
     config: Config, charges: Sequence[Charge], by_device: bool, at: str | None = None
 ) -> list[str]:
+    """What must be so for a line's figure to hold."""
     training = [charge for charge in charges if from_training(charge)]
     examples = [charge for charge in charges if charge.unit == "example"]
     release = len(training) < len(charges)
-    sampled = any(charge.sampling_rate < 1 for charge in charges)
-    said = ["the person's device runs the privet that was installed, unchanged"]
     by_share = any(charge.against == "unmasked server" for charge in charges)
+    said = ["the person's device runs the privet that was installed, unchanged"]
     if at == "distributed" and release and not by_share and config.privacy.directory == "closed":
-        most = f"at most {config.colluders} of the {config.data.clients:,} enrolled devices collude"
-        said.append(
-            "masking holds (SecAgg+, docs/secure-aggregation.md): the devices check each other's "
-            "identities "
-            "against a closed directory, which the server cannot add to, a sum is opened from "
-            f"{config.min_sum} devices on, and {most} with the server"
-        )
-        if config.data.source == DEVICES:
-            said.append(
-                "the device joined with the operator's directory (`privet client join "
-                "--directory`); for one that did not, this holds against the server only if "
-                "nobody on a roster was invented, and it claims its own share of the noise alone"
-            )
+        said += _masks_hold(config)
     if not by_device:
         said.append("the server runs as written: it adds the noise, and publishes nothing else")
     if release:
@@ -423,7 +399,7 @@ def assumptions(
             "four draws for one (Holohan and Braghin 2021) make an attack on the low-order bits of "
             "floats (Mironov 2012) costly, and do not rule it out"
         )
-    if sampled:
+    if any(charge.sampling_rate < 1 for charge in charges):
         said.append(
             f"records enter a batch independently, at the rate q = {config.sampling_rate:g}, a "
             "public constant, with draws that nobody else learns"
@@ -431,14 +407,7 @@ def assumptions(
     if release and examples:
         said.append("one local step a round, so that one record moves the contribution by at most "
                     "learning rate x clip / batch size")  # fmt: skip
-    but = " but in the noised statistics" if config.statistics.enabled else ""
-    if config.privacy.clip_chosen == "looked":
-        said.append(looked(config))
-        said.append(f"denominators are public constants; no count of records leaves a device{but}")
-    else:
-        said.append(
-            f"clips and denominators are public constants; no count of records leaves a device{but}"
-        )
+    said += _constants(config)
     if any(charge.unit == "client" for charge in charges):
         said.append(
             "a person is one device's home: two homes with the same person's records are two "
@@ -447,16 +416,35 @@ def assumptions(
     return said
 
 
+def _masks_hold(config: Config) -> Iterator[str]:
+    most = f"at most {config.colluders} of the {config.data.clients:,} enrolled devices collude"
+    yield (
+        "masking holds (SecAgg+, docs/secure-aggregation.md): the devices check each other's "
+        "identities against a closed directory, which the server cannot add to, a sum is opened "
+        f"from {config.min_sum} devices on, and {most} with the server"
+    )
+    if config.data.source == DEVICES:
+        yield (
+            "the device joined with the operator's directory (`privet client join "
+            "--directory`); for one that did not, this holds against the server only if "
+            "nobody on a roster was invented, and it claims its own share of the noise alone"
+        )
+
+
+def _constants(config: Config) -> Iterator[str]:
+    chosen = config.privacy.clip_chosen == "looked"
+    if chosen:
+        yield looked(config)
+    yield (
+        f"{'' if chosen else 'clips and '}denominators are public constants; no count of records "
+        f"leaves a device{' but in the noised statistics' if config.statistics.enabled else ''}"
+    )
+
+
 def looked(config: Config) -> str:
     """Say that clips were chosen by looking at these people, and what that leaves uncovered."""
-    whats = [
-        what
-        for what, there in (
-            ("contributions", config.privacy.client.enabled),
-            ("gradients", config.privacy.example.enabled),
-        )
-        if there
-    ]
+    whats = ["contributions"] * config.privacy.client.enabled
+    whats += ["gradients"] * config.privacy.example.enabled
     return (
         f"the {'clips were' if len(whats) > 1 else 'clip was'} chosen by looking at the norms of "
         f"{' and '.join(whats)} of some of these {config.data.clients:,} people, which this "
@@ -464,84 +452,87 @@ def looked(config: Config) -> str:
     )
 
 
-def promised(config: Config) -> dict[str, Any]:
-    privacy = config.privacy
+def promised(config: Config) -> Promised:
+    """What the settings promise, before anything was spent."""
     budgets = _allowed(config)
-    return {"budgets": budgets, "delta": privacy.delta, "sentences": _promises(config, budgets)}
+    return {
+        "budgets": budgets,
+        "delta": config.privacy.delta,
+        "sentences": [*_promises(config, budgets)],
+    }
 
 
-def _promises(config: Config, budgets: Mapping[str, float]) -> list[str]:
-    privacy = config.privacy
-    client, example = privacy.client, privacy.example
-    noise = mechanism_of(client).name
-    said = ["To each person: text, profile and personal head stay on the device."]
+def _promises(config: Config, budgets: Mapping[str, float]) -> Iterator[str]:
+    client, example = config.privacy.client, config.privacy.example
+    yield "To each person: text, profile and personal head stay on the device."
     if client.enabled:
-        said.append(
+        yield (
             f"To each person: whatever leaves the device is clipped to norm {client.clip:g} first, "
-            f"and {noise} of {client.noise_multiplier:g} times that clip is added "
-            + _PLACES[client.noise_at]
+            f"and {mechanism_of(client).name} of {client.noise_multiplier:g} times that clip is "
+            f"added {_PLACES[client.noise_at]}"
         )
     if client.enabled and config.clusters.count > 1:
-        said.append(
+        yield (
             f"To each person: the device picks one of up to {config.clusters.max_clusters} group "
-            "adapters by "
-            "itself. The contribution has a block for each, zero but for the picked one, and is "
-            "clipped as a whole: the pick is as hidden as the rest of it, by the same noise. A "
-            "noised sum tells how many picked each."
+            "adapters by itself. The contribution has a block for each, zero but for the picked "
+            "one, and is clipped as a whole: the pick is as hidden as the rest of it, by the same "
+            "noise. A noised sum tells how many picked each."
         )
     if example.enabled:
-        said.append(
+        yield (
             f"To each record: in training its gradient is clipped to norm {example.clip:g}, and "
             f"Gaussian noise of {example.noise_multiplier:g} times that clip is added in every "
             f"step (DP-SGD, Opacus), in random batches at the public rate {config.sampling_rate:g}."
         )
     if config.statistics.enabled and client.enabled:
-        said.append(
-            "To each person: the sum of a batch's losses, each clipped to "
-            f"{config.statistics.loss_bound:g}, and its number of records leave in the same "
-            f"vector, clipped to norm {BOUNDS['losses']:g} in shares of the public batch size; "
-            f"{noise} of {config.statistics.noise_multiplier:g} times that is added "
-            + _PLACES[client.noise_at]
-        )
-    if config.statistics.enabled and client.enabled:
-        said += _measured_promises(noise, config.statistics, _PLACES[client.noise_at])
+        yield from _statistics_promises(config.statistics, client)
     if config.ab_run is not None:
-        said.append(
+        yield (
             "Of each device: it writes down what it spends before it answers, answers each of "
             f"{config.ab_run.looks} looks once at most, which cost epsilon "
-            f"{privacy.budget.client:g} (client-level) in all at delta {privacy.delta:g}, and "
-            "declines a look that would bring its total, over all runs, above its owner's limits."
+            f"{config.privacy.budget.client:g} (client-level) in all at delta "
+            f"{config.privacy.delta:g}, and declines a look that would bring its total, over all "
+            "runs, above its owner's limits."
         )
     elif budgets or config.data.source == DEVICES:
-        limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
-        above = f"its total above epsilon {limits}, at delta {config.privacy.delta:g}"
-        if config.data.source == DEVICES:
-            above = "its total over all runs above its owner's budget"
-            if budgets:
-                above += (
-                    f", or what it spent in this run above the run's own cap, epsilon {limits} at "
-                    f"delta {config.privacy.delta:g}"
-                )
-        said.append(
-            "Of each device: it writes down what it spends before it answers, and declines a "
-            f"round that would bring {above}."
-        )
+        yield _budget_promise(config, budgets)
     if budgets:
-        said.append(
+        yield (
             "A person is one device's home: two devices, or a home that was erased and another "
             "begun, are two budgets."
         )
-    return said
 
 
-def _measured_promises(noise: str, own: StatisticsSettings, place: str) -> list[str]:
-    if not own.gains:
-        return []
-    return [
-        "To each person: what adapter and head gain on the person's own held-out records, each "
-        f"gain clipped to {own.gain_bound:g}, leaves in the same vector, with {noise} of "
-        f"{own.multiplier('gains'):g} times the norm it can have added {place}"
-    ]
+def _budget_promise(config: Config, budgets: Mapping[str, float]) -> str:
+    limits = " and ".join(f"{value:g} ({unit}-level)" for unit, value in budgets.items())
+    above = f"its total above epsilon {limits}, at delta {config.privacy.delta:g}"
+    if config.data.source == DEVICES:
+        above = "its total over all runs above its owner's budget"
+        if budgets:
+            above += (
+                f", or what it spent in this run above the run's own cap, epsilon {limits} at "
+                f"delta {config.privacy.delta:g}"
+            )
+    return (
+        "Of each device: it writes down what it spends before it answers, and declines a "
+        f"round that would bring {above}."
+    )
+
+
+def _statistics_promises(own: StatisticsSettings, client: ClientPrivacySettings) -> Iterator[str]:
+    noise, place = mechanism_of(client).name, _PLACES[client.noise_at]
+    yield (
+        "To each person: the sum of a batch's losses, each clipped to "
+        f"{own.loss_bound:g}, and its number of records leave in the same "
+        f"vector, clipped to norm {BOUNDS['losses']:g} in shares of the public batch size; "
+        f"{noise} of {own.noise_multiplier:g} times that is added {place}"
+    )
+    if own.gains:
+        yield (
+            "To each person: what adapter and head gain on the person's own held-out records, each "
+            f"gain clipped to {own.gain_bound:g}, leaves in the same vector, with {noise} of "
+            f"{own.multiplier('gains'):g} times the norm it can have added {place}"
+        )
 
 
 def no_claims(
@@ -572,7 +563,7 @@ def no_claims(
     return said
 
 
-def problems(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def problems(config: Config, lines: Sequence[LineFacts]) -> list[str]:
     said = []
     if config.insecure_test_seed is not None:
         said.append(
@@ -583,7 +574,7 @@ def problems(config: Config, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def _disagreement(line: Mapping[str, Any]) -> str:
+def _disagreement(line: LineFacts) -> str:
     check = line["cross_check"]
     if check["epsilon"] is None:
         return f"NOT CROSS-CHECKED, {line_name(line)}: {check['accountant']}"

@@ -28,6 +28,7 @@ from ...common.settings.config import Config, of_run
 from ...server.round_record import LOG
 from ...server.rounds import PLANS
 from . import claims
+from .facts import Measured, PrivacyFacts, RoundFacts
 from .privacy_facts import History, facts_of
 
 __all__ = ["Announced", "device_facts", "device_measured", "histories"]
@@ -42,7 +43,7 @@ class Announced:
     asked: tuple[int, ...]
 
 
-def device_facts(run_folder: Path) -> dict[str, Any]:
+def device_facts(run_folder: Path) -> PrivacyFacts:
     """Compute the content of `privacy.json` of a run on real devices.
 
     The run may still be under way.
@@ -92,19 +93,21 @@ def histories(config: Config, rounds: Sequence[Announced]) -> list[History]:
     ]
 
 
-def device_measured(run_folder: Path) -> dict[str, Any]:
+def device_measured(run_folder: Path) -> Measured:
     """Return what the server can know of `summary.MEASURED`.
 
     The devices' time and memory are theirs.
     """
     rounds = _announced(run_folder)
-    last = rounds[-1] if rounds else None
-    upload = last and -(-last.plan.length(last.dimension) * last.plan.bits // 8)
+    upload = dimension = None
+    if rounds:
+        plan, dimension = rounds[-1].plan, rounds[-1].dimension
+        upload = -(-plan.length(dimension) * plan.bits // 8)
     seconds = sum(record.get("seconds", 0.0) for record in read_lines(run_folder / LOG))
     return {
         "seconds": {"rounds": seconds},
         "upload_bytes_per_client_round": upload,
-        "dimension": last and last.dimension,
+        "dimension": dimension,
         "versions": {"python": platform.python_version(), "privet": version("privet")},
     }
 
@@ -145,23 +148,27 @@ def _refuse_gaps(
         )
 
 
-def _rounds(
-    rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _rounds(rows: Sequence[RoundFacts], records: Sequence[Mapping[str, Any]]) -> list[RoundFacts]:
     """Each announced round: who was asked, who came, who declined, in numbers."""
     ended = {record["round"]: record for record in records}
-    counts = ("asked", "answered", "declined", "refused", "void")
-    return [
-        {
-            **row,
-            "released": ended.get(row["round"], {}).get("answered", 0),
-            **{name: ended.get(row["round"], {}).get(name) for name in counts},
-        }
-        for row in rows
-    ]
+    found: list[RoundFacts] = []
+    for row in rows:
+        record = ended.get(row["round"], {})
+        found.append(
+            {
+                **row,
+                "released": record.get("answered", 0),
+                "asked": record.get("asked"),
+                "answered": record.get("answered"),
+                "declined": record.get("declined"),
+                "refused": record.get("refused"),
+                "void": record.get("void"),
+            }
+        )
+    return found
 
 
-def _sentences(void: int, summed: Mapping[str, Any]) -> list[str]:
+def _sentences(void: int, summed: PrivacyFacts) -> list[str]:
     said = [
         "The largest epsilon that a device can have spent on this run, had it released in every "
         "round it was asked in: from the rounds' public plans, which were written down beforehand."

@@ -6,14 +6,17 @@ style sheet, so that it is readable on light and on dark ground. Matplotlib is i
 first picture is drawn: the terminal report does not need it.
 """
 
-import html
 import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup, escape
 
 from ...common.errors import ConfigError
+from .claims import condition
+from .facts import ClientFacts, Colluding, LineFacts, RoundFacts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,8 +67,8 @@ def figure(height: float, rows: int = 1) -> tuple["Figure", list["Axes"]]:
 
 
 def spent_per_client(
-    lines: Sequence[Mapping[str, Any]],
-    clients: Sequence[Mapping[str, Any]],
+    lines: Sequence[LineFacts],
+    clients: Sequence[ClientFacts],
     budgets: Mapping[str, float],
 ) -> "Figure":
     """How many clients spent how much: one panel a line, the worst client and the budget marked.
@@ -75,7 +78,7 @@ def spent_per_client(
         clients: each has `epsilon`, a mapping from line key to its own epsilon.
         budgets: largest epsilon per unit; a unit without one gets no mark.
     """
-    more = 0.15 * sum(bool(line.get("conditions")) for line in lines)
+    more = 0.15 * sum(bool(line["conditions"]) for line in lines)
     drawn, panels = figure(0.55 + more + 1.05 * max(1, len(lines)), max(1, len(lines)))
     ends = [line["epsilon"] for line in lines] + [budgets.get(line["unit"], 0) for line in lines]
     right = 1.04 * max([*ends, 1e-9])
@@ -86,20 +89,20 @@ def spent_per_client(
         top = max(heights, default=1)
         panel.set_ylim(0, 1.5 * top)
         panel.set_xlim(0, right)
-        panel.set_title(line_label(line), loc="left", fontsize=9, color=LIGHT["ink"])
+        panel.set_title(_line_label(line), loc="left", fontsize=9, color=LIGHT["ink"])
         panel.locator_params(axis="y", nbins=3, integer=True)
         _mark(panel, line["epsilon"], f"worst client {line['epsilon']:.2f}", "ink", right)
         if line["unit"] in budgets:
             limit = budgets[line["unit"]]
             _mark(panel, limit, f"budget {limit:g}", "muted", right, low=True)
-    panels[-1].set_xlabel("epsilon of one client", color=LIGHT["ink"])
+    panels[-1].set_xlabel("epsilon of one client")
     drawn.supylabel("clients", fontsize=9, color=LIGHT["ink"])
     return drawn
 
 
 def spent_per_round(
-    lines: Sequence[Mapping[str, Any]],
-    rounds: Sequence[Mapping[str, Any]],
+    lines: Sequence[LineFacts],
+    rounds: Sequence[RoundFacts],
     whose: str = "worst client",
 ) -> "Figure":
     """The worst client's epsilon after each round, one curve a line, named at its end.
@@ -126,7 +129,7 @@ def spent_per_round(
     places = _apart(wanted, 0.24 * high)
     panel.set_ylim(0, max([1.25 * high, *(place + 0.15 * high for place in places)]))
     for place, (end, line) in zip(places, ends, strict=True):
-        given = " (if …)" if line.get("conditions") else ""
+        given = " (if …)" if line["conditions"] else ""
         text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}{given}"
         panel.annotate(
             text,
@@ -139,34 +142,34 @@ def spent_per_round(
         )
     panel.locator_params(axis="x", integer=True)
     panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
-    panel.set_xlabel("round", color=LIGHT["ink"])
-    panel.set_ylabel(f"epsilon, {whose} so far", color=LIGHT["ink"])
+    panel.set_xlabel("round")
+    panel.set_ylabel(f"epsilon, {whose} so far")
     return drawn
 
 
-def by_colluding(found: Mapping[str, Any]) -> "Figure":
+def by_colluding(found: Colluding) -> "Figure":
     """A person's epsilon by the number of devices that collude with the server.
 
     Args:
         found: `rows` of `colluding` and `epsilon` (None: no bound, not drawn), and `agreed`.
     """
     drawn, (panel,) = figure(2.4)
-    rows = [row for row in found["rows"] if row["epsilon"] is not None]
-    numbers = [row["colluding"] for row in rows]
-    values = [row["epsilon"] for row in rows]
+    known = {
+        row["colluding"]: row["epsilon"] for row in found["rows"] if row["epsilon"] is not None
+    }
+    numbers, values = list(known), list(known.values())
     panel.plot(numbers, values, "o-", color=LIGHT["client"], markersize=3.5, linewidth=1.3)
     top, right = max([*values, 1e-9]), max([*numbers, 1])
     panel.set_ylim(0, 1.18 * top)
     panel.set_xlim(-0.03 * right, 1.04 * right)
-    for row in rows:
-        if row["colluding"] == found["agreed"]:
-            _mark(panel, row["colluding"], f"agreed: {row['epsilon']:.2f}", "ink", right)
-    if rows and rows[-1] == found["rows"][-1]:
+    if (agreed := found["agreed"]) in known:
+        _mark(panel, agreed, f"agreed: {known[agreed]:.2f}", "ink", right)
+    if found["rows"][-1]["colluding"] in known:
         panel.text(numbers[-1], 1.05 * values[-1], f"own share: {values[-1]:.2f}", ha="right",
                    fontsize=8, color=LIGHT["client"])  # fmt: skip
     panel.locator_params(axis="x", integer=True)
-    panel.set_xlabel("devices that collude with the server", color=LIGHT["ink"])
-    panel.set_ylabel("epsilon of a person", color=LIGHT["ink"])
+    panel.set_xlabel("devices that collude with the server")
+    panel.set_ylabel("epsilon of a person")
     return drawn
 
 
@@ -212,8 +215,8 @@ def gains_per_user(
             color=LIGHT["hurt"],
         )
     panel.set_xlim(0.3, len(ordered) + 0.7)
-    panel.set_xlabel("people, sorted by gain", color=LIGHT["ink"])
-    panel.set_ylabel(f"gain, {unit}", color=LIGHT["ink"])
+    panel.set_xlabel("people, sorted by gain")
+    panel.set_ylabel(f"gain, {unit}")
     panel.locator_params(axis="x", integer=True)
     return drawn
 
@@ -241,7 +244,7 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit:
     panel.set_ylim(-len(rows) + 0.6, 0.7)
     panel.set_yticks([])
     panel.spines["left"].set_visible(False)
-    panel.set_xlabel(f"difference, {unit}", color=LIGHT["ink"])
+    panel.set_xlabel(f"difference, {unit}")
     return drawn
 
 
@@ -284,7 +287,7 @@ def over_rounds(
             panel.text(0.02, 0.5, "lost in the noise", fontsize=8.5, color=LIGHT["muted"],
                        transform=panel.transAxes)  # fmt: skip
     panels[-1].set_xticks(sorted({first, last, *_middle(first, last)}))
-    panels[-1].set_xlabel(along, color=LIGHT["ink"])
+    panels[-1].set_xlabel(along)
     return drawn
 
 
@@ -292,14 +295,13 @@ def _middle(first: int, last: int) -> list[int]:
     return [(first + last) // 2] if last - first > 1 else []
 
 
-def line_label(line: Mapping[str, Any]) -> str:
+def _line_label(line: LineFacts) -> str:
     """What a line is about, its conditions below it: `client-level, against the analyst`."""
     said = f"{line['unit']}-level, against the {line['against']}"
-    given = "; ".join(line.get("conditions", ()))
-    return f"{said}\n(if: {given})" if given else said
+    return f"{said}\n(if: {condition(line)})" if condition(line) else said
 
 
-def svg(drawn: "Figure", name: str, alt: str) -> str:
+def svg(drawn: "Figure", name: str, alt: str) -> Markup:
     """A figure as an `<svg>` element to put into HTML, coloured by the page's style sheet.
 
     Args:
@@ -320,8 +322,12 @@ def svg(drawn: "Figure", name: str, alt: str) -> str:
     text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", text)
     for colour, code in LIGHT.items():
         text = text.replace(code, f"var(--{colour})")
-    label = html.escape(alt, quote=True)
-    return re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", _opening(label), text, count=1)
+    opening = (
+        f'role="img" aria-label="{escape(alt)}" xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    tag = re.compile(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>")
+    return Markup(tag.sub(lambda found: f"<svg {found[1]} {opening}", text, count=1))
 
 
 def alone(drawn: "Figure", name: str, alt: str) -> str:
@@ -329,26 +335,10 @@ def alone(drawn: "Figure", name: str, alt: str) -> str:
 
     Args: as for `svg`.
     """
-    text = svg(drawn, name, alt)
+    text = str(svg(drawn, name, alt))
     for colour, code in LIGHT.items():
         text = text.replace(f"var(--{colour})", code)
     return text + "\n"
-
-
-def png(drawn: "Figure", resolution: int = 150) -> bytes:
-    """A figure as PNG on white ground, for a README or for looking at."""
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=resolution, facecolor=LIGHT["ground"])
-    return buffer.getvalue()
-
-
-def _opening(label: str) -> str:
-    safe = label.replace("\\", r"\\")
-    return (
-        r'<svg \1 role="img" '
-        f'aria-label="{safe}" xmlns="http://www.w3.org/2000/svg" '
-        r'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
 
 
 def _plain(panel: "Axes") -> None:
@@ -357,8 +347,8 @@ def _plain(panel: "Axes") -> None:
     for side in ("left", "bottom"):
         panel.spines[side].set_color(LIGHT["grid"])
     panel.tick_params(labelsize=8.5, colors=LIGHT["muted"], length=3, color=LIGHT["grid"])
-    panel.xaxis.label.set_fontsize(9)
-    panel.yaxis.label.set_fontsize(9)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.label.set(fontsize=9, color=LIGHT["ink"])
 
 
 def _histogram(values: Sequence[float], right: float) -> tuple[list[float], list[int], float]:

@@ -16,9 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from ...client.privacy.collusion import Release, completed, known, reckoned, table
+from ...client.privacy.collusion import Release, completed, epsilon_or_estimate, known, table
 from ...client.privacy.ledger import Declined, Row, verify
 from ...client.privacy.run_ledger import LEDGERS, run_id, run_ledger
 from ...common.errors import PrivacyError, ProtocolError, StateError
@@ -30,6 +29,17 @@ from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config, read
 from ...server.rounds import PLANS
 from . import claims
+from .facts import (
+    ClientFacts,
+    Colluding,
+    ColludingRow,
+    CrossCheck,
+    HistoryFacts,
+    LineFacts,
+    MechanismFacts,
+    PrivacyFacts,
+    RoundFacts,
+)
 from .second_accountant import cross_check
 
 __all__ = ["History", "facts_of", "history_of", "privacy_facts", "reasons"]
@@ -47,7 +57,7 @@ class History:
     asked: tuple[Asked | None, ...] = ()
 
 
-def privacy_facts(run_folder: Path) -> dict[str, Any]:
+def privacy_facts(run_folder: Path) -> PrivacyFacts:
     """Compute the content of `privacy.json` from a run folder's ledgers.
 
     The run may still be under way.
@@ -70,7 +80,7 @@ def privacy_facts(run_folder: Path) -> dict[str, Any]:
 
 def facts_of(
     config: Config, histories: Sequence[History], declined: Sequence[Declined] = ()
-) -> dict[str, Any]:
+) -> PrivacyFacts:
     """The facts of a run from what its clients released and declined.
 
     Args:
@@ -78,28 +88,26 @@ def facts_of(
         histories: one for each client that released something.
         declined: the rounds in which a client released nothing.
     """
-    delta = config.privacy.delta
     histories = [_completed(history) for history in histories]
     spent = {history.client: history for history in histories}
     names = sorted({*spent, *(one.client for one in declined)})
     totals = {name: _charges(spent.get(name)) for name in names}
+    delta = config.privacy.delta
     lines, unbounded = _split_lines(histories, totals.values(), delta)
-    at = claims.noise_at(config, lines)
-    described = [_describe(line, at, config, spent, totals) for line in lines]
-    for shown in described:
-        shown["colluding"] = _colluding(shown, at, config, histories)
-    older = at == "distributed" and not all(
-        any((c.unit, c.against) == claims.OWN_SHARE for c in charges)
+    run = _Run(config, spent, totals, lines, claims.noise_at(config, lines))
+    described = [_describe(line, run) for line in lines]
+    older = run.at == "distributed" and not all(
+        any(charge.line[:2] == claims.OWN_SHARE for charge in charges)
         for history in histories
         for _, charges in history.releases
     )
     if older:
-        unbounded = [line for line in unbounded if (line.unit, line.against) != claims.OWN_SHARE]
+        unbounded = [line for line in unbounded if line[:2] != claims.OWN_SHARE]
     return {
         "schema": 1,
         "run": config.name,
         "private": config.insecure_test_seed is None,
-        "noise_at": at,
+        "noise_at": run.at,
         "delta": delta,
         "problems": claims.problems(config, described),
         "warnings": [text for text in config.warnings() if "insecure_test_seed" not in text],
@@ -109,15 +117,48 @@ def facts_of(
             *claims.no_claims(config, lines, unbounded, bool(histories)),
             *([claims.NOT_COUNTED] if older else []),
         ],
-        "clients": _clients(names, spent, totals, lines, declined, delta),
-        "histories": _distinct(totals, spent, lines, delta),
-        "rounds": _rounds(histories, lines, delta),
+        "clients": _clients(run, declined),
+        "histories": _distinct(run),
+        "rounds": _rounds(run),
         "mechanisms": _mechanisms(totals, config),
         "declined": reasons(declined),
         "not_covered": claims.not_covered(config),
         "adversaries": list(claims.ADVERSARIES),
         "devices": None,
     }
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the clients of a run released, and on which lines that is a claim.
+
+    Attributes:
+        spent: the history of every client that released something.
+        totals: all charges of every client, also of one that only declined.
+        at: who added the release's noise.
+    """
+
+    config: Config
+    spent: Mapping[str, History]
+    totals: Mapping[str, tuple[Charge, ...]]
+    lines: Sequence[claims.Line]
+    at: str | None
+
+    @property
+    def delta(self) -> float:
+        return self.config.privacy.delta
+
+    def epsilon(self, line: claims.Line, charges: tuple[Charge, ...]) -> float:
+        """Compute the epsilon of some charges on one line."""
+        return _epsilon(line.of(charges), self.delta)
+
+    def epsilons(self, charges: tuple[Charge, ...]) -> dict[str, float]:
+        """Compute the epsilon of some charges on every line, by the line's key."""
+        return {line.key: self.epsilon(line, charges) for line in self.lines}
+
+    def participations(self, client: str) -> int:
+        """Return how often a client released something."""
+        return len(self.spent[client].releases) if client in self.spent else 0
 
 
 def _read_ledgers(folder: Path) -> tuple[list[History], list[Declined]]:
@@ -158,14 +199,12 @@ def _completed(history: History) -> History:
     return History(history.client, releases, asked)
 
 
-def _colluding(
-    line: Mapping[str, Any], at: str | None, config: Config, histories: Sequence[History]
-) -> dict[str, Any] | None:
+def _colluding(line: claims.Line, run: _Run) -> Colluding | None:
     """Compute the epsilon by number of colluding devices.
 
     Only the client-level line against the server under masks has it.
     """
-    if at != "distributed" or (line["unit"], line["against"]) != ("client", "server"):
+    if run.at != "distributed" or line[:2] != ("client", "server"):
         return None
     made: dict[tuple[tuple[Charge, ...], int], Release] = {}
     every = [
@@ -173,12 +212,14 @@ def _colluding(
             made.setdefault((charges, id(asked)), Release(charges, asked))
             for (_, charges), asked in zip(history.releases, history.asked, strict=True)
         ]
-        for history in histories
+        for history in run.spent.values()
     ]
-    rows = table(every, line["adjacency"], line["delta"], config.colluders)
-    if not rows:
-        return None
-    return {"agreed": config.colluders, "enrolled": config.data.clients, "rows": rows}
+    agreed = run.config.colluders
+    rows: list[ColludingRow] = [
+        {"colluding": row["colluding"], "epsilon": row["epsilon"], "bound": row["bound"]}
+        for row in table(every, line.adjacency, run.delta, agreed)
+    ]
+    return {"agreed": agreed, "enrolled": run.config.data.clients, "rows": rows} if rows else None
 
 
 def _charges(history: History | None) -> tuple[Charge, ...]:
@@ -196,14 +237,14 @@ def _split_lines(
     """
     charged = {charges for history in histories for _, charges in history.releases}
     distinct = set(totals)
-    found = {claims.Line(c.unit, c.against, c.adjacency) for charges in charged for c in charges}
+    found = {claims.Line(*charge.line) for charges in charged for charge in charges}
     sound = {
         line
         for line in found
         if all(line.of(charges) for charges in charged)
         and all(math.isfinite(_epsilon(line.of(charges), delta)) for charges in distinct)
     }
-    ordered = sorted(found, key=lambda line: (line.unit, line.against, line.adjacency))
+    ordered = sorted(found)
     return [x for x in ordered if x in sound], [x for x in ordered if x not in sound]
 
 
@@ -214,22 +255,16 @@ def _epsilon(charges: tuple[Charge, ...], delta: float) -> float:
     """
     if not charges:
         return 0.0
-    if (charges[0].unit, charges[0].against) == claims.OWN_SHARE:
-        found, _ = reckoned(charges, delta)
+    if charges[0].line[:2] == claims.OWN_SHARE:
+        found, _ = epsilon_or_estimate(charges, delta)
         return math.inf if found is None else found
     return epsilon(charges, delta)
 
 
-def _describe(
-    line: claims.Line,
-    at: str | None,
-    config: Config,
-    spent: Mapping[str, History],
-    totals: Mapping[str, tuple[Charge, ...]],
-) -> dict[str, Any]:
-    delta = config.privacy.delta
-    worst = max(spent, key=lambda name: (_epsilon(line.of(totals[name]), delta), _backwards(name)))
-    charges = line.of(totals[worst])
+def _describe(line: claims.Line, run: _Run) -> LineFacts:
+    config, at, delta = run.config, run.at, run.delta
+    worst = max(run.spent, key=lambda name: (run.epsilon(line, run.totals[name]), _backwards(name)))
+    charges = line.of(run.totals[worst])
     value = _epsilon(charges, delta)
     by_device = at in ("device", "distributed") or all(map(claims.from_training, charges))
     bound = math.isfinite(epsilon(charges, delta))
@@ -247,7 +282,10 @@ def _describe(
         "conditions": claims.conditions_of(config, line, charges, at),
         "budget": claims.budget_of(config, line),
         "client": worst,
-        "participations_max": max(_participations(line, history) for history in spent.values()),
+        "participations_max": max(
+            sum(bool(line.of(charges)) for _, charges in history.releases)
+            for history in run.spent.values()
+        ),
         "holds_against": list(holds),
         "does_not_hold_against": [who for who in claims.ADVERSARIES if who not in holds],
         "assumptions": claims.assumptions(config, charges, by_device, at),
@@ -257,6 +295,7 @@ def _describe(
         "cross_check": _checked(
             value, charges if bound else [replace(c, distance=0.0) for c in charges], delta
         ),
+        "colluding": _colluding(line, run),
     }
 
 
@@ -272,11 +311,7 @@ def _backwards(name: str) -> tuple[int, ...]:
     return tuple(-ord(letter) for letter in name)
 
 
-def _participations(line: claims.Line, history: History) -> int:
-    return sum(bool(line.of(charges)) for _, charges in history.releases)
-
-
-def _checked(value: float, charges: Sequence[Charge], delta: float) -> dict[str, Any]:
+def _checked(value: float, charges: Sequence[Charge], delta: float) -> CrossCheck:
     """Compare an epsilon with that of a second accountant.
 
     Without one, `epsilon` is None and nothing agrees.
@@ -290,71 +325,55 @@ def _checked(value: float, charges: Sequence[Charge], delta: float) -> dict[str,
     return {"accountant": accountant, "epsilon": second, "difference": difference, "agrees": agrees}
 
 
-def _clients(
-    names: Sequence[str],
-    spent: Mapping[str, History],
-    totals: Mapping[str, tuple[Charge, ...]],
-    lines: Sequence[claims.Line],
-    declined: Sequence[Declined],
-    delta: float,
-) -> list[dict[str, Any]]:
+def _clients(run: _Run, declined: Sequence[Declined]) -> list[ClientFacts]:
     refusals = Counter(one.client for one in declined)
     return [
         {
             "client": name,
-            "participations": len(spent[name].releases) if name in spent else 0,
+            "participations": run.participations(name),
             "declined": refusals[name],
-            "epsilon": {line.key: _epsilon(line.of(totals[name]), delta) for line in lines},
+            "epsilon": run.epsilons(charges),
         }
-        for name in names
+        for name, charges in run.totals.items()
     ]
 
 
-def _distinct(
-    totals: Mapping[str, tuple[Charge, ...]],
-    spent: Mapping[str, History],
-    lines: Sequence[claims.Line],
-    delta: float,
-) -> list[dict[str, Any]]:
+def _distinct(run: _Run) -> list[HistoryFacts]:
     """Group clients with equal charges, most spent first, so that the table stays short."""
     groups: dict[tuple[Charge, ...], list[str]] = defaultdict(list)
-    for name, charges in totals.items():
+    for name, charges in run.totals.items():
         groups[charges].append(name)
-    rows = [
+    rows: list[HistoryFacts] = [
         {
-            "participations": len(spent[names[0]].releases) if names[0] in spent else 0,
+            "participations": run.participations(names[0]),
             "clients": len(names),
-            "epsilon": {line.key: _epsilon(line.of(charges), delta) for line in lines},
+            "epsilon": run.epsilons(charges),
         }
         for charges, names in groups.items()
     ]
     return sorted(rows, key=lambda row: [-value for value in row["epsilon"].values()])
 
 
-def _rounds(
-    histories: Sequence[History], lines: Sequence[claims.Line], delta: float
-) -> list[dict[str, Any]]:
+def _rounds(run: _Run) -> list[RoundFacts]:
     """The worst client's epsilon after each round that somebody released in."""
     by_round: dict[int, list[tuple[str, tuple[Charge, ...]]]] = defaultdict(list)
-    for history in histories:
+    for history in run.spent.values():
         for number, charges in history.releases:
             by_round[number].append((history.client, charges))
     so_far: dict[str, tuple[Charge, ...]] = defaultdict(tuple)
-    worst = {line.key: 0.0 for line in lines}
-    rows = []
-    for number in sorted(by_round):
-        for client, charges in by_round[number]:
+    worst = {line.key: 0.0 for line in run.lines}
+    rows: list[RoundFacts] = []
+    for number, released in sorted(by_round.items()):
+        for client, charges in released:
             so_far[client] += charges
-        fresh = {so_far[client] for client, _ in by_round[number]}
-        for line in lines:
-            most = max(_epsilon(line.of(charges), delta) for charges in fresh)
-            worst[line.key] = max(worst[line.key], most)
-        released = len(by_round[number])
-        rows.append({"round": number, "released": released, "epsilon": dict(worst)})
+        fresh = {so_far[client] for client, _ in released}
+        for line in run.lines:
+            worst[line.key] = max(worst[line.key], *(run.epsilon(line, one) for one in fresh))
+        rows.append({"round": number, "released": len(released), "epsilon": dict(worst)})
     return rows
 
 
-def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], config: Config) -> list[dict[str, Any]]:
+def _mechanisms(totals: Mapping[str, tuple[Charge, ...]], config: Config) -> list[MechanismFacts]:
     delta = config.privacy.delta
     release = f"{mechanism_of(config.privacy.client).name} on the release"
     if config.statistics.enabled:

@@ -7,9 +7,8 @@ the ledgers each time; `summary.json` only gives what was measured while the run
 
 import json
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...common.errors import StateError
 from ...common.files import keep_aside, read_lines, write_atomic, write_json_atomic
@@ -18,13 +17,14 @@ from ...common.settings.sections import DEVICES
 from ...server.run_folder import starting
 from .. import progress
 from .device_run_facts import device_facts, device_measured
+from .facts import Facts, Measured, Statistics
 from .privacy_facts import privacy_facts
-from .summary import MEASURED, build_summary
+from .summary import build_summary
 
 __all__ = ["build_summary", "report_facts", "write", "written"]
 
 
-def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
     """What `privet report --json` prints: `{"summary": ..., "privacy": ..., "statistics": [...]}`.
 
     A run without an evaluation has `summary["metrics"]` = None; `statistics` has what the noised
@@ -41,36 +41,27 @@ def report_facts(run_folder: Path, measured: Mapping[str, Any] | None = None) ->
     if _of_devices(run_folder):
         privacy, known = device_facts(run_folder), device_measured(run_folder)
     else:
-        privacy = privacy_facts(run_folder)
-        known = _measured(run_folder)
+        privacy, known = privacy_facts(run_folder), _measured(run_folder)
     config = of_run(run_folder)
+    records = read_lines(run_folder / "rounds.jsonl")
+    opened = {record["round"] for record in records if not record.get("void")}
+    void = {record["round"] for record in records} - opened
+    evaluation = _json(run_folder / "evaluation.json")
+    summary = build_summary(config, privacy, evaluation, known if measured is None else measured)
+    summary["rounds"] = sum(row["round"] not in void for row in privacy["rounds"])
     start = starting.facts(run_folder)
     if start is not None:
         said = starting.start_sentence(start, config.data.source == DEVICES)
-        privacy = {**privacy, "start": start, "not_covered": [said, *privacy["not_covered"]]}
-    evaluation = _json(run_folder / "evaluation.json")
-    records = read_lines(run_folder / "rounds.jsonl")
-    opened = {one["round"] for one in records if not one.get("void")}
-    void = {one["round"] for one in records} - opened
-    return {
-        "summary": {
-            **build_summary(config, privacy, evaluation, known if measured is None else measured),
-            "rounds": sum(row["round"] not in void for row in privacy["rounds"]),
-            **({} if start is None else {"start": start}),
-        },
+        privacy["not_covered"].insert(0, said)
+        summary["start"] = privacy["start"] = start
+    found: Facts = {
+        "summary": summary,
         "privacy": privacy,
         "statistics": _statistics(run_folder),
-        **_looks(run_folder),
     }
-
-
-def _looks(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return what each look of an A/B experiment on devices said.
-
-    Of another run it is nothing.
-    """
-    found = [one["look"] for one in read_lines(run_folder / "rounds.jsonl") if "look" in one]
-    return {"looks": found} if found else {}
+    if looks := [record["look"] for record in records if "look" in record]:
+        found["looks"] = looks  # what each look of an A/B experiment on devices said
+    return found
 
 
 def _of_devices(run_folder: Path) -> bool:
@@ -79,7 +70,7 @@ def _of_devices(run_folder: Path) -> bool:
     return known and of_run(run_folder).data.source == DEVICES
 
 
-def _statistics(run_folder: Path) -> list[dict[str, Any]]:
+def _statistics(run_folder: Path) -> list[Statistics]:
     return [
         {"round": record["round"], **record["statistics"]}
         for record in read_lines(run_folder / "rounds.jsonl")
@@ -87,7 +78,7 @@ def _statistics(run_folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def write(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write(run_folder: Path, measured: Measured | None = None) -> Facts:
     """Writes `privacy.json`, `report.html` and `summary.json`, each whole or not at all.
 
     Args:
@@ -111,16 +102,17 @@ def write(run_folder: Path, measured: Mapping[str, Any] | None = None) -> dict[s
     return facts
 
 
-def written(run_folder: Path) -> dict[str, Any]:
+def written(run_folder: Path) -> Facts:
     """The facts that `write` has written, without computing them again.
 
     Raises:
         StateError: a file is missing or cannot be read.
     """
-    found = {name: _json(run_folder / f"{name}.json") for name in ("summary", "privacy")}
-    if not all(found.values()):
+    summary, privacy = (_json(run_folder / f"{name}.json") for name in ("summary", "privacy"))
+    if not summary or not privacy:
         raise StateError(f"{run_folder} has no report yet; `privet report RUN --html` writes one")
-    return {**found, "statistics": _statistics(run_folder)}
+    found = {"summary": summary, "privacy": privacy, "statistics": _statistics(run_folder)}
+    return cast("Facts", found)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -138,7 +130,7 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _measured(run_folder: Path) -> dict[str, Any]:
+def _measured(run_folder: Path) -> Measured:
     """What only the run itself could measure, from its `summary.json`."""
     path = run_folder / "summary.json"
     try:
@@ -147,6 +139,10 @@ def _measured(run_folder: Path) -> dict[str, Any]:
         summary = {}
         progress.warn(f"{error}; kept aside as {keep_aside(path).name}, the run's times are lost")
     adapter = summary.get("adapter") or {}
-    known = {name: summary.get(name) for name in MEASURED}
-    versions = known["versions"] or {"python": platform.python_version()}
-    return {**known, "versions": versions, "dimension": adapter.get("dimension")}
+    return {
+        "seconds": summary.get("seconds"),
+        "peak_rss_bytes": summary.get("peak_rss_bytes"),
+        "upload_bytes_per_client_round": summary.get("upload_bytes_per_client_round"),
+        "dimension": adapter.get("dimension"),
+        "versions": summary.get("versions") or {"python": platform.python_version()},
+    }

@@ -6,16 +6,16 @@ over users. A loss: lower is better; a gain or difference here: above zero is be
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ...common.errors import StateError
 from ...common.settings.config import Config
-from ...common.settings.sections import AbRunSettings
 from ..evaluation.user_statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
+from .facts import Gain, Mean, Measured, Metrics, NamedMean, PrivacyFacts, Summary
 
-__all__ = ["MEASURED", "build_summary"]
+__all__ = ["build_summary"]
 
-MEASURED = ("seconds", "peak_rss_bytes", "upload_bytes_per_client_round", "dimension", "versions")
+Losses = Mapping[str, list[float]]
 NAMES = {
     "base": "base model",
     "global": "shared model",
@@ -28,10 +28,10 @@ NAMES = {
 
 def build_summary(
     config: Config,
-    facts: Mapping[str, Any],
+    facts: PrivacyFacts,
     evaluation: Mapping[str, Any],
-    measured: Mapping[str, Any],
-) -> dict[str, Any]:
+    measured: Measured,
+) -> Summary:
     """The content of `summary.json`.
 
     Args:
@@ -39,52 +39,39 @@ def build_summary(
         facts: from `privacy_facts`.
         evaluation: the content of `evaluation.json`: losses per user, lower is better; empty
             where no evaluation was done.
-        measured: `seconds`, `peak_rss_bytes`, `upload_bytes_per_client_round`, `dimension`,
-            `versions`; what is missing becomes None.
+        measured: what is missing becomes None.
 
     Raises:
         StateError: the evaluation's lists do not fit each other or hold something not finite.
     """
-    known = {name: measured.get(name) for name in MEASURED}
+    draws, ab_run = config.evaluation.bootstrap, config.ab_run
+    seen, unseen = _losses(evaluation, "seen"), _losses(evaluation, "unseen")
+    pairs = _pairs(seen, unseen)
+    means = {name: _mean(values, draws) for name, values in pairs.items()}
+    more: list[NamedMean] = list(evaluation.get("more", []))
+    dimension = measured.get("dimension")
     return {
         "schema": 1,
         "run": config.name,
         "private": facts["private"],
         "dataset": config.data.source,
-        "base_model": config.model.base if config.ab_run is None else _arms(config.ab_run),
-        "adapter": {"family": config.adapter.family, "dimension": known.pop("dimension")},
+        "base_model": config.model.base if ab_run is None else f"A/B of {', '.join(ab_run.arms)}",
+        "adapter": {"family": config.adapter.family, "dimension": dimension},
         "clients": config.data.clients,
         "rounds": len(facts["rounds"]),
         "rounds_planned": config.rounds.count,
         "cohort": config.rounds.cohort,
-        **_evaluated(evaluation, config.evaluation.bootstrap),
+        "metrics": _metrics(evaluation, seen, unseen, draws) if evaluation else None,
+        "seen": {key: _mean(v, draws) for key, v in seen.items()} if evaluation else None,
+        "unseen": {key: _mean(v, draws) for key, v in unseen.items()} if evaluation else None,
+        "differences": means if evaluation else None,
+        "gains": _gains(evaluation, pairs, means),
+        "comparisons": [_compared(name, mean) for name, mean in means.items()] + more,
         "privacy": facts["lines"],
-        **known,
-    }
-
-
-def _evaluated(evaluation: Mapping[str, Any], draws: int) -> dict[str, Any]:
-    if not evaluation:
-        nothing = {"metrics": None, "seen": None, "unseen": None, "differences": None}
-        return {**nothing, "gains": [], "comparisons": []}
-    seen = _losses(evaluation, "seen")
-    unseen = _losses(evaluation, "unseen")
-    name = str(evaluation["name"])
-    of = str(evaluation.get("metrics_of", "seen"))
-    first = unseen if of == "unseen" else seen
-    return {
-        "metrics": {
-            "name": name,
-            "unit": str(evaluation.get("unit", name)),
-            "of": f"{of} people",
-            **{key: _mean(values, draws) for key, values in first.items()},
-            **_personal_over_global(first),
-        },
-        "seen": {key: _mean(values, draws) for key, values in seen.items()},
-        "unseen": {key: _mean(values, draws) for key, values in unseen.items()},
-        "differences": _differences(seen, unseen, draws),
-        "gains": _gains(evaluation, seen, unseen, draws),
-        "comparisons": _comparisons(seen, unseen, draws) + list(evaluation.get("more", [])),
+        "seconds": measured.get("seconds"),
+        "peak_rss_bytes": measured.get("peak_rss_bytes"),
+        "upload_bytes_per_client_round": measured.get("upload_bytes_per_client_round"),
+        "versions": measured.get("versions"),
     }
 
 
@@ -108,17 +95,25 @@ def _losses(evaluation: Mapping[str, Any], group: str) -> dict[str, list[float]]
     return lists if users else {}
 
 
-def _mean(values: Sequence[float], draws: int) -> dict[str, Any]:
-    return bootstrap_mean(values, draws=draws).as_dict()
+def _metrics(evaluation: Mapping[str, Any], seen: Losses, unseen: Losses, draws: int) -> Metrics:
+    of = _shown(evaluation)
+    losses = unseen if of == "unseen" else seen
+    means = {key: _mean(values, draws) for key, values in losses.items()}
+    name = str(evaluation["name"])
+    unit = str(evaluation.get("unit", name))
+    found = {"name": name, "unit": unit, "of": f"{of} people", **means}
+    return cast("Metrics", found | _personal_over_global(losses))
 
 
-def _minus(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(left, right, strict=True)]
+def _shown(evaluation: Mapping[str, Any]) -> str:
+    return str(evaluation.get("metrics_of", "seen"))
 
 
-def _pairs(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]]
-) -> dict[str, list[float]]:
+def _mean(values: Sequence[float], draws: int) -> Mean:
+    return cast("Mean", bootstrap_mean(values, draws=draws).as_dict())
+
+
+def _pairs(seen: Losses, unseen: Losses) -> dict[str, list[float]]:
     """Return loss differences per user, as far as measured.
 
     They are positive where the second model is better.
@@ -133,46 +128,36 @@ def _pairs(
     wanted += [(key, "personal", "seen", seen) for key in controls]
     wanted += [(key, "personal", "unseen", unseen) for key in ("swapped_head", *controls)]
     return {
-        _name(worse, better, group): _minus(losses[worse], losses[better])
+        f"{worse.removesuffix('_head')}_minus_{better}_{group}": _minus(
+            losses[worse], losses[better]
+        )
         for worse, better, group, losses in wanted
         if worse in losses and better in losses
     }
 
 
-def _name(worse: str, better: str, group: str) -> str:
-    return f"{worse.removesuffix('_head')}_minus_{better}_{group}"
+def _minus(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(left, right, strict=True)]
 
 
-def _differences(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]], draws: int
-) -> dict[str, Any]:
-    return {name: _mean(values, draws) for name, values in _pairs(seen, unseen).items()}
-
-
-def _personal_over_global(seen: Mapping[str, list[float]]) -> dict[str, Any]:
-    if not {"personal", "global"} <= set(seen):
+def _personal_over_global(losses: Losses) -> dict[str, float | None]:
+    if not {"personal", "global"} <= set(losses):
         return dict.fromkeys(
             ("win_rate_personal_over_global", "ties", "fraction_hurt", "p10_gain", "gini_personal")
         )
-    gains = _minus(seen["global"], seen["personal"])
+    gains = _minus(losses["global"], losses["personal"])
     return {
         "win_rate_personal_over_global": win_rate(gains),
         "ties": sum(gain == 0 for gain in gains) / len(gains),
         "fraction_hurt": fraction_hurt(gains),
         "p10_gain": percentile(gains, 10),
-        "gini_personal": gini(seen["personal"]) if min(seen["personal"]) >= 0 else None,
+        "gini_personal": gini(losses["personal"]) if min(losses["personal"]) >= 0 else None,
     }
 
 
-def _gains(
-    evaluation: Mapping[str, Any],
-    seen: Mapping[str, list[float]],
-    unseen: Mapping[str, list[float]],
-    draws: int,
-) -> list[dict[str, Any]]:
+def _gains(evaluation: Mapping[str, Any], pairs: Losses, means: Mapping[str, Mean]) -> list[Gain]:
     """Return the gain of each user, for the two bar pictures."""
-    pairs = _pairs(seen, unseen)
-    of = str(evaluation.get("metrics_of", "seen"))
+    of = _shown(evaluation)
     whom = "people who took part" if of == "seen" else "people never trained on"
     shown = (
         (f"global_minus_personal_{of}", f"Personal head over shared model, {whom}"),
@@ -184,7 +169,7 @@ def _gains(
             "title": title,
             "users": list(evaluation[name.rpartition("_")[2]]["users"]),
             "gains": pairs[name],
-            **_mean(pairs[name], draws),
+            **means[name],
             "better": sum(gain > 0 for gain in pairs[name]),
             "equal": sum(gain == 0 for gain in pairs[name]),
             "hurt": sum(gain < 0 for gain in pairs[name]),
@@ -195,23 +180,10 @@ def _gains(
     ]
 
 
-def _comparisons(
-    seen: Mapping[str, list[float]], unseen: Mapping[str, list[float]], draws: int
-) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "title": _spoken(name), **_mean(values, draws)}
-        for name, values in _pairs(seen, unseen).items()
-    ]
-
-
-def _spoken(name: str) -> str:
+def _compared(name: str, mean: Mean) -> NamedMean:
     """Translate a name such as `swapped_minus_personal_seen` to what a reader calls it."""
     pair, _, group = name.rpartition("_")
     worse, better = pair.split("_minus_")
     names = {**NAMES, "swapped": NAMES["swapped_head"]}
     left, right = (names.get(key, key.replace("_", " ")) for key in (better, worse))
-    return f"{left} over {right}, {group} people"
-
-
-def _arms(ab_run: AbRunSettings) -> str:
-    return f"A/B of {', '.join(ab_run.arms)}"
+    return {"name": name, "title": f"{left} over {right}, {group} people", **mean}

@@ -1,28 +1,23 @@
 """The report of a run in the terminal, from the facts of `report.py`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from . import figures
 from .claims import COLLUDING, NO_EVALUATION, headline, line_name, main_line
-from .figures import (
-    COUNTS,
-    budget_text,
-    colluding_rows,
-    counts,
-    interval_text,
-    statistics_series,
-    verdict,
-)
+from .facts import Facts, Gain, LineFacts, PrivacyFacts, Statistics, Summary
 
-__all__ = ["show"]
+__all__ = ["print_bullets", "print_table", "show"]
+
+MOST_FIGURE = 24  # characters of a cell that is never folded
 
 
-def show(facts: Mapping[str, Any], console: Console) -> None:
+def show(facts: Facts, console: Console) -> None:
     """Print the report, compact, with the page's facts in the same order.
 
     Args:
@@ -32,69 +27,79 @@ def show(facts: Mapping[str, Any], console: Console) -> None:
     summary, privacy = facts["summary"], facts["privacy"]
     for text in privacy["problems"]:
         console.print(Panel(Text(text, style="bold white on red"), border_style="red"))
-    for text in privacy["warnings"]:
-        console.print(Text(f"! {text}", style="yellow"))
+    print_bullets(privacy["warnings"], console, "!", "yellow")
     about = f"{summary['base_model']} on {summary['dataset']}"
     console.print(Text(f"{privacy['run']}: {about}", style="dim"))
     console.print(Text(headline(privacy), style="bold"))
-    _print_promises(privacy, console)
+    _heading("What was promised", console)
+    print_bullets(privacy["promised"]["sentences"], console)
     _print_spent(privacy, console)
     _print_holds(privacy, console)
-    _print_colluding(privacy, console)
+    for line in privacy["lines"]:
+        if line["colluding"]:
+            _heading("If devices collude with the server, or masking is broken", console)
+            print_table(figures.colluding(line), console)
+            console.print(Text(COLLUDING))
     _print_gained(summary, privacy["devices"] is not None, console)
     _print_statistics(facts["statistics"], console)
     if facts.get("looks"):
         from ...server.ab_estimates import lines
 
         _heading("What the looks say", console)
-        for line in (line for look in facts["looks"] for line in lines(look)):
-            console.print(Text(line))
+        for text in (text for look in facts["looks"] for text in lines(look)):
+            console.print(Text(text))
 
 
-def _print_promises(privacy: Mapping[str, Any], console: Console) -> None:
-    _heading("What was promised", console)
-    _bullets(privacy["promised"]["sentences"], console)
+def print_table(found: figures.Table, console: Console) -> None:
+    """Print a table; where there is little room its words fold, and no figure does."""
+    drawn = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
+    for number, name in enumerate(found.head):
+        longest = max((len(row[number]) for row in found.rows), default=0)
+        fits = number > 0 and longest <= MOST_FIGURE
+        side: Literal["left", "right"] = "right" if number else "left"
+        drawn.add_column(name, justify=side, overflow="fold", min_width=longest if fits else None)
+    for row in found.rows:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+    console.print(Text(found.caption, style="dim"), end="\n" if found.caption else "")
 
 
-def _print_spent(privacy: Mapping[str, Any], console: Console) -> None:
+def print_bullets(
+    sentences: Iterable[str], console: Console, mark: str = "•", style: str = ""
+) -> None:
+    """Print sentences below each other, each behind a mark."""
+    grid = Table.grid(padding=(0, 1))
+    for sentence in sentences:
+        grid.add_row(Text(mark, style), Text(sentence, style))
+    if grid.rows:
+        console.print(grid)
+
+
+def _print_spent(privacy: PrivacyFacts, console: Console) -> None:
     devices = privacy["devices"]
     _heading(f"What was spent ({'at most' if devices else 'worst client'})", console)
-    table = _table("line", "ε", "δ", "adjacency", "noise at", "releases", "budget", "second ε")
-    for line in privacy["lines"]:
-        table.add_row(
-            Text(line_name(line), style=_colour(line)),
-            f"{line['epsilon']:.2f}",
-            f"{line['delta']:g}",
-            line["adjacency"],
-            line["noise_at"],
-            f"{line['participations_max']}",
-            budget_text(line),
-            _second(line["cross_check"]),
-        )
     if privacy["lines"]:
-        console.print(table)
+        print_table(figures.spent(privacy), console)
+        print_bullets(figures.conditions(privacy), console)
         (_print_devices if devices else _print_clients)(privacy, console)
-    _bullets(privacy["no_claim"], console)
+    print_bullets(privacy["no_claim"], console)
     for reason, count in privacy["declined"].items():
         console.print(Text(f"declined {count} times: {reason}"))
 
 
-def _print_devices(privacy: Mapping[str, Any], console: Console) -> None:
-    _bullets(privacy["devices"]["sentences"], console)
-    line = main_line(privacy)
-    if line is None:
+def _print_devices(privacy: PrivacyFacts, console: Console) -> None:
+    devices, line = privacy["devices"], main_line(privacy)
+    if devices is None or line is None:
         return
+    print_bullets(devices["sentences"], console)
     for row in privacy["histories"][:6]:
         times = "once" if row["participations"] == 1 else f"{row['participations']} times"
-        devices = f"{row['clients']:,} device{'' if row['clients'] == 1 else 's'} asked {times}"
-        console.print(Text(f"  ε {row['epsilon'][line['key']]:6.2f} at most: {devices}"))
-    table = _table(*COUNTS, f"ε so far, {line_name(line)}")
-    for row in _last(privacy["rounds"], 12):
-        table.add_row(*counts(row), f"{row['epsilon'][line['key']]:.2f}")
-    console.print(table)
+        many = f"{row['clients']:,} device{'' if row['clients'] == 1 else 's'} asked {times}"
+        console.print(Text(f"  ε {row['epsilon'][line['key']]:6.2f} at most: {many}"))
+    print_table(figures.rounds({**privacy, "lines": [line]}), console)
 
 
-def _print_clients(privacy: Mapping[str, Any], console: Console) -> None:
+def _print_clients(privacy: PrivacyFacts, console: Console) -> None:
     line = main_line(privacy)
     if line is None:
         return
@@ -106,39 +111,26 @@ def _print_clients(privacy: Mapping[str, Any], console: Console) -> None:
         text.append(f" {clients:,} clients, {row['participations']} releases each")
         console.print(text)
     curve = "  ".join(
-        f"{row['round']}: {row['epsilon'][line['key']]:.2f}" for row in _last(privacy["rounds"], 8)
+        f"{row['round']}: {row['epsilon'][line['key']]:.2f}" for row in privacy["rounds"][-8:]
     )
     console.print(Text(f"  ε after round  {curve}", style="dim"))
 
 
-def _print_holds(privacy: Mapping[str, Any], console: Console) -> None:
+def _print_holds(privacy: PrivacyFacts, console: Console) -> None:
     _heading("Against whom it holds", console)
     for line in privacy["lines"]:
         console.print(Text(line_name(line), style=f"bold {_colour(line)}"))
-        console.print(
-            Text("  holds: " + ("; ".join(line["holds_against"]) or "nobody is kept out"))
-        )
-        console.print(Text("  does not: " + "; ".join(line["does_not_hold_against"])))
-        console.print(Text(f"  counts {line['noise_counted']}", style="dim"))
+        grid = Table.grid(padding=(0, 2))
+        holds = "; ".join(line["holds_against"]) or "nobody is kept out"
+        grid.add_row("  holds", Text(holds))
+        grid.add_row("  does not", Text("; ".join(line["does_not_hold_against"])))
+        grid.add_row(Text("  counts", "dim"), Text(line["noise_counted"], "dim"))
+        console.print(grid)
     _heading("Not covered", console)
-    _bullets(privacy["not_covered"], console)
+    print_bullets(privacy["not_covered"], console)
 
 
-def _print_colluding(privacy: Mapping[str, Any], console: Console) -> None:
-    for line in privacy["lines"]:
-        found = line.get("colluding")
-        if not found:
-            continue
-        _heading("If devices collude with the server, or masking is broken", console)
-        console.print(Text(line_name(line)))
-        table = _table("colluding devices", "ε, client-level", "")
-        for row in colluding_rows(found):
-            table.add_row(*row)
-        console.print(table)
-        console.print(Text(COLLUDING))
-
-
-def _print_gained(summary: Mapping[str, Any], devices: bool, console: Console) -> None:
+def _print_gained(summary: Summary, devices: bool, console: Console) -> None:
     _heading("What the people got for it", console)
     metrics = summary["metrics"]
     if metrics is None:
@@ -147,29 +139,18 @@ def _print_gained(summary: Mapping[str, Any], devices: bool, console: Console) -
         return
     for gain in summary["gains"]:
         console.print(_gain_bars(gain))
-    table = _table("difference", f"mean, {metrics['name']}", "95 % interval")
-    for row in summary["comparisons"]:
-        table.add_row(row["title"], f"{row['mean']:+.4f}", interval_text(row["ci95"]))
-    console.print(table)
-    console.print(Text(verdict(metrics)))
+    print_table(figures.comparisons(summary), console)
+    console.print(Text(figures.verdict(metrics)))
 
 
-def _print_statistics(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def _print_statistics(rows: Sequence[Statistics], console: Console) -> None:
     if not rows:
         return
     _heading("What the rounds' noised sums say", console)
-    series = statistics_series(rows)
-    table = _table("round", *(f"{name}, {panel}" for panel, name, _ in series))
-    for row in _last(rows, 6):
-        cells = []
-        for _, _, points in series:
-            found = [(mean, std) for number, mean, std in points if number == row["round"]]
-            cells.append("–" if not found else f"{found[0][0]:.3g} ± {found[0][1]:.2g}")
-        table.add_row(str(row["round"]), *cells)
-    console.print(table)
+    print_table(figures.statistics_by_round(rows), console)
 
 
-def _gain_bars(gain: Mapping[str, Any]) -> Text:
+def _gain_bars(gain: Gain) -> Text:
     """People sorted by gain as one line of bars, the hurt ones in their own colour."""
     ordered = sorted(gain["gains"], reverse=True)
     most = max(max(map(abs, ordered)), 1e-12)
@@ -184,17 +165,7 @@ def _gain_bars(gain: Mapping[str, Any]) -> Text:
 def _spread(values: Sequence[float], most: int) -> list[float]:
     if len(values) <= most:
         return list(values)
-    return [values[round(place * (len(values) - 1) / (most - 1))] for place in range(most)]
-
-
-def _second(check: Mapping[str, Any]) -> str:
-    if check["epsilon"] is None:
-        return "none"
-    return f"{check['epsilon']:.2f}" + ("" if check["agrees"] else " !!")
-
-
-def _last(rows: Sequence[Any], most: int) -> Sequence[Any]:
-    return rows[-most:]
+    return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
 
 
 def _bar(share: float, width: int) -> str:
@@ -202,21 +173,9 @@ def _bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _colour(line: Mapping[str, Any]) -> str:
+def _colour(line: LineFacts) -> str:
     return "blue" if line["unit"] == "client" else "magenta"
 
 
 def _heading(text: str, console: Console) -> None:
     console.print(Text(f"\n{text}", style="bold underline"))
-
-
-def _bullets(sentences: Sequence[str], console: Console) -> None:
-    for sentence in sentences:
-        console.print(Text(f"• {sentence}"))
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table

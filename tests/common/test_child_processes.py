@@ -24,7 +24,7 @@ from privet.common.child_processes import (
     supervise,
 )
 from privet.common.errors import ConfigError
-from privet.experiments.benchmarks.worker_start import wait_for
+from privet.experiments.benchmarks.harness import wait_for
 
 from ..supervised import alive, pids, python, supervised
 

@@ -61,15 +61,13 @@ def run(llama_folder: Path, people: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (outcome,), (line,) = seen, read_lines(folder / "rounds.jsonl")
         bench = SimulatedContext.open(folder)
         plan = plan_of(bench)
-        found = [one for one in privacy_facts(folder)["lines"] if one.get("colluding")]
+        found = [x for one in privacy_facts(folder)["lines"] if (x := one["colluding"])]
         return {
             "answered": line["answered"],
             "void": line["void"],
             "right": same(outcome.total, sum_of(bench, outcome.survivors, plan)),
             "plan": plan.colluders,
-            "reports": {
-                (one["colluding"]["agreed"], one["colluding"]["enrolled"]) for one in found
-            },
+            "reports": {(one["agreed"], one["enrolled"]) for one in found},
         }
 
     return ran

@@ -15,7 +15,7 @@ from privet import commands as main
 from privet.client.assistant import terminal_chat as chats
 from privet.client.assistant.device_chat import assistant_of
 from privet.client.assistant.profile import profile_of, public_chances
-from privet.client.assistant.retrieval import Index
+from privet.client.assistant.retrieval import TextIndex
 from privet.client.assistant.sentence_encoder import read_kept
 from privet.client.assistant.templates import builtins
 from privet.client.assistant.text_generation import Assistant, Sampling, continued
@@ -53,7 +53,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assistant(base: Any, head: TextHead | None = None, template: str = "memory") -> Assistant:
     texts = [f"{WORDS[n]} {WORDS[n + 1]} {WORDS[n + 2]}" for n in range(12)]
-    index = Index.build(texts)
+    index = TextIndex.build(texts)
     return Assistant(base, "run-1", head, index, None, builtins()[template], SHORT)
 
 
@@ -363,7 +363,7 @@ def test_the_first_token_of_smollm2_comes_within_two_seconds_of_the_core():
     texts = [" ".join(["my lord"] * 30 + [str(n)]) for n in range(20)]
     mine = profile_of([_record(text) for text in texts], public_chances(base.tokenizer))
     talker = Assistant(
-        base, "", None, Index.build(texts), mine, builtins()["portrait"], Sampling(tokens=3)
+        base, "", None, TextIndex.build(texts), mine, builtins()["portrait"], Sampling(tokens=3)
     )
     talker.reply("Speak, my lord")  # the first touches memory
     found = talker.reply("Speak, my lord")

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privet.client.assistant import profile as profiles
-from privet.client.assistant.profile import Profile, context, describe, profile_of, public_chances
-from privet.client.assistant.retrieval import Index
+from privet.client.assistant.profile import context, describe, profile_of, public_chances
+from privet.client.assistant.retrieval import TextIndex
 from privet.client.assistant.templates import builtins, unsigned
 from privet.client.training.records import Record
-from privet.common.errors import ConfigError, StateError
+from privet.common.errors import ConfigError
 
 from ...tiny import fresh
 
@@ -66,15 +66,6 @@ def test_somebody_with_little_history_gets_a_summary_without_an_error(texts):
     found = profile_of(said(*texts), {})
     assert found.favourites == ()
     assert (describe(found) == "") is (not texts)
-    assert Profile.from_bytes(found.to_bytes()) == found
-
-
-def test_a_kept_summary_is_read_back_and_a_damaged_one_is_told():
-    found = profile_of(said(*["the zebra and the zebra"] * 4, label="x"), PUBLIC)
-    assert Profile.from_bytes(found.to_bytes()) == found
-    for content in (b"", b"{}", b"[]", found.to_bytes().replace(b"asks", b"tasks")):
-        with pytest.raises(StateError, match="make it again"):
-            Profile.from_bytes(content)
 
 
 def test_a_profile_shows_no_words_in_its_repr():
@@ -114,10 +105,10 @@ HISTORY = [f"{word} " * n for n, word in enumerate(("rain", "sun", "snow", "wind
 )
 def test_a_context_is_never_longer_than_its_budget(name, history, prompt, budget):
     mine = profile_of(said(*history), PUBLIC)
-    found = context(builtins()[name], prompt, Index.build(history), words, budget, profile=mine)
+    found = context(builtins()[name], prompt, TextIndex.build(history), words, budget, profile=mine)
     assert found.tokens == words(found.text) <= budget + words(prompt)
     assert found.text.endswith(prompt)
-    assert all(history[hit.place].strip() in found.text for hit in found.hits)
+    assert all(history[hit.index].strip() in found.text for hit in found.hits)
     assert found.with_profile == (describe(mine) != "" and describe(mine) in found.text)
 
 
@@ -126,7 +117,7 @@ def test_a_count_that_is_more_than_the_sum_of_its_parts_is_kept_too():
         lines = text.count("\n\n") + 1
         return words(text) + lines * lines
 
-    index = Index.build(HISTORY)
+    index = TextIndex.build(HISTORY)
     for budget in range(0, 60, 3):
         found = context(builtins()["memory"], "rain sun snow", index, greedy, budget)
         assert greedy(found.text) <= budget + greedy("rain sun snow")
@@ -134,31 +125,15 @@ def test_a_count_that_is_more_than_the_sum_of_its_parts_is_kept_too():
 
 def test_what_fits_best_stands_nearest_to_the_prompt():
     history = ["rain rain rain", "rain and then a lot of other things about nothing at all"]
-    found = context(builtins()["memory"], "rain", Index.build(history), words, 50)
+    found = context(builtins()["memory"], "rain", TextIndex.build(history), words, 50)
     assert found.text == f"{history[1]}\n\n{history[0]}\n\nrain"
-
-
-def test_nothing_from_before_place_and_later_is_in_the_context():
-    history = ["rain one", "rain two", "rain three"]
-    found = context(builtins()["memory"], "rain", Index.build(history), words, 50, before=1)
-    assert "one" in found.text
-    assert "two" not in found.text
-
-
-def test_texts_can_be_shown_with_something_beside_them():
-    index = Index.build(["good film", "bad film"])
-    shown = ["good film -> 4", "bad film -> 1"]
-    found = context(builtins()["memory"], "a film", index, words, 50, shown=shown)
-    assert "good film -> 4" in found.text
-    with pytest.raises(ConfigError, match="1 texts to show for 2"):
-        context(builtins()["memory"], "a film", index, words, 50, shown=shown[:1])
 
 
 def test_a_template_that_does_not_fit_is_told_and_one_without_a_place_shows_nothing():
     long = unsigned(
         b'name="l"\nversion="1.0.0"\nabout="a"\ntext="' + b"word " * 20 + b'{prompt}"', "f"
     )
-    index = Index.build(HISTORY)
+    index = TextIndex.build(HISTORY)
     with pytest.raises(ConfigError, match="20 tokens more than the budget of 0"):
         context(long, "rain", index, words, 0)
     mine = profile_of(said(*HISTORY), PUBLIC)
@@ -168,7 +143,7 @@ def test_a_template_that_does_not_fit_is_told_and_one_without_a_place_shows_noth
 
 
 def test_a_context_shows_no_text_in_its_repr():
-    found = context(builtins()["memory"], "secret rain", Index.build(HISTORY), words, 50)
+    found = context(builtins()["memory"], "secret rain", TextIndex.build(HISTORY), words, 50)
     assert "rain" not in repr(found)
 
 

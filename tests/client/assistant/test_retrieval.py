@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privet.client.assistant.retrieval import Hit, Index, Ways, pick, words_of
+from privet.client.assistant.retrieval import Hit, Ranking, TextIndex, pick, words_of
 from privet.client.assistant.sentence_encoder import (
     embed,
     embed_new,
@@ -28,7 +28,7 @@ TEXTS = (
     "the cat sat on the mat again",
     "the dog slept in the rain",
 )
-WORDS_ONLY = Ways(meaning=0, recency=0)
+WORDS_ONLY = Ranking(meaning=0, recency=0)
 
 
 def first_letters(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -43,41 +43,41 @@ def first_letters(texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def places(hits: Sequence[Hit]) -> list[int]:
-    return [hit.place for hit in hits]
+    return [hit.index for hit in hits]
 
 
 def test_words_that_are_rare_in_the_history_count_more_than_common_ones():
-    index = Index.build(TEXTS)
+    index = TextIndex.build(TEXTS)
     assert places(index.search("the hills", 1, WORDS_ONLY)) == [2]
     assert set(places(index.search("cat", 9, WORDS_ONLY))) == {0, 1, 3}
 
 
 def test_meaning_finds_what_shares_no_word_and_both_are_told_apart():
-    index = Index.build(("tacos", "xyz www", "coats"), first_letters)
-    found = index.search("scoat", 3, Ways(recency=0, pool=2))
+    index = TextIndex.build(("tacos", "xyz www", "coats"), first_letters)
+    found = index.search("scoat", 3, Ranking(recency=0, pool=2))
     assert set(places(found)) == {0, 2}
     assert all(hit.words is None and hit.meaning is not None for hit in found)
-    (alone,) = Index.build(("red", "blue")).search("red", 1)
+    (alone,) = TextIndex.build(("red", "blue")).search("red", 1)
     assert (alone.words, alone.meaning) == (1, None)
 
 
 def test_between_equals_the_later_text_is_first_and_recency_can_be_left_out():
-    same = Index.build(["old rain", "sun", "new rain"])
+    same = TextIndex.build(["old rain", "sun", "new rain"])
     assert places(same.search("rain", 2)) == [2, 0]
-    long_ago_better = Index.build(["rain rain", *["sun"] * 5, "rain and a lot of other words"])
+    long_ago_better = TextIndex.build(["rain rain", *["sun"] * 5, "rain and a lot of other words"])
     assert places(long_ago_better.search("rain", 1, WORDS_ONLY)) == [0]
-    assert places(long_ago_better.search("rain", 1, Ways(recency=5))) == [6]
+    assert places(long_ago_better.search("rain", 1, Ranking(recency=5))) == [6]
 
 
 def test_a_prompt_that_matches_nothing_gets_the_latest_texts_or_none_without_recency():
-    index = Index.build(TEXTS)
+    index = TextIndex.build(TEXTS)
     assert places(index.search("zebra", 2)) == [4, 3]
     assert index.search("zebra", 2, WORDS_ONLY) == []
     assert index.search("", 2, WORDS_ONLY) == []
 
 
 def test_nothing_at_or_after_before_is_found():
-    index = Index.build(TEXTS, first_letters)
+    index = TextIndex.build(TEXTS, first_letters)
     for before in range(len(TEXTS) + 2):
         found = places(index.search("the cat sat on the mat again", 9, before=before))
         assert all(place < before for place in found)
@@ -87,7 +87,7 @@ def test_nothing_at_or_after_before_is_found():
 @pytest.mark.parametrize("texts", [(), ("",), ("?!", "..."), ("one",)])
 @pytest.mark.parametrize("encoder", [None, first_letters])
 def test_histories_with_little_in_them_are_searched_without_an_error(texts, encoder):
-    index = Index.build(texts, encoder)
+    index = TextIndex.build(texts, encoder)
     found = index.search("one", 3)
     assert len(found) <= len(texts)
     assert len(pick(index, found, [1] * len(found), 10)) == len(set(texts))
@@ -100,30 +100,15 @@ def test_histories_with_little_in_them_are_searched_without_an_error(texts, enco
     st.integers(1, 14),
 )
 def test_a_search_gives_distinct_places_at_most_k_with_falling_scores(texts, query, k):
-    index = Index.build(texts, first_letters)
+    index = TextIndex.build(texts, first_letters)
     found = index.search(query, k)
     assert len(found) <= min(k, len(texts))
     assert len(set(places(found))) == len(found)
     assert all(first.score >= then.score for first, then in pairwise(found))
 
 
-def test_an_extended_index_finds_what_one_built_at_once_finds_and_encodes_new_texts_only():
-    seen: list[str] = []
-
-    def counting(texts: Sequence[str]) -> NDArray[np.float32]:
-        seen.extend(texts)
-        return first_letters(texts)
-
-    grown = Index.build(TEXTS[:3], counting).extended(TEXTS[3:])
-    assert seen == list(TEXTS)
-    assert grown.search("cat in the rain", 5) == Index.build(TEXTS, first_letters).search(
-        "cat in the rain", 5
-    )
-    assert grown.extended(()) is grown
-
-
 def test_building_an_index_says_nothing(capfd):
-    Index.build(TEXTS)
+    TextIndex.build(TEXTS)
     assert capfd.readouterr() == ("", "")
 
 
@@ -131,12 +116,12 @@ def test_building_an_index_says_nothing(capfd):
 
 
 def test_what_is_picked_fits_the_budget_and_leaves_room_to_shorter_hits():
-    index = Index.build(TEXTS)
+    index = TextIndex.build(TEXTS)
     hits = index.search("the cat and the dog in the rain", 5)
-    lengths = [len(words_of(TEXTS[hit.place])) for hit in hits]
+    lengths = [len(words_of(TEXTS[hit.index])) for hit in hits]
     for budget in range(30):
         picked = pick(index, hits, lengths, budget)
-        used = sum(len(words_of(TEXTS[hit.place])) for hit in picked)
+        used = sum(len(words_of(TEXTS[hit.index])) for hit in picked)
         assert used <= budget
         left_out = [n for hit, n in zip(hits, lengths, strict=True) if hit not in picked]
         assert not left_out or min(left_out) > budget - used
@@ -144,25 +129,25 @@ def test_what_is_picked_fits_the_budget_and_leaves_room_to_shorter_hits():
 
 def test_a_text_is_picked_once_and_diversity_prefers_another_thing_to_the_same_again():
     texts = ("red red wine", "red red wine", "red wine red", "red cheese and bread")
-    index = Index.build(texts)
+    index = TextIndex.build(texts)
     hits = index.search("red wine", 4, WORDS_ONLY)
     lengths = [3] * len(hits)
     assert len(pick(index, hits, lengths, 100)) == 3
     plain = pick(index, hits, lengths, 6, diversity=0)
     diverse = pick(index, hits, lengths, 6, diversity=0.8)
-    assert {texts[hit.place] for hit in plain} == {"red red wine", "red wine red"}
-    assert texts[diverse[1].place] == "red cheese and bread"
+    assert {texts[hit.index] for hit in plain} == {"red red wine", "red wine red"}
+    assert texts[diverse[1].index] == "red cheese and bread"
 
 
 def test_no_hits_no_room_and_no_text_twice_are_no_errors():
-    index = Index.build(TEXTS)
+    index = TextIndex.build(TEXTS)
     assert pick(index, [], [], 10) == []
     hits = index.search("cat", 2)
     assert pick(index, hits, [5, 5], 4) == []
 
 
 def test_wrong_settings_and_wrong_lengths_are_told_in_a_sentence():
-    index = Index.build(TEXTS)
+    index = TextIndex.build(TEXTS)
     hits = index.search("cat", 2)
     with pytest.raises(ConfigError, match="diversity must lie"):
         pick(index, hits, [1, 1], 5, diversity=1.5)
@@ -174,15 +159,15 @@ def test_wrong_settings_and_wrong_lengths_are_told_in_a_sentence():
         index.search("cat", 0)
     for wrong in ({"words": -1.0}, {"recency": float("nan")}, {"pool": 0}):
         with pytest.raises(ConfigError, match="weights of retrieval"):
-            Ways(**wrong)
+            Ranking(**wrong)
     with pytest.raises(DataError, match="one finite vector"):
-        Index.build(TEXTS, first_letters, first_letters(TEXTS[:2]))
+        TextIndex.build(TEXTS, first_letters, first_letters(TEXTS[:2]))
     with pytest.raises(DataError, match="one finite vector"):
-        Index.build(("a",), first_letters, np.array([[np.nan]], np.float32))
+        TextIndex.build(("a",), first_letters, np.array([[np.nan]], np.float32))
 
 
 def test_an_index_and_its_hits_show_no_text():
-    index = Index.build(TEXTS, first_letters)
+    index = TextIndex.build(TEXTS, first_letters)
     shown = f"{index!r} {index.search('cat', 2)!r}"
     assert not any(word in shown for word in ("cat", "dog", "rain", "hills"))
 
@@ -237,10 +222,10 @@ def test_minilm_finds_a_line_by_its_meaning():
         "If music be the food of love, play on",
         "Out, damned spot! out, I say!",
     )
-    index = Index.build(lines, sentence_encoder())
+    index = TextIndex.build(lines, sentence_encoder())
     for query, place in (
         ("trading a realm to get a steed", 1),
         ("songs nourish romance", 2),
         ("should one live or die?", 0),
     ):
-        assert index.search(query, 1, Ways(words=0, recency=0))[0].place == place
+        assert index.search(query, 1, Ranking(words=0, recency=0))[0].index == place

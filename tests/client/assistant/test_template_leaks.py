@@ -140,7 +140,7 @@ def test_a_device_that_trains_on_a_rendered_template_is_caught(prepared, tmp_pat
         own = list(real(home))
         if home.folder.name != "home-0":
             return own
-        said = render(template_store.in_use(home, "letters"), prompt="ba", history=own[0].text)
+        said = render(template_store.trusted(home, "letters"), prompt="ba", history=own[0].text)
         return [Record(said, time=0.0), *own]
 
     with monkeypatch.context() as patch:

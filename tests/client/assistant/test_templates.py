@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from privet.client.assistant import template_store
 from privet.client.assistant.templates import (
-    LARGEST_FILE,
+    MAX_FILE_BYTES,
     PLACEHOLDERS,
     Template,
     builtins,
@@ -72,8 +72,7 @@ def test_what_a_trusted_publisher_signed_is_read_with_every_field():
     assert found.number == (1, 0, 0)
     assert found.publisher == PUBLISHER.public.hex()
     assert found.metadata["licence"] == "CC0"
-    assert found.segment.suits("generation", 3)
-    assert not found.segment.suits("generation", 4)
+    assert found.segment.most_records == 3
 
 
 def test_an_unsigned_an_untrusted_and_a_changed_template_are_refused_in_a_sentence():
@@ -157,7 +156,7 @@ def test_a_malformed_template_is_refused_and_cannot_be_signed(changes, sentence)
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff", b"name = ", b"[" * 5000, b" " * (LARGEST_FILE + 1), b""]
+    "content", [b"\xff", b"name = ", b"[" * 5000, b" " * (MAX_FILE_BYTES + 1), b""]
 )
 def test_what_is_no_template_file_is_said(content):
     with pytest.raises(ConfigError, match="f "):
@@ -207,9 +206,9 @@ def test_the_templates_that_come_with_privet_are_well_formed():
 def test_a_template_is_kept_used_gone_back_from_and_gone_forward_to(home):
     template_store.add(home, file(), "f")
     template_store.add(home, file("1.1.0", text="{history}\n\n{prompt}"), "f")
-    assert template_store.in_use(home, "letters").version == "1.1.0"
+    assert template_store.trusted(home, "letters").version == "1.1.0"
     assert template_store.rollback(home, "letters").version == "1.0.0"
-    assert template_store.in_use(home, "letters").version == "1.0.0"
+    assert template_store.trusted(home, "letters").version == "1.0.0"
     assert template_store.rollback(home, "letters", "1.1.0").version == "1.1.0"
     states = {(k.template.name, k.template.version): k.used for k in template_store.kept(home)}
     assert states[("letters", "1.0.0")] is False
@@ -237,7 +236,7 @@ def test_a_name_belongs_to_who_used_it_first_and_privets_own_to_privet(home):
         template_store.add(home, file("2.0.0", STRANGER), "f")
     with pytest.raises(PrivacyError, match="belongs to privet itself"):
         template_store.add(home, file("2.0.0", name="memory"), "f")
-    assert template_store.in_use(home, "memory").publisher is None
+    assert template_store.trusted(home, "memory").publisher is None
 
 
 def test_a_publisher_who_is_trusted_no_more_is_used_no_more_and_keeps_the_name(home):
@@ -245,7 +244,7 @@ def test_a_publisher_who_is_trusted_no_more_is_used_no_more_and_keeps_the_name(h
     template_store.add(home, file("1.1.0"), "f")
     trust(home, (STRANGER.public.hex(),))
     with pytest.raises(PrivacyError, match="does not trust"):
-        template_store.in_use(home, "letters")
+        template_store.trusted(home, "letters")
     with pytest.raises(PrivacyError, match="does not trust"):
         template_store.rollback(home, "letters")
     with pytest.raises(PrivacyError, match="belongs to"):
@@ -264,7 +263,7 @@ def test_what_is_refused_changes_nothing(home):
 
 def test_changes_show_every_field_that_differs(home):
     template_store.add(home, file(), "f")
-    new, before = template_store.weigh(
+    new, before = template_store.check(
         home, file("1.1.0", text="{prompt}", segment={"name": "few", "most_records": 2}), "f"
     )
     lines = list(template_store.changes(before, new))

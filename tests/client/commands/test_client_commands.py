@@ -34,7 +34,7 @@ from privet.client.store.key_file import Passphrase
 from privet.common.errors import PrivacyError, StateError
 from privet.common.privacy.accounting import Charge
 from privet.common.secure_aggregation.keys import Directory, write_directory
-from privet.experiments.benchmarks.worker_start import wait_for
+from privet.experiments.benchmarks.harness import wait_for
 
 from ..store.test_device_store import SERVER, ask_for_no_example_noise, text
 
@@ -158,7 +158,7 @@ def test_the_policy_is_shown_checked_and_its_mistakes_named(made: Path, ask: Any
     path = made / "policy.toml"
     path.write_text(path.read_text().replace("max_clip =", "max_clap ="))
     assert "limits.max_clap: unknown key; did you mean max_clip?" in refuse("policy")
-    path.write_text("[limits]\nsmallest_cohort = 3\nsmallest_survivors = 0.1\n")
+    path.write_text("[limits]\nmin_cohort = 3\nmin_survivors = 0.1\n")
     assert "honest survivors" in refuse("policy", "--check")
 
 

@@ -22,7 +22,7 @@ from privet.client.consent.policy import (
     text,
     write_default,
 )
-from privet.client.consent.policy_settings import Allowed, Budget, Limits, Policy
+from privet.client.consent.policy_settings import Allowed, Budget, Policy, RunLimits
 from privet.client.privacy.gate import budgets, caps, charges
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from privet.common.privacy.plan_maker import make_plan
@@ -66,7 +66,7 @@ def test_the_default_file_is_the_default_policy_and_every_key_has_a_comment(tmp_
     )
 
 
-@given(st.builds(Policy, limits=st.builds(Limits, min_noise=st.floats(0, 9)),
+@given(st.builds(Policy, limits=st.builds(RunLimits, min_noise=st.floats(0, 9)),
                  budget=st.builds(Budget, delta=st.floats(1e-300, 0.5))))  # fmt: skip
 def test_what_is_written_is_read_back_the_same(policy):
     assert Policy.model_validate(tomllib.loads(text(policy))) == policy
@@ -468,7 +468,7 @@ def just_accepting(config: Config) -> Policy:
         client.noise_multiplier if client.enabled else 0.0,
         *([statistics.noise_multiplier] if statistics.enabled else []),
     ]
-    limits = Limits().model_copy(
+    limits = RunLimits().model_copy(
         update={
             "noise_at": client.noise_at,
             "min_noise": min(noises),
@@ -489,7 +489,7 @@ def just_accepting(config: Config) -> Policy:
 
 def test_the_noise_of_blocks_nobody_asked_for_refuses_no_run():
     asked = {"statistics": {"enabled": True, "noise_multiplier": 6.0}}
-    policy = Policy(limits=Limits(min_noise=5.0))
+    policy = Policy(limits=RunLimits(min_noise=5.0))
     said = "\n".join(reasons(policy, parse(asked), SERVER))
     assert "statistics" not in said
     with_gains = {"statistics": {**asked["statistics"], "gains": True}}
@@ -570,12 +570,12 @@ def test_a_faulty_merge_is_found_by_the_law(faulty, sections, named):
 
 
 def test_lax_types_would_have_taken_a_yes_for_a_number():
-    class Lax(Limits):
+    class Lax(RunLimits):
         model_config = ConfigDict(strict=False)
 
     assert Lax.model_validate({"max_clip": True}).max_clip == 1.0
     with pytest.raises(ValueError, match="max_clip"):
-        Limits.model_validate({"max_clip": True})
+        RunLimits.model_validate({"max_clip": True})
 
 
 def test_the_places_of_noise_are_the_plans_in_the_same_order():

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.client.consent.offer_description import (
+    DeviceState,
     describe,
-    expected,
-    refuse_short,
-    shortage,
+    limiting_budget,
+    refuse_partial_run,
+    release_cost,
 )
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import (
@@ -47,8 +48,10 @@ def offered(config: Config | None = None, run_id: str = "run-1", server: str = S
     return receive(run_id, server, to_toml(config or run()), NOW)
 
 
-def said(offer: Offer, policy: Policy | None = None, **given: Any) -> dict[str, str]:
-    rows = describe(offer, policy or Policy(), **given)
+def said(
+    offer: Offer, policy: Policy | None = None, dimension: int | None = None, **device: Any
+) -> dict[str, str]:
+    rows = describe(offer, policy or Policy(), DeviceState(**device), dimension=dimension)
     found: dict[str, str] = {}
     for label, text in rows:
         found[label] = "\n".join(filter(None, [found.get(label), text]))
@@ -172,13 +175,14 @@ def test_a_runs_own_cap_is_named_as_the_runs_and_counts_this_run_alone():
     assert "the run's own cap ends it after about 3" in text
     text = said(offer, generous, spent=other * 4, in_run=[other, other])[label]
     assert "the run's own cap 9, of which about 6.58 is spent; the run's own cap ends it" in text
-    found = shortage(offer, generous, other)
+    found = limiting_budget(offer, generous, DeviceState(spent=other))
     assert found is not None
     assert (found.rounds, found.of, found.limit.of_run) == (3, 4, True)
     with pytest.raises(PrivacyError, match=r"cap privacy.budget.client = 9 allows 3 of 4 rounds"):
-        refuse_short(offer.run, found, partly=False)
-    refuse_short(offer.run, found, partly=True)
-    assert shortage(offered(client_level()), generous, other * 4) is None
+        refuse_partial_run(offer.run, found, partly=False)
+    refuse_partial_run(offer.run, found, partly=True)
+    device = DeviceState(spent=other * 4)
+    assert limiting_budget(offered(client_level()), generous, device) is None
 
 
 def test_a_refused_run_says_every_reason():
@@ -210,7 +214,7 @@ def test_a_server_cannot_draw_on_the_terminal():
     assert said(offered(config), dimension=1234)["adapter"].endswith("1,234 numbers")
 
 
-# --- the expected cost --------------------------------------------------------------------------
+# --- the expected cost ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("noise_at", ["device", "distributed", "server"])
@@ -223,17 +227,17 @@ def test_the_expected_cost_is_that_of_the_servers_own_plan(noise_at, statistics,
         statistics={"enabled": statistics},
     )
     plan = make_plan(config, "r", 1, "", np.zeros(dimension, np.float32))
-    assert expected(config, dimension) == charges(plan, dimension, config.privacy)
-    by_usual_size = expected(config)
-    for one, other in zip(by_usual_size, expected(config, dimension), strict=True):
+    assert release_cost(config, dimension) == charges(plan, dimension, config.privacy)
+    by_usual_size = release_cost(config)
+    for one, other in zip(by_usual_size, release_cost(config, dimension), strict=True):
         assert one.noise_multiplier == pytest.approx(other.noise_multiplier, rel=0.05)
 
 
 def test_a_modulus_with_room_for_a_small_adapter_only_is_reckoned_with_a_small_one():
     config = client_level(bits=14)
     with pytest.raises(PrivacyError, match="modulus of 14 bits is too small"):
-        expected(config, 4096)
-    assert expected(config) == expected(config, 512)
+        release_cost(config, 4096)
+    assert release_cost(config) == release_cost(config, 512)
 
 
 def test_a_run_that_no_server_could_plan_is_refused_in_a_sentence_and_gets_no_yes():
@@ -241,7 +245,7 @@ def test_a_run_that_no_server_could_plan_is_refused_in_a_sentence_and_gets_no_ye
     offer = offered(run(**crowd, privacy={"client": {"noise_at": "distributed", "bits": 12}}))
     assert "no round of this run can be planned" in said(offer)["refused"]
     with pytest.raises(PrivacyError, match="modulus of 12 bits is too small"):
-        shortage(offer, Policy())
+        limiting_budget(offer, Policy())
 
 
 # --- what comes in and what is stored -----------------------------------------------------------

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from privet.client.ab_outcome import ArmOutcome, answered
-from privet.client.consent.offer_description import AGAINST, UNITS, describe, expected
+from privet.client.consent.offer_description import (
+    ADVERSARY_WORDS,
+    UNIT_WORDS,
+    describe,
+    release_cost,
+)
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import Offer
 from privet.client.device import SimulatedContext, exchange_at
@@ -27,13 +32,15 @@ def shown(config: Config, dimension: int | None = None) -> dict[tuple[str, str],
     """The figures of the consent text: unit and adversary -> epsilon after one release."""
     offer = Offer("run", "fl.example.org:9092", 0.0, to_toml(config))
     found: dict[tuple[str, str], float] = {}
-    for label, text in describe(offer, Policy(), dimension=dimension, closed=True):
+    for label, text in describe(offer, Policy(), dimension=dimension):
         if label.startswith("epsilon"):
             who, figures = text.split(": about ", 1)
             of, names = who.split(", against ", 1)
-            unit = next(name for name, words in UNITS.items() if words == of)
+            unit = next(name for name, words in UNIT_WORDS.items() if words == of)
             value = float(figures.split(" after 1 release")[0])
-            against = [name for name, words in AGAINST.items() if words in names.split(" and ")]
+            against = [
+                name for name, words in ADVERSARY_WORDS.items() if words in names.split(" and ")
+            ]
             found |= {(unit, name): value for name in against}
             if "should they fail, about " in text:
                 left = text.split("should they fail, about ")[1]
@@ -64,7 +71,7 @@ def test_the_figures_of_the_consent_text_are_those_of_the_first_ledger_row_of_a_
     bench = SimulatedContext.open(tmp_path / "run")
     dimension = exchange_at(bench).released(1).dimension
     row = bench.ledger.rows(bench.ledger.clients()[0])[0]
-    assert expected(config, dimension) == row.charges
+    assert release_cost(config, dimension) == row.charges
     told, spent = shown(config, dimension), charged(row.charges, config.privacy.delta)
     assert told == {line: spent[line] for line in told}
     assert ("client", "server") in told
@@ -81,7 +88,7 @@ def test_the_figures_of_an_ab_offer_are_those_of_its_first_ledger_row(tmp_path: 
         given, source = ArmOutcome("ann", 0, 1.0), TestSource(1, "release")
         answered(config.ab_run, config, plan, given, ledger, source)
         row = ledger.rows("ann")[0]
-    assert expected(config, layout(settings).dimension) == row.charges
+    assert release_cost(config, layout(settings).dimension) == row.charges
     assert shown(config) == charged(row.charges, config.privacy.delta)
     of_all_looks = epsilon(row.charges[:1] * settings.looks, config.privacy.delta)
     assert of_all_looks == pytest.approx(0.5, rel=0.01)

@@ -601,7 +601,7 @@ def test_a_server_that_asks_for_ever_fills_no_disk(
     most = 100 + 10 * world.config.rounds.count
     assert not declined(keys(world, 0, plan_of(world.config, attempt=most)))
     assert declined(keys(world, 0, plan_of(world.config, attempt=most + 1)))
-    monkeypatch.setattr(homes, "MOST_RUNS", 3)
+    monkeypatch.setattr(homes, "MAX_RUNS", 3)
     for number in range(6):
         hello(world, 0, world.config, f"flood-{number}")
     assert len(home.vault.names("runs/")) == 3
@@ -610,7 +610,7 @@ def test_a_server_that_asks_for_ever_fills_no_disk(
 def test_a_no_outlives_a_flood_of_offers_and_leaving(
     world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(homes, "MOST_RUNS", 3)
+    monkeypatch.setattr(homes, "MAX_RUNS", 3)
     home = homes_of_four[0]
     joined, directory = home.joined, home.directory
     home.withdraw(home.run(RUN)[0])

@@ -363,6 +363,31 @@ def test_without_an_address_all_mails_are_taken_and_that_is_said(write):
         texts(path, "eve@x.org")
 
 
+@pytest.mark.parametrize(
+    "above",
+    [
+        "On Mon, 3 Jan 2022 at 10:00, Bob <b@x.org> wrote:\n> QUOTED",
+        "Am 03.01.2022 um 10:00 schrieb Bob:\n> QUOTED",
+        "Le lun. 3 janv. 2022 à 10:00, Bob <b@x.org> a écrit :\n\n> QUOTED",
+        "El lun, 3 ene 2022 a las 10:00, Bob (<b@x.org>) escribió:\n\n> QUOTED",
+        "From: Bob\nSent: Monday, January 3, 2022 10:00 AM\nTo: Ann\n\nQUOTED",
+        "Von: Bob <b@x.org>\nGesendet: Montag, 3. Januar 10:00\nAn: Ann\n\nQUOTED",
+        "De : Bob <b@x.org>\nEnvoyé : lundi 3 janvier\nÀ : Ann\n\nQUOTED",
+        "De: Bob <b@x.org>\nEnviado el: lunes, 3 de enero\nPara: Ann\n\nQUOTED",
+        "-----Original Message-----\nFrom: Bob\n\nQUOTED",
+    ],
+)
+def test_what_is_quoted_is_left_out_in_four_languages(write, above):
+    assert texts(write("a.eml", f"From: a@x.org\n\nMy words.\n\n{above}\n")) == ["My words."]
+
+
+def test_own_words_between_quotes_and_own_lists_are_kept(write):
+    body = "> Will you come?\n\nYes, at nine.\n\n> And Ann?\n\nBring:\n\n"
+    body += "wine: 2\nbread: 3\ncheese: 1\n"
+    (text,) = texts(write("a.eml", f"From: a@x.org\n\n{body}"))
+    assert "".join(text.split()) == "Yes,atnine.Bring:wine:2bread:3cheese:1"
+
+
 def test_html_mail_is_read_as_text_and_attachments_are_not(write):
     html = "<style>no</style><p>One &amp; <b>two</b></p><blockquote>no</blockquote><div>three"
     body = base64.b64encode(html.encode()).decode()

@@ -92,9 +92,8 @@ def test_weights_chosen_on_the_fitted_records_themselves_would_hurt_and_held_out
     own, later = _person(3, taste=0.0), _person(3, taste=0.0, start=100)
     assert fit_text_head(own, _output()).is_shared
 
-    def faulty_in_sample(_own, _shared, tokens, slots, log_own):  # no block is left out
-        counts = torch.bincount(slots, minlength=len(tokens)).float()
-        evidence = text_head._evidence(counts, log_own.exp().mean(0))
+    def faulty_in_sample(_own, _shared, slots, log_own):  # no block is left out
+        evidence = text_head._evidence(slots, log_own)
         return {
             (weight, None): text_head._bias_gain(log_own, weight * evidence[None], slots)
             for weight in text_head.BIAS_WEIGHTS
@@ -272,11 +271,11 @@ def test_the_closed_form_leave_one_out_equals_fitting_without_each_record(
     (features, labels), shared = _rater(1, 12, 2.0, 1.0), _shared_rating()
     errors: list[float] = []
 
-    def listening(_loss, held_out):
-        errors.append(float(held_out(1.0)))
+    def listening(_choices, held_out, _shared):
+        errors.append(held_out(1.0))
         return 1.0
 
-    monkeypatch.setattr(label_head, "_strongest", listening)
+    monkeypatch.setattr(label_head, "best_choice", listening)
     fit_label_head(features, labels, shared)
     explicit = [
         _ridge_in_the_open(features, labels, torch.arange(12) != out, shared, features[out])
@@ -308,7 +307,7 @@ def test_the_fitted_head_is_the_map_estimate_from_all_labels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (features, labels), shared = _rater(2, 12, 2.0, 1.0), _shared_rating()
-    monkeypatch.setattr(label_head, "_strongest", lambda _loss, _held_out: 1.0)
+    monkeypatch.setattr(label_head, "best_choice", lambda *_: 1.0)
     head = fit_label_head(features, labels, shared)
     at = torch.randn(WIDTH, generator=torch.Generator().manual_seed(9))
     everybody = torch.ones(12, dtype=torch.bool)
@@ -331,7 +330,7 @@ def test_leave_one_out_protects_somebody_who_rates_as_the_shared_head_says(
 
     kept = harm()
     # The faulty version: adopt the personal part whatever the held-out labels say.
-    monkeypatch.setattr(label_head, "_strongest", lambda _loss, _held_out: 1.0)
+    monkeypatch.setattr(label_head, "best_choice", lambda *_: 1.0)
     faulty = harm()
     assert sum(loss == 0 for loss in kept) >= 15
     assert sum(kept) < 0.6 * sum(faulty)

@@ -11,8 +11,8 @@ from privet.client.personal.label_head import LabelHead
 from privet.client.personal.pair_evaluator import pair_error
 from privet.client.personal.preference_head import length_bias
 from privet.client.personal.score_head import (
+    MAX_PAIRS,
     MIN_PAIRS,
-    MOST_PAIRS,
     _laplace,
     fit_score_head,
     widened,
@@ -226,10 +226,10 @@ def test_views_that_do_not_fill_the_columns_are_refused():
 
 
 def test_of_many_pairs_the_latest_are_read():
-    own, longer, _ = people_who_like(MOST_PAIRS + 40)
+    own, longer, _ = people_who_like(MAX_PAIRS + 40)
     own[:40] = -own[:40]
     head = fit_score_head(own, longer, each(len(own)), no_head(), HEAD)
-    latest = fit_score_head(own[40:], longer[40:], each(MOST_PAIRS), no_head(), HEAD)
+    latest = fit_score_head(own[40:], longer[40:], each(MAX_PAIRS), no_head(), HEAD)
     assert torch.equal(head.weight, latest.weight)
 
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from privet.client.commands import device_status, printing
-from privet.client.consent.offer_description import describe
+from privet.client.commands import printing
+from privet.client.consent.offer_description import DeviceState, describe
 from privet.client.consent.policy import own_config
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import receive
-from privet.client.privacy.collusion import Release, completed, points, reckoned, table
+from privet.client.privacy.collusion import Release, completed, epsilon_or_estimate, points, table
 from privet.client.privacy.gate import budgets, charges, colluding, release
 from privet.client.privacy.ledger import Ledger
+from privet.client.privacy.spending import Spending, spending
 from privet.client.store import key_file as unlock_module
 from privet.client.store.device_store import ME, DeviceStore, Joined
 from privet.client.store.key_file import Passphrase
@@ -71,7 +72,7 @@ def planned(config: Config, number: int = 1) -> Plan:
 
 def figure(*cost: Charge) -> float:
     """As it is shown: also where it is no bound."""
-    found, _ = reckoned(cost, DELTA)
+    found, _ = epsilon_or_estimate(cost, DELTA)
     assert found is not None
     return found
 
@@ -111,7 +112,8 @@ def test_both_ends_and_the_agreed_row_of_the_table_are_exact_and_it_only_grows(b
     assert by_devices[0] == epsilon([everybody], DELTA)
     one = person(cost, "unmasked server").noise_multiplier
     assert everybody.noise_multiplier == pytest.approx(one * SURVIVORS**0.5, rel=1e-9)
-    assert list(by_devices.values()) == sorted(set(by_devices.values()))
+    values = [value for value in by_devices.values() if value is not None]
+    assert list(by_devices.values()) == sorted(set(values))
     # more colluders than a sum has vectors: nobody knows the own share
     assert colluding(plan, SIZE, "add_remove", 10**6) == colluding(
         plan, SIZE, "add_remove", SURVIVORS - 1
@@ -256,13 +258,13 @@ def small() -> Config:
     )
 
 
-def shown(facts: dict[str, Any]) -> str:
+def shown(facts: Any) -> str:
     printed = io.StringIO()
     terminal.show(facts, Console(file=printed, width=400, color_system=None))
     return printed.getvalue()
 
 
-def reported(config: Config, history: History) -> dict[str, Any]:
+def reported(config: Config, history: History) -> Any:
     facts = facts_of(config, [history])
     return {
         "summary": report.build_summary(config, facts, {}, MEASURED),
@@ -320,7 +322,7 @@ def test_the_line_if_masking_is_broken_is_in_all_three_and_has_no_budget():
     assert {row["colluding"]: row["epsilon"] for row in found["rows"]}[COLLUDERS] == (
         against["epsilon"]
     )
-    for devices, value, _ in figures.colluding_rows(found):
+    for devices, value, _ in figures.colluding(against).rows:
         assert re.search(rf"\n *{devices} +{re.escape(value)}", printed)
     assert "colluding-" in page  # the picture
     json.dumps(facts, allow_nan=False)
@@ -375,13 +377,13 @@ def homes(tmp_path: Path) -> Iterator[Any]:
         home.close()
 
 
-def page(facts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+def page(facts: Spending, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     printing.budget(facts, False)
     return capsys.readouterr().out
 
 
-def lines(facts: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+def lines(facts: Spending) -> dict[tuple[str, str], Any]:
     json.dumps(facts, allow_nan=False)
     return {(line["unit"], line["against"]): line for line in facts["lines"]}
 
@@ -391,7 +393,7 @@ def test_with_a_closed_directory_the_page_has_both_figures_conditions_and_the_ta
 ):
     monkeypatch.setenv("COLUMNS", "400")
     home = homes(True)
-    facts = device_status.budget(home)
+    facts = spending(home)
     found = lines(facts)
     cost = [charges(planned(full(), n), SIZE, full().privacy) for n in (1, 2)]
     for against in ("analyst", "server", "unmasked server"):
@@ -419,7 +421,7 @@ def test_the_page_of_a_device_without_a_closed_directory_never_claims_the_masked
 ):
     monkeypatch.setenv("COLUMNS", "400")
     home = homes(False, budget={"open_directory": 200.0})
-    facts = device_status.budget(home)
+    facts = spending(home)
     found = lines(facts)
     server = found["client", "server"]
     masked = epsilon(
@@ -452,7 +454,7 @@ def test_a_device_that_joins_with_a_directory_later_keeps_what_it_released_witho
     own = own_config(Policy.model_validate({"budget": {"open_directory": 200.0}}), small())
     release(np.zeros(SIZE, np.float32), LAYOUT, planned(small(), 3), ME, home.ledger, own.privacy,
             TestSource(3, "release"))  # fmt: skip
-    server = lines(device_status.budget(home))["client", "server"]
+    server = lines(spending(home))["client", "server"]
     assert (server["alone"], server["releases"]) == (2, 3)
     assert len(server["conditions"]) == 2
     assert server["epsilon"] > server["with_masks"]["epsilon"]
@@ -478,7 +480,7 @@ def test_an_old_ledger_opens_and_what_it_lacks_is_said(homes, capsys):
     home.ledger.check(ME, old, budgets(generous), DELTA)
     home.ledger.commit(ME, "run-1", 9, "ab" * 32, old, b"x")
     assert home.ledger.plans() == {}
-    facts = device_status.budget(home)
+    facts = spending(home)
     assert facts["older"] == 1
     assert lines(facts)["client", "server"]["colluding"] is None
     assert len(lines(facts)["client", "server"]["conditions"]) == 2
@@ -492,8 +494,8 @@ def test_an_old_ledger_opens_and_what_it_lacks_is_said(homes, capsys):
 def test_the_consent_text_has_both_figures_in_one_sentence(closed):
     config = full() if closed else small()
     offer = receive("run-1", SERVER, to_toml(config), 1.7e9)
-    enrolled = ENROLLED if closed else None
-    rows = describe(offer, Policy(), dimension=SIZE, closed=closed, enrolled=enrolled)
+    device = DeviceState(closed=closed, enrolled=ENROLLED if closed else None)
+    rows = describe(offer, Policy(), device, dimension=SIZE)
     (said,) = (t for _, t in rows if t.startswith("all your records together, against the server"))
     cost = charges(planned(config), SIZE, config.privacy)
     masked, alone = (figure(person(cost, x)) for x in ("server", "unmasked server"))

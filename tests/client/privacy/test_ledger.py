@@ -30,7 +30,7 @@ CHILD = """
 import os, signal, sys, types
 
 class Charge:
-    unit, against, adjacency = "client", "server", "add_remove"
+    unit, against, adjacency = line = ("client", "server", "add_remove")
     to_json = lambda self: "{}"
     from_json = staticmethod(lambda text: CHARGE)
 

@@ -372,7 +372,7 @@ def test_less_noise_on_a_block_is_refused_by_its_name(name, noise_at):
         ({"gains_variance": math.nan}, "gains_variance"),
         ({"arms_variance": 1e300}, r"arms_variance = 1e\+300: expected 0\.0"),
         ({"arms_bound": 0}, "arms_bound = 0: expected 0.0"),
-        ({"arms": "shared,personal"}, r"by an A/B run of its own \(\[ab\]\)"),
+        ({"arms": "shared,personal"}, r"by an A/B run of its own \(\[ab_test\]\)"),
     ],
 )
 def test_a_plan_that_no_honest_server_sends_is_refused_by_name(changes, named):
@@ -391,7 +391,10 @@ def test_a_plan_is_the_same_after_the_wire_and_counts_its_blocks():
     ("changes", "said"),
     [
         ({"enabled": False}, "needs statistics.enabled = true"),
-        ({"arms": ["shared", "personal"]}, r"use an A/B run of its own \(\[ab\] in its settings"),
+        (
+            {"arms": ["shared", "personal"]},
+            r"models are compared by an A/B test of their own \(`privet ab`\)",
+        ),
         ({"gain_bound": 0}, "gain_bound"),
     ],
 )
@@ -534,7 +537,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
     """The same comparison with the fault: training starts where a head's loss says."""
     right = train
 
-    def faulty(trainer: Any, start: Any, records: Any, plan: Plan, **named: Any) -> Any:
+    def faulty(trainer: Any, start: Any, records: Any, plan: Plan, *more: Any, **named: Any) -> Any:
         if plan.gains_bound:
             bench = SimulatedContext.open(tmp_path / "on")
             mine, held_out = bench.device(0).measured_on()
@@ -542,7 +545,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
             said = evaluate_person(evaluator, mine, held_out, True)
             assert said is not None
             start = start + np.float32(said.personal)
-        return right(trainer, start, records, plan, **named)
+        return right(trainer, start, records, plan, *more, **named)
 
     monkeypatch.setattr("privet.client.device.train", faulty)
     seen = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from privet.client.runtime.processes import free_port
 from privet.client.runtime.supervisor import (
     as_file_descriptor,
     descriptor_path,
@@ -17,7 +18,7 @@ from privet.client.runtime.supervisor import (
     unit_text,
 )
 from privet.common.errors import ConfigError, StateError
-from privet.experiments.benchmarks.worker_start import free_port, listening, wait_for
+from privet.experiments.benchmarks.harness import listening, wait_for
 
 from ...supervised import pids, python, supervised
 

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from privet.client.commands import printing
 from privet.client.runtime import worker
+from privet.client.runtime.processes import free_port
 from privet.client.runtime.worker import FAILED, pause_s, refuse_other_flower, work
 from privet.common import child_processes
 from privet.common.errors import ConfigError
+from privet.experiments.benchmarks import harness
 from privet.experiments.benchmarks import worker_start as loopback
 
 PRIVATE = "dear diary"
@@ -71,7 +73,7 @@ class Node:
         run.fab_hash = self.state.store_fab(Fab("", b"never a bundle", {}))
         self.state.store_run(run)
         self.state.set_run_series_context(0, Context(1, 7, {}, RecordDict(), {}))
-        self.fab, self.secret, self.port = run.fab_hash, secret, loopback.free_port()
+        self.fab, self.secret, self.port = run.fab_hash, secret, free_port()
         self.address = f"127.0.0.1:{self.port}"
 
     @contextmanager
@@ -86,7 +88,7 @@ class Node:
         )
         thread = threading.Thread(target=server.run)
         thread.start()
-        loopback.wait_for(lambda: server.started, 300, "the runtime API")
+        harness.wait_for(lambda: server.started, 300, "the runtime API")
         try:
             yield
         finally:
@@ -121,7 +123,7 @@ class Node:
             found.extend(self.replies())
             return bool(found)
 
-        loopback.wait_for(come, timeout_s, "a reply")
+        harness.wait_for(come, timeout_s, "a reply")
         return found[0]
 
     def contains(self, reply: Any) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Node:
 
         store, name = self.state.object_store, reply.metadata.message_id
         ids = [one.object_id for one in iterate_object_tree(store.get_object_tree(name))]
-        loopback.wait_for(lambda: all(store.get(one) for one in ids), 300, "the reply's content")
+        harness.wait_for(lambda: all(store.get(one) for one in ids), 300, "the reply's content")
         whole = inflate_object_from_contents(name, {one: store.get(one) for one in ids})
         return dict(whole.content["reply"])
 
@@ -139,7 +141,7 @@ class Node:
         return self.state.get_tasks(task_ids=[task])[0].status
 
     def ended(self, task: int) -> None:
-        loopback.wait_for(lambda: self.status(task).sub_status, 300, "the task's end")
+        harness.wait_for(lambda: self.status(task).sub_status, 300, "the task's end")
 
     def expire(self) -> None:
         """A minute without a sign of life from whoever holds a task."""
@@ -266,7 +268,7 @@ def test_a_worker_killed_while_it_takes_a_task_does_not_silence_the_node(order, 
         with working(node, answer) as lines:
             node.replies()  # the SuperNode looks for replies, and clears up while it does
             if order == "ours":
-                loopback.wait_for(lambda: lines, 300, "the next worker to give the task up")
+                harness.wait_for(lambda: lines, 300, "the next worker to give the task up")
             node.expire()
             if order == "ours":
                 found = [node.reply()]
@@ -304,7 +306,7 @@ def test_a_task_in_hand_is_kept_alive(monkeypatch):
     def slow(message: Any, context: Any) -> Any:
         (record,) = node.state.task_token_store.values()
         before = record.active_until
-        loopback.wait_for(lambda: record.active_until > before, 300, "a heartbeat")
+        harness.wait_for(lambda: record.active_until > before, 300, "a heartbeat")
         seen.append(True)
         return answer(message, context)
 
@@ -319,7 +321,7 @@ def test_without_the_secret_no_task_is_handed_out():
     node = Node(secret=b"s" * 32)
     with node.up(), working(node, answer, secret=b"t" * 32) as lines:
         task = node.give()
-        loopback.wait_for(lambda: lines, 300, "the refusal")
+        harness.wait_for(lambda: lines, 300, "the refusal")
         assert "status 401: the worker's secret is not the SuperNode's" in lines[0]
         assert node.status(task).status == "pending"
 
@@ -334,7 +336,7 @@ def test_a_proxy_in_the_environment_is_not_asked(monkeypatch):
 
 
 def told(lines: list[str], number: int) -> None:
-    loopback.wait_for(lambda: len(lines) >= number, 300, f"line {number}")
+    harness.wait_for(lambda: len(lines) >= number, 300, f"line {number}")
 
 
 def test_a_node_that_goes_away_is_waited_for():
@@ -355,12 +357,12 @@ def test_the_caller_is_told_once_when_it_is_quiet_for_long():
     rests: list[float] = []
     node = Node()
     with node.up(), working(node, answer, idle_s=0.2, on_idle=lambda: rests.append(1)):
-        loopback.wait_for(lambda: rests, 300, "the first quiet time")
+        harness.wait_for(lambda: rests, 300, "the first quiet time")
         time.sleep(0.5)
         assert len(rests) == 1
         node.give()
         node.reply()
-        loopback.wait_for(lambda: len(rests) == 2, 300, "the second quiet time")
+        harness.wait_for(lambda: len(rests) == 2, 300, "the second quiet time")
 
 
 def test_stop_lets_the_message_in_hand_be_answered():
@@ -421,25 +423,25 @@ MESSAGES = 4
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run over two real SuperNodes, a stock one and one with privet's worker."""
     folder = tmp_path_factory.mktemp("deployment")
-    ports = {"subprocess": loopback.free_port(), "process": loopback.free_port()}
+    ports = {"subprocess": free_port(), "process": free_port()}
     with ExitStack() as stack:
         address, env = stack.enter_context(loopback.superlink(folder, 2, MESSAGES))
         nodes = {
             name: stack.enter_context(
-                loopback.program(loopback.stock_node(address, port, name), env)
+                harness.program(loopback.stock_node(address, port, name), env)
             )
             for name, port in ports.items()
         }
         command = [sys.executable, "-c", WORKER, f"127.0.0.1:{ports['process']}"]
-        process = stack.enter_context(loopback.program(command, env))
+        process = stack.enter_context(harness.program(command, env))
         for node in nodes.values():
             node.wait_for("SuperNode ID", 300)
         time.sleep(0.5)
         pids = (nodes["process"].process.pid, process.process.pid)
-        memory = [loopback.memory_mb(pid) for pid in pids]
+        memory = [harness.process_memory_mb(pid) for pid in pids]
         loopback.start_run(loopback.flower_project(folder / "project", client=SENT), env)
         replies = folder / "replies"
-        loopback.wait_for(
+        harness.wait_for(
             lambda: replies.exists() and len(replies.read_text().splitlines()) == 2 * MESSAGES,
             600,
             "the replies",

@@ -144,7 +144,7 @@ def test_a_changed_run_whose_masks_promise_less_waits_for_the_owner_where_the_po
 def test_no_flood_of_offers_makes_a_changed_run_a_first_one(
     home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(homes, "MOST_RUNS", 3)
+    monkeypatch.setattr(homes, "MAX_RUNS", 3)
     weaker = text(secure_aggregation={"colluding": 2})
     ask_nobody(home)
     assert home.receive("run-1", text(secure_aggregation={"colluding": 3}))
@@ -196,7 +196,7 @@ def test_a_run_that_was_agreed_to_is_not_said_to_wait_any_more(home: DeviceStore
 def test_a_server_that_floods_a_device_with_offers_fills_no_disk(
     home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(homes, "MOST_RUNS", 3)
+    monkeypatch.setattr(homes, "MAX_RUNS", 3)
     home.receive("agreed", text())
     home.agree(home.run("agreed")[0], "owner")
     for number in range(6):

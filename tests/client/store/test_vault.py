@@ -140,7 +140,7 @@ def test_names_that_cannot_be_names_are_refused(vault: Vault, name: str) -> None
 def test_an_entry_that_is_too_large_is_refused(
     vault: Vault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vault_module, "LARGEST", 10)
+    monkeypatch.setattr(vault_module, "MAX_ENTRY_BYTES", 10)
     with pytest.raises(StateError, match="11 bytes; the vault keeps at most 10"):
         vault.put_all({"a": b"1", "b": bytes(11)})
     assert vault.names() == []

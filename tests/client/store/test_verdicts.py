@@ -13,7 +13,7 @@ from privet.client.store.device_store import DeviceStore
 from privet.client.store.erase import destroy
 from privet.client.store.key_file import Passphrase
 from privet.client.store.vault import FILE
-from privet.client.store.verdicts import LONGEST, SIDE_BY_SIDE, Pair, Verdict, check, pairs
+from privet.client.store.verdicts import MAX_TEXT, SIDE_BY_SIDE, Pair, Verdict, check, pairs
 from privet.common.errors import DataError, StateError
 
 NOW = 1_800_000_000.0
@@ -60,7 +60,7 @@ def test_a_verdict_is_what_was_given_with_a_time():
         ({"kind": "reject"}, '"answer" must be a text'),
         ({"kind": "reject", "answer": "  "}, '"answer" must be a text'),
         ({"kind": "reject", "answer": 3}, "found int"),
-        ({"kind": "reject", "answer": "a" * (LONGEST + 1)}, "20,001 characters"),
+        ({"kind": "reject", "answer": "a" * (MAX_TEXT + 1)}, "20,001 characters"),
         ({"kind": "reject", "answer": "\ud800"}, "surrogate"),
         ({"kind": "reject", "answer": "a", "over": "b"}, "'over' does not belong to reject"),
         ({"kind": "edit", "answer": "a"}, "what the answer became"),
@@ -169,7 +169,7 @@ def test_some_or_all_verdicts_are_forgotten_and_numbers_are_not_mixed_up(home: D
 def test_more_verdicts_than_are_kept_are_refused_as_a_whole(
     home: DeviceStore, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(feedback, "MOST", 2)
+    monkeypatch.setattr(feedback, "MAX_VERDICTS", 2)
     feedback.add(home, [reject("a", 1)])
     with pytest.raises(StateError, match="at most 2"):
         feedback.add(home, [reject("b", 2), reject("c", 3)])

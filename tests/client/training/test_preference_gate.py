@@ -136,8 +136,8 @@ def test_at_the_end_of_a_run_the_personal_part_of_the_verdicts_is_kept_in_the_va
 
 def test_the_owner_is_told_that_a_run_learns_from_verdicts(home: DeviceStore, llama_folder: Path):
     offer = receive("run", "server:1", to_toml(settings(llama_folder)), 1.0)
-    said = " ".join(text for _, text in describe(offer, home.policy, spent=[]))
+    said = " ".join(text for _, text in describe(offer, home.policy))
     assert "from your verdicts (privet client feedback)" in said
     plain = tiny_config(llama_folder, data={"source": "devices", "task": "generation"})
     offer = receive("run", "server:1", to_toml(plain), 1.0)
-    assert "verdicts" not in " ".join(t for _, t in describe(offer, home.policy, spent=[]))
+    assert "verdicts" not in " ".join(t for _, t in describe(offer, home.policy))

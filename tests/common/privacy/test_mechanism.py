@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from privet.client.consent.offer_description import expected
+from privet.client.consent.offer_description import release_cost
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
 from privet.common.privacy import plan_maker
@@ -137,7 +137,7 @@ def test_a_second_mechanism_draws_the_gates_noise_and_the_ledger_has_its_charges
     assert unwrap(unpack(sent, DIMENSION, plan.bits), plan.bits).tolist() == noise.tolist()
     assert {(charge.ratio, charge.distance) for charge in row.charges} == {(0.01, 1e-9)}
     assert row.charges == charges(plan, DIMENSION, config.privacy)
-    assert row.charges == expected(config, DIMENSION)  # what the owner was shown
+    assert row.charges == release_cost(config, DIMENSION)  # what the owner was shown
 
 
 @pytest.mark.usefixtures("toy")
@@ -162,7 +162,7 @@ def test_a_second_mechanism_draws_the_noise_of_the_ab_tests_own_check():
 def test_a_second_mechanism_is_named_in_what_is_promised_and_counted():
     config = settings("device", enabled=False)
     promised = " ".join(claims.promised(config)["sentences"])
-    counted = claims.noise_counted(config, "device", expected(config, DIMENSION)[:1])
+    counted = claims.noise_counted(config, "device", release_cost(config, DIMENSION)[:1])
     for said in (promised, counted):
         assert "toy noise" in said
         assert "Skellam" not in said

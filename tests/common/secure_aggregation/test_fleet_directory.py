@@ -240,6 +240,7 @@ def test_a_device_fetches_what_it_lacks_shows_it_and_keeps_a_record(
     found = fleet.facts(home)
     assert found is not None
     assert (found["version"], found["head"], found["listed"]) == (5, newer.hash.hex(), True)
+    assert found["last"] is not None
     assert found["last"][3] == "client 3 added, client 0 removed; 3 devices are enrolled"
     before = {name: home.vault.version(name) for name in home.vault.names()}
     assert fleet.heard(home, offer(newer, 5)) == -1  # said again, it writes nothing

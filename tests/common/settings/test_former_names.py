@@ -79,7 +79,7 @@ def test_a_key_that_is_no_more_is_dropped_where_it_said_nothing_and_refused_othe
     assert parse({"head": {"in_the_loop": False}, "statistics": nothing}) == Config()
     with pytest.raises(ConfigError, match=r"head\.in_the_loop is no more: no part of privet"):
         parse({"head": {"in_the_loop": True}})
-    with pytest.raises(ConfigError, match=r"statistics\.arms is no more: .* `privet ab`"):
+    with pytest.raises(ConfigError, match=r"statistics\.arms is no more: .*`privet ab`"):
         parse({"statistics": {"enabled": True, "arms": ["base", "shared"]}})
 
 

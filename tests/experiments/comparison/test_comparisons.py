@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.assistant.retrieval import Index
+from privet.client.assistant.retrieval import TextIndex
 from privet.client.personal.scored_text import Row, asked, scored_texts
 from privet.client.personal.text_evaluator import TextEvaluator, alone
 from privet.client.training.records import Tokenised
@@ -139,13 +139,13 @@ def test_measure_text_searches_with_openings_and_never_finds_held_out_texts(
     adapter, evaluator, monkeypatch
 ):
     own, other, later = (records(adapter, seed, 8) for seed in (6, 7, 8))
-    asked_for, right = [], Index.search
+    asked_for, right = [], TextIndex.search
 
     def search(self, query, *rest):
         asked_for.append(query)
         return right(self, query, *rest)
 
-    monkeypatch.setattr(Index, "search", search)
+    monkeypatch.setattr(TextIndex, "search", search)
     sides = OwnSide.of(evaluator, own), OwnSide.of(evaluator, other)
     asked_for.clear()
     evaluated(evaluator, *sides, later)

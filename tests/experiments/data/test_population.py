@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from privet.client.training.records import INDEX_FILE, RECORDS_FILE, Record, read_index, read_user
 from privet.common.errors import ConfigError, DataError, StateError
-from privet.experiments.data.population import choose, from_dataset, load, open_source, write
+from privet.experiments.data.population import choose, load, open_source, write
 from privet.experiments.data.ratings import read_batches
-from privet.experiments.data.record_sources import Person, Source
+from privet.experiments.data.record_sources import DataSource, SourceUser
 from privet.experiments.data.shakespeare import read_plays, speeches
 
 ALL: dict[str, Any] = {"clients": None, "test_clients": 0, "min_records": 1, "seed": 0}
@@ -34,13 +34,13 @@ def line(user: object = "ann", text: object = "hello", **more: object) -> Fields
     return {"user": user, "text": text, **more}
 
 
-def crowd(count: int, width: int = 0, rising: bool = False) -> Source:
+def crowd(count: int, width: int = 0, rising: bool = False) -> DataSource:
     """`count` people in groups of `width`; 9 records each, or as many as their number."""
     people = tuple(
-        Person(f"u{n:04d}", f"g{n // width}" if width else None, n if rising else 9)
+        SourceUser(f"u{n:04d}", f"g{n // width}" if width else None, n if rising else 9)
         for n in range(count)
     )
-    return Source("crowd", people, "generation", None, lambda user: (Record(user),))
+    return DataSource("crowd", people, "generation", None, lambda user: (Record(user),))
 
 
 # --- drawing ------------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def test_the_seed_decides_who_takes_part():
 
 
 def test_a_group_named_like_a_user_is_not_that_user():
-    people = (Person("x", None, 5), Person("y", "x", 5), Person("z", None, 5))
-    source = Source("s", people, "generation", None, crowd(1).read)
+    people = (SourceUser("x", None, 5), SourceUser("y", "x", 5), SourceUser("z", None, 5))
+    source = DataSource("s", people, "generation", None, crowd(1).read)
     for seed in range(20):
         drawn = choose(source, clients=2, test_clients=1, min_records=1, seed=seed)
         assert len(drawn.users) == 3
@@ -250,19 +250,6 @@ def test_invalid_utf8_in_a_text_file_names_the_line_and_the_byte(tmp_path):
         load(tmp_path, **ALL)
 
 
-def test_a_dataset_object_gives_the_same_people_as_its_file(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    rows = [line(text=str(n), label=n / 2, time=9 - n) for n in range(3)] + [line("bob", label=1.0)]
-    rows = [{"time": 0, **row} for row in rows]
-    drawn = from_dataset(datasets.Dataset.from_list(rows), name="d", **ALL)
-    same = load(jsonl(tmp_path / "d.jsonl", *rows), **ALL)
-    assert drawn.users == same.users
-    assert drawn.task == same.task == "regression"
-    assert [drawn.read(user) for user in drawn.users] == [same.read(user) for user in same.users]
-    with pytest.raises(DataError, match='d, row 1: expected "text"'):
-        from_dataset([line(), {"user": "x"}], name="d", **ALL)
-
-
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -299,7 +286,7 @@ def test_a_write_that_fails_leaves_no_index_and_no_temporary_file(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     drawn = load(jsonl(tmp_path / "f.jsonl", line()), **ALL)
-    with pytest.raises(StateError, match="cannot be written"):
+    with pytest.raises(StateError, match="Cannot write"):
         write(drawn, tmp_path / "f.jsonl" / "out")
 
 

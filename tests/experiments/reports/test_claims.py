@@ -11,7 +11,7 @@ from privet.common.settings.config import Config, parse, read, to_toml
 from privet.experiments.reports import claims
 
 CONFIGS = sorted((Path(claims.__file__).parents[1] / "configs").glob("*.toml"))
-COST = offer_description.expected(Config())
+COST = offer_description.release_cost(Config())
 
 
 def looked(**privacy: object) -> Config:

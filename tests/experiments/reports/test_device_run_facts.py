@@ -104,7 +104,7 @@ def changed(folder: Path, tmp_path: Path, **files: bytes | None) -> Path:
     return tmp_path
 
 
-def shown(facts: dict[str, Any]) -> str:
+def shown(facts: Any) -> str:
     printed = io.StringIO()
     terminal.show(facts, Console(file=printed, width=120, color_system=None))
     return printed.getvalue()

@@ -16,6 +16,7 @@ from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.plan_maker import make_plan
 from privet.experiments.reports import privacy_facts as privacy
 from privet.experiments.reports.claims import headline, main_line
+from privet.experiments.reports.facts import PrivacyFacts
 from privet.experiments.reports.privacy_facts import History, facts_of, privacy_facts
 
 from ...fake_run import DISTANCE, fake_charges, fake_config, fake_run
@@ -33,7 +34,7 @@ def history(client: str, rounds: Iterable[int], cost: Sequence[Charge]) -> Histo
     return History(client, tuple((number, tuple(cost)) for number in rounds))
 
 
-def line(facts: dict[str, Any], key: str) -> Any:
+def line(facts: PrivacyFacts, key: str) -> Any:
     (found,) = (found for found in facts["lines"] if found["key"] == key)
     return found
 
@@ -213,7 +214,7 @@ def test_a_client_that_only_declined_is_listed_with_nothing_spent():
 
 def test_a_run_that_released_nothing_yet_spent_nothing(tmp_path):
     facts = privacy_facts(fake_run(tmp_path / "run", rounds=0))
-    assert facts["lines"] == facts["rounds"] == facts["clients"] == []
+    assert not any((facts["lines"], facts["rounds"], facts["clients"]))
     assert facts["no_claim"] == ["Nothing has been released yet, so nothing has been spent."]
 
 

@@ -13,12 +13,13 @@ from privet.common.errors import LedgerCorrupt, StateError
 from privet.common.privacy.accounting import epsilon
 from privet.common.settings.config import Config, parse
 from privet.experiments.reports import pictures, privacy_facts, report, terminal
+from privet.experiments.reports.facts import Facts, Measured
 from privet.experiments.reports.html_page import page
 from privet.experiments.reports.summary import build_summary
 
 from ...fake_run import fake_config, fake_evaluation, fake_run
 
-MEASURED = {
+MEASURED: Measured = {
     "seconds": {"total": 431.0, "training": 402.0, "overhead": 6.0},
     "peak_rss_bytes": 2_100_000_000,
     "upload_bytes_per_client_round": 3072,
@@ -85,7 +86,7 @@ def client_only(**changes: Any) -> Config:
     return fake_config(privacy=off, **changes)
 
 
-def shown(facts: dict[str, Any], width: int = 100) -> str:
+def shown(facts: Facts, width: int = 100) -> str:
     printed = io.StringIO()
     terminal.show(facts, Console(file=printed, width=width, color_system=None))
     return printed.getvalue()
@@ -131,8 +132,8 @@ def test_the_three_differences_have_means_of_paired_users(facts):
 def test_a_control_that_only_some_data_sets_have_is_compared_too():
     evaluation = fake_evaluation(fake_config())
     evaluation["seen"]["same_batch_rater"] = [x + 0.01 for x in evaluation["seen"]["personal"]]
-    bare = {"private": True, "rounds": [], "lines": []}
-    found = build_summary(fake_config(), bare, evaluation, {})
+    bare: Any = {"private": True, "rounds": [], "lines": []}
+    found: Any = build_summary(fake_config(), bare, evaluation, {})
     assert found["differences"]["same_batch_rater_minus_personal_seen"]["mean"] == pytest.approx(
         0.01
     )
@@ -142,8 +143,8 @@ def test_a_control_that_only_some_data_sets_have_is_compared_too():
 def test_hurt_people_are_counted_as_hurt_and_ties_are_not():
     losses = {"users": list("abcd"), "global": [1.0] * 4, "personal": [0.5, 1.0, 1.5, 0.9]}
     evaluation = {"name": "nats per token", "seen": losses}
-    bare = {"private": True, "rounds": [], "lines": []}
-    metrics = build_summary(fake_config(), bare, evaluation, {})["metrics"]
+    bare: Any = {"private": True, "rounds": [], "lines": []}
+    metrics: Any = build_summary(fake_config(), bare, evaluation, {})["metrics"]
     assert metrics["fraction_hurt"] == 0.25
     assert metrics["ties"] == 0.25
 
@@ -151,21 +152,21 @@ def test_hurt_people_are_counted_as_hurt_and_ties_are_not():
 @pytest.mark.parametrize("value", [float("nan"), None, "x"])
 def test_a_loss_that_is_no_number_is_refused_with_the_user(value):
     losses = {"users": ["a", "b"], "global": [1.0, value]}
-    bare = {"private": True, "rounds": [], "lines": []}
+    bare: Any = {"private": True, "rounds": [], "lines": []}
     with pytest.raises(StateError, match=r"seen\.global of user 'b'"):
         build_summary(fake_config(), bare, {"name": "n", "seen": losses}, {})
 
 
 def test_lists_that_do_not_fit_the_users_are_refused():
     losses = {"users": ["a", "b"], "global": [1.0]}
-    bare = {"private": True, "rounds": [], "lines": []}
+    bare: Any = {"private": True, "rounds": [], "lines": []}
     with pytest.raises(StateError, match="1 values for 2 users"):
         build_summary(fake_config(), bare, {"name": "n", "seen": losses}, {})
 
 
 def test_one_evaluated_person_gives_no_interval_and_still_a_page(tmp_path):
     folder = fake_run(tmp_path / "run", client_only(evaluation={"users": 1}), rounds=1)
-    found = report.write(folder, MEASURED)
+    found: Any = report.write(folder, MEASURED)
     assert found["summary"]["differences"]["global_minus_personal_seen"]["ci95"] is None
     shown(found)
 
@@ -228,7 +229,7 @@ def test_names_from_data_cannot_break_out_of_the_page(tmp_path):
         {**client_only().model_dump(exclude_none=True), "data": {"clients": 60, "source": bad}}
     )
     folder = fake_run(tmp_path / "run", config, rounds=1)
-    found = report.report_facts(folder, MEASURED)
+    found: Any = report.report_facts(folder, MEASURED)
     found["privacy"]["lines"][0]["client"] = bad
     found["privacy"]["declined"] = {bad: 1}
     found["summary"]["metrics"]["unit"] = bad

@@ -45,7 +45,7 @@ def with_statistics(folder: Path, noisy: tuple[int, ...] = ()) -> Path:
     return run
 
 
-def shown(facts: dict[str, Any]) -> str:
+def shown(facts: Any) -> str:
     printed = io.StringIO()
     terminal.show(facts, Console(file=printed, width=110, color_system=None))
     return printed.getvalue()
