@@ -476,7 +476,7 @@ def test_a_run_that_is_lost_again_and_again_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = made(tmp_path)
-    monkeypatch.setattr(device_runs, "read_lines", lambda _: [])
+    monkeypatch.setattr(device_runs, "read_records", lambda _: [])
     with pytest.raises(StateError, match="failed: a reason"):
         following(monkeypatch, server.folder / "runs" / "a", server, ["failed"] * 6)
 
