@@ -24,10 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ConfigError
+from ...common.errors import FAILED, ConfigError
 
 __all__ = [
-    "FAILED",
     "FLOWER",
     "pause_s",
     "refuse_other_flower",
@@ -37,7 +36,6 @@ __all__ = [
 ]
 
 FLOWER = "1.41"
-FAILED = "this device could not take part; the reason is in its own log"
 
 Handle = Callable[[Any, Any], Any]
 Say = Callable[[str], None]
