@@ -98,7 +98,11 @@ def enrolled_in(server: Server, name: str, resume: bool) -> int:
     A run that goes on has as many as when it was begun.
     """
     begun = server.folder / "runs" / name
-    return of_run(begun).data.clients if resume and begun.is_file() else enrolment.count(server)
+    return (
+        of_run(begun).data.clients
+        if resume and (begun / "config.toml").is_file()
+        else enrolment.count(server)
+    )
 
 
 def _resolved(server: Server, config: Config, enrolled: int) -> Config:

@@ -90,7 +90,7 @@ def trainer(request: pytest.FixtureRequest) -> Trainer:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The shapes of everything that passes a model, and of what meets its vocabulary."""
-    from privet.client.personal import label_evaluator, pair_evaluator, text_evaluator
+    from privet.client.personal import label_evaluator, pair_evaluator, scored_text
     from privet.common.model import dpo
 
     found: list[tuple[Any, ...]] = []
@@ -107,7 +107,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         monkeypatch.setattr(module, name, wrapped)
 
     for module in (
-        objective, dpo, base_model, label_evaluator, pair_evaluator, text_evaluator
+        objective, dpo, base_model, label_evaluator, pair_evaluator, scored_text
     ):  # fmt: skip
         watched(module, "final_states")
     watched(objective, "token_losses")
