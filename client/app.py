@@ -19,11 +19,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from ..common.errors import PrivacyError, ProtocolError, StateError
+from ..common.errors import FAILED, PrivacyError, ProtocolError, StateError
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.keys import Identity, greeting
 from .privacy import upload_state
-from .runtime.worker import FAILED
 
 if TYPE_CHECKING:
     from .device import Device

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...common.errors import ConfigError
+from ...common.errors import FAILED, ConfigError
 
 if TYPE_CHECKING:
     import httpx
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from flwr.supercore.runtime import RuntimeHttpClient
 
 __all__ = [
-    "FAILED",
     "FLOWER",
     "pause_s",
     "refuse_other_flower",
@@ -44,7 +43,6 @@ __all__ = [
 ]
 
 FLOWER = "1.41"
-FAILED = "this device could not take part; the reason is in its own log"
 
 Handle = Callable[["Message", "Context"], "Message"]
 Say = Callable[[str], None]

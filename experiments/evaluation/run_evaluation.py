@@ -25,7 +25,6 @@ from typing import Any
 
 from ...client.device import Device, SimulatedContext
 from ...client.personal.evaluator import EvaluatedPerson, Evaluator
-from ...client.personal.pair_evaluator import PairPerson
 from ...client.personal.person_losses import evaluator_of
 from ...common.model.adapter import Vector
 from ...common.settings.config import Config
@@ -88,6 +87,9 @@ def _of_pairs(
 
     Returns length bias and gap as rows.
     """
+    if bench.config.pairs is None:
+        return []
+    from ...client.personal.pair_evaluator import PairPerson
     from . import pair_evaluation
 
     rows = []

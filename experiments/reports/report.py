@@ -16,7 +16,6 @@ from ...common.settings.config import of_run
 from ...common.settings.sections import DEVICES
 from ...server.run_folder import starting
 from .. import progress
-from .device_run_facts import device_facts, device_measured
 from .facts import Facts, Measured, Statistics
 from .privacy_facts import privacy_facts
 from .summary import build_summary
@@ -39,6 +38,8 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
         LedgerCorrupt: a ledger does not verify.
     """
     if _of_devices(run_folder):
+        from .device_run_facts import device_facts, device_measured
+
         privacy, known = device_facts(run_folder), device_measured(run_folder)
     else:
         privacy, known = privacy_facts(run_folder), _measured(run_folder)
