@@ -46,7 +46,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = replace(SimulatedContext.open(folder.resolve()), config=config)
-    several = config.clusters.count > 1 or bool(bench.trainer.adapter.own.pieces)
+    several = config.clusters.count > 1 or bool(bench.trainer.adapter.local_factor.pieces)
     final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {

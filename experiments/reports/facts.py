@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
 from ...common.privacy.accounting import Adjacency, Against, Unit
+from ...server.round_record import Estimates
 
 __all__ = [
     "ClientFacts",
@@ -255,4 +256,4 @@ class Facts(TypedDict):
     summary: Summary
     privacy: PrivacyFacts
     statistics: list[Statistics]
-    looks: NotRequired[list[Mapping[str, Any]]]
+    looks: NotRequired[list[Estimates]]

@@ -52,7 +52,7 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
     summary["rounds"] = sum(row["round"] not in void for row in privacy["rounds"])
     start = starting.facts(run_folder)
     if start is not None:
-        said = starting.said(start, config.data.source == DEVICES)
+        said = starting.start_sentence(start, config.data.source == DEVICES)
         privacy["not_covered"].insert(0, said)
         summary["start"] = privacy["start"] = start
     found: Facts = {

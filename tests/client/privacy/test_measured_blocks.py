@@ -46,7 +46,7 @@ from privet.common.settings.config import Config, parse
 from privet.experiments import engine
 from privet.experiments.reports.privacy_facts import History, facts_of
 from privet.experiments.simulate import prepare
-from privet.server.round_statistics import told
+from privet.server.round_statistics import statistics_of
 
 from ...tiny import population, tiny_config
 from ..test_gate_of_a_device import DATA_SETS, leaves_the_same, masked_leave_the_same
@@ -424,8 +424,11 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
     people_, truth = 900, np.array([180.0, 45.0, 900.0])
     spread = block.variance**0.5 * block.step
     rng = np.random.default_rng(0)
-    drawn = [told({"gains": truth + rng.normal(0, spread, 3)}, plan, people_) for _ in range(3000)]
-    said = told({"gains": truth}, plan, people_)
+    drawn: list[Any] = [
+        statistics_of({"gains": truth + rng.normal(0, spread, 3)}, plan, people_)
+        for _ in range(3000)
+    ]
+    said = statistics_of({"gains": truth}, plan, people_)
     assert (said["gain_shared"], said["gain_personal"]) == pytest.approx((0.1, 0.025))
     for name in ("gain_shared", "gain_personal"):
         spread_of = np.std([each[name] for each in drawn])
@@ -434,7 +437,7 @@ def test_the_noise_said_beside_a_gain_is_that_of_the_gain():
 
 def test_where_the_noise_outweighs_the_count_no_mean_is_told():
     plan = planned(configured())
-    said = told({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
+    said: Any = statistics_of({"losses": np.ones(2), "gains": np.ones(3)}, plan, 12)
     named = ("gain_shared", "gain_shared_std", "gain_personal", "gain_personal_std", "train_loss")
     assert {said[name] for name in named} == {None}
     assert said["measured_std"] > 0
@@ -532,7 +535,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
     """The same comparison with the fault: training starts where a head's loss says."""
     right = train
 
-    def faulty(trainer: Any, start: Any, records: Any, plan: Plan, **named: Any) -> Any:
+    def faulty(trainer: Any, start: Any, records: Any, plan: Plan, *more: Any, **named: Any) -> Any:
         if plan.gains_bound:
             bench = SimulatedContext.open(tmp_path / "on")
             mine, held_out = bench.device(0).measured_on()
@@ -540,7 +543,7 @@ def test_a_head_fitted_before_training_that_takes_part_in_it_is_caught(
             said = evaluate_person(evaluator, mine, held_out, True)
             assert said is not None
             start = start + np.float32(said.personal)
-        return right(trainer, start, records, plan, **named)
+        return right(trainer, start, records, plan, *more, **named)
 
     monkeypatch.setattr("privet.client.device.train", faulty)
     seen = []

@@ -150,7 +150,7 @@ class Node:
 
     def client(self) -> Any:
         """The connection of a second worker, by hand."""
-        return worker._connect(self.address, self.secret, None)
+        return worker._connect(self.address, self.secret)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from privet.client.runtime.answer_pace import Pace
 from privet.client.training import records as data
 from privet.client.training.cluster_choice import mean_losses
 from privet.client.training.constant_work import DUMMY, Shape, max_drawn, work_of
-from privet.client.training.local_training import Trainer, train
+from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Record, Tokenised
 from privet.common.model import base_model, objective
 from privet.common.model.adapter import attach
@@ -60,8 +60,8 @@ def trained(trainer: Trainer, own: Sequence[Tokenised], shape: Shape | None, **c
     drawn = np.random.default_rng(5).normal(size=trainer.adapter.layout.dimension)
     start = (trainer.adapter.start + 0.3 * drawn).astype(np.float32)
     return train(
-        trainer, start, own, plan(**changes), batches=np.random.default_rng(1),
-        source=TestSource(1, "noise"), shape=shape,
+        trainer, start, own, plan(**changes),
+        Randomness(np.random.default_rng(1), TestSource(1, "noise")), shape=shape,
     )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings import config as settings
 from privet.common.settings.config import Config
-from privet.server.rounds import LOG, _noised_mean
+from privet.server.round_record import LOG
+from privet.server.rounds import _noised_mean
 from privet.server.run_folder import checkpoint
 from privet.server.void_rounds import trained
 
