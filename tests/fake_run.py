@@ -88,7 +88,7 @@ def _round(
 
 
 def fake_evaluation(config: Config, seed: int = 2) -> dict[str, Any]:
-    """Losses in the size of those that PRIVACY.md reports."""
+    """Losses in the size of those that docs/privacy.md reports."""
     draw = random.Random(seed)
     users = min(config.evaluation.users, config.data.clients)
     base = [draw.gauss(5.0, 0.25) for _ in range(users)]

@@ -3,7 +3,8 @@
 A kind of head lives in two files: the head itself (what it adds to the shared model, how it is
 fitted, how it becomes bytes) and its evaluator (`client/personal/evaluator.py`: what it is fitted
 on and how well it does). `evaluator_of` in `client/personal/person_losses.py` says when the kind
-is used. Nothing else knows the kinds, but the chat, which speaks with a `TextHead`.
+is used. Vault and statistics know no kind; the chat, which speaks with a `TextHead`, and
+comparisons, units and cold start in `experiments/` do.
 
 **Guarantee**: a head was fitted on private records without differential privacy. Nothing here is
 read by adapter training, and nothing here may be sent; `client/privacy/gate.py` does not import it.

@@ -9,7 +9,7 @@ behind the adapter in the same vector: blocks with their own public bound, grid 
 it is.
 
 Sources: clip and integer noise, Agarwal, Kairouz, Liu 2021 (Skellam); randomised rounding,
-Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
+Kairouz, Liu, Steinke 2021; the two levels from one noise, docs/privacy.md.
 """
 
 import dataclasses

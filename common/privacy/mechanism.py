@@ -3,7 +3,10 @@
 The gate, the server, the plans, A/B tests and all texts reach the noise through a `Mechanism`, and
 get it from the plan of a round or, where there is no plan yet, from the settings. A second one is
 its arithmetic in a file of its own, an instance here, a setting that `mechanism_of` reads, and a
-field of the plan that `Plan.mechanism` reads.
+field of the plan that `Plan.mechanism` reads. The plan maker fills the field; `Plan.from_dict`
+refuses unknown names, and `refuse_if_laxer` a mechanism the device did not agree to. The field is
+left out of `to_dict` and the digest while it is Skellam's, or the plans of old ledgers no longer
+verify. A/B tests need the setting in `common/ab_test.py` too.
 """
 
 from collections.abc import Callable

@@ -125,7 +125,9 @@ def _built_in(name: str, seed: int) -> DataSource:
         return dialects_source(seed)
     from .preference_people import pairs_of_ratings, tastes
 
-    return tastes(seed) if name == "tastes" else pairs_of_ratings(fetch("ratings"), seed)
+    made = {"preferences": lambda: pairs_of_ratings(fetch("ratings"), seed),
+            "tastes": lambda: tastes(seed)}  # fmt: skip
+    return made[name]()
 
 
 def choose(

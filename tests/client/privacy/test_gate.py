@@ -1,6 +1,6 @@
 """gate.py: what leaves was refused, clipped, allowed, noised and counted, in that order.
 
-Each trap of PRIVACY.md keeps its faulty version here, and a check that the faulty one fails.
+Each trap of docs/privacy.md keeps its faulty version here, and a check that the faulty one fails.
 """
 
 import dataclasses

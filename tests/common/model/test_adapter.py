@@ -308,7 +308,8 @@ def test_the_saved_configuration_is_an_ordinary_one(llama, tmp_path):
 @pytest.mark.parametrize("turn", [1, 2])
 @pytest.mark.parametrize("family", ["lora_xs", "ffa", "fedsvd", "rolora", "lora"])
 def test_only_lora_loses_something_when_vectors_are_averaged(llama, family, turn):
-    """mean(BA) - mean(B) mean(A) is zero where all clients share one factor (PRIVACY.md, LoRA)."""
+    """mean(BA) - mean(B) mean(A) is zero where all clients share one factor (docs/privacy.md,
+    LoRA)."""
     adapter = attach(llama, settings(family))
     exchange = Exchange(adapter.layout, adapter.start, ClusterSettings())
     places = adapter.layout.places(exchange.released(turn))

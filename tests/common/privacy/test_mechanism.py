@@ -35,7 +35,7 @@ from privet.common.privacy.round_plan import Plan
 from privet.common.privacy.statistics_blocks import Block
 from privet.common.settings.config import Config, parse
 from privet.experiments.ab_test import coverage_check
-from privet.experiments.reports import claims
+from privet.experiments.reports import claims, privacy_facts
 from privet.server.rounds import _noised_mean
 
 DIMENSION = 200
@@ -59,9 +59,9 @@ TOY = Mechanism(
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two places that choose: from the plan of a round, and from the settings of a run."""
+    """The places that choose: from the plan of a round, and from the settings of a run."""
     monkeypatch.setattr(Plan, "mechanism", TOY)
-    for module in (plan_maker, claims):
+    for module in (plan_maker, claims, privacy_facts):
         monkeypatch.setattr(module, "mechanism_of", lambda _: TOY)
 
 
