@@ -3,8 +3,8 @@
 Page, terminal and `--json` show these and compute nothing themselves.
 """
 
-from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ...common.privacy.accounting import Adjacency, Against, Unit
 
@@ -222,7 +222,29 @@ class Measured(TypedDict, total=False):
     versions: dict[str, str] | None
 
 
-class Summary(TypedDict):
+class Evaluation(TypedDict, total=False):
+    """The content of `evaluation.json`: aligned lists of users and of their losses by model."""
+
+    name: str
+    unit: str
+    metrics_of: Literal["seen", "unseen"]
+    seen: Mapping[str, Sequence[object]]
+    unseen: Mapping[str, Sequence[object]]
+    more: list[NamedMean]
+
+
+class PeopleSummary(TypedDict):
+    """What people got; None where no evaluation was done."""
+
+    metrics: Metrics | None
+    seen: dict[str, Mean] | None
+    unseen: dict[str, Mean] | None
+    differences: dict[str, Mean] | None
+    gains: list[Gain]
+    comparisons: list[NamedMean]
+
+
+class Summary(PeopleSummary):
     """The content of `summary.json`."""
 
     schema: int
@@ -235,12 +257,6 @@ class Summary(TypedDict):
     rounds: int
     rounds_planned: int
     cohort: int
-    metrics: Metrics | None
-    seen: dict[str, Mean] | None
-    unseen: dict[str, Mean] | None
-    differences: dict[str, Mean] | None
-    gains: list[Gain]
-    comparisons: list[NamedMean]
     privacy: list[LineFacts]
     seconds: dict[str, float] | None
     peak_rss_bytes: int | None
