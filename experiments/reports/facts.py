@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ...common.privacy.accounting import Adjacency, Against, Unit
+from ..evaluation.user_statistics import Mean
 
 __all__ = [
     "ClientFacts",
     "CrossCheck",
     "DeviceFacts",
+    "Evaluation",
     "Facts",
     "Gain",
     "HistoryFacts",
     "LineFacts",
-    "Mean",
     "Measured",
     "MechanismFacts",
     "Metrics",
@@ -167,13 +168,6 @@ class PrivacyFacts(TypedDict):
     start: NotRequired[Mapping[str, object]]
 
 
-class Mean(TypedDict):
-    """A mean over people and its interval; None: one person cannot give one."""
-
-    mean: float
-    ci95: list[float] | None
-
-
 class NamedMean(Mean):
     """A mean difference between two models."""
 
@@ -233,18 +227,7 @@ class Evaluation(TypedDict, total=False):
     more: list[NamedMean]
 
 
-class PeopleSummary(TypedDict):
-    """What people got; None where no evaluation was done."""
-
-    metrics: Metrics | None
-    seen: dict[str, Mean] | None
-    unseen: dict[str, Mean] | None
-    differences: dict[str, Mean] | None
-    gains: list[Gain]
-    comparisons: list[NamedMean]
-
-
-class Summary(PeopleSummary):
+class Summary(TypedDict):
     """The content of `summary.json`."""
 
     schema: int
@@ -257,6 +240,12 @@ class Summary(PeopleSummary):
     rounds: int
     rounds_planned: int
     cohort: int
+    metrics: Metrics | None
+    seen: dict[str, Mean] | None
+    unseen: dict[str, Mean] | None
+    differences: dict[str, Mean] | None
+    gains: list[Gain]
+    comparisons: list[NamedMean]
     privacy: list[LineFacts]
     seconds: dict[str, float] | None
     peak_rss_bytes: int | None

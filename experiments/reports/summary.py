@@ -10,15 +10,20 @@ from typing import Literal, cast
 
 from ...common.errors import StateError
 from ...common.settings.config import Config
-from ..evaluation.user_statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
+from ..evaluation.user_statistics import (
+    Mean,
+    bootstrap_mean,
+    fraction_hurt,
+    gini,
+    percentile,
+    win_rate,
+)
 from .facts import (
     Evaluation,
     Gain,
-    Mean,
     Measured,
     Metrics,
     NamedMean,
-    PeopleSummary,
     PrivacyFacts,
     Summary,
 )
@@ -38,56 +43,45 @@ NAMES = {
 
 
 def build_summary(
-    config: Config,
-    facts: PrivacyFacts,
-    evaluation: Evaluation,
-    measured: Measured,
+    config: Config, facts: PrivacyFacts, evaluation: Evaluation, measured: Measured
 ) -> Summary:
     """The content of `summary.json`.
 
     Args:
-        config: the run's settings.
-        facts: from `privacy_facts`.
+        config, facts: the run's settings, and what `privacy_facts` says of it.
         evaluation: losses per user, lower is better; empty where no evaluation was done.
         measured: what is missing becomes None.
 
     Raises:
         StateError: the evaluation's lists do not fit each other or hold something not finite.
     """
-    dimension, ab_run = measured.get("dimension"), config.ab_run
+    draws, ab_run = config.evaluation.bootstrap, config.ab_run
+    seen, unseen = _losses(evaluation, "seen"), _losses(evaluation, "unseen")
+    pairs = _pairs(seen, unseen)
+    means = _means(pairs, draws)
+    named = [_compared(name, mean) for name, mean in means.items()]
     return {
         "schema": 1,
         "run": config.name,
         "private": facts["private"],
         "dataset": config.data.source,
         "base_model": config.model.base if ab_run is None else f"A/B of {', '.join(ab_run.arms)}",
-        "adapter": {"family": config.adapter.family, "dimension": dimension},
+        "adapter": {"family": config.adapter.family, "dimension": measured.get("dimension")},
         "clients": config.data.clients,
         "rounds": len(facts["rounds"]),
         "rounds_planned": config.rounds.count,
         "cohort": config.rounds.cohort,
-        **_of_people(evaluation, config.evaluation.bootstrap),
+        "metrics": _metrics(evaluation, seen, unseen, draws) if evaluation else None,
+        "seen": _means(seen, draws) if evaluation else None,
+        "unseen": _means(unseen, draws) if evaluation else None,
+        "differences": means if evaluation else None,
+        "gains": _gains(evaluation, pairs, means),
+        "comparisons": [*named, *evaluation.get("more", [])],
         "privacy": facts["lines"],
         "seconds": measured.get("seconds"),
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
         "upload_bytes_per_client_round": measured.get("upload_bytes_per_client_round"),
         "versions": measured.get("versions"),
-    }
-
-
-def _of_people(evaluation: Evaluation, draws: int) -> PeopleSummary:
-    """What people got; None stands where no evaluation was done."""
-    seen, unseen = _losses(evaluation, "seen"), _losses(evaluation, "unseen")
-    pairs = _pairs(seen, unseen)
-    means = {name: _mean(values, draws) for name, values in pairs.items()}
-    return {
-        "metrics": _metrics(evaluation, seen, unseen, draws) if evaluation else None,
-        "seen": {key: _mean(v, draws) for key, v in seen.items()} if evaluation else None,
-        "unseen": {key: _mean(v, draws) for key, v in unseen.items()} if evaluation else None,
-        "differences": means if evaluation else None,
-        "gains": _gains(evaluation, pairs, means),
-        "comparisons": [_compared(name, mean) for name, mean in means.items()]
-        + list(evaluation.get("more", [])),
     }
 
 
@@ -114,10 +108,9 @@ def _losses(evaluation: Evaluation, group: Group) -> Losses:
 def _metrics(evaluation: Evaluation, seen: Losses, unseen: Losses, draws: int) -> Metrics:
     of = _shown(evaluation)
     losses = unseen if of == "unseen" else seen
-    means = {key: _mean(values, draws) for key, values in losses.items()}
     name = str(evaluation["name"])
     unit = str(evaluation.get("unit", name))
-    metrics = {"name": name, "unit": unit, "of": f"{of} people", **means}
+    metrics = {"name": name, "unit": unit, "of": f"{of} people", **_means(losses, draws)}
     return cast("Metrics", metrics | _personal_over_global(losses))
 
 
@@ -125,8 +118,8 @@ def _shown(evaluation: Evaluation) -> Group:
     return evaluation.get("metrics_of", "seen")
 
 
-def _mean(values: Sequence[float], draws: int) -> Mean:
-    return cast("Mean", bootstrap_mean(values, draws=draws).as_dict())
+def _means(losses: Losses, draws: int) -> dict[str, Mean]:
+    return {name: bootstrap_mean(each, draws=draws).as_dict() for name, each in losses.items()}
 
 
 def _pairs(seen: Losses, unseen: Losses) -> dict[str, list[float]]:
