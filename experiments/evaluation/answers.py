@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...client.assistant.text_generation import Sampling, completed
 from .metrics import distinct_n, style_distance, text_overlap
@@ -116,7 +117,7 @@ def _line(
     return found
 
 
-def _spread(cosines: Any) -> float:
+def _spread(cosines: NDArray[np.float64]) -> float:
     """Return the mean of one minus the cosine over pairs of texts. It is 0 for one text."""
     count = len(cosines)
     if count < 2:
