@@ -19,6 +19,8 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from ..evaluation.answers import AnswerSummary
+from ..evaluation.memorisation import MemorySummary
 from ..evaluation.user_statistics import Mean, bootstrap_mean
 from .scenario import Scenario
 from .tables import loss_per_user
@@ -185,7 +187,7 @@ def _controls(comparisons: Sequence[Row]) -> list[Finding]:
     ]
 
 
-def _of_answers(answers: Row | None, most: float) -> list[Finding]:
+def _of_answers(answers: AnswerSummary | None, most: float) -> list[Finding]:
     if answers is None:
         return []
     found, means = [], answers["means"]
@@ -205,9 +207,9 @@ def _of_answers(answers: Row | None, most: float) -> list[Finding]:
     return found
 
 
-def _of_memory(memory: Row | None, most: float) -> list[Finding]:
+def _of_memory(memory: MemorySummary | None, most: float) -> list[Finding]:
     found = []
-    for name, bits in (memory or {}).get("above_base", {}).items():
+    for name, bits in memory["above_base"].items() if memory else ():
         touched = float(np.mean([above > most for above in bits]))
         mean = float(np.mean(bits))
         if mean > most:

@@ -225,7 +225,7 @@ def test_a_run_on_pairs_trains_measures_and_reports(tmp_path, score):
         preference={"score": score, "beta": 0.5},
         evaluation={"fit_records": 16},
     )
-    summary = simulate(config, tmp_path / "run")
+    summary: Any = simulate(config, tmp_path / "run")
     assert summary["metrics"]["name"] == "share of pairs in the wrong order"
     assert 0 <= summary["metrics"]["personal"]["mean"] <= 1
     assert {line["unit"] for line in summary["privacy"]} == {"client", "example"}
