@@ -173,14 +173,7 @@ def evaluate_text(
     nats: Sums = {}
     if evaluator.trained:
         nats |= {"base": list(person.base_nats), "prompt": base_fronted[0].sums()}
-    nats |= {
-        evaluator.name("global"): person.text.sums(),
-        evaluator.name("retrieval"): fronted.sums(),
-        "head": person.text.sums(own.head),
-        "hybrid": fronted.sums(own.hybrid),
-    }
-    for name, adapters in evaluator.others.items():
-        nats[name] = text.scored(alone(questions), adapters[own.others[name]])[0].sums()
+    nats |= _own_sums(evaluator, own, questions, person.text, fronted)
     chosen = evaluator.name(own.chosen)
     nats["personal"] = nats[chosen]
     if other is not None:
@@ -193,6 +186,26 @@ def evaluate_text(
         "chosen": chosen,
         "validation": {evaluator.name(model): sums for model, sums in own.validation.items()},
     }
+
+
+def _own_sums(
+    evaluator: ComparisonEvaluator,
+    own: OwnSide,
+    questions: Sequence[Asked],
+    plain: ScoredText,
+    fronted: ScoredText,
+) -> Sums:
+    """Nats under the shared model, with the person's own side, and under other runs' adapters."""
+    nats = {
+        evaluator.name("global"): plain.sums(),
+        evaluator.name("retrieval"): fronted.sums(),
+        "head": plain.sums(own.head),
+        "hybrid": fronted.sums(own.hybrid),
+    }
+    for name, adapters in evaluator.others.items():
+        vector = adapters[own.others[name]]
+        nats[name] = evaluator.text.scored(alone(questions), vector)[0].sums()
+    return nats
 
 
 def _control_sums(

@@ -112,13 +112,11 @@ def compare(
         scores = score(task, given, truth)
         first = first or scores.of_questions
         difference = paired_difference(scores.of_questions, first).as_dict() if ways else None
-        pairs = zip(questions, given, strict=True)
-        golds = [{"id": question.id, "output": answer} for question, answer in pairs]
         ways[way] = {
             **scores.metrics,
             "ci95": scores.ci95,
             "against_first": difference,
-            "predictions": {"task": task.official, "golds": golds},
+            "predictions": {"task": task.official, "golds": _golds(questions, given)},
         }
     return {
         "task": task.name,
@@ -129,6 +127,12 @@ def compare(
         "settings": dataclasses.asdict(settings),
         "ways": ways,
     }
+
+
+def _golds(questions: Sequence[Question], given: Sequence[str]) -> list[dict[str, str]]:
+    """Put answers into the format of the published outputs."""
+    pairs = zip(questions, given, strict=True)
+    return [{"id": question.id, "output": answer} for question, answer in pairs]
 
 
 def scored(folder: Path, task: Task, split: str, predictions: Path) -> dict[str, Any]:

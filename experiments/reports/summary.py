@@ -59,7 +59,6 @@ def build_summary(
     seen, unseen = _losses(evaluation, "seen"), _losses(evaluation, "unseen")
     pairs = _pairs(seen, unseen)
     means = _means(pairs, draws)
-    named = [_compared(name, mean) for name, mean in means.items()]
     return {
         "schema": 1,
         "run": config.name,
@@ -76,7 +75,7 @@ def build_summary(
         "unseen": _means(unseen, draws) if evaluation else None,
         "differences": means if evaluation else None,
         "gains": _gains(evaluation, pairs, means),
-        "comparisons": [*named, *evaluation.get("more", [])],
+        "comparisons": [*map(_compared, means, means.values()), *evaluation.get("more", [])],
         "privacy": facts["lines"],
         "seconds": measured.get("seconds"),
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
