@@ -157,7 +157,7 @@ def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, A
     record there: a mean of single short records would be mostly their luck. The personal side is
     as old as the own records: nothing of the held-out time is added to it.
     """
-    texts, found = "bytes" in rows[0], []
+    texts, parts = "bytes" in rows[0], []
     for part in range(10):
         pairs = []
         for row in rows:
@@ -169,5 +169,5 @@ def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, A
                 pairs.append((gain / np.log(2) if texts else gain, size))
         if pairs:
             mean = bootstrap(ratio, *np.array(pairs, dtype=np.float64).T, draws=draws).as_dict()
-            found.append({"decile": part + 1, "people": len(pairs), **mean})
-    return found
+            parts.append({"decile": part + 1, "people": len(pairs), **mean})
+    return parts
