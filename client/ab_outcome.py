@@ -53,17 +53,17 @@ def outcome_vector(settings: AbRunSettings, arm: int, outcome: float | None) -> 
         DataError: not a finite number, or a binary outcome that is neither 0 nor 1. A bounded one
             beyond its bounds is clipped to them.
     """
-    found = np.zeros((len(settings.arms), settings.entries), np.float32)
+    vector = np.zeros((len(settings.arms), settings.entries), np.float32)
     if outcome is None:
-        return found.ravel()
+        return vector.ravel()
     wrong = outcome not in (0, 1) if settings.outcome == "binary" else not np.isfinite(outcome)
     if wrong:
         kind = "0 or 1" if settings.outcome == "binary" else "a finite number"
         raise DataError(f"an outcome must be {kind}; nothing was released")
     inside = min(max(outcome, settings.low), settings.high)
     y = 2 * (inside - settings.low) / (settings.high - settings.low) - 1
-    found[arm] = (1, y, y * y)[: settings.entries]
-    return found.ravel()
+    vector[arm] = (1, y, y * y)[: settings.entries]
+    return vector.ravel()
 
 
 def take_part(

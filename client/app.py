@@ -19,11 +19,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from ..common.errors import PrivacyError, ProtocolError, StateError
+from ..common.errors import FAILED, PrivacyError, ProtocolError, StateError
 from ..common.privacy.round_plan import Plan
 from ..common.secure_aggregation.keys import Identity, greeting
 from .privacy import upload_state
-from .runtime.worker import FAILED
 
 if TYPE_CHECKING:
     from .device import Device
@@ -98,16 +97,16 @@ def greet(message: Message, seat: Participant) -> Message:
     """Answer a server's greeting with version, identity, and whether the device takes part."""
     try:
         offer, identity = dict(message.content["offer"]), seat.identity
-        said = greeting(str(offer["run"]), offer.pop("nonce"), message.metadata.dst_node_id)
-        found = {
+        greeted = greeting(str(offer["run"]), offer.pop("nonce"), message.metadata.dst_node_id)
+        hello = {
             "version": version("privet"),
             "identity": identity.public,
-            "signature": identity.sign(said),
+            "signature": identity.sign(greeted),
             **seat.hello(offer),
         }
     except Exception as error:
         raise StateError(FAILED) from error
-    return Message(RecordDict({"hello": ConfigRecord(found)}), reply_to=message)
+    return Message(RecordDict({"hello": ConfigRecord(hello)}), reply_to=message)
 
 
 def answer(message: Message, seat: Participant) -> Message:

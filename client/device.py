@@ -54,7 +54,7 @@ from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
 from .training.constant_work import Work, choice_of, missing, work_of
-from .training.local_training import Trained, Trainer, train
+from .training.local_training import Randomness, Trained, Trainer, train
 
 if TYPE_CHECKING:
     from .runtime.answer_pace import Pace
@@ -151,11 +151,11 @@ def tokenised(
         from .training.preference_pairs import tokenize_pairs
 
         return tokenize_pairs(records, tokenizer, config.data.max_tokens, config.pairs.score)
-    found = data.tokenize(records, tokenizer, config.data.max_tokens, task)
+    rows = data.tokenize(records, tokenizer, config.data.max_tokens, task)
     if not config.data.classes:
-        return found
+        return rows
     numbers = {name: float(i) for i, name in enumerate(config.data.classes)}
-    return [dataclasses.replace(one, label=numbers[str(one.label)]) for one in found]
+    return [dataclasses.replace(row, label=numbers[str(row.label)]) for row in rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,11 +251,11 @@ class Device:
         """Return the person's training records, neither held out nor above the public cap."""
         context, config = self.context, self.context.config
         mine, _ = data.split(context.records(self.name), config.data.holdout)
-        found = context.tokenised(data.capped(mine, config.data.records_per_client))
+        rows = context.tokenised(data.capped(mine, config.data.records_per_client))
         if config.outputs or config.pairs is not None:
-            return found
+            return rows
         end = context.trainer.adapter.base.tokenizer.eos_token_id
-        return data.lessons(found, end, config.training)
+        return data.lessons(rows, end, config.training)
 
     def measured_on(self) -> tuple[list[data.Tokenised], list[data.Tokenised]]:
         """Return the records that the head is fitted on, and those it is measured on.
@@ -314,9 +314,9 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     work, cluster_vectors = work_of(config, plan), exchange.cluster_vectors(start)
     if work is not None:
         _rehearse(device, plan, cluster_vectors, work)
-    place, local_factor, trained = _learnt(device, plan, cluster_vectors, work)
+    cluster, local_factor, trained = _learnt(device, plan, cluster_vectors, work)
     contribution = exchange.contribution(
-        trained.delta, None if device.is_empty() else place, plan.clip
+        trained.delta, None if device.is_empty() else cluster, plan.clip
     )
     _refuse_other_length(plan, len(contribution), released.dimension)
     return release(
@@ -327,7 +327,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         context.ledger,
         config.privacy,
         noise.source(config.insecure_test_seed, f"{name} round {plan.round} release"),
-        _statistics(device, plan, cluster_vectors[place], local_factor, trained.statistics, work),
+        _statistics(device, plan, cluster_vectors[cluster], local_factor, trained.statistics, work),
     )
 
 
@@ -346,24 +346,24 @@ def _learnt(
 ) -> tuple[int, NDArray[np.float32] | None, Trained]:
     """Choose a cluster and train it: which one, the local factor as it was kept, the results."""
     context, config, exchange = device.context, device.context.config, exchange_at(device.context)
-    records, live = device.records(), exchange.clusters.active_clusters(plan.round)
+    records, active_clusters = device.records(), exchange.clusters.active_clusters(plan.round)
     choice, shape = (None, None) if work is None else (work.choice, work.step)
-    place = choose(context.trainer.adapter, cluster_vectors, live, records, choice)
+    cluster = choose(context.trainer.adapter, cluster_vectors, active_clusters, records, choice)
     local_factor, label = local_factor_of(device, plan.round), f"{device.name} round {plan.round}"
     trained = train(
         context.trainer,
-        cluster_vectors[place],
+        cluster_vectors[cluster],
         records,
         plan,
-        batches=_batches(config.insecure_test_seed, label),
-        source=noise.source(config.insecure_test_seed, f"{label} training"),
-        own=local_factor,
+        _randomness(config.insecure_test_seed, label),
+        local_factor=local_factor,
         shape=shape,
     )
-    if len(trained.own):
-        kept = local_factors.added(context.local_factor(device.name), plan.round, trained.own)
+    if len(trained.local_factor):
+        before = context.local_factor(device.name)
+        kept = local_factors.added(before, plan.round, trained.local_factor)
         context.keep_local_factor(device.name, kept)
-    return place, local_factor, trained
+    return cluster, local_factor, trained
 
 
 def _rehearse(device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work) -> None:
@@ -383,21 +383,21 @@ def _rehearsal(
     Nothing of it is kept.
     """
     context, exchange = device.context, exchange_at(device.context)
-    adapter, live = context.trainer.adapter, exchange.clusters.active_clusters(plan.round)
-    place = choose(adapter, cluster_vectors, live, (), work.choice)
-    own = np.zeros(adapter.own.dimension, np.float32) if adapter.own.dimension else None
+    adapter, dimension = context.trainer.adapter, context.trainer.adapter.local_factor.dimension
+    active_clusters = exchange.clusters.active_clusters(plan.round)
+    cluster = choose(adapter, cluster_vectors, active_clusters, (), work.choice)
+    local_factor = np.zeros(dimension, np.float32) if dimension else None
     train(
         context.trainer,
-        cluster_vectors[place],
+        cluster_vectors[cluster],
         (),
         plan,
-        batches=_batches(0, "rehearsal"),
-        source=noise.SystemSource(),
-        own=own,
+        Randomness(_batches(0, "rehearsal"), noise.SystemSource()),
+        local_factor=local_factor,
         shape=work.step,
     )
     if plan.gains_bound:
-        _evaluated(device, cluster_vectors[place], own, ([], []), work)
+        _evaluated(device, cluster_vectors[cluster], local_factor, ([], []), work)
 
 
 def _look(device: Device, plan: Plan, ab_run: AbRunSettings) -> bytes:
@@ -451,15 +451,19 @@ def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     Private: it is for this device alone, or for an experimenter who reads simulated devices.
     """
     context, exchange = device.context, exchange_at(device.context)
-    cluster_vectors, live = (
+    cluster_vectors, active_clusters = (
         exchange.cluster_vectors(state),
         exchange.clusters.active_clusters(context.config.rounds.count + 1),
     )
-    records = device.records() if live > 1 else ()
-    place = choose(
-        context.trainer.adapter, cluster_vectors, live, records, choice_of(context.config)
+    records = device.records() if active_clusters > 1 else ()
+    cluster = choose(
+        context.trainer.adapter,
+        cluster_vectors,
+        active_clusters,
+        records,
+        choice_of(context.config),
     )
-    return place, cluster_vectors[place]
+    return cluster, cluster_vectors[cluster]
 
 
 def local_factor_of(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
@@ -469,7 +473,7 @@ def local_factor_of(device: Device, number: int | None = None) -> NDArray[np.flo
 
     None: nothing, or nothing yet. It never leaves.
     """
-    dimension = device.context.trainer.adapter.own.dimension
+    dimension = device.context.trainer.adapter.local_factor.dimension
     if not dimension:
         return None
     # void rounds have numbers too, so the last may be above rounds.count
@@ -489,13 +493,13 @@ def _statistics(
 
     The delta is made before a head is fitted.
     """
-    found = dict[str, NDArray[np.float64]]()
+    statistics = dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
-        found["losses"] = losses
+        statistics["losses"] = losses
     if plan.gains_bound:
         evaluated = _evaluated(device, start, kept, device.measured_on(), work)
-        found["gains"] = gains_block(evaluated, plan.gains_bound)
-    return found
+        statistics["gains"] = gains_block(evaluated, plan.gains_bound)
+    return statistics
 
 
 def _evaluated(
@@ -627,6 +631,10 @@ def _refuse_other_length(plan: Plan, length: int, dimension: int) -> None:
 def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:
     if hashlib.sha256(start.tobytes()).hexdigest() != plan.start:
         raise ProtocolError(f"round {plan.round}: the adapter received is not the one announced")
+
+
+def _randomness(seed: int | None, label: str) -> Randomness:
+    return Randomness(_batches(seed, label), noise.source(seed, f"{label} training"))
 
 
 def _batches(seed: int | None, label: str) -> np.random.Generator:

@@ -185,7 +185,7 @@ def run_settings(settings: AbTestSettings, slack: float = 0.0, ratio: float = 0.
     try:
         return parse(table, source=f"the experiment {settings.name}")
     except ConfigError as error:
-        said = str(error)
-        for theirs, own in OWN_NAMES.items():
-            said = said.replace(theirs, own)
-        raise ConfigError(said) from None
+        message = str(error)
+        for theirs, ours in OWN_NAMES.items():
+            message = message.replace(theirs, ours)
+        raise ConfigError(message) from None

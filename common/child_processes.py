@@ -358,9 +358,9 @@ def memory_mb(roots: Sequence[int]) -> float | None:
     None: not known.
     """
     total = 0
-    for one in [*roots, *(one.pid for root in roots for one in below(root))]:
+    for pid in [*roots, *(child.pid for root in roots for child in below(root))]:
         with contextlib.suppress(psutil.Error):
-            total += getattr(psutil.Process(one).memory_full_info(), "pss", 0)
+            total += getattr(psutil.Process(pid).memory_full_info(), "pss", 0)
     return total / 2**20 or None
 
 
@@ -372,9 +372,9 @@ def _family(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
 def _kill(process: "subprocess.Popen[bytes]", family: Sequence[psutil.Process]) -> None:
     """Kill a child, and then its descendants, so that it starts no new ones meanwhile."""
     process.kill()
-    for one in family:
+    for descendant in family:
         with contextlib.suppress(psutil.NoSuchProcess):  # or its number is another program's now
-            one.kill()
+            descendant.kill()
     process.wait()
 
 

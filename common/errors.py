@@ -21,6 +21,7 @@ A message says what was expected, the name, the value if it is not secret, and w
 """
 
 __all__ = [
+    "FAILED",
     "AdapterError",
     "AssetError",
     "BudgetExceeded",
@@ -38,6 +39,10 @@ __all__ = [
     "RunUnfinished",
     "StateError",
 ]
+
+
+FAILED = "this device could not take part; the reason is in its own log"
+"""All that a server learns of a device's failure."""
 
 
 class PrivetError(Exception):

@@ -24,7 +24,8 @@ from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines
 from ..common.settings.config import Config
 from ..server.app import serve
-from ..server.rounds import LOG, Show
+from ..server.round_record import LOG
+from ..server.rounds import Show
 from . import progress, run_costs
 from .grid import LocalGrid
 

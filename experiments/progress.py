@@ -23,8 +23,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..common.files import explain_os_errors, read_lines
+from ..common.files import explain_os_errors
 from ..common.settings.config import Config
+from ..server.round_record import RoundRecord, read_records
 from ..server.void_rounds import round_line, trained
 
 __all__ = ["counting", "rounds", "say", "tensorboard", "warn"]
@@ -37,7 +38,7 @@ class Live:
     """Callbacks of a run: one client done, one round done."""
 
     advance: Callable[[], None]
-    show: Callable[[Mapping[str, Any]], None]
+    show: Callable[[RoundRecord], None]
 
 
 def say(text: str, *, markup: bool = False) -> None:
@@ -71,7 +72,7 @@ def counting(what: str, total: int, unit: str) -> Iterator[Callable[[], None]]:
 @contextlib.contextmanager
 def rounds(config: Config, folder: Path) -> Iterator[Live]:
     """Show a bar over all clients of all rounds, and a line above it for each round."""
-    done = trained(read_lines(folder / "rounds.jsonl"))
+    done = trained(read_records(folder))
     if done:
         say(f"going on after round {done} of {config.rounds.count}")
     left = (config.rounds.count - done) * config.rounds.cohort
@@ -95,18 +96,18 @@ def tensorboard(folder: Path) -> None:
     ):
         names = {"mean_norm": "noised_mean_norm", "update_norm": "update_norm"}
         names |= {name: name for name in ("answered", "declined")}
-        for record in read_lines(folder / "rounds.jsonl"):
+        for record in read_records(folder):
             for name, value in _scalars(record.get("statistics", {})):
                 events.add_scalar(f"statistics/{name}", value, record["round"])
-            for key, name in names.items():
-                if key in record:
-                    events.add_scalar(f"rounds/{name}", record[key], record["round"])
+            for key, number in record.items():
+                if key in names and isinstance(number, int | float):
+                    events.add_scalar(f"rounds/{names[key]}", number, record["round"])
         for spent in json.loads((folder / "privacy.json").read_text())["lines"]:
             tag = f"epsilon/{spent['unit']}_against_{spent['against']}"
-            events.add_scalar(tag, spent["epsilon"], len(read_lines(folder / "rounds.jsonl")))
+            events.add_scalar(tag, spent["epsilon"], len(read_records(folder)))
 
 
-def line(record: Mapping[str, Any], count: int) -> str:
+def line(record: RoundRecord, count: int) -> str:
     """A round's line, with what it came to; in yellow where somebody could not take part."""
     results = ""
     if not record["void"]:

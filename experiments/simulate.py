@@ -24,13 +24,13 @@ from ..client.privacy.ledger import Ledger
 from ..client.privacy.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
 from ..client.training import records
 from ..common.errors import ConfigError, RunExists, RunUnfinished
-from ..common.files import explain_os_errors, read_lines, write_atomic, write_json_atomic
+from ..common.files import explain_os_errors, write_atomic, write_json_atomic
 from ..common.model.adapter import exchanged
 from ..common.privacy.plan_maker import make_plan
 from ..common.secure_aggregation.keys import Directory, Secret, write_directory
 from ..common.settings import config as settings
 from ..common.settings.config import Config
-from ..server.rounds import LOG
+from ..server.round_record import read_records
 from ..server.run_folder import starting
 from ..server.void_rounds import trained
 from . import engine, progress, run_costs
@@ -69,7 +69,7 @@ def simulate(
     config = prepare(config, folder, resume=resume)
     for warning in config.warnings():
         progress.warn(warning)
-    missing = trained(read_lines(folder / LOG)) < config.rounds.count
+    missing = trained(read_records(folder)) < config.rounds.count
     if missing or not (folder / "adapter" / "adapter_config.json").exists():
         _run_rounds(config, folder, engine_name)
     if not (folder / "evaluation.json").exists():

@@ -15,9 +15,7 @@ for the last. More than two arms share a look's part among the differences to th
 """
 
 import math
-from collections.abc import Mapping
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +28,16 @@ from ..common.privacy.rotation import unrotate
 from ..common.privacy.round_plan import Plan
 from ..common.settings.config import Config, parse
 from ..common.settings.sections import DEVICES, AbRunSettings
+from .round_record import ArmEstimate, Difference, Estimates
 
 __all__ = [
     "device_settings",
+    "estimated",
     "lines",
     "look_plan",
     "plan_of",
     "spent_alpha",
     "sums_of",
-    "told",
 ]
 
 SOUND = 10.0
@@ -119,13 +118,13 @@ def spent_alpha(settings: AbRunSettings, look: int) -> float:
     return until(look) - until(look - 1)
 
 
-def told(
+def estimated(
     sums: NDArray[np.float64],
     plan: Plan,
     answered: int,
     settings: AbRunSettings,
     alpha: float | None = None,
-) -> dict[str, Any]:
+) -> Estimates:
     """Estimate arm means and their differences from one look's noised sums.
 
     Args:
@@ -145,22 +144,23 @@ def told(
     alpha /= len(settings.arms) - 1
     reach = NormalDist().inv_cdf(1 - alpha / 2)
     spread = plan.step * math.sqrt(answered * (plan.variance + 0.25))  # 1/4: randomised rounding
-    half = (settings.high - settings.low) / 2
-    arms: list[dict[str, Any]] = []
+    half_width = (settings.high - settings.low) / 2
+    arms: list[ArmEstimate] = []
     for name, row in zip(settings.arms, sums.reshape(-1, settings.entries), strict=True):
         mean, error = _mean(row, spread)
-        shown = None if mean is None else settings.low + half * (mean + 1)
-        scaled = None if error is None else half * error
+        shown = None if mean is None else settings.low + half_width * (mean + 1)
+        scaled = None if error is None else half_width * error
         arms.append(
             {"arm": name, "mean": shown, "error": scaled, "interval": _around(shown, scaled, reach),
              "devices": float(row[0]), "devices_std": spread}
         )  # fmt: skip
     first = arms[0]
-    differences: list[dict[str, Any]] = []
+    differences: list[Difference] = []
     for other in arms[1:]:
         value = error = None
         if first["mean"] is not None and other["mean"] is not None:
             value = other["mean"] - first["mean"]
+        if first["error"] is not None and other["error"] is not None:
             error = math.hypot(first["error"], other["error"])
         interval = _around(value, error, reach)
         differences.append(
@@ -195,22 +195,24 @@ def _around(value: float | None, error: float | None, reach: float) -> list[floa
     return [value - reach * error, value + reach * error]
 
 
-def lines(look: Mapping[str, Any]) -> list[str]:
-    """What `told` found, as a person reads it."""
-    said = [
+def lines(look: Estimates) -> list[str]:
+    """The estimates of one look, as a person reads them."""
+    shown = [
         f"look {look['look']}: {look['answered']} devices answered; "
         f"{100 * look['level']:.4g} % intervals"
     ]
     for arm in look["arms"]:
-        said.append(
+        shown.append(
             f"  {arm['arm']:<20} {_value(arm['mean'], arm['interval'])}   "
             f"devices {arm['devices']:.0f} +- {arm['devices_std']:.1f}"
         )
-    for one in look["differences"]:
-        verdict = "a difference" if one["found"] else "no difference found"
-        name = f"{one['arm']} - {one['against']}"
-        said.append(f"  {name:<20} {_value(one['difference'], one['interval'])}   {verdict}")
-    return said
+    for difference in look["differences"]:
+        verdict = "a difference" if difference["found"] else "no difference found"
+        name = f"{difference['arm']} - {difference['against']}"
+        shown.append(
+            f"  {name:<20} {_value(difference['difference'], difference['interval'])}   {verdict}"
+        )
+    return shown
 
 
 def _value(value: float | None, interval: list[float] | None) -> str:

@@ -9,9 +9,8 @@ releases a look twice, and a sum that too few are in is not opened.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from ..common.ab_test import layout
 from ..common.files import append_line, read_lines
 from ..common.settings.sections import AbRunSettings
 from . import ab_estimates, void_rounds
-from .rounds import LOG, ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
+from .round_record import LOG, read_records
+from .rounds import ServedRun, Vector, ask_again, attempt, begun_before, wait_or_end
 
 __all__ = ["DUE", "run_looks"]
 
@@ -43,13 +43,15 @@ def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
     config, folder = run.config, run.folder
     start = np.zeros(layout(ab_run).dimension, np.float32)
     voids, unsure = 0, begun_before(folder)
-    while (look := void_rounds.trained(records := read_lines(folder / LOG)) + 1) <= ab_run.looks:
-        if ab_run.stop and _found(folder):
+    while (look := void_rounds.trained(records := read_records(folder)) + 1) <= ab_run.looks:
+        if ab_run.stop and _difference_found(folder):
             break
         _wait(folder, look, ab_run.hours, run.greet)
         there, began = run.present(), time.perf_counter()
         # a void look is none; where somebody may have released in it, its number is used up
-        number = 1 + max((one["round"] for one in records if not one.get("again")), default=0)
+        number = 1 + max(
+            (record["round"] for record in records if not record.get("again")), default=0
+        )
         plan = ab_estimates.plan_of(config, ab_run, run.id, number)
         total, record = attempt(run, there, plan, start, len(start), number == unsure)
         voids = 0 if total is not None else voids + 1
@@ -57,7 +59,7 @@ def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
             record |= ask_again(config, voids)
         else:
             shown = dataclasses.replace(plan, round=look)
-            record["look"] = ab_estimates.told(
+            record["look"] = ab_estimates.estimated(
                 ab_estimates.sums_of(total, plan), shown, record["answered"], ab_run
             )
         record["seconds"] = time.perf_counter() - began
@@ -67,12 +69,10 @@ def run_looks(run: ServedRun, ab_run: AbRunSettings) -> Vector:
     return start
 
 
-def _found(folder: Path) -> bool:
+def _difference_found(folder: Path) -> bool:
     """Whether a look has found a difference."""
-    told: list[Mapping[str, Any]] = [
-        one["look"] for one in read_lines(folder / LOG) if "look" in one
-    ]
-    return any(each["found"] for look in told for each in look["differences"])
+    looks = [record["look"] for record in read_records(folder) if "look" in record]
+    return any(each["found"] for look in looks for each in look["differences"])
 
 
 def _wait(folder: Path, look: int, hours: float, greet: Callable[[], object]) -> None:
@@ -84,12 +84,12 @@ def _wait(folder: Path, look: int, hours: float, greet: Callable[[], object]) ->
     """
     if not hours:
         return
-    left = whole = 3600 * hours
-    due = next((one["time"] for one in read_lines(folder / DUE) if one["look"] == look), None)
+    left = pause_s = 3600 * hours
+    due = next((entry["time"] for entry in read_lines(folder / DUE) if entry["look"] == look), None)
     if due is None:
-        append_line(folder / DUE, {"look": look, "time": time.time() + whole})
+        append_line(folder / DUE, {"look": look, "time": time.time() + pause_s})
     else:
-        left = min(due - time.time(), whole)
+        left = min(due - time.time(), pause_s)
     until = time.monotonic() + left
     while (left := until - time.monotonic()) > 0:
         greet()

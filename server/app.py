@@ -22,7 +22,7 @@ from .directory_listing import Listing
 from .participants import Participants
 from .replies import addressed, enough_s, replies
 from .rounds import Reply, ServedRun, Show
-from .run_folder.run import whole
+from .run_folder.run import run_to_completion
 
 if TYPE_CHECKING:
     from .operations.attendance import Attendance
@@ -37,7 +37,7 @@ WITH_ADAPTER = ("round", "vector")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Serve the run that `flwr run` or `privet simulate --engine ray` started."""
-    from .run_folder.run_lock import alone  # a local simulation is one process anyway
+    from .run_folder.run_lock import locked  # a local simulation is one process anyway
 
     folder = context.run_config.get("run") or os.environ.get("PRIVET_RUN")
     if not folder:
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
             "this run has no folder: make one with `privet simulate CONFIG --prepare-only`, and "
             "name it with --run-config 'run=\"/absolute/path\"'"
         )
-    with alone(Path(str(folder)), context.run_id):
+    with locked(Path(str(folder)), context.run_id):
         serve(grid, Path(str(folder)), print)
 
 
@@ -57,13 +57,15 @@ def serve(grid: Grid, folder: Path, show: Show) -> None:
     wire = _Wire.of(grid, folder)
     config, run, listing = wire.config, wire.run, wire.listing
     attendance, now = _attendance(folder) if wire.real else None, listing.directory
-    crowd = Participants(
+    participants = Participants(
         grid.get_node_ids, wire.hello, now(), config, run, attendance=attendance, newest=now
     )
-    ask = partial(wire.ask, crowd)
-    final = whole(ServedRun(config, run, folder, ask, crowd.present, show, crowd.greet))
+    ask = partial(wire.ask, participants)
+    final = run_to_completion(
+        ServedRun(config, run, folder, ask, participants.present, show, participants.greet)
+    )
     if wire.real:
-        wire.end(set(grid.get_node_ids()) & set(crowd.accepted.values()), final)
+        wire.end(set(grid.get_node_ids()) & set(participants.accepted.values()), final)
 
 
 def _attendance(folder: Path) -> "Attendance | None":
@@ -129,7 +131,7 @@ class _Wire:
 
     def ask(
         self,
-        crowd: Participants,
+        participants: Participants,
         phase: str,
         messages: Mapping[int, bytes],
         plan: Plan,
@@ -146,8 +148,10 @@ class _Wire:
         limit, outgoing = self._within(limit), []
         for number, message in messages.items():
             content = {**common, "protocol": ConfigRecord({"message": message, "client": number})}
-            outgoing.append(addressed(content, crowd.accepted[number], f"train.{phase}", limit))
-        numbers = {node: number for number, node in crowd.accepted.items()}
+            outgoing.append(
+                addressed(content, participants.accepted[number], f"train.{phase}", limit)
+            )
+        numbers = {node: number for number, node in participants.accepted.items()}
         for message in replies(self.grid, outgoing, limit):
             yield _reply(message, numbers[message.metadata.src_node_id])
 

@@ -81,10 +81,10 @@ class Listing:
 
     def _stamp(self) -> tuple[int, ...]:
         try:
-            found = os.stat(_servers(self._folder))
+            status = os.stat(_servers(self._folder))
         except OSError:
             return (0,)
-        return found.st_ino, found.st_mtime_ns, found.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def offer(self, node: int) -> Mapping[str, str | int]:
         """Return what a greeting to a node says of the directory.

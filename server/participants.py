@@ -73,17 +73,19 @@ class Participants:
         gather_s = config.rounds.gather_s
         limit_s = max(gather_s, config.rounds.timeout_s)
         while True:
-            found = self.greet()
+            numbers = self.greet()
             waited = time.monotonic() - began
             # a device that was here a round ago is not waited for again
-            if len(found) >= wanted or (len(found) >= least and (self._begun or waited > gather_s)):
+            if len(numbers) >= wanted or (
+                len(numbers) >= least and (self._begun or waited > gather_s)
+            ):
                 self._begun = True
-                return found
+                return numbers
             if waited > limit_s:
                 raise StateError(
                     f"a round needs {least} devices that are online and have accepted the run, and "
-                    f"{len(found)} of {len(self.directory.known)} enrolled ones are; {limit_s:g} s "
-                    "have passed (the larger of rounds.timeout_s and rounds.gather_s)"
+                    f"{len(numbers)} of {len(self.directory.known)} enrolled ones are; {limit_s:g} "
+                    "s have passed (the larger of rounds.timeout_s and rounds.gather_s)"
                 )
             time.sleep(POLL_S)
 
@@ -101,16 +103,16 @@ class Participants:
         for _ in range(PASSES):
             if not self._pass(online):
                 break
-        found = sorted(number for number, node in self.accepted.items() if node in online)
+        numbers = sorted(number for number, node in self.accepted.items() if node in online)
         if self.attendance is not None:
-            self.attendance.present(found)
-        return found
+            self.attendance.present(numbers)
+        return numbers
 
     def _look_up(self) -> None:
-        found = self.directory if self.newest is None else self.newest()
-        if found != self.directory:
-            self.directory = found
-            self.accepted = {n: node for n, node in self.accepted.items() if n in found.known}
+        directory = self.directory if self.newest is None else self.newest()
+        if directory != self.directory:
+            self.directory = directory
+            self.accepted = {n: node for n, node in self.accepted.items() if n in directory.known}
             self._stale = set(self.accepted.values())
             for node in self._stale:
                 self._due.pop(node, None)

@@ -8,7 +8,6 @@ noised sums.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 from ..common.privacy.round_plan import Plan
 from ..common.privacy.statistics_blocks import Block
 
-__all__ = ["told"]
+__all__ = ["statistics_of"]
 
 
-def told(sums: dict[str, NDArray[np.float64]], plan: Plan, answered: int) -> dict[str, Any]:
+def statistics_of(
+    sums: dict[str, NDArray[np.float64]], plan: Plan, answered: int
+) -> dict[str, float | None]:
     """The content of `statistics` in a round's record.
 
     Args:
@@ -28,14 +29,14 @@ def told(sums: dict[str, NDArray[np.float64]], plan: Plan, answered: int) -> dic
         answered: contributions in the sums, each with its share of noise where devices add it.
     """
     adders = {"none": 0, "server": 1}.get(plan.noise_at, answered)
-    found: dict[str, Any] = {}
+    statistics: dict[str, float | None] = {}
     for block in plan.blocks:
         each, spread = sums[block.name], _spread(block, adders)
         if block.name == "losses":
-            found |= _losses(each, spread, plan, answered)
+            statistics |= _losses(each, spread, plan, answered)
         else:
-            found |= _gains(each, spread, plan.gains_bound)
-    return found
+            statistics |= _gains(each, spread, plan.gains_bound)
+    return statistics
 
 
 def _spread(block: Block, adders: int) -> float:
@@ -59,11 +60,11 @@ def _losses(
 def _gains(sums: NDArray[np.float64], spread: float, bound: float) -> dict[str, float | None]:
     """Means over those who measured: above zero is better."""
     shared, personal, count = map(float, sums)
-    found: dict[str, float | None] = {}
+    gains: dict[str, float | None] = {}
     for name, total in (("gain_shared", shared), ("gain_personal", personal)):
         mean, deviation = _quotient(total, count, spread)
-        found |= {name: _times(bound, mean), f"{name}_std": _times(bound, deviation)}
-    return found | {"measured": count, "measured_std": spread}
+        gains |= {name: _times(bound, mean), f"{name}_std": _times(bound, deviation)}
+    return gains | {"measured": count, "measured_std": spread}
 
 
 def _quotient(total: float, count: float, spread: float) -> tuple[float | None, float | None]:

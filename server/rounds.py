@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from ..common.secure_aggregation.terms import Graph, Terms, sized_graph
 from ..common.settings.config import Config
 from . import server_step, unmasking, void_rounds
 from .cohort import draw
+from .round_record import LOG, Counts, RoundRecord, read_records
 from .run_folder import checkpoint
 
 __all__ = [
@@ -53,7 +53,6 @@ Vector = NDArray[np.float32]
 Total = NDArray[np.uint32]
 """A sum mod 2**bits."""
 
-LOG = "rounds.jsonl"
 PLANS = "plans.jsonl"
 
 logger = logging.getLogger(__name__)
@@ -69,8 +68,8 @@ class Reply:
 
 Ask = Callable[[str, Mapping[int, bytes], Plan, Vector], Iterable[Reply]]
 """Phase, a message for each client, plan, global adapter -> the replies as they arrive."""
-Show = Callable[[Mapping[str, Any]], None]
-Summed = tuple[Total | None, list[int], dict[str, int]]
+Show = Callable[[RoundRecord], None]
+Summed = tuple[Total | None, list[int], Counts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +121,7 @@ def run_rounds(run: ServedRun, exchange: Exchange) -> Vector:
     """
     config, folder, layout = run.config, run.folder, exchange.state.digest
     state, voids, unsure = _resume(run, exchange), 0, begun_before(folder)
-    while void_rounds.trained(read_lines(folder / LOG)) < config.rounds.count:
+    while void_rounds.trained(read_records(folder)) < config.rounds.count:
         number, there, began = state.round + 1, run.present(), time.perf_counter()
         plan = make_plan(config, run.id, number, layout, state.adapter, exchange)
         size = exchange.released(number).dimension
@@ -146,7 +145,7 @@ def run_rounds(run: ServedRun, exchange: Exchange) -> Vector:
     return state.adapter
 
 
-def _passed(config: Config, exchange: Exchange, state: State) -> tuple[State, dict[str, Any]]:
+def _passed(config: Config, exchange: Exchange, state: State) -> tuple[State, RoundRecord]:
     """Use up a round's number: the state is the same, but for what is due by the number."""
     number = state.round + 1
     adapter, memory, facts = server_step.turned(
@@ -157,38 +156,35 @@ def _passed(config: Config, exchange: Exchange, state: State) -> tuple[State, di
 
 def _moved(
     config: Config, exchange: Exchange, state: State, plan: Plan, total: Total, answered: int
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[State, RoundRecord]:
     """Decode a round's sum and step: the state after it, and facts for the round's record."""
     mean, sums = _noised_mean(total, plan, config.insecure_test_seed)
-    facts: dict[str, Any] = {}
+    facts: RoundRecord = {}
     if plan.blocks:
-        from .round_statistics import told
+        from .round_statistics import statistics_of
 
-        facts["statistics"] = told(sums, plan, answered)
+        facts["statistics"] = statistics_of(sums, plan, answered)
     adapter, memory, stepped = server_step.step(
         config, exchange, plan.round, state.adapter, state.optimizer, mean
     )
     _refuse_overflow(plan.round, adapter)
-    moved = adapter.astype(np.float64) - state.adapter
-    norms = {"mean_norm": mean, "update_norm": moved}
-    facts |= stepped | {name: float(np.linalg.norm(vector)) for name, vector in norms.items()}
+    facts |= stepped
+    facts["mean_norm"] = float(np.linalg.norm(mean))
+    facts["update_norm"] = float(np.linalg.norm(adapter.astype(np.float64) - state.adapter))
     return State(plan.round, adapter, memory), facts
 
 
-def ask_again(config: Config, voids: int) -> dict[str, Any]:
+def ask_again(config: Config, voids: int) -> RoundRecord:
     """Return what a void attempt's record says of the next attempt.
 
     Without `wait_s` there is none.
     """
-    found: dict[str, Any] = {"attempt": voids}
-    return (
-        found
-        if voids >= config.rounds.patience
-        else found | {"wait_s": void_rounds.wait_s(config, voids)}
-    )
+    if voids >= config.rounds.patience:
+        return {"attempt": voids}
+    return {"attempt": voids, "wait_s": void_rounds.wait_s(config, voids)}
 
 
-def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None:
+def wait_or_end(config: Config, record: RoundRecord, folder: Path) -> None:
     """Wait after a void attempt until the next one. After any other do nothing.
 
     Raises:
@@ -200,7 +196,7 @@ def wait_or_end(config: Config, record: Mapping[str, Any], folder: Path) -> None
         time.sleep(record["wait_s"])
         return
     done, what = (
-        void_rounds.trained(read_lines(folder / LOG)),
+        void_rounds.trained(read_records(folder)),
         "looks" if config.ab_run else "rounds",
     )
     raise RunUnfinished(
@@ -226,7 +222,7 @@ def attempt(
     start: Vector,
     dimension: int,
     unsure: bool,
-) -> tuple[Total | None, dict[str, Any]]:
+) -> tuple[Total | None, RoundRecord]:
     """Draw a cohort from who is there, and ask it for one round, or one look.
 
     Args:
@@ -247,10 +243,12 @@ def attempt(
     watched = dataclasses.replace(run, ask=seen.watch(_timed(run.ask, phases)))
     total, came, counts = _sum(watched, cohort, plan, start, dimension, seen.refused)
     few = total is None or counts["answered"] < config.rounds.quorum * len(cohort) - 1e-9
-    record: dict[str, Any] = {
+    record: RoundRecord = {
         "round": plan.round,
         "asked": len(cohort),
-        **counts,
+        "answered": counts["answered"],
+        "declined": counts["declined"],
+        "refused": counts["refused"],
         "who": {"asked": list(cohort), "came": came},
         "void": few,
         "phases": phases,
@@ -264,8 +262,8 @@ def attempt(
 def _cohort(run: ServedRun, there: Sequence[int], number: int) -> list[int]:
     config, seed = run.config, run.config.data.seed
     drawn = draw(len(there), min(config.rounds.cohort, len(there)), number, seed)
-    records = read_lines(run.folder / LOG)
-    return void_rounds.cohort_of(there, [there[place] for place in drawn], records, number, seed)
+    records = read_records(run.folder)
+    return void_rounds.cohort_of(there, [there[index] for index in drawn], records, number, seed)
 
 
 def _timed(ask: Ask, seconds: dict[str, float]) -> Ask:
@@ -393,9 +391,7 @@ class _Tally:
 
     round: int
     why: dict[int, str]
-    counts: dict[str, int] = field(
-        default_factory=lambda: {"answered": 0, "declined": 0, "refused": 0}
-    )
+    counts: Counts = field(default_factory=lambda: Counts(answered=0, declined=0, refused=0))
 
     def given(self, replies: Iterable[Reply], asked: Iterable[int]) -> Iterator[tuple[int, bytes]]:
         """Yield whose reply is what, each client once, and count who declines."""
@@ -478,7 +474,7 @@ def _refuse_overflow(number: int, adapter: Vector) -> None:
 def _resume(run: ServedRun, exchange: Exchange) -> State:
     config, folder, layout = run.config, run.folder, exchange.state.digest
     kept = checkpoint.load(folder, run=run.id, config_hash=config.digest, layout=layout)
-    lines = read_lines(folder / LOG)
+    lines = read_records(folder)
     shown = max((int(line["round"]) for line in lines if not line.get("again")), default=0)
     if kept is None and shown:
         raise CheckpointCorrupt(
@@ -503,7 +499,7 @@ def _resume(run: ServedRun, exchange: Exchange) -> State:
     return State(max(kept.round, shown), kept.adapter, kept.optimizer)
 
 
-def _keep(run: ServedRun, layout: str, state: State, record: Mapping[str, Any]) -> None:
+def _keep(run: ServedRun, layout: str, state: State, record: RoundRecord) -> None:
     """Save the checkpoint, then append to the log.
 
     So what the log says has happened can be gone on from.

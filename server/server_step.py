@@ -11,7 +11,6 @@ mean. So it costs no privacy, and the numbers of members it shows are the noised
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,12 @@ from ..common.model.exchange_layout import MEMBERS, Exchange, Vector
 from ..common.model.families import family_named
 from ..common.model.server_optimizers import MOMENTUM, optimizer_named
 from ..common.settings.config import Config
+from .round_record import RoundRecord
 
 __all__ = ["step", "turned"]
 
 Memory = Mapping[str, Vector]
-Stepped = tuple[Vector, dict[str, Vector], dict[str, Any]]
+Stepped = tuple[Vector, dict[str, Vector], RoundRecord]
 
 
 def step(
@@ -68,17 +68,17 @@ def turned(
     the state and on the noised numbers of members since the last time.
     """
     settings = exchange.clusters
-    live, after = settings.active_clusters(number), settings.active_clusters(number + 1)
-    if after == live:
+    active_clusters, after = settings.active_clusters(number), settings.active_clusters(number + 1)
+    if after == active_clusters:
         return state, dict(memory), {}
     new = exchange.cluster_vectors(state).copy()
     kept = {name: v.reshape(len(new), -1).copy() for name, v in memory.items() if name != MEMBERS}
-    said: dict[str, Any] = {"split": after}
-    if after > live:
+    done: RoundRecord = {"split": after}
+    if after > active_clusters:
         _split(exchange, number, new, kept)
     else:
-        said = {"merged": _merge(exchange, new, kept, _usual(config, exchange, number, memory))}
-    return new.ravel(), {name: values.ravel() for name, values in kept.items()}, said
+        done = {"merged": _merge(exchange, new, kept, _usual(config, exchange, number, memory))}
+    return new.ravel(), {name: values.ravel() for name, values in kept.items()}, done
 
 
 def _grouped(
@@ -90,28 +90,34 @@ def _grouped(
     mean: NDArray[np.float64],
 ) -> Stepped:
     """Take a step for each cluster over its own members, then the split or merger that is due."""
-    most, live, cohort = (
+    max_clusters, active_clusters, cohort = (
         exchange.clusters.max_clusters,
         exchange.clusters.active_clusters(number),
         config.rounds.cohort,
     )
-    sums = (mean[:-most] * cohort).reshape(most, -1)
-    members = mean[-most:] * cohort / exchange.mark(config.privacy.client.clip)
-    told = memory.get(MEMBERS, np.zeros(most + 1)) + np.append(members, 1.0)
+    sums = (mean[:-max_clusters] * cohort).reshape(max_clusters, -1)
+    members = mean[-max_clusters:] * cohort / exchange.mark(config.privacy.client.clip)
+    total_members = memory.get(MEMBERS, np.zeros(max_clusters + 1)) + np.append(members, 1.0)
     new = exchange.cluster_vectors(state).copy()
-    kept = {name: v.reshape(most, -1).copy() for name, v in memory.items() if name != MEMBERS}
-    usual = _usual(config, exchange, number, {MEMBERS: told})
+    kept = {
+        name: v.reshape(max_clusters, -1).copy() for name, v in memory.items() if name != MEMBERS
+    }
+    usual = _usual(config, exchange, number, {MEMBERS: total_members})
     optimizer = optimizer_named(config.rounds.optimizer)
-    for place in range(live):
-        own = {name: values[place] for name, values in kept.items()}
-        share = sums[place] / usual[place]
-        new[place], stepped = optimizer.apply(config.rounds, own, new[place], share)
+    for index in range(active_clusters):
+        own = {name: values[index] for name, values in kept.items()}
+        share = sums[index] / usual[index]
+        new[index], stepped = optimizer.apply(config.rounds, own, new[index], share)
         for name, values in stepped.items():
-            kept[name][place] = values
+            kept[name][index] = values
     flat = {name: values.ravel() for name, values in kept.items()}
-    flat[MEMBERS] = told.astype(np.float32)
-    state, memory, said = turned(config, exchange, number, new.ravel(), flat)
-    return state, dict(memory), {"members": [round(float(m), 2) for m in members[:live]], **said}
+    flat[MEMBERS] = total_members.astype(np.float32)
+    state, memory, turn = turned(config, exchange, number, new.ravel(), flat)
+    return (
+        state,
+        dict(memory),
+        {"members": [round(float(m), 2) for m in members[:active_clusters]], **turn},
+    )
 
 
 def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:
@@ -121,8 +127,10 @@ def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> N
     cluster. Where it is below the public floor, `clusters.min_share` of the cohort, it is the
     floor.
     """
-    told = memory.get(MEMBERS, np.zeros(exchange.clusters.max_clusters + 1)).astype(np.float64)
-    usual = told[: exchange.clusters.active_clusters(number)] / max(told[-1], 1.0)
+    total_members = memory.get(MEMBERS, np.zeros(exchange.clusters.max_clusters + 1)).astype(
+        np.float64
+    )
+    usual = total_members[: exchange.clusters.active_clusters(number)] / max(total_members[-1], 1.0)
     return np.asarray(np.maximum(usual, exchange.clusters.min_share * config.rounds.cohort))
 
 
@@ -160,18 +168,22 @@ def _merge(
     together, and so does one that almost nobody picks with its neighbour. Who comes after takes
     the place that is left, and the last place is empty.
     """
-    live = len(members)
-    pairs = [(one, two) for one in range(live) for two in range(one + 1, live)]
+    active_clusters = len(members)
+    pairs = [
+        (first, second)
+        for first in range(active_clusters)
+        for second in range(first + 1, active_clusters)
+    ]
 
     def cost(pair: tuple[int, int]) -> float:
         apart = cluster_vectors[pair[0]].astype(np.float64) - cluster_vectors[pair[1]]
         a, b = members[list(pair)]
         return float(a * b / (a + b) * (apart @ apart))
 
-    one, two = min(pairs, key=cost)
-    share = members[[one, two]] / members[[one, two]].sum()
+    first, second = min(pairs, key=cost)
+    share = members[[first, second]] / members[[first, second]].sum()
     for name, values in {"": cluster_vectors, **memory}.items():
-        values[one] = share @ values[[one, two]]
-        values[two : live - 1] = values[two + 1 : live].copy()
-        values[live - 1] = 0.0 if name else exchange.first
-    return [one, two]
+        values[first] = share @ values[[first, second]]
+        values[second : active_clusters - 1] = values[second + 1 : active_clusters].copy()
+        values[active_clusters - 1] = 0.0 if name else exchange.first
+    return [first, second]

@@ -125,29 +125,30 @@ def gather(
     known = directory or Directory({}, closed=False)
     probe = RoundKey.of(bytes(KEY_BYTES)).agreement()
     taken: set[bytes] = set()
-    found: dict[int, Announcement] = {}
+    announcements: dict[int, Announcement] = {}
     refused: Refused = {}
     for client, reply in sorted(replies.items()):
         try:
-            one = messages.decode_announcement(reply, terms, client)
-            _refuse_announcement(terms, client, one, taken, probe)
-            known = known.admit({client: one.identity})
+            announcement = messages.decode_announcement(reply, terms, client)
+            _refuse_announcement(terms, client, announcement, taken, probe)
+            known = known.admit({client: announcement.identity})
         except ProtocolError as refusal:
             refused[client] = str(refusal)
             continue
-        taken |= {one.identity, one.mask_key, one.sealing_key}
-        found[client] = one
-    entries = tuple(one.entry(client) for client, one in found.items())
+        taken |= {announcement.identity, announcement.mask_key, announcement.sealing_key}
+        announcements[client] = announcement
+    entries = tuple(announcement.entry(client) for client, announcement in announcements.items())
     count = len(entries)
     _refuse_few(terms, count, "announced keys")
     graph = default_graph(count, terms.colluders) if sized is None else sized(count)
     roster = Roster(entries, graph, ())
     its_digest = roster.digest(terms)
     beside = tuple(tuple(neighbours(its_digest, count, graph.degree, at)) for at in range(count))
-    signatures = [one.signature for one in found.values()]
+    signatures = [announcement.signature for announcement in announcements.values()]
     outgoing = {
         entries[at].client: messages.encode_roster(
-            terms, Roster(entries, graph, tuple(signatures[one] for one in beside[at]))
+            terms,
+            Roster(entries, graph, tuple(signatures[announcement] for announcement in beside[at])),
         )
         for at in range(count)
     }
@@ -165,17 +166,21 @@ def _refuse_few(terms: Terms, count: int, doing: str) -> None:
 def _refuse_announcement(
     terms: Terms,
     client: int,
-    one: Announcement,
+    announcement: Announcement,
     taken: set[bytes],
     probe: Callable[[bytes], Secret],
 ) -> None:
-    if not verify(one.identity, messages.announced(terms, one.entry(client)), one.signature):
+    if not verify(
+        announcement.identity,
+        messages.announced(terms, announcement.entry(client)),
+        announcement.signature,
+    ):
         raise fault(terms, client, "the signature of its keys is not that of its identity")
-    if taken & {one.identity, one.mask_key, one.sealing_key}:
+    if taken & {announcement.identity, announcement.mask_key, announcement.sealing_key}:
         raise fault(terms, client, "its identity or one of its keys is another client's")
-    if one.mask_key == one.sealing_key:
+    if announcement.mask_key == announcement.sealing_key:
         raise fault(terms, client, "its two keys are the same")
-    for key in (one.mask_key, one.sealing_key):
+    for key in (announcement.mask_key, announcement.sealing_key):
         try:
             probe(key)
         except ProtocolError as refusal:
@@ -375,10 +380,10 @@ def _refuse_few_signers(cohort: Cohort, count: int) -> None:
 def _refuse_gap(cohort: Cohort, survivors: Survivors) -> None:
     terms, graph = cohort.terms, cohort.roster.graph
     size = len(cohort.roster.entries)
-    found = gap(cohort.digest, size, terms.colluders, graph.degree, survivors.alive)
-    if found is not None:
+    living = gap(cohort.digest, size, terms.colluders, graph.degree, survivors.alive)
+    if living is not None:
         raise RoundVoid(
-            f"round {terms.round}: only {found} of {graph.degree // 2} successive places in the "
+            f"round {terms.round}: only {living} of {graph.degree // 2} successive places in the "
             "neighbour ring are left; the round is void and nothing is revealed"
         )
 
@@ -412,7 +417,7 @@ def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Ref
     cohort, survivors = listed.dealt.cohort, listed.survivors
     terms, places = cohort.terms, cohort.places
     signed = survivors.signed(terms, cohort.digest, len(cohort.roster.entries))
-    found: dict[int, bytes] = {}
+    signatures: dict[int, bytes] = {}
     refused: Refused = {}
     for client, reply in sorted(replies.items()):
         try:
@@ -422,16 +427,18 @@ def exchange(listed: Listed, replies: Replies) -> tuple[Confirmed, Outgoing, Ref
             signature = messages.decode_confirmation(reply, terms, client)
             if not verify(cohort.roster.entries[position].identity, signed, signature):
                 raise fault(terms, client, "its signature is not of this survivor list")
-            found[position] = signature
+            signatures[position] = signature
         except ProtocolError as refusal:
             refused[client] = str(refusal)
-    _refuse_few_signers(cohort, len(found))
+    _refuse_few_signers(cohort, len(signatures))
     for owner in _needed(cohort, survivors):
-        _refuse_few_holders(cohort, owner, len(cohort.holders(owner) & found.keys()))
-    enough = sorted(found)[: quorum(len(cohort.roster.entries), terms.colluders)]
-    message = messages.encode_confirmations(terms, Confirmations({at: found[at] for at in enough}))
-    outgoing = {cohort.client(at): message for at in found}
-    return Confirmed(listed, frozenset(found)), outgoing, refused
+        _refuse_few_holders(cohort, owner, len(cohort.holders(owner) & signatures.keys()))
+    enough = sorted(signatures)[: quorum(len(cohort.roster.entries), terms.colluders)]
+    message = messages.encode_confirmations(
+        terms, Confirmations({at: signatures[at] for at in enough})
+    )
+    outgoing = {cohort.client(at): message for at in signatures}
+    return Confirmed(listed, frozenset(signatures)), outgoing, refused
 
 
 # 6. unmasking

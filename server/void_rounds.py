@@ -19,13 +19,12 @@ import numpy as np
 
 from ..common.settings.config import Config
 from ..common.settings.sections import DEVICES
+from .round_record import Missing, RoundRecord
 
 __all__ = ["Seen", "cohort_of", "needed", "round_line", "sentence", "trained", "wait_s"]
 
 FIRST_WAIT_S = 1.0
-MOST_NAMED = 6
-
-Record = Mapping[str, Any]
+MAX_NAMED = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +56,7 @@ class Seen:
         """Whether somebody may have released: asked for a masked vector, or answered without."""
         return bool(self.asked.get("vector") or self.answered.get("round"))
 
-    def facts(self, masked: bool, unsure: bool) -> dict[str, Any]:
+    def facts(self, masked: bool, unsure: bool) -> RoundRecord:
         """What the record of a void attempt says of who came, what it cost, and what is next.
 
         `unsure`: whether somebody may have released without this process knowing.
@@ -66,7 +65,7 @@ class Seen:
         return {"missing": self.missing, "spent": spent, "again": not (masked and spent)}
 
     @property
-    def missing(self) -> dict[str, dict[str, Any]]:
+    def missing(self) -> Missing:
         """Clients whose answers are missing: `declined`, `silent` and `refused`.
 
         The first two have by phase whose numbers, the last has by number why.
@@ -94,18 +93,22 @@ def needed(config: Config, asked: int, survivors: int) -> int:
     return max(quorum, survivors, 1)
 
 
-def trained(records: Sequence[Record]) -> int:
+def trained(records: Sequence[RoundRecord]) -> int:
     """Rounds, or looks, that were opened: what counts towards `rounds.count`."""
     return sum(not record["void"] for record in records)
 
 
-def repeats(records: Sequence[Record], number: int) -> list[Record]:
+def repeats(records: Sequence[RoundRecord], number: int) -> list[RoundRecord]:
     """The void attempts of a round that is still to be asked under this number."""
-    return [one for one in records if one["round"] == number and one.get("again")]
+    return [record for record in records if record["round"] == number and record.get("again")]
 
 
 def cohort_of(
-    there: Sequence[int], drawn: Sequence[int], records: Sequence[Record], number: int, seed: int
+    there: Sequence[int],
+    drawn: Sequence[int],
+    records: Sequence[RoundRecord],
+    number: int,
+    seed: int,
 ) -> list[int]:
     """Choose who is asked, ascending: those drawn, and in a repeat first those who had come along.
 
@@ -121,19 +124,20 @@ def cohort_of(
     before = repeats(records, number)
     if not before:
         return list(drawn)
-    asked = {client for one in before for client in one["who"]["asked"]}
+    asked = {client for record in before for client in record["who"]["asked"]}
     absent = set[int]()
-    for one in before:
-        missing = one["missing"]
-        absent |= {
-            n for kind in ("declined", "silent") for by in missing[kind].values() for n in by
-        }
+    for record in before:
+        missing = record["missing"]
+        phases = (*missing["declined"].values(), *missing["silent"].values())
+        absent |= {client for clients in phases for client in clients}
         absent |= {int(client) for client in missing["refused"]}
     # a round that was asked again under its number is paid once
-    came = {(one["round"], n) for one in records if "who" in one for n in one["who"]["came"]}
+    came = {
+        (record["round"], n) for record in records if "who" in record for n in record["who"]["came"]
+    }
     paid = Counter(n for other, n in came if other != number)
     order = np.random.default_rng([seed, number, len(before)]).permutation(len(there))
-    mixed = [there[int(place)] for place in order]
+    mixed = [there[int(index)] for index in order]
     ranked = sorted(mixed, key=lambda n: (2 if n in absent else int(n not in asked), paid[n]))
     return sorted(ranked[: len(drawn)])
 
@@ -151,7 +155,7 @@ def wait_s(config: Config, voids: int) -> float:
 
 
 def round_line(
-    record: Record, count: int, names: Mapping[int, str] | None = None, results: str = ""
+    record: RoundRecord, count: int, names: Mapping[int, str] | None = None, results: str = ""
 ) -> str:
     """Show a round's record as `round 3/8  6 asked  5 answered  1 declined  3.2 s`.
 
@@ -165,7 +169,8 @@ def round_line(
     """
     of = f"/{count}" if record["round"] <= count else ""  # a void round may use up its number
     parts = [f"round {record['round']}{of}"]
-    parts += [f"{record[name]} {name}" for name in ("asked", "answered", "declined")]
+    parts += [f"{record['asked']} asked", f"{record['answered']} answered"]
+    parts += [f"{record['declined']} declined"]
     if record.get("refused"):
         parts.append(f"{record['refused']} did not fit")
     if record["void"]:
@@ -177,16 +182,17 @@ def round_line(
     return "  ".join(parts)
 
 
-def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:
+def sentence(record: RoundRecord, names: Mapping[int, str] | None = None) -> str:
     """Who is missing from a void round, what is known of why, what it cost, what comes next."""
     missing, names = record.get("missing"), names or {}
     if missing is None:  # of a run that an older privet began
         return "void: too few, nothing was revealed"
     parts = []
-    for kind, said in (("declined", "declined (why stays on them)"), ("silent", "no answer")):
-        for phase, clients in missing[kind].items():
+    kinds = {"declined (why stays on them)": missing["declined"], "no answer": missing["silent"]}
+    for label, phases in kinds.items():
+        for phase, clients in phases.items():
             where = "" if phase == "round" else f" [{phase}]"
-            parts.append(f"{len(clients)} {said}{where}: {_named(clients, names)}")
+            parts.append(f"{len(clients)} {label}{where}: {_named(clients, names)}")
     if missing["refused"]:
         parts.append(
             f"{len(missing['refused'])} did not fit: {_reasons(missing['refused'], names)}"
@@ -207,7 +213,7 @@ def sentence(record: Record, names: Mapping[int, str] | None = None) -> str:
 
 
 def _named(clients: Sequence[int], names: Mapping[int, str]) -> str:
-    shown = [f"{n} ({names[n]})" if names.get(n) else str(n) for n in clients[:MOST_NAMED]]
+    shown = [f"{n} ({names[n]})" if names.get(n) else str(n) for n in clients[:MAX_NAMED]]
     more = len(clients) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 

@@ -125,7 +125,7 @@ def test_the_readmes_python_runs(llama_folder, tmp_path, monkeypatch, capsys):
     assert [(config.name, config.rounds.count) for config in asked] == [("mine", 2)]
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == "4.38"
-    assert "nats per token" in shown[-3]
+    assert "bits per byte" in shown[-3]
     assert (tmp_path / "runs/mine/report.html").is_file()
 
 

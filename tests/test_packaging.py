@@ -164,6 +164,11 @@ def _ruff_order(name: str) -> tuple[int, str]:
 
 
 @needs_cli
+def test_the_help_of_a_command_says_what_its_arguments_are(capsys: pytest.CaptureFixture[str]):
+    assert main.run(["simulate", "--help"]) == 0
+    assert "A TOML file, or a name" in capsys.readouterr().out
+
+
 def test_help_costs_little_more_than_the_libraries_it_is_made_of_and_never_loads_torch() -> None:
     heavy = "{'torch', 'flwr', 'opacus', 'transformers', 'peft', 'matplotlib', 'scipy'}"
     code = f"""

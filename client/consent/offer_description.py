@@ -313,7 +313,7 @@ def refuse_partial_run(run: str, paid: "Paid | None", partly: bool) -> None:
         return
     line = f"the {paid.unit}-level epsilon against {ADVERSARY_WORDS[paid.against]}"
     spent = f", of which {paid.spent:.4g} is spent," if paid.spent else ""
-    after = f"{paid.whole:.4g}" if math.isfinite(paid.whole) else "without a bound"
+    after = f"{paid.total:.4g}" if math.isfinite(paid.total) else "without a bound"
     mend = f"raise {paid.limit.setting} in policy.toml, which is for life"
     whose = f"your {paid.limit.setting} = {paid.limit:g} in policy.toml"
     if paid.limit.of_run:

@@ -52,11 +52,11 @@ def current(home: DeviceStore) -> AbAssignment | None:
     agreed = [(one.time, offer) for offer, one in home.runs()
               if one is not None and one.digest == offer.digest]  # fmt: skip
     for since, offer in sorted(agreed, key=lambda each: each[0], reverse=True):
-        found = of(home, offer)
-        if found is None or home.vault.get(f"kept/{offer.run}") is not None:
+        assignment = of(home, offer)
+        if assignment is None or home.vault.get(f"kept/{offer.run}") is not None:
             continue
-        if time.time() - since <= found.settings.days * DAY_S:
-            return found
+        if time.time() - since <= assignment.settings.days * DAY_S:
+            return assignment
     return None
 
 
@@ -68,8 +68,8 @@ def of(home: DeviceStore, offer: Offer) -> AbAssignment | None:
     ab_run = offer.config.ab_run
     if ab_run is None:
         return None
-    place = arm_of(home.identity.seed, offer.run, len(ab_run.arms))
-    return AbAssignment(offer.run, ab_run, ab_run.arms[place])
+    arm = arm_of(home.identity.seed, offer.run, len(ab_run.arms))
+    return AbAssignment(offer.run, ab_run, ab_run.arms[arm])
 
 
 def outcome(home: DeviceStore, run: str, ab_run: AbRunSettings) -> float | None:

@@ -66,15 +66,15 @@ def join(home: DeviceStore, asked: Asked, now: datetime | None = None) -> list[s
             "(allowed.servers in policy.toml)"
         )
     ca = "" if asked.ca is None else _certificates(asked.ca, now or datetime.now(UTC))
-    found = _directory(home, asked)
-    if isinstance(found, Chain):
+    directory = _directory(home, asked)
+    if isinstance(directory, Chain):
         joined = Joined(
-            asked.server, ca, True, asked.insecure, key=found.key.hex(), fleet=found.fleet
+            asked.server, ca, True, asked.insecure, key=directory.key.hex(), fleet=directory.fleet
         )
     else:
-        joined = Joined(asked.server, ca, found.closed, asked.insecure)
-    home.join(joined, found)
-    return [f"{home.folder} belongs to {asked.server} now.", *_left_open(home, asked, found)]
+        joined = Joined(asked.server, ca, directory.closed, asked.insecure)
+    home.join(joined, directory)
+    return [f"{home.folder} belongs to {asked.server} now.", *_left_open(home, asked, directory)]
 
 
 def _host(server: str) -> str:
@@ -84,10 +84,10 @@ def _host(server: str) -> str:
             f"server = {server!r}: expected HOST:PORT without {scheme}://, such as "
             "fl.example.org:9092; the connection uses TLS anyway"
         )
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", server)
-    if found is None or not 0 < int(found[2]) < 65536:
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", server)
+    if match is None or not 0 < int(match[2]) < 65536:
         raise ConfigError(f"server = {server!r}: expected HOST:PORT, such as fl.example.org:9092")
-    return found[1].strip("[]")
+    return match[1].strip("[]")
 
 
 def _refuse_without_tls(asked: Asked, host: str) -> None:
@@ -118,14 +118,14 @@ def _certificates(path: Path, now: datetime) -> str:
     with explain_os_errors(path, "read the certificate"), open(path, "rb") as file:
         content = file.read(LARGEST)
     try:
-        found = x509.load_pem_x509_certificates(content)
+        certificates = x509.load_pem_x509_certificates(content)
     except ValueError:
         what = "a private key" if b"PRIVATE KEY-----" in content else "none"
         raise ConfigError(
             f"{path}: expected a certificate in PEM, found {what}; ask the operator for ca.crt"
         ) from None
-    for one in found:
-        begins, ends = one.not_valid_before_utc, one.not_valid_after_utc
+    for certificate in certificates:
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not begins <= now <= ends:
             wrong = "is not valid yet" if now < begins else "has expired"
             raise ConfigError(
@@ -133,7 +133,9 @@ def _certificates(path: Path, now: datetime) -> str:
                 f"{ends:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M} UTC; ask the operator "
                 "for a new one, or set this machine's clock"
             )
-    return b"".join(one.public_bytes(Encoding.PEM) for one in found).decode("ascii")
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates).decode(
+        "ascii"
+    )
 
 
 def _directory(home: DeviceStore, asked: Asked) -> Directory | Chain:
@@ -153,34 +155,34 @@ def _directory(home: DeviceStore, asked: Asked) -> Directory | Chain:
     if path is None:
         # what was pinned stays pinned
         return Directory(home.directory.known if again else {}, closed=False)
-    found = directories.load(path)
-    if not isinstance(found, Chain):
+    loaded = directories.load(path)
+    if not isinstance(loaded, Chain):
         if key is not None:
             raise ConfigError(
                 f"{path} is a list that nobody signed, and --directory-key was given: ask the "
                 "operator for the signed directory"
             )
-        return found
-    if key not in (None, found.key):
+        return loaded
+    if key not in (None, loaded.key):
         raise ConfigError(
-            f"{path} is signed with the key {found.key.hex()}, and --directory-key is "
+            f"{path} is signed with the key {loaded.key.hex()}, and --directory-key is "
             f"{asked.key}: it is not the directory that you trust"
         )
-    return found if held is None else _continued(held, found, path)
+    return loaded if held is None else _continued(held, loaded, path)
 
 
-def _continued(held: Chain, found: Chain, path: Path) -> Chain:
+def _continued(held: Chain, loaded: Chain, path: Path) -> Chain:
     """Return the newer of a held directory and a file, of which one must continue the other."""
-    if held.fleet and held.version > found.version:
-        held, found = found, held
+    if held.fleet and held.version > loaded.version:
+        held, loaded = loaded, held
     try:
-        directories.refuse_unless_later(held, found)
+        directories.refuse_unless_later(held, loaded)
     except ProtocolError as error:
         raise ConfigError(
             f"{path} and the directory that this device holds differ: {error}. The file was not "
             "taken"
         ) from None
-    return found
+    return loaded
 
 
 def _key(given: str | None) -> bytes | None:
@@ -206,13 +208,15 @@ def _beside(ca: Path | None) -> Path | None:
 
 
 def _left_open(home: DeviceStore, asked: Asked, directory: Directory | Chain) -> list[str]:
-    said = []
+    sentences = []
     if asked.insecure:
-        said.append("WITHOUT TLS: for tests on this machine; nothing that is sent is protected.")
+        sentences.append(
+            "WITHOUT TLS: for tests on this machine; nothing that is sent is protected."
+        )
     if isinstance(directory, Chain):
-        return said + _signed(home, asked, directory)
+        return sentences + _signed(home, asked, directory)
     if not directory.closed:
-        said.append(
+        sentences.append(
             "WITHOUT A DIRECTORY: other devices are remembered when they are first seen. A "
             "server that invents devices to surround yours is not held back by that, and of the "
             "noise against the server only your own device's share is certain. A signed directory "
@@ -220,17 +224,17 @@ def _left_open(home: DeviceStore, asked: Asked, directory: Directory | Chain) ->
             "--directory FILE, and with --directory-key KEY where somebody else signs it."
         )
     elif home.identity.public not in directory.known.values():
-        said.append(
+        sentences.append(
             "This device is not in the directory yet: send the operator its card (`privet client "
             "card`), and join again with the new directory."
         )
     else:
-        said.append(
+        sentences.append(
             f"The directory is closed: it has {len(directory.known)} devices. Nobody signed it, so "
             "it stays as it is: rounds with devices that are enrolled later are declined until you "
             "join again with the new one."
         )
-    return said
+    return sentences
 
 
 def _signed(home: DeviceStore, asked: Asked, chain: Chain) -> list[str]:
@@ -241,19 +245,19 @@ def _signed(home: DeviceStore, asked: Asked, chain: Chain) -> list[str]:
             f"The directory is closed and has not come yet: the first one under {who} "
             f"({chain.key.hex()}) is taken."
         ]
-    said = [
+    sentences = [
         f"The directory is closed: {chain.fleet} has {len(known)} devices, version "
         f"{chain.version}, signed by {who} ({chain.key.hex()}).",
         f"Its head, to compare with other owners: {chain.hash.hex()}",
         "Newer ones are fetched and checked by this device itself.",
     ]
     if home.identity.public not in known.values():
-        said.append(
+        sentences.append(
             "This device is not in it yet: send the operator its card (`privet client card`)."
         )
     if not asked.key:
-        said.append(
+        sentences.append(
             "Whoever holds that key says which devices exist; where it is the operator, a lying "
             "one can enrol devices of its own. A key of somebody else: --directory-key."
         )
-    return said
+    return sentences

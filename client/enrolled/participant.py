@@ -47,7 +47,7 @@ class EnrolledContext:
     run: str
     config: Config
     trainer: "Trainer"
-    place: int
+    device_number: int
     pace: Pace = field(default_factory=Pace)
 
     @property
@@ -73,7 +73,7 @@ class EnrolledContext:
 
         Other devices check it against their own.
         """
-        return self.place
+        return self.device_number
 
     def records(self, _: str) -> Sequence["Record"]:
         """Return all records of the owner, earliest first.
@@ -185,7 +185,7 @@ class EnrolledParticipant:
         context = self._desk
         if (
             context is None
-            or (context.run, context.place) != (run, number)
+            or (context.run, context.device_number) != (run, number)
             or context.config != config
         ):
             context = self._desk = self._opened(run, config, number)

@@ -40,7 +40,7 @@ def heard(home: "DeviceStore", offer: Mapping[str, Any]) -> int:
         if not isinstance(since, int) or since < 0:
             raise ProtocolError(f"since = {since!r:.20}: expected the index of an entry")
         entries = directories.entries_of(str(offer["entries"]).splitlines(), since)
-        found = directories.brought_up(own, head, since, entries)
+        newest = directories.brought_up(own, head, since, entries)
     except (KeyError, ProtocolError) as error:
         reason = str(error) if isinstance(error, ProtocolError) else "a part of it is missing"
         sentence = f"a newer directory was refused: {reason}"[:2000]
@@ -48,12 +48,12 @@ def heard(home: "DeviceStore", offer: Mapping[str, Any]) -> int:
             home.refuse_directory(sentence, _recorded(home, own, sentence))
             home.note(sentence)
         return NOTHING
-    if isinstance(found, int):
-        return found
-    if found != own or home.directory_refused:
-        home.keep_chain(found, _recorded(home, found, _added(own, found)))
-        if found != own:
-            home.note(f"the directory has version {found.version} now: {_added(own, found)}")
+    if isinstance(newest, int):
+        return newest
+    if newest != own or home.directory_refused:
+        home.keep_chain(newest, _recorded(home, newest, _added(own, newest)))
+        if newest != own:
+            home.note(f"the directory has version {newest.version} now: {_added(own, newest)}")
     return NOTHING
 
 
@@ -61,8 +61,8 @@ def _added(before: Chain, after: Chain) -> str:
     new = after.entries[before.version :]
     if not new:
         return "the server shows the directory that this device holds"
-    said = ", ".join(map(str, new[:FEW])) + (f" and {len(new) - FEW} more" if new[FEW:] else "")
-    return f"{said}; {len(after.directory.known)} devices are enrolled"
+    named = ", ".join(map(str, new[:FEW])) + (f" and {len(new) - FEW} more" if new[FEW:] else "")
+    return f"{named}; {len(after.directory.known)} devices are enrolled"
 
 
 def _recorded(home: "DeviceStore", chain: Chain, sentence: str) -> bytes:
@@ -76,7 +76,7 @@ def history(home: "DeviceStore") -> list[tuple[float, int, str, str]]:
     Each entry has the time (seconds since 1970), version and hash held then, and what happened.
     """
     kept = home.vault.get("directory-log")
-    return [] if kept is None else [(t, v, h, said) for t, v, h, said in json.loads(kept)]
+    return [] if kept is None else [(t, v, h, sentence) for t, v, h, sentence in json.loads(kept)]
 
 
 class DirectoryFacts(TypedDict):

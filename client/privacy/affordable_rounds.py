@@ -32,7 +32,7 @@ class Paid:
         limit: the largest epsilon, and whose it is.
         unit, against: the line.
         spent: what was spent of the limit before.
-        whole: what it would be if all were released; may be infinite.
+        total: what it would be if all were released; may be infinite.
         without: what helps where the device has no closed directory, and that is why; or empty.
     """
 
@@ -42,7 +42,7 @@ class Paid:
     unit: str
     against: str
     spent: float
-    whole: float
+    total: float
     without: str = ""
 
 
@@ -68,9 +68,9 @@ def paid(
         rounds = payable(once, before, delta, limit * (1 + slack), count)
         if rounds < count:
             spent = epsilon(before, delta) if before else 0.0
-            whole = epsilon([*before, *[*once] * count], delta)
+            total = epsilon([*before, *[*once] * count], delta)
             mend = without_directory(cost, *line[:2])
-            yield Paid(rounds, count, limit, line[0], line[1], spent, whole, mend)
+            yield Paid(rounds, count, limit, line[0], line[1], spent, total, mend)
 
 
 def tightest_limit(
@@ -95,11 +95,11 @@ def tightest_limit(
         past: everything the device has spent.
         in_run: what of it in this run.
     """
-    found = [
+    unpaid = [
         *paid(cost, caps(privacy), privacy.delta, count, in_run, RECKONED),
         *paid(cost, budgets(privacy), privacy.delta, count, past, RECKONED),
     ]
-    return min(found, key=lambda one: one.rounds, default=None)
+    return min(unpaid, key=lambda paid: paid.rounds, default=None)
 
 
 def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[str], None]) -> None:
@@ -121,27 +121,29 @@ def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[st
     own, rounds, clients = config.privacy, config.rounds, config.data.clients
     limits: Mapping[str, Limit] = budgets(own)
     if config.data.source == DEVICES:
-        limits = {name: most for name, most in limits.items() if most.of_run or math.isinf(most)}
+        limits = {
+            name: limit for name, limit in limits.items() if limit.of_run or math.isinf(limit)
+        }
     cost = charges(plan, dimension, own)
-    found = min(
-        paid(cost, limits, own.delta, rounds.count), key=lambda one: one.rounds, default=None
+    unpaid = min(
+        paid(cost, limits, own.delta, rounds.count), key=lambda paid: paid.rounds, default=None
     )
-    if found is None:
+    if unpaid is None:
         return
     mend = "a part of it has no noise: give it some, or make no such claim (enabled = false)"
-    if math.isfinite(found.whole):
-        mend = f"set {found.limit.setting} = {needed(found.whole)} or more"
+    if math.isfinite(unpaid.total):
+        mend = f"set {unpaid.limit.setting} = {needed(unpaid.total)} or more"
         mend += ", or leave it out" if config.data.source == DEVICES else ""
-    said = (
-        f"{found.limit.whose}, and pays for {found.rounds} of rounds.count = {rounds.count} rounds "
-        f"of each participant at worst ({found.unit}-level, against the {found.against}, epsilon "
-        f"{found.whole:.4g} for all of them at delta {own.delta:g})"
+    sentence = (
+        f"{unpaid.limit.whose}, and pays for {unpaid.rounds} of rounds.count = {rounds.count} "
+        f"rounds of each participant at worst ({unpaid.unit}-level, against the {unpaid.against}, "
+        f"epsilon {unpaid.total:.4g} for all of them at delta {own.delta:g})"
     )
-    if found.rounds * clients >= rounds.count * rounds.cohort:
-        warn(f"{said}: who is asked more often declines; to have nobody decline, {mend}")
+    if unpaid.rounds * clients >= rounds.count * rounds.cohort:
+        warn(f"{sentence}: who is asked more often declines; to have nobody decline, {mend}")
         return
-    fewer = f", or rounds.count = {found.rounds}" if found.rounds else ""
-    raise ConfigError(f"{said}: every device would decline the rest; {mend}{fewer}")
+    fewer = f", or rounds.count = {unpaid.rounds}" if unpaid.rounds else ""
+    raise ConfigError(f"{sentence}: every device would decline the rest; {mend}{fewer}")
 
 
 def needed(epsilon: float) -> str:

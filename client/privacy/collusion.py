@@ -22,7 +22,7 @@ from .gate import colluding
 
 __all__ = ["Release", "completed", "conditions", "epsilon_or_estimate", "known", "points", "table"]
 
-MOST_ROWS = 9
+MAX_ROWS = 9
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +66,16 @@ def epsilon_or_estimate(charges: Sequence[Charge], delta: float) -> tuple[float 
     on. Then the figure is that of Gaussian noise of this size, so that somebody can see how little
     is left; nothing is promised. None: there is no noise at all.
     """
-    found = epsilon(charges, delta)
-    if math.isfinite(found):
-        return found, True
-    found = epsilon([replace(charge, distance=0.0) for charge in charges], delta)
-    return (found if math.isfinite(found) else None), False
+    value = epsilon(charges, delta)
+    if math.isfinite(value):
+        return value, True
+    value = epsilon([replace(charge, distance=0.0) for charge in charges], delta)
+    return (value if math.isfinite(value) else None), False
 
 
 def conditions(colluders: int | None, enrolled: int | None) -> list[str]:
     """Return what every figure against the server rests on where contributions are masked."""
-    most = (
+    how_many = (
         "no more devices than the plans reckon with"
         if colluders is None
         else f"at most {colluders}"
@@ -83,7 +83,7 @@ def conditions(colluders: int | None, enrolled: int | None) -> list[str]:
     of = "" if enrolled is None else f" of the {enrolled:,} enrolled devices"
     if colluders is not None and enrolled is None:
         of = " of all enrolled devices"
-    return ["closed directory", f"{most}{of} collude with the server"]
+    return ["closed directory", f"{how_many}{of} collude with the server"]
 
 
 def points(agreed: int, last: int) -> list[int]:
@@ -96,7 +96,7 @@ def points(agreed: int, last: int) -> list[int]:
         steps.append(step)
         step *= 2
     near = [last - 1] if last > 1 else []
-    while len(steps) + len(near) > MOST_ROWS - 2:
+    while len(steps) + len(near) > MAX_ROWS - 2:
         steps = steps[::2]
     return sorted({0, min(agreed, last), *steps, *near, last})
 
@@ -135,26 +135,28 @@ def table(
     rows: list[ColludingRow] = []
     for devices in points(agreed, max(survivors) - 1):
         costs = {one: _cost(one, adjacency, devices) for one in every}
-        found = [epsilon_or_estimate([costs[one] for one in releases], delta) for releases in mine]
-        value, bound = max(found, key=lambda one: math.inf if one[0] is None else one[0])
+        epsilons = [
+            epsilon_or_estimate([costs[one] for one in releases], delta) for releases in mine
+        ]
+        value, bound = max(epsilons, key=lambda one: math.inf if one[0] is None else one[0])
         rows.append({"colluding": devices, "epsilon": value, "bound": bound})
     return rows
 
 
-def _person(one: Release, adjacency: Adjacency) -> Charge | None:
+def _person(release: Release, adjacency: Adjacency) -> Charge | None:
     wanted = ("client", "server", adjacency)
-    found = [c for c in one.charges if c.line == wanted]
+    found = [c for c in release.charges if c.line == wanted]
     return found[0] if found else None
 
 
-def _cost(one: Release, adjacency: Adjacency, devices: int) -> Charge:
+def _cost(release: Release, adjacency: Adjacency, devices: int) -> Charge:
     """Return what a release costs at that many colluding devices.
 
     Without masks it costs what it did, because nobody has a share.
     """
-    charge = _person(one, adjacency)
-    if one.asked is not None and one.asked.plan.masked:
-        return colluding(one.asked.plan, one.asked.dimension, adjacency, devices)
+    charge = _person(release, adjacency)
+    if release.asked is not None and release.asked.plan.masked:
+        return colluding(release.asked.plan, release.asked.dimension, adjacency, devices)
     if charge is None:
         raise ValueError("a release without a charge against the server is no part of the table")
     return charge

@@ -14,7 +14,7 @@ Kairouz, Liu, Steinke 2021; the two levels from one noise, PRIVACY.md.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,50 +119,69 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     draw hides nothing of them: they are a second charge, unsampled. Their noise is
     independent of the batch and its noise, so the two charges compose.
     """
-    found: list[Charge] = []
     released = plan.noise_at != "none" and plan.variance > 0
-    invented = plan.masked and privacy.directory == "open"
     everywhere = released and plan.noise_at != "server"
-    shares: dict[Against, int] = {"analyst": plan.adders, "server": plan.adders}
-    shares |= {"server": 1} if invented else {}
-    shares |= {"unmasked server": 1} if plan.masked else {}
-    if released:
-        found += [
-            _person(plan, dimension, privacy.client.adjacency, against, hiding)
-            for against, hiding in shares.items()
-            if against == "analyst" or everywhere
-        ]
-    examples: list[Charge] = []
-    if plan.record_clip > 0:
-        inside = Charge(
-            "example", "server", privacy.example.adjacency, plan.record_noise,
-            sampling_rate=plan.rate, steps=plan.local_steps,
-        )  # fmt: skip
-        outside = inside
-        if released and plan.local_steps == 1:
-            adapter = plan.parts(dimension)[0]
-            noised = plan.mechanism.charge(
-                adapter, "example", "server", privacy.example.adjacency, plan.adders
-            )
-            if noised.noise_multiplier > plan.record_noise:
-                outside = dataclasses.replace(noised, sampling_rate=plan.rate)
-        examples.append(dataclasses.replace(outside, against="analyst"))
-        examples.append(outside if everywhere and not invented else inside)
-        if plan.masked:
-            examples.append(dataclasses.replace(inside, against="unmasked server"))
-    for charge in examples:
-        hiding = shares[charge.against]
-        everything = charge.sampling_rate == charge.steps == 1
-        joint = [block for block in plan.blocks if block.sampled or everything]
-        apart = [block for block in plan.blocks if block not in joint]
-        parts = [_of_block(block, charge, plan, hiding) for block in joint]
-        found.append(_together([charge, *parts]))
-        if apart:
-            found.append(_together([_of_block(block, charge, plan, hiding) for block in apart]))
-    if not found:  # a non-private baseline: the ledger still says so, with infinite epsilon
+    shares = _shares(plan, privacy)
+    costs = [
+        _person(plan, dimension, privacy.client.adjacency, against, hiding)
+        for against, hiding in shares.items()
+        if everywhere or (released and against == "analyst")
+    ]
+    for charge in _of_a_record(plan, dimension, privacy) if plan.record_clip > 0 else ():
+        costs += _with_blocks(charge, plan, shares[charge.against])
+    if not costs:  # a non-private baseline: the ledger still says so, with infinite epsilon
         none = Charge("client", "analyst", privacy.client.adjacency, 0.0)
-        found.append(_together([none, *(_of_block(b, none, plan, 1) for b in plan.blocks)]))
-    return tuple(found)
+        costs.append(_together([none, *(_of_block(b, none, plan, 1) for b in plan.blocks)]))
+    return tuple(costs)
+
+
+def _shares(plan: Plan, privacy: PrivacySettings) -> dict[Against, int]:
+    """Return the adders whose noise hides a contribution, by who looks at it."""
+    shares: dict[Against, int] = {"analyst": plan.adders, "server": plan.adders}
+    if plan.masked:
+        shares |= {"unmasked server": 1}
+        shares |= {"server": 1} if _may_be_surrounded(plan, privacy) else {}
+    return shares
+
+
+def _may_be_surrounded(plan: Plan, privacy: PrivacySettings) -> bool:
+    """Return whether a server could have invented all the other devices of a masked round."""
+    return plan.masked and privacy.directory == "open"
+
+
+def _of_a_record(plan: Plan, dimension: int, privacy: PrivacySettings) -> list[Charge]:
+    """Return what the adapter costs at example level, a charge per adversary, without blocks."""
+    released = plan.noise_at != "none" and plan.variance > 0
+    inside = Charge(
+        "example", "server", privacy.example.adjacency, plan.record_noise,
+        sampling_rate=plan.rate, steps=plan.local_steps,
+    )  # fmt: skip
+    outside = inside
+    if released and plan.local_steps == 1:
+        adapter = plan.parts(dimension)[0]
+        noised = plan.mechanism.charge(
+            adapter, "example", "server", privacy.example.adjacency, plan.adders
+        )
+        if noised.noise_multiplier > plan.record_noise:
+            outside = dataclasses.replace(noised, sampling_rate=plan.rate)
+    noised_for_server = (
+        released and plan.noise_at != "server" and not _may_be_surrounded(plan, privacy)
+    )
+    return [
+        dataclasses.replace(outside, against="analyst"),
+        outside if noised_for_server else inside,
+        *([dataclasses.replace(inside, against="unmasked server")] if plan.masked else []),
+    ]
+
+
+def _with_blocks(charge: Charge, plan: Plan, shares: int) -> Iterator[Charge]:
+    """Yield a record's charge with the blocks of its draw, and that of the blocks drawn apart."""
+    everything = charge.sampling_rate == charge.steps == 1
+    joint = [block for block in plan.blocks if block.sampled or everything]
+    apart = [block for block in plan.blocks if block not in joint]
+    yield _together([charge, *(_of_block(block, charge, plan, shares) for block in joint)])
+    if apart:
+        yield _together([_of_block(block, charge, plan, shares) for block in apart])
 
 
 def colluding(plan: Plan, dimension: int, adjacency: Adjacency, devices: int) -> Charge:
@@ -253,17 +272,17 @@ def budgets(privacy: PrivacySettings) -> dict[str, Limit]:
     own = privacy.budget
     if isinstance(own, OwnBudget):
         most = {"client": own.owner_client, "example": own.owner_example}
-        found = {unit: _of_owner(most[unit], unit) for unit in UNITS}
+        limits = {unit: _of_owner(most[unit], unit) for unit in UNITS}
     else:
-        found = {
+        limits = {
             unit: _of_run(most, unit) if getattr(own, unit) else _of_simulated(most, unit)
             for unit, most in own.simulated.items()
         }
-    found["client/unmasked server"] = Limit(np.inf)
-    if own.open_directory > found["client"]:
+    limits["client/unmasked server"] = Limit(np.inf)
+    if own.open_directory > limits["client"]:
         of = _of_owner if isinstance(own, OwnBudget) else _of_run
-        found["client/server"] = of(own.open_directory, "open_directory")
-    return found
+        limits["client/server"] = of(own.open_directory, "open_directory")
+    return limits
 
 
 def caps(privacy: PrivacySettings) -> dict[str, Limit]:
@@ -278,28 +297,28 @@ def caps(privacy: PrivacySettings) -> dict[str, Limit]:
     own = privacy.budget
     if not isinstance(own, OwnBudget):
         return {}
-    most = {"client": own.client, "example": own.example}
-    found = {unit: _of_run(cap, unit) for unit, cap in most.items() if cap is not None}
-    if "client" in found:
-        found["client/unmasked server"] = Limit(np.inf)
+    own_caps = {"client": own.client, "example": own.example}
+    limits = {unit: _of_run(cap, unit) for unit, cap in own_caps.items() if cap is not None}
+    if "client" in limits:
+        limits["client/unmasked server"] = Limit(np.inf)
         if privacy.directory == "open" and own.open_directory > own.owner_client:
-            found["client/server"] = Limit(np.inf)
-    return found
+            limits["client/server"] = Limit(np.inf)
+    return limits
 
 
-def _of_owner(most: float, name: str) -> Limit:
+def _of_owner(cap: float, name: str) -> Limit:
     return Limit(
-        most,
-        f"this device's owner allows {most:.6g} over all runs (budget.{name} in policy.toml)",
+        cap,
+        f"this device's owner allows {cap:.6g} over all runs (budget.{name} in policy.toml)",
         f"Stop here, or the owner raises budget.{name} in policy.toml, which is for life",
         setting=f"budget.{name}",
     )
 
 
-def _of_run(most: float, name: str) -> Limit:
+def _of_run(cap: float, name: str) -> Limit:
     return Limit(
-        most,
-        f"the run's own cap is {most:.6g} (privacy.budget.{name} in its configuration)",
+        cap,
+        f"the run's own cap is {cap:.6g} (privacy.budget.{name} in its configuration)",
         f"No owner can change it: the operator starts a run with a larger privacy.budget.{name}, "
         "or with none",
         of_run=True,
@@ -307,10 +326,10 @@ def _of_run(most: float, name: str) -> Limit:
     )
 
 
-def _of_simulated(most: float, name: str) -> Limit:
+def _of_simulated(cap: float, name: str) -> Limit:
     return Limit(
-        most,
-        f"a simulated client has what a new device allows, {most:.6g}",
+        cap,
+        f"a simulated client has what a new device allows, {cap:.6g}",
         f"Set privacy.budget.{name} in the run's configuration",
         setting=f"privacy.budget.{name}",
     )
@@ -329,8 +348,8 @@ def _clamped(vector: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
     """
     if not plan.rotated:
         return vector
-    most = flat_bound(plan.clip, len(vector))
-    return np.clip(vector, -most, most)
+    bound = flat_bound(plan.clip, len(vector))
+    return np.clip(vector, -bound, bound)
 
 
 def _refuse(delta: NDArray[np.float32], layout: str, plan: Plan) -> None:

@@ -48,9 +48,9 @@ if TYPE_CHECKING:  # a simulation's ledger needs no vault, and loads no cryptogr
 
 __all__ = ["Declined", "Ledger", "Limit", "Row", "budget_of", "verify", "without_directory"]
 
-_Most = TypeVar("_Most", bound=float)
+_Budget = TypeVar("_Budget", bound=float)
 
-MOST_DECLINED = 1000
+MAX_DECLINED = 1000
 LONGEST_REASON = 1000
 _ENTRY, _BEGUN = "ledger", "ledger-begun"
 
@@ -99,10 +99,15 @@ class Limit(float):
     setting: str
 
     def __new__(
-        cls, most: float, whose: str = "", mend: str = "", of_run: bool = False, setting: str = ""
+        cls,
+        max_epsilon: float,
+        whose: str = "",
+        mend: str = "",
+        of_run: bool = False,
+        setting: str = "",
     ) -> Self:
         """Make a limit, which is a plain budget without the words."""
-        made = super().__new__(cls, most)
+        made = super().__new__(cls, max_epsilon)
         made.whose, made.mend, made.of_run, made.setting = whose, mend, of_run, setting
         return made
 
@@ -118,12 +123,12 @@ class Ledger:
     when another process has moved its head.
     """
 
-    def __init__(self, place: "Place", owner: str) -> None:
+    def __init__(self, storage: "Storage", owner: str) -> None:
         """Use `Ledger.open` or `Ledger.in_vault`, which create or verify it first."""
-        self._place = place
-        self._path = place.path
+        self._storage = storage
+        self._path = storage.path
         self._owner = owner
-        self._lock = place.lock
+        self._lock = storage.lock
         self._verified: dict[str, Head] = {}
         self._allowed: dict[str, tuple[Head, str]] = {}
         _close_at_fork_and_exit(self)
@@ -150,7 +155,7 @@ class Ledger:
                 )
             ledger_chain.create(path, owner)
         ledger_chain.inspect(path, owner)
-        return cls(FilePlace(path), owner)
+        return cls(FileStorage(path), owner)
 
     @classmethod
     def in_vault(cls, vault: "Vault", *, owner: str) -> Self:
@@ -164,17 +169,17 @@ class Ledger:
                 another owner's; it is left as it is.
             StateError: the vault cannot be read or written.
         """
-        place = VaultPlace(vault)
-        with ledger_chain.sentences(place.path):
-            place.begin(owner)
-            with place.transaction("BEGIN") as db:
-                ledger_chain.inspect_open(place.path, db, owner)
-        return cls(place, owner)
+        storage = VaultStorage(vault)
+        with ledger_chain.sentences(storage.path):
+            storage.begin(owner)
+            with storage.transaction("BEGIN") as db:
+                ledger_chain.inspect_open(storage.path, db, owner)
+        return cls(storage, owner)
 
     def close(self) -> None:
         """Close the file, which a later call opens again."""
         with self._lock, ledger_chain.sentences(self._path):
-            self._place.close()
+            self._storage.close()
 
     def __enter__(self) -> Self:
         return self
@@ -326,7 +331,7 @@ class Ledger:
             db.execute(
                 "DELETE FROM declined WHERE client = ?1 AND rowid <= (SELECT rowid FROM declined "
                 "WHERE client = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)",
-                (client, MOST_DECLINED),
+                (client, MAX_DECLINED),
             )
 
     def announce(self, client: str, run: str, attempt: int) -> int:
@@ -401,12 +406,12 @@ class Ledger:
     def declined(self, client: str | None = None) -> list[Declined]:
         """Return the declined rounds of one client, or of all, by client, run and round."""
         with self._transaction("BEGIN") as db:
-            found = db.execute(
+            rows = db.execute(
                 "SELECT client, run, round, reason FROM declined "
                 "WHERE client = ?1 OR ?1 IS NULL ORDER BY client, run, round",
                 (client,),
             )
-            return [Declined(*raw) for raw in found]
+            return [Declined(*raw) for raw in rows]
 
     def _trusted_head(self, db: sqlite3.Connection, client: str) -> Head:
         """Return a client's stored head, verified.
@@ -426,11 +431,11 @@ class Ledger:
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        with self._lock, ledger_chain.sentences(self._path), self._place.transaction(begin) as db:
+        with self._lock, ledger_chain.sentences(self._path), self._storage.transaction(begin) as db:
             yield db
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """The storage of a ledger, which gives the connection and makes transactions durable.
 
     Attributes:
@@ -448,7 +453,7 @@ class Place(Protocol):
         """Close the connection, which the next transaction opens again."""
 
 
-class FilePlace:
+class FileStorage:
     """A ledger's storage in a SQLite file of its own."""
 
     def __init__(self, path: Path) -> None:
@@ -458,7 +463,7 @@ class FilePlace:
 
     @contextmanager
     def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Open a transaction on the file, as `Place` says."""
+        """Open a transaction on the file, as `Storage` says."""
         if self._connection is None:
             self._connection = ledger_chain.connect(self.path, "rw")
         with ledger_chain.transaction(self._connection, begin) as db:
@@ -471,7 +476,7 @@ class FilePlace:
             connection.close()
 
 
-class VaultPlace:
+class VaultStorage:
     """A ledger's storage in a vault's entry, sealed anew by each transaction that writes.
 
     **Guarantee**: a transaction that writes holds the vault's write lock from before it reads until
@@ -499,7 +504,7 @@ class VaultPlace:
 
     @contextmanager
     def transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        """Open a transaction on the entry, as `Place` says."""
+        """Open a transaction on the entry, as `Storage` says."""
         writing = begin != "BEGIN"
         try:
             with self._vault.transaction(writing=writing, outermost=writing):
@@ -549,21 +554,21 @@ def _close_at_fork_and_exit(ledger: Ledger) -> None:
     reference = weakref.ref(ledger)
 
     def before() -> None:
-        if (found := reference()) is not None:
-            found._lock.acquire()
-            found.close()
+        if (alive := reference()) is not None:
+            alive._lock.acquire()
+            alive.close()
 
     def after() -> None:
-        if (found := reference()) is not None:
-            found._lock.release()
+        if (alive := reference()) is not None:
+            alive._lock.release()
 
     os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
 
 
 def _close_if_alive(ledger: "weakref.ref[Ledger]") -> None:
-    if (found := ledger()) is not None:
+    if (alive := ledger()) is not None:
         with suppress(PrivetError):
-            found.close()
+            alive.close()
 
 
 def _charges(
@@ -621,7 +626,7 @@ _WITHOUT_DIRECTORY = (
 )
 
 
-def budget_of(budgets: Mapping[str, _Most], unit: str, against: str) -> _Most | None:
+def budget_of(budgets: Mapping[str, _Budget], unit: str, against: str) -> _Budget | None:
     """Return what may be spent on a line, from its own budget or else its unit's.
 
     None: nothing.
@@ -635,10 +640,10 @@ def without_directory(charges: Sequence[Charge], unit: str, against: str) -> str
     Empty elsewhere.
     """
     on_line = (unit, against) == ("client", "server")
-    return _WITHOUT_DIRECTORY if on_line and _alone(charges) else ""
+    return _WITHOUT_DIRECTORY if on_line and _own_share_only(charges) else ""
 
 
-def _alone(charges: Sequence[Charge]) -> bool:
+def _own_share_only(charges: Sequence[Charge]) -> bool:
     """Return whether a masked release costs as much against the server as if its mask broke."""
-    found = {c.against: c.noise_multiplier for c in charges if c.unit == "client"}
-    return "server" in found and found["server"] == found.get("unmasked server")
+    multipliers = {c.against: c.noise_multiplier for c in charges if c.unit == "client"}
+    return "server" in multipliers and multipliers["server"] == multipliers.get("unmasked server")

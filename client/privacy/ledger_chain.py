@@ -216,9 +216,9 @@ def inspect_open(
 
     `path` is for the sentences of errors.
     """
-    found_owner = _check_meta(path, db, owner)
-    counts = _walk(path, db, found_owner) if chains else []
-    _check_total(path, db, found_owner)
+    its_owner = _check_meta(path, db, owner)
+    counts = _walk(path, db, its_owner) if chains else []
+    _check_total(path, db, its_owner)
     return counts
 
 
@@ -235,18 +235,18 @@ def _check_meta(path: Path, db: sqlite3.Connection, owner: str | None) -> str:
         raise LedgerCorrupt(f"The ledger {path} is damaged ({problems[0]}). {RECOVER}.")
     metas = db.execute("SELECT * FROM meta").fetchall()
     if len(metas) != 1 or metas[0][0] != FORMAT:
-        found = metas[0][0] if metas else "none"
+        version = metas[0][0] if metas else "none"
         raise LedgerCorrupt(
-            f"The ledger {path} has format {found}; this privet reads format {FORMAT}. The file "
+            f"The ledger {path} has format {version}; this privet reads format {FORMAT}. The file "
             "was left as it is: use the privet that wrote it, or a newer one."
         )
-    found_owner = str(metas[0][1])
-    if owner is not None and found_owner != owner:
+    its_owner = str(metas[0][1])
+    if owner is not None and its_owner != owner:
         raise LedgerCorrupt(
-            f"The ledger {path} belongs to {found_owner!r}, and {owner!r} was asked for. The file "
+            f"The ledger {path} belongs to {its_owner!r}, and {owner!r} was asked for. The file "
             f"was left as it is: give the ledger of {owner!r}, or a path where there is none."
         )
-    return found_owner
+    return its_owner
 
 
 def _check_total(path: Path, db: sqlite3.Connection, owner: str) -> None:
@@ -328,23 +328,23 @@ def plans(db: sqlite3.Connection) -> dict[str, str]:
 
 def raw_rows(db: sqlite3.Connection, client: str) -> Iterator[RawRow]:
     """Return a client's rows by `seq`."""
-    found = db.execute(f"SELECT {_COLUMNS} FROM release WHERE client = ? ORDER BY seq", (client,))
-    return map(RawRow._make, found)
+    rows = db.execute(f"SELECT {_COLUMNS} FROM release WHERE client = ? ORDER BY seq", (client,))
+    return map(RawRow._make, rows)
 
 
 def find_row(db: sqlite3.Connection, client: str, run: str, round: int) -> RawRow | None:
     """Return the row of one round, or None."""
-    found = db.execute(
+    row = db.execute(
         f"SELECT {_COLUMNS} FROM release WHERE client = ? AND run = ? AND round = ?",
         (client, run, int(round)),
     ).fetchone()
-    return RawRow._make(found) if found else None
+    return RawRow._make(row) if row else None
 
 
 def find_head(db: sqlite3.Connection, client: str) -> Head | None:
     """Return the stored head of a client, or None before its first release."""
-    found = db.execute("SELECT count, hash FROM head WHERE client = ?", (client,)).fetchone()
-    return Head(*found) if found else None
+    head = db.execute("SELECT count, hash FROM head WHERE client = ?", (client,)).fetchone()
+    return Head(*head) if head else None
 
 
 def row_hash(owner: str, row: RawRow) -> str:

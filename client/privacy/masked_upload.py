@@ -336,11 +336,11 @@ def _find_self(state: Announced, roster: Roster) -> Cohort:
     if own not in roster.entries:
         raise party.refuse("the roster lacks this device, or lists it with other keys")
     position = roster.entries.index(own)
-    found = roster.digest(party.terms)
-    beside = neighbours(found, len(roster.entries), roster.graph.degree, position)
+    roster_digest = roster.digest(party.terms)
+    beside = neighbours(roster_digest, len(roster.entries), roster.graph.degree, position)
     holders = {at: roster.entries[at] for at in (*beside, position)}
     identities = tuple(entry.identity for entry in roster.entries)
-    return Cohort(holders, identities, found, roster.graph, position, tuple(beside))
+    return Cohort(holders, identities, roster_digest, roster.graph, position, tuple(beside))
 
 
 def _refuse_unsigned(party: Party, cohort: Cohort, roster: Roster) -> None:
@@ -616,10 +616,10 @@ def _refuse_few_alive_holders(party: Party, cohort: Cohort, survivors: Survivors
 
 def _refuse_gap(party: Party, cohort: Cohort, survivors: Survivors) -> None:
     colluders, degree = party.terms.colluders, cohort.graph.degree
-    found = gap(cohort.digest, cohort.participants, colluders, degree, survivors.alive)
-    if found is not None:
+    living = gap(cohort.digest, cohort.participants, colluders, degree, survivors.alive)
+    if living is not None:
         raise party.refuse(
-            f"only {found} of {degree // 2} successive places in the neighbour ring survive, and "
+            f"only {living} of {degree // 2} successive places in the neighbour ring survive, and "
             "they could all be colluders: the sum could be taken apart there"
         )
 

@@ -9,11 +9,11 @@ shown beside it, and is no claim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
-from ...common.privacy.accounting import Adjacency, epsilon
+from ...common.privacy.accounting import Adjacency, Against, Charge, Unit, epsilon
 from ...common.privacy.release_facts import Asked
 from ..store.device_store import ME, DeviceStore
 from .collusion import (
@@ -29,7 +29,7 @@ from .ledger import Row
 
 __all__ = ["Spending", "SpentLine", "WithMasks", "spending"]
 
-Line = tuple[str, str, Adjacency]
+Line = tuple[Unit, Against, Adjacency]
 OWN_SHARE = ("client", "unmasked server")
 INVENTED = "nobody on the roster was invented"
 
@@ -97,50 +97,53 @@ def spending(home: DeviceStore) -> Spending:
     owner, joined = home.policy.budget, home.joined
     agreed = [offer.config for offer, consent in home.runs() if consent is not None]
     delta = min([owner.delta, *(config.privacy.delta for config in agreed)])
-    plain = {
+    rows, plans = home.ledger.rows(ME), known(home.ledger.plans())
+    releases = [_release(row, plans.get(row.plan)) for row in rows]
+    colluders = [x.asked.plan.colluders for x in releases if x.asked and x.asked.plan.masked]
+    closed = joined is not None and joined.closed
+    page = _Page(
+        releases,
+        _older(home, releases, rows),
+        delta,
+        min(colluders or [config.colluders for config in agreed], default=None),
+        len(home.directory.known) if closed else None,
+        joined is not None and not closed,
+    )
+    budgets = {"client": owner.client, "example": owner.example}
+    limits = {**budgets, "client/server": max(owner.client, owner.open_directory)}
+    lines = sorted({charge.line for release in releases for charge in release.charges})
+    return {
+        "delta": delta,
+        "budget": budgets,
+        "releases": len(rows),
+        "directory": None if joined is None else "closed" if closed else "open",
+        "enrolled": page.enrolled,
+        "older": len(page.older),
+        "lines": [{**page.line(line), "budget": _limit(limits, line)} for line in lines],
+    }
+
+
+def _older(
+    home: DeviceStore, releases: Sequence[Release], rows: Sequence[Row]
+) -> frozenset[Release]:
+    """Return the masked releases that an older privet wrote down, without the own share."""
+    unmasked = {
         offer.run
         for offer, _ in home.runs()
         if offer.config.privacy.client.noise_at != "distributed"
     }
-    rows, plans = home.ledger.rows(ME), known(home.ledger.plans())
-    releases = [_release(row, plans.get(row.plan)) for row in rows]
-    older = {
-        one
-        for one, row in zip(releases, rows, strict=True)
-        if one.asked is None and row.run not in plain and not _has(one, OWN_SHARE)
-        and _has(one, ("client", "server"))
-    }  # fmt: skip
-    feared = [x.asked.plan.colluders for x in releases if x.asked and x.asked.plan.masked]
-    feared = feared or [config.colluders for config in agreed]
-    closed = joined is not None and joined.closed
-    page = _Page(
-        releases,
-        frozenset(older),
-        delta,
-        min(feared) if feared else None,
-        len(home.directory.known) if closed else None,
-        joined is not None and not closed,
-    )
-    limits = {"client": owner.client, "example": owner.example}
-    most = {**limits, "client/server": max(owner.client, owner.open_directory)}
-    lines = sorted({charge.line for one in releases for charge in one.charges})
-    return {
-        "delta": delta,
-        "budget": limits,
-        "releases": len(rows),
-        "directory": None if joined is None else "closed" if closed else "open",
-        "enrolled": page.enrolled,
-        "older": len(older),
-        "lines": [
-            {
-                **page.line(line),
-                "budget": None
-                if line[:2] == OWN_SHARE
-                else most.get(f"{line[0]}/{line[1]}", most[line[0]]),
-            }
-            for line in lines
-        ],
-    }
+    return frozenset(
+        release
+        for release, row in zip(releases, rows, strict=True)
+        if release.asked is None and row.run not in unmasked
+        and not _has(release, OWN_SHARE) and _has(release, ("client", "server"))
+    )  # fmt: skip
+
+
+def _limit(limits: Mapping[str, float], line: Line) -> float | None:
+    """Return the budget of a line. None: it is not limited."""
+    unit, against, _ = line
+    return None if line[:2] == OWN_SHARE else limits.get(f"{unit}/{against}", limits[unit])
 
 
 @dataclass(frozen=True)
@@ -166,69 +169,70 @@ class _Page:
     def line(self, line: Line) -> Figure:
         """Return one line: its figure, and what the figure rests on."""
         unit, against, adjacency = line
-        mine = [one for one in self.releases if any(c.line == line for c in one.charges)]
+        mine = [release for release in self.releases if _charges(release, line)]
         server = against == "server"
-        alone = [one for one in mine if server and _alone(one, line)]
-        masked = [one for one in mine if server and one not in alone and self._rests(one, line)]
-        unknown = self.without and any(one in self.older for one in masked)
-        charges = [c for one in mine for c in one.charges if c.line == line]
-        spent, bound = epsilon_or_estimate(charges, self.delta)
-        if not bound and line[:2] != OWN_SHARE and not alone:
+        unmasked = [x for x in mine if server and _own_share_only(x, line)]
+        masked = [x for x in mine if server and x not in unmasked and self._rests(x, line)]
+        unknown = self.without and any(release in self.older for release in masked)
+        spent, bound = epsilon_or_estimate([c for x in mine for c in _charges(x, line)], self.delta)
+        if unknown or not (bound or line[:2] == OWN_SHARE or unmasked):
             spent = None
-        with_masks: WithMasks | None = None
-        if server and (alone or unknown):
-            seen = [
-                replace(c, against="server")
-                for one in mine
-                for c in one.charges
-                if c.line == (unit, "analyst", adjacency)
-            ]
-            with_masks = {
-                "epsilon": _finite(epsilon(seen, self.delta)),
-                "conditions": [INVENTED, *conditions(self.colluders, self.enrolled)[1:]],
-            }
-        colluding: Colluding | None = None
-        if line[:2] == ("client", "server") and self.colluders is not None:
-            rows = table([mine], adjacency, self.delta, self.colluders)
-            if rows:
-                colluding = {"agreed": self.colluders, "enrolled": self.enrolled, "rows": rows}
         return {
             "unit": unit,
             "against": against,
             "adjacency": adjacency,
             "delta": self.delta,
-            "epsilon": None if unknown else spent,
+            "epsilon": spent,
             "bound": bound,
             "known": not unknown,
             "releases": len(mine),
             "conditions": conditions(self.colluders, self.enrolled) if masked else [],
-            "alone": len(alone),
-            "with_masks": with_masks,
-            "colluding": colluding,
+            "alone": len(unmasked),
+            "with_masks": self._with_masks(mine, line) if unmasked or unknown else None,
+            "colluding": self._colluding(mine, line),
         }
 
-    def _rests(self, one: Release, line: Line) -> bool:
+    def _with_masks(self, releases: Sequence[Release], line: Line) -> WithMasks:
+        """Return what the masks would give: the figure against the analyst, and its conditions."""
+        seen: Line = (line[0], "analyst", line[2])
+        charges = [replace(c, against="server") for x in releases for c in _charges(x, seen)]
+        return {
+            "epsilon": _finite(epsilon(charges, self.delta)),
+            "conditions": [INVENTED, *conditions(self.colluders, self.enrolled)[1:]],
+        }
+
+    def _colluding(self, releases: Sequence[Release], line: Line) -> Colluding | None:
+        """Return epsilon by the number of colluding devices, where there is such a table."""
+        if line[:2] != ("client", "server") or self.colluders is None:
+            return None
+        rows = table([releases], line[2], self.delta, self.colluders)
+        return {"agreed": self.colluders, "enrolled": self.enrolled, "rows": rows} if rows else None
+
+    def _rests(self, release: Release, line: Line) -> bool:
         """Return whether a figure on a line counts noise that only masks keep in the sum."""
-        masks = _has(one, OWN_SHARE) or one in self.older
-        return masks and any(
-            line[0] == "client" or c.distance > 0 for c in one.charges if c.line == line
-        )
+        masks = _has(release, OWN_SHARE) or release in self.older
+        return masks and any(line[0] == "client" or c.distance > 0 for c in _charges(release, line))
 
 
 def _release(row: Row, asked: Asked | None) -> Release:
     return Release(completed(row.charges, asked), asked)
 
 
-def _has(one: Release, line: tuple[str, str]) -> bool:
-    return any((c.unit, c.against) == line for c in one.charges)
+def _charges(release: Release, line: Line) -> list[Charge]:
+    return [charge for charge in release.charges if charge.line == line]
 
 
-def _alone(one: Release, line: Line) -> bool:
+def _has(release: Release, line: tuple[str, str]) -> bool:
+    return any((c.unit, c.against) == line for c in release.charges)
+
+
+def _own_share_only(release: Release, line: Line) -> bool:
     """Return whether a person's figure counts no more noise than if the mask broke."""
     if line[0] != "client":
         return False
-    broken = [replace(c, against="server") for c in one.charges if (c.unit, c.against) == OWN_SHARE]
-    return broken != [] and broken == [c for c in one.charges if c.line == line]
+    own = [c for c in release.charges if (c.unit, c.against) == OWN_SHARE]
+    broken = [replace(charge, against="server") for charge in own]
+    return broken != [] and broken == _charges(release, line)
 
 
 def _finite(value: float) -> float | None:

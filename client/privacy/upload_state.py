@@ -22,7 +22,7 @@ from typing import Any
 from ...common.errors import ConfigError, StateError
 from ...common.secure_aggregation.keys import (
     KEY_BYTES,
-    MOST_KNOWN,
+    MAX_KNOWN,
     Directory,
     Identity,
     RoundKey,
@@ -77,20 +77,24 @@ def encode(state: State) -> bytes:
         case Shared():
             fields.append(bytes([state.directory.closed]))
             fields.append(
-                b"".join(_SEED.pack(*one) for one in sorted(state.directory.known.items()))
+                b"".join(_SEED.pack(*field) for field in sorted(state.directory.known.items()))
             )
             fields += [state.seed.value, _seeds(state.pairs), _seeds(state.sealing)]
-            fields.append(b"".join(one.value for one in state.own))
+            fields.append(b"".join(field.value for field in state.own))
         case Received():
             fields += [state.seed.value, _seeds(state.pairs), _shares(state.held)]
-            fields.append(_places(state.dealt))
+            fields.append(_positions(state.dealt))
         case Masked():
-            fields += [_shares(state.held), _places(state.dealt)]
+            fields += [_shares(state.held), _positions(state.dealt)]
         case Confirmed():
             survivors = state.survivors
-            fields += [_shares(state.held), _places(survivors.alive), _places(survivors.dropped)]
+            fields += [
+                _shares(state.held),
+                _positions(survivors.alive),
+                _positions(survivors.dropped),
+            ]
     head = _HEADER.pack(_MAGIC, _VERSION, _KINDS.index(type(state)) + 1)
-    return head + b"".join(_LENGTH.pack(len(one)) + one for one in fields)
+    return head + b"".join(_LENGTH.pack(len(field)) + field for field in fields)
 
 
 def decode(data: bytes) -> State:
@@ -138,15 +142,15 @@ class _Fields:
         self.kind = _KINDS[kind - 1]
         self._data, self._at = data, _HEADER.size
 
-    def take(self, name: str, size: int, fewest: int = 1, most: int = 1) -> bytes:
-        """Read the next field: `fewest` to `most` records of `size` bytes."""
+    def take(self, name: str, size: int, min_count: int = 1, max_count: int = 1) -> bytes:
+        """Read the next field: `min_count` to `max_count` records of `size` bytes."""
         start = self._at + _LENGTH.size
         if start > len(self._data):
             raise _refusal(f"they are cut before the {name}")
         (length,) = _LENGTH.unpack_from(self._data, self._at)
-        if length % size or not fewest * size <= length <= most * size:
+        if length % size or not min_count * size <= length <= max_count * size:
             raise _refusal(
-                f"the {name} has {length} bytes, expected {fewest} to {most} times {size}"
+                f"the {name} has {length} bytes, expected {min_count} to {max_count} times {size}"
             )
         if start + length > len(self._data):
             raise _refusal(f"they are cut in the {name}")
@@ -158,16 +162,16 @@ class _Fields:
         return Secret(self.take("seed", KEY_BYTES))
 
     def table(
-        self, name: str, form: struct.Struct, below: int, most: int = MAX_PARTICIPANTS
+        self, name: str, form: struct.Struct, below: int, max_count: int = MAX_PARTICIPANTS
     ) -> list[tuple[Any, ...]]:
         """Read records that start with an ascending number, all of them smaller than `below`."""
-        found = list(form.iter_unpack(self.take(name, form.size, 0, most)))
-        numbers = [one[0] for one in found]
+        records = list(form.iter_unpack(self.take(name, form.size, 0, max_count)))
+        numbers = [record[0] for record in records]
         if numbers and numbers != sorted(set(numbers)):
             raise _refusal(f"the numbers in the {name} do not ascend")
         if numbers and numbers[-1] >= below:
             raise _refusal(f"the {name} has number {numbers[-1]}, expected numbers below {below}")
-        return found
+        return records
 
     def end(self) -> None:
         """Refuse bytes that follow the last field."""
@@ -207,8 +211,8 @@ def _cohort_fields(cohort: Cohort) -> Iterable[bytes]:
     yield cohort.digest
     yield b"".join(cohort.identities)
     yield b"".join(
-        _ENTRY.pack(at, one.client, one.identity, one.mask_key, one.sealing_key)
-        for at, one in sorted(cohort.entries.items())
+        _ENTRY.pack(at, entry.client, entry.identity, entry.mask_key, entry.sealing_key)
+        for at, entry in sorted(cohort.entries.items())
     )
 
 
@@ -218,7 +222,7 @@ def _read_cohort(fields: _Fields) -> Cohort:
     That is every holder but the device itself.
     """
     degree, threshold, position = _COHORT.unpack(fields.take("cohort", _COHORT.size))
-    found = fields.take("roster's digest", DIGEST_BYTES)
+    digest = fields.take("roster's digest", DIGEST_BYTES)
     joined = fields.take("identities", KEY_BYTES, 1, MAX_PARTICIPANTS)
     identities = tuple(joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES))
     listed = fields.table("entries", _ENTRY, len(identities))
@@ -226,32 +230,34 @@ def _read_cohort(fields: _Fields) -> Cohort:
     if position not in entries:
         raise _refusal("the entries lack this device's own")
     beside = tuple(at for at in entries if at != position)
-    return Cohort(entries, identities, found, Graph(degree, threshold), position, beside)
+    return Cohort(entries, identities, digest, Graph(degree, threshold), position, beside)
 
 
 def _read_later(fields: _Fields, party: Party, cohort: Cohort) -> State:
-    most = cohort.participants
+    participants = cohort.participants
     if fields.kind is Shared:
         closed = fields.take("directory's kind", 1)
         if closed not in (b"\0", b"\1"):
             raise _refusal("the directory is neither closed nor open")
-        known = dict(fields.table("directory", _SEED, 1 << 64, MOST_KNOWN))
+        known = dict(fields.table("directory", _SEED, 1 << 64, MAX_KNOWN))
         directory = Directory(known, closed == b"\1")
-        seed, pairs = fields.seed(), _read_seeds(fields, "pairs", most)
+        seed, pairs = fields.seed(), _read_seeds(fields, "pairs", participants)
         sealing, own = (
-            _read_seeds(fields, "sealing keys", most),
+            _read_seeds(fields, "sealing keys", participants),
             fields.take("own", 2 * SHARE_BYTES),
         )
         kept = Secret(own[:SHARE_BYTES]), Secret(own[SHARE_BYTES:])
         return Shared(party, cohort, directory, seed, pairs, sealing, kept)
     if fields.kind is Received:
-        seed, pairs = fields.seed(), _read_seeds(fields, "pairs", most)
-        held = _read_shares(fields, most)
-        return Received(party, cohort, seed, pairs, held, _read_places(fields, "dealt", most))
-    held = _read_shares(fields, most)
+        seed, pairs = fields.seed(), _read_seeds(fields, "pairs", participants)
+        held = _read_shares(fields, participants)
+        return Received(
+            party, cohort, seed, pairs, held, _read_positions(fields, "dealt", participants)
+        )
+    held = _read_shares(fields, participants)
     if fields.kind is Masked:
-        return Masked(party, cohort, held, _read_places(fields, "dealt", most))
-    alive, dropped = (_read_places(fields, name, most) for name in ("alive", "dropped"))
+        return Masked(party, cohort, held, _read_positions(fields, "dealt", participants))
+    alive, dropped = (_read_positions(fields, name, participants) for name in ("alive", "dropped"))
     return Confirmed(party, cohort, held, Survivors(alive, dropped))
 
 
@@ -280,9 +286,9 @@ def _read_shares(fields: _Fields, participants: int) -> dict[int, Held]:
     return {at: (Secret(one), Secret(two)) for at, one, two in found}
 
 
-def _places(positions: Iterable[int]) -> bytes:
+def _positions(positions: Iterable[int]) -> bytes:
     return b"".join(map(_POSITION.pack, sorted(positions)))
 
 
-def _read_places(fields: _Fields, name: str, participants: int) -> frozenset[int]:
+def _read_positions(fields: _Fields, name: str, participants: int) -> frozenset[int]:
     return frozenset(at for (at,) in fields.table(name, _POSITION, participants))

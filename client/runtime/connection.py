@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 __all__ = ["FILE", "Connection", "Watch", "classify", "expiries", "read", "sentence"]
 
@@ -33,6 +33,9 @@ SILENT_S = 120.0
 
 NOT_ENROLLED = "not enrolled"
 EXPIRED = "certificate expired"
+
+_P = ParamSpec("_P")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -61,40 +64,40 @@ def read(folder: Path, server: str) -> Connection:
     """
     nothing = Connection(_hashed(server))
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        found = json.loads((folder / FILE).read_bytes())
-        if found.pop("format") == FORMAT and found["server"] == nothing.server:
+        table = json.loads((folder / FILE).read_bytes())
+        if table.pop("format") == FORMAT and table["server"] == nothing.server:
             kinds = {one.name: one.type for one in fields(Connection)}
-            if {name: type(value) for name, value in found.items()} == kinds:
-                return Connection(**found)
+            if {name: type(value) for name, value in table.items()} == kinds:
+                return Connection(**table)
     return nothing
 
 
-def sentence(found: Connection, running: bool, now: float) -> tuple[bool, str]:
+def sentence(state: Connection, running: bool, now: float) -> tuple[bool, str]:
     """Return whether the server is reached, and the sentence for the owner.
 
     Args:
-        found: what the node wrote.
+        state: what the node wrote.
         running: whether `privet client start` is.
         now: seconds since 1970.
     """
-    before = f"not reached since {_date(found.reached)}" if found.reached else "not reached yet"
-    if found.kind == NOT_ENROLLED:
-        if found.reached:
+    before = f"not reached since {_date(state.reached)}" if state.reached else "not reached yet"
+    if state.kind == NOT_ENROLLED:
+        if state.reached:
             return False, (
                 f"not enrolled any more: {before}; ask the operator, and send your card again "
                 "(privet client card)"
             )
         return False, "not enrolled yet: send your card to the operator (privet client card)"
-    if found.kind:
+    if state.kind:
         stopped = "" if running else "; `privet client start` is not running"
-        return False, f"{before} ({found.said}){stopped}"
+        return False, f"{before} ({state.said}){stopped}"
     if not running:
         return False, f"{before} (`privet client start` is not running)"
-    if not found.reached:
+    if not state.reached:
         return False, "not reached yet (no answer so far)"
-    if now - found.reached > SILENT_S:
+    if now - state.reached > SILENT_S:
         return False, f"{before} (nothing was heard; the network may be away)"
-    return True, f"reached {_ago(now - found.reached)} ago"
+    return True, f"reached {_ago(now - state.reached)} ago"
 
 
 @dataclass
@@ -121,21 +124,21 @@ class Watch:
         self._state = read(self.path.parent, self.server)
 
     @property
-    def said(self) -> str:
+    def failure(self) -> str:
         """The failure of now, "" while the server is reached."""
         return self._state.said
 
-    def watched(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self, ask: Callable[_P, _Answer]) -> Callable[_P, _Answer]:
         """Wrap a function `ask` so that every answer and every failure of it is seen."""
 
-        def asked(*args: Any, **named: Any) -> Any:
+        def asked(*args: _P.args, **named: _P.kwargs) -> _Answer:
             try:
-                found = ask(*args, **named)
+                answer = ask(*args, **named)
             except Exception as error:
                 self.failed(error)
                 raise
             self.reached()
-            return found
+            return answer
 
         return asked
 
@@ -154,11 +157,11 @@ class Watch:
         if getattr(getattr(error, "response", None), "status_code", 0) in ENDED:
             return
         taken = 0 < now - self._state.reached < TAKEN_S
-        kind, said = classify(error, taken, self.dates, now)
+        kind, sentence = classify(error, taken, self.dates, now)
         changed = kind != self._state.kind
         if changed:
-            self.say(f"the server {self.server} is not reached: {said}")
-        self._keep(replace(self._state, failed=now, kind=kind, said=said), changed)
+            self.say(f"the server {self.server} is not reached: {sentence}")
+        self._keep(replace(self._state, failed=now, kind=kind, said=sentence), changed)
 
     def _keep(self, state: Connection, changed: bool) -> None:
         self._state, now = state, self.clock()
@@ -188,16 +191,16 @@ def classify(
         dates: see `Watch`.
         now: seconds since 1970.
     """
-    for one in _causes(error):
-        if isinstance(one, ssl.SSLCertVerificationError):
-            return _untrusted(one, dates, now)
-        if isinstance(one, ssl.SSLError):
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return _untrusted(cause, dates, now)
+        if isinstance(cause, ssl.SSLError):
             return "no TLS", "it does not speak TLS as expected: is HOST:PORT the right one?"
-        if isinstance(one, socket.gaierror):
+        if isinstance(cause, socket.gaierror):
             return "no address", "its name is not known here: is there a network?"
-        if isinstance(one, ConnectionRefusedError):
+        if isinstance(cause, ConnectionRefusedError):
             return "refused", "nothing answers at its address: it may be switched off"
-        if isinstance(one, TimeoutError):
+        if isinstance(cause, TimeoutError):
             return "no answer", "it does not answer: is there a network?"
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if status == 412:
@@ -232,12 +235,12 @@ def expiries(server: str, authority: bytes | None, timeout_s: float = 5.0) -> tu
 
     Only of certificates that hold but for their date.
     """
-    found: list[float] = []
+    dates: list[float] = []
     with suppress(OSError, ValueError, KeyError):
         context = ssl.create_default_context(cadata=authority.decode() if authority else None)
         context.verify_flags |= 0x200000  # X509_V_FLAG_NO_CHECK_TIME: signature and name still are
-        for one in context.get_ca_certs() if authority else ():
-            found.append(ssl.cert_time_to_seconds(str(one["notAfter"])))
+        for certificate in context.get_ca_certs() if authority else ():
+            dates.append(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
         host, _, port = server.rpartition(":")
         host = host.strip("[]")
         with (
@@ -245,8 +248,8 @@ def expiries(server: str, authority: bytes | None, timeout_s: float = 5.0) -> tu
             context.wrap_socket(wire, server_hostname=host) as secure,
         ):
             shown = secure.getpeercert() or {}
-            found.append(ssl.cert_time_to_seconds(str(shown["notAfter"])))
-    return tuple(found)
+            dates.append(ssl.cert_time_to_seconds(str(shown["notAfter"])))
+    return tuple(dates)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...common.child_processes import Spec, privet_command, stop_on_signals, supervise
 from ...common.errors import ConfigError, PrivetError, StateError
@@ -24,6 +24,10 @@ from ..store.device_store import POLICY, DeviceStore
 from ..store.erase import exclusive
 from ..store.key_file import Passphrase, Unlock
 from .supervisor import as_file_descriptor, descriptor_path, keep_to_itself, node_spec
+
+if TYPE_CHECKING:
+    from ..enrolled.participant import EnrolledParticipant
+    from .worker import Handle
 
 __all__ = ["free_port", "handler", "specs", "start", "watch", "work"]
 
@@ -113,17 +117,17 @@ def work(
         limit_process(resources)
         shared = _secret(secret)
         with DeviceStore.open(folder, unlock_of(folder, passphrase)) as home:
-            seat = EnrolledParticipant(home, server)
+            participant = EnrolledParticipant(home, server)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
             watcher.start()
             try:
                 worker.work(
                     f"127.0.0.1:{port}",
-                    handler(seat, busy, say),
+                    handler(participant, busy, say),
                     stop=stop,
                     secret=shared,
                     idle_s=60 * resources.idle_minutes,
-                    on_idle=seat.rest,
+                    on_idle=participant.rest,
                     say=say,
                 )
             finally:
@@ -131,7 +135,7 @@ def work(
                 watcher.join()
 
 
-def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], Any]:
+def handler(participant: "EnrolledParticipant", busy: threading.Lock, say: Say) -> "Handle":
     """Return the function that the worker calls with each message.
 
     `busy` is held while it runs.
@@ -148,14 +152,14 @@ def handler(seat: Any, busy: threading.Lock, say: Say) -> Callable[[Any, Any], A
             from .worker import where
 
             if message.metadata.message_type == "query.hello":
-                return greet(message, seat)
-            seat.pace.begin()
+                return greet(message, participant)
+            participant.pace.begin()
             try:
-                reply = answer(message, seat)
+                reply = answer(message, participant)
             except PrivetError as error:
                 say(f"a message was declined after an error: {where(error)}")
                 reply = nothing(message)
-            seat.pace.settle()
+            participant.pace.settle()
             return reply
 
     return handle
@@ -178,9 +182,9 @@ def watch(home: DeviceStore, stop: threading.Event, busy: threading.Lock, say: S
         try:
             minutes = home.policy.import_texts.rescan_minutes
             wait(None)
-            found = watched_folders.rescan(home, progress=wait)
-            if found.found or found.gone:
-                say(f"{len(found.found)} files read, {found.records} records in all")
+            scanned = watched_folders.rescan(home, progress=wait)
+            if scanned.found or scanned.gone:
+                say(f"{len(scanned.found)} files read, {scanned.records} records in all")
         except _Stopped:
             return
         except (ConfigError, StateError) as error:
@@ -196,18 +200,18 @@ class _Stopped(Exception):
 
 def free_port() -> int:
     """Return a port of this machine that nobody listens on now."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _secret(path: Path) -> bytes:
     from ...common.files import explain_os_errors
 
     with explain_os_errors(path, "read the secret from"), open(path, "rb") as file:
-        found = file.read(LONGEST_SECRET)
-    if len(found) < SECRET_BYTES:
+        secret = file.read(LONGEST_SECRET)
+    if len(secret) < SECRET_BYTES:
         raise StateError(
             f"{path}: expected at least {SECRET_BYTES} bytes; `privet client start` gives them"
         )
-    return found
+    return secret

@@ -43,9 +43,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec
 
 from .connection import FILE, Watch, expiries
+
+if TYPE_CHECKING:
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest, ActivateNodeResponse
+    from flwr.supernode.fleet_http_client import FleetHttpClient
 
 __all__ = ["PROGRAM", "Waits", "main", "taking_over"]
 
@@ -55,14 +59,16 @@ GROWTH = 1.05
 PATIENCE = 10
 ROWS = {NO_MESSAGE_S: (0.1, 10.0), 0.5: (0.02, 0.5)}
 """Flower's sleep -> the first and the longest of a row in its place, seconds."""
-PARTS: Any = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 60.0}
+PARTS = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 60.0}
 """Seconds until the next question for a part that is not stored yet, which Flower doubles, and
 after which the message is given up: a server that dies while it sends leaves it so for ever."""
 DIGITS = 20
 """Of a node's id, 64 bits; always all of them, so that a shorter id leaves no rest of another."""
 
-Activate = Callable[[Any, Any], Any]
-Deactivate = Callable[[Any, int], None]
+Activate = Callable[["FleetHttpClient", "ActivateNodeRequest"], "ActivateNodeResponse"]
+Deactivate = Callable[["FleetHttpClient", int], None]
+
+_P = ParamSpec("_P")
 
 
 @dataclass
@@ -99,62 +105,64 @@ class Waits:
         self._next = min(self._next * GROWTH, longest)
         self._woke = self.clock()
 
-    def anew_after(self, answered: Callable[..., None]) -> Callable[..., None]:
+    def anew_after(self, answered: Callable[_P, None]) -> Callable[_P, None]:
         """Wrap a function so that a row of sleeps ends with each call of it.
 
         The function may have answered without a sleep of its own.
         """
 
-        def answered_then_anew(*args: Any, **named: Any) -> None:
+        def answered_then_anew(*args: _P.args, **named: _P.kwargs) -> None:
             answered(*args, **named)
             self._reason = 0.0
 
         return answered_then_anew
 
 
-def taking_over(activate: Activate, deactivate: Deactivate, place: int) -> Activate:
+def taking_over(activate: Activate, deactivate: Deactivate, descriptor: int) -> Activate:
     """Wrap `activate` so that, where it is refused, it ends the dead node's place and tries again.
 
     Args:
         activate: a request's client and the request -> the response, with the node's id.
         deactivate: by client and node id.
-        place: descriptor of the id of the node before this one, which is dead; nothing: none.
+        descriptor: of a file with the id of the node before this one, which is dead; nothing: none.
     """
 
-    def activated(client: Any, request: Any) -> Any:
-        before = os.pread(place, DIGITS, 0)
+    def activated(
+        client: "FleetHttpClient", request: "ActivateNodeRequest"
+    ) -> "ActivateNodeResponse":
+        before = os.pread(descriptor, DIGITS, 0)
         try:
-            found = activate(client, request)
+            response = activate(client, request)
         except Exception as refused:
             if not before.isdigit() or not hasattr(refused, "response"):
                 raise
             deactivate(client, int(before))
-            found = activate(client, request)
-        os.pwrite(place, str(found.node_id).zfill(DIGITS).encode(), 0)
-        return found
+            response = activate(client, request)
+        os.pwrite(descriptor, str(response.node_id).zfill(DIGITS).encode(), 0)
+        return response
 
     return activated
 
 
-def main(place: int | None = None, home: str | None = None) -> None:
+def main(descriptor: int | None = None, home: str | None = None) -> None:
     """Run `flower-supernode` with these waits, and end the process when it has ended.
 
     Args:
-        place: an open descriptor that the supervisor keeps, of an empty file at first.
+        descriptor: an open descriptor that the supervisor keeps, of an empty file at first.
         home: the folder where the connection's state is kept; None: nowhere.
     """
     from flwr.supernode import start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
     if getattr(node, "time", None) is time:
-        waits: Any = Waits()
+        waits = Waits()
         node.time = waits
         if hasattr(node, "_push_messages"):
             node._push_messages = waits.anew_after(node._push_messages)
     if hasattr(node, "pull_objects"):
         node.pull_objects = functools.partial(node.pull_objects, **PARTS)
-    if place is not None:
-        _take_over(place)
+    if descriptor is not None:
+        _take_over(descriptor)
     if home is not None:
         _watch(Path(home))
     sys.argv[0] = PROGRAM
@@ -169,14 +177,14 @@ def main(place: int | None = None, home: str | None = None) -> None:
     os._exit(1)
 
 
-def _take_over(place: int) -> None:
+def _take_over(descriptor: int) -> None:
     from flwr.proto.fleet_pb2 import DeactivateNodeRequest
     from flwr.supernode.fleet_http_client import FleetHttpClient as Fleet
 
-    def deactivate(client: Any, node: int) -> None:
+    def deactivate(client: "FleetHttpClient", node: int) -> None:
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
-    activate: Any = taking_over(Fleet.ActivateNode, deactivate, place)
+    activate = taking_over(Fleet.ActivateNode, deactivate, descriptor)
     setattr(Fleet, "ActivateNode", activate)  # noqa: B010  (mypy knows it as a method)
 
 
@@ -195,10 +203,10 @@ def _watch(home: Path) -> None:
     watch = Watch(home / FILE, server, say, dates)
     setattr(Fleet, "_unary_unary", watch.watched(Fleet._unary_unary))  # noqa: B010
 
-    def told(record: logging.LogRecord) -> bool:
-        return not (watch.said and record.getMessage().startswith("Exit Code"))
+    def wanted(record: logging.LogRecord) -> bool:
+        return not (watch.failure and record.getMessage().startswith("Exit Code"))
 
-    logging.getLogger("flwr").addFilter(told)
+    logging.getLogger("flwr").addFilter(wanted)
 
 
 def _argument(option: str) -> str:

@@ -98,7 +98,6 @@ def node_spec(
     certificates: bytes | None,
     secret: bytes,
     insecure: bool = False,
-    extra: tuple[str, ...] = (),
     home: Path | None = None,
 ) -> Spec:
     """Describe the installed SuperNode (`supernode.py`) as a child that runs no app itself.
@@ -112,7 +111,6 @@ def node_spec(
         certificates: PEM of the CA the server must be signed by; None: the system's.
         secret: random bytes that the worker is given too; see `worker.work`.
         insecure: no TLS; for tests on one machine.
-        extra: more arguments of `flower-supernode`.
         home: where the connection's state is kept (`client/runtime/connection.py`); None: nowhere.
 
     Its longest pause is 10 s: for 60 s after a crash of this process too, the SuperLink takes the
@@ -137,7 +135,7 @@ def node_spec(
         if data is not None:
             descriptors.append(as_file_descriptor(data))
             command += [option, descriptor_path(descriptors[-1])]
-    command += ["--insecure", *extra] if insecure else extra
+    command += ["--insecure"] if insecure else []
     return Spec(
         "supernode",
         tuple(command),
@@ -151,8 +149,8 @@ def node_spec(
 
 
 def _not_reached(home: Path | None, server: str) -> str:
-    said = "" if home is None else connection.read(home, server).said
-    return said and f"the server {server} is not reached: {said}"
+    sentence = "" if home is None else connection.read(home, server).said
+    return sentence and f"the server {server} is not reached: {sentence}"
 
 
 def unit_text(home: Path, executable: Path, *, passphrase: Path | None = None) -> str:

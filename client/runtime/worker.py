@@ -22,12 +22,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ...common.errors import ConfigError
+from ...common.errors import FAILED, ConfigError
+
+if TYPE_CHECKING:
+    import httpx
+    from flwr.app import Context, Message
+    from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+    from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+    from flwr.supercore.runtime import RuntimeHttpClient
 
 __all__ = [
-    "FAILED",
     "FLOWER",
     "pause_s",
     "refuse_other_flower",
@@ -37,9 +43,8 @@ __all__ = [
 ]
 
 FLOWER = "1.41"
-FAILED = "this device could not take part; the reason is in its own log"
 
-Handle = Callable[[Any, Any], Any]
+Handle = Callable[["Message", "Context"], "Message"]
 Say = Callable[[str], None]
 
 QUICKEST_S, SLOWEST_S = 0.05, 1.0
@@ -60,7 +65,6 @@ def work(
     *,
     stop: threading.Event,
     secret: bytes | None = None,
-    certificates: bytes | None = None,
     idle_s: float = 600.0,
     on_idle: Callable[[], None] = lambda: None,
     say: Say = _say,
@@ -68,14 +72,12 @@ def work(
     """Answer the SuperNode's messages, one at a time, until `stop` is set.
 
     Args:
-        address: `host:port` of the SuperNode's runtime API.
+        address: `host:port` of the SuperNode's runtime API, on this machine.
         handle: called with Flower's Message and Context, returns the reply: the installed
             ClientApp, or any callable. Runs in the calling thread.
         stop: the message in hand is finished and answered, then the function returns.
         secret: what the SuperNode was given as `--superexec-auth-secret-file`. Without it any
             process on this machine may take the device's tasks and answer in its name.
-        certificates: PEM of the CA of a SuperNode that speaks TLS; None is plain HTTP, which only
-            loopback may use.
         idle_s, on_idle: called once when no task has come for so many seconds; the caller lets
             its model go there, then freed memory goes back to the system.
         say: gets one line per event, without private data.
@@ -87,13 +89,12 @@ def work(
     same state.
 
     Raises:
-        ConfigError: another Flower than 1.41 is installed, or the address would leave the machine
-            without TLS.
+        ConfigError: another Flower than 1.41 is installed, or the address is not of this machine.
 
     **Guarantee**: no byte of the bundle the server sent is written, imported or executed here.
     """
     refuse_other_flower()
-    node = _connect(address, secret, certificates)
+    node = _connect(address, secret)
     last, rested, away = time.monotonic(), False, 0
     try:
         while not stop.is_set():
@@ -128,10 +129,11 @@ def refuse_other_flower(installed: str | None = None) -> None:
     Raises:
         ConfigError: major or minor version differ.
     """
-    found = version("flwr") if installed is None else installed
-    if found.split(".")[:2] != FLOWER.split("."):
+    if installed is None:
+        installed = version("flwr")
+    if installed.split(".")[:2] != FLOWER.split("."):
         raise ConfigError(
-            f"privet's worker was written for flwr {FLOWER} and flwr {found} is installed: "
+            f"privet's worker was written for flwr {FLOWER} and flwr {installed} is installed: "
             f'install privet in a fresh environment, or pip install "flwr=={FLOWER}.*".'
         )
 
@@ -156,21 +158,22 @@ class _Badge:
     header: str
     token: str = ""
 
-    def intercept(self, context: Any, call_next: Callable[[Any], Any]) -> Any:
+    def intercept(
+        self, context: "ProtobufRequestContext", call_next: "ProtobufCall"
+    ) -> "httpx.Response":
         if self.token:
             context.request.headers[self.header] = self.token
-        return call_next(context)
+        response: httpx.Response = call_next(context)
+        return response
 
 
 @dataclass(frozen=True)
 class _Node:
-    client: Any
+    client: "RuntimeHttpClient"
     badge: _Badge
 
 
-def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> _Node:
-    import ssl
-
+def _connect(address: str, secret: bytes | None) -> _Node:
     import httpx
     from flwr.supercore.constant import TASK_TOKEN_HEADER
     from flwr.supercore.interceptors import (
@@ -180,10 +183,10 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
     from flwr.supercore.runtime import RuntimeHttpClient
 
     host = address.rpartition(":")[0].strip("[]")
-    if certificates is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
-            f"the SuperNode's runtime address must be on this machine or use TLS, got {address!r}: "
-            f"use 127.0.0.1, or give its certificates."
+            f"the SuperNode's runtime address must be on this machine, got {address!r}: "
+            "use 127.0.0.1."
         )
     badge = _Badge(TASK_TOKEN_HEADER)
     interceptors = [RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), badge]
@@ -192,16 +195,11 @@ def _connect(address: str, secret: bytes | None, certificates: bytes | None) -> 
         interceptors.append(
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=signed)
         )
-    trusted: Any = False
-    if certificates is not None:
-        trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        trusted.load_verify_locations(cadata=certificates.decode("ascii"))
-    scheme = "http" if certificates is None else "https"
     # No retries of Flower's: on a refusal they send this process SIGINT.
-    client = RuntimeHttpClient(f"{scheme}://{address}", interceptors=interceptors, verify=False)
+    client = RuntimeHttpClient(f"http://{address}", interceptors=interceptors, verify=False)
     client.close()
     # Flower's own would send loopback traffic to the proxy named in the environment.
-    client._client = httpx.Client(verify=trusted, timeout=TIMEOUT_S, trust_env=False)
+    client._client = httpx.Client(verify=False, timeout=TIMEOUT_S, trust_env=False)
     return _Node(client, badge)
 
 
@@ -240,7 +238,7 @@ def _next(
     return True, 0
 
 
-def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None:
+def _serve(client: "RuntimeHttpClient", handle: Handle, stop: threading.Event, say: Say) -> None:
     """Serve one task, from its message to its end."""
     from flwr.app import Error, Message
     from flwr.common.constant import ErrorCode, SubStatus
@@ -277,7 +275,7 @@ def _serve(client: Any, handle: Handle, stop: threading.Event, say: Say) -> None
     push_task_output(client=client, context=context, sub_status=status, details=details)
 
 
-def _listed(client: Any, stop: threading.Event) -> Any:
+def _listed(client: "RuntimeHttpClient", stop: threading.Event) -> "PullAppMessagesResponse":
     """Return the task's message without its content.
 
     Flower stores it a moment after the task, which is waited for.
@@ -286,7 +284,7 @@ def _listed(client: Any, stop: threading.Event) -> Any:
 
     until = time.monotonic() + LISTED_S
     while True:
-        listed = client.PullMessages(PullAppMessagesRequest())
+        listed: PullAppMessagesResponse = client.PullMessages(PullAppMessagesRequest())
         if listed.messages_list:
             return listed
         if stop.wait(0.01):
@@ -297,7 +295,9 @@ def _listed(client: Any, stop: threading.Event) -> Any:
             raise LookupError("a task without a message")
 
 
-def _inflated(client: Any, listed: Any, context: Any) -> Any:
+def _inflated(
+    client: "RuntimeHttpClient", listed: "PullAppMessagesResponse", context: "Context"
+) -> "Message":
     """Return the task's message with its content.
 
     It waits while the SuperNode itself is still pulling that.
@@ -321,7 +321,7 @@ def _inflated(client: Any, listed: Any, context: Any) -> Any:
     return message
 
 
-def _envelope(listed: Any) -> Any:
+def _envelope(listed: "PullAppMessagesResponse") -> "Message":
     """Return the message as an address to reply to, for which its metadata is enough."""
     from flwr.common.serde import message_from_proto
 
@@ -329,7 +329,7 @@ def _envelope(listed: Any) -> Any:
 
 
 @contextmanager
-def _heartbeat(client: Any) -> Iterator[None]:
+def _heartbeat(client: "RuntimeHttpClient") -> Iterator[None]:
     """Send signs of life while a task is in hand.
 
     One that fails is made good by the next.

@@ -27,7 +27,7 @@ _CHUNK = 32
 def choose(
     adapter: Adapter,
     cluster_vectors: NDArray[np.float32],
-    live: int,
+    active_clusters: int,
     records: Sequence[Tokenised],
     shape: Shape | None = None,
 ) -> int:
@@ -38,14 +38,14 @@ def choose(
     Args:
         adapter: overwritten.
         clusters: each one's adapter, shape (k, d).
-        live: how many of them there are already; with one there is nothing to choose.
+        active_clusters: how many of them there are already; with one there is nothing to choose.
         records: own training records. With nothing to learn the choice is the first; a device
             without any records contributes to none (`common/model/exchange_layout.py`).
         shape: of the work, whatever records there are; None: as little as they need.
     """
-    if live == 1 or not (records or shape):
+    if active_clusters == 1 or not (records or shape):
         return 0
-    return int(np.argmin(mean_losses(adapter, cluster_vectors[:live], records, shape)))
+    return int(np.argmin(mean_losses(adapter, cluster_vectors[:active_clusters], records, shape)))
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def mean_losses(
     Infinite where it is not finite, 0 where there are no records.
     """
     base, first = adapter.base, adapter.first_block
-    found = np.zeros(len(cluster_vectors))
+    totals = np.zeros(len(cluster_vectors))
     ordered = sorted(records, key=lambda record: len(record.ids))
     if shape is None:
         chunks = [ordered[i : i + _CHUNK] for i in range(0, len(ordered), _CHUNK)]
@@ -73,9 +73,9 @@ def mean_losses(
         labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
         batch = collate(ids, labels, [record.learnt for record in chunk], tokens)
         prefix = prefix_states(base, first, *pad(ids, tokens=tokens))
-        for place, vector in enumerate(cluster_vectors):
+        for cluster, vector in enumerate(cluster_vectors):
             adapter.write(vector)
             with resumed_at(base, first, prefix):
                 losses = record_losses(base, batch, adapter.head).double()
-            found[place] += float(losses[: len(real)].sum())
-    return np.where(np.isfinite(found), found / max(1, len(ordered)), np.inf)
+            totals[cluster] += float(losses[: len(real)].sum())
+    return np.where(np.isfinite(totals), totals / max(1, len(ordered)), np.inf)

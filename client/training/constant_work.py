@@ -31,7 +31,7 @@ DUMMY = Tokenised((0,), 0.0, learnt=(), rejected=(0,), prompts=(1, 1))
 """A row without a loss: one token, of which nothing is learnt."""
 
 _RARE = 2.0**-40
-_STEP_ROWS, _CHOICE_ROWS, _FEWEST_ROWS = 16, 32, 3
+_STEP_ROWS, _CHOICE_ROWS, _MIN_ROWS = 16, 32, 3
 _PLACES = 1024  # rows * tokens in memory at once: each has a score for every word
 
 
@@ -62,7 +62,7 @@ class Shape:
     def of(cls, records: int, tokens: int, max_rows: int) -> "Shape":
         """Return the shape for so many records, with few chunks of equal size."""
         records = max(1, records)
-        rows = max(_FEWEST_ROWS, min(max_rows, _PLACES // tokens))
+        rows = max(_MIN_ROWS, min(max_rows, _PLACES // tokens))
         chunks = math.ceil(records / (rows - 1))
         return cls(chunks, math.ceil(records / chunks) + 1, tokens)
 
@@ -72,7 +72,7 @@ class Shape:
         Some chunks may have none.
         """
         count = max(self.chunks, math.ceil(len(records) / (self.rows - 1)))
-        return [list(records[place::count]) for place in range(count)]
+        return [list(records[chunk::count]) for chunk in range(count)]
 
     def filled(self, chunk: Sequence[Tokenised]) -> list[Tokenised]:
         """Fill a chunk with dummies behind its records."""
@@ -102,8 +102,8 @@ def work_of(config: Config, plan: Plan) -> Work | None:
     choice = choice_of(config)
     if choice is None:
         return None
-    most = max_drawn(config.data.records_per_client, plan.rate)
-    step = Shape.of(most, choice.tokens, _STEP_ROWS)
+    records = max_drawn(config.data.records_per_client, plan.rate)
+    step = Shape.of(records, choice.tokens, _STEP_ROWS)
     return Work(step, choice, config.data.max_tokens)
 
 
@@ -137,7 +137,7 @@ def missing(
 
 
 def _made_up(number: int, tokens: int, words: int) -> Tokenised:
-    ids = tuple((31 * number + 7 * place) % words for place in range(tokens))
+    ids = tuple((31 * number + 7 * position) % words for position in range(tokens))
     return Tokenised(ids, float(number % 2), rejected=ids[::-1], prompts=(1, 1))
 
 

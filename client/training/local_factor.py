@@ -37,20 +37,20 @@ def before(kept: bytes | None, number: int, dimension: int) -> NDArray[np.float3
     earlier = [one for one in rounds if one < number]
     if not earlier:
         return None
-    found = rounds[max(earlier)]
-    if found.shape != (dimension,) or found.dtype != np.float32:
+    factor = rounds[max(earlier)]
+    if factor.shape != (dimension,) or factor.dtype != np.float32:
         raise StateError(
-            f"what this device keeps of its adapter has {found.shape} numbers, expected "
+            f"what this device keeps of its adapter has {factor.shape} numbers, expected "
             f"{dimension}; remove it, and it is trained again"
         )
-    return found
+    return factor
 
 
 def added(kept: bytes | None, number: int, own: NDArray[np.float32]) -> bytes:
     """Return the file after round `number`."""
-    rounds = {one: values for one, values in _read(kept).items() if one < number}
-    last = {one: rounds[one] for one in sorted(rounds)[-(_KEPT - 1) :]}
-    return safetensors.numpy.save({str(one): v for one, v in {**last, number: own}.items()})
+    rounds = {past: values for past, values in _read(kept).items() if past < number}
+    last = {past: rounds[past] for past in sorted(rounds)[-(_KEPT - 1) :]}
+    return safetensors.numpy.save({str(past): v for past, v in {**last, number: own}.items()})
 
 
 def _read(kept: bytes | None) -> Mapping[int, NDArray[np.float32]]:

@@ -50,7 +50,7 @@ from ...common.settings.sections import PreferenceSettings
 from .constant_work import Shape
 from .records import Tokenised, poisson_indices
 
-__all__ = ["Trained", "Trainer", "train"]
+__all__ = ["Randomness", "Trained", "Trainer", "train"]
 
 # Records are clipped to a little less than C, so that no rounding of floats carries one past C:
 # another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most
@@ -113,14 +113,32 @@ class Trained:
         statistics: of the batch, over the public batch size: the records' losses, each clipped to
             [0, 1] of the plan's loss bound, and the number of records; float64, shape (2,), or
             (0,) where the plan asks for none.
-        own: what stays on the device (fedsa's B), as it is after training; empty for the others.
+        local_factor: what stays on the device (fedsa's B), as it is after training; empty for the
+            other families.
     """
 
     delta: NDArray[np.float32] = field(repr=False)
     statistics: NDArray[np.float64] = field(repr=False)
-    own: NDArray[np.float32] = field(
+    local_factor: NDArray[np.float32] = field(
         default_factory=lambda: np.zeros(0, np.float32), repr=False, kw_only=True
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Randomness:
+    """The sources of a training's random numbers.
+
+    Attributes:
+        batches: which records are drawn; secret, from the operating system outside tests.
+        noise: of the noise on the records' gradients.
+    """
+
+    batches: np.random.Generator = field(repr=False)
+    noise: Source = field(repr=False)
+
+    def drawn(self, records: int, plan: Plan) -> list[list[int]]:
+        """Draw the batch of each local step, as indices of the records."""
+        return [poisson_indices(records, plan.rate, self.batches) for _ in range(plan.local_steps)]
 
 
 def train(
@@ -128,10 +146,9 @@ def train(
     start: NDArray[np.float32],
     records: Sequence[Tokenised],
     plan: Plan,
+    randomness: Randomness,
     *,
-    batches: np.random.Generator,
-    source: Source,
-    own: NDArray[np.float32] | None = None,
+    local_factor: NDArray[np.float32] | None = None,
     shape: Shape | None = None,
 ) -> Trained:
     """Train local steps from the global adapter on one client's own records.
@@ -141,9 +158,8 @@ def train(
         start: the global adapter, shape (d,), float32.
         records: the client's own tokenised records, at most the public cap; may be empty.
         plan: steps, public batch size and rate, learning rate, clip and noise of a record.
-        batches: which records are drawn; secret, from the operating system outside tests.
-        source: the noise.
-        own: what stays on the device, from the last time; None: the first time.
+        randomness: of the draws and of the noise.
+        local_factor: what stays on the device, from the last time; None: the first time.
         shape: of every step, whatever is drawn; the prefix cache, whose time tells which records
             it has met, then rests. None: as little work as the batch needs.
 
@@ -159,24 +175,24 @@ def train(
     Raises:
         AdapterError: an adapted layer does not see records one by one.
     """
-    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     adapter, private = trainer.adapter, plan.record_clip > 0
-    _forget(trainer.hooked)
-    adapter.write(start, own)
-    trained = adapter.train_only(plan.round)
-    if private and adapter.own.pieces:
+    if private and adapter.local_factor.pieces:
         raise AdapterError(
             f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
             "device, so it cannot be trained under example-level DP"
         )
-    optimizer = _optimizer([parameter for _, parameter in trained], plan, source)
+    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    _forget(trainer.hooked)
+    adapter.write(start, local_factor)
+    trained = adapter.train_only(plan.round)
+    optimizer = _optimizer([parameter for _, parameter in trained], plan, randomness.noise)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
     step = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
-    drawn = [poisson_indices(len(records), plan.rate, batches) for _ in range(plan.local_steps)]
+    drawn = randomness.drawn(len(records), plan)
     for number, indices in enumerate(drawn):
         if number == 1 and trainer.pairs is not None:
             records = _with_references(trainer, start, records, drawn[1:], shape)
@@ -186,13 +202,17 @@ def train(
         losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * _gradient(trained)
     optimizer.zero_grad(set_to_none=True)
+    released, moved = np.split(_finite(delta), [len(delta) - adapter.local_factor.dimension])
+    before = np.zeros_like(moved) if local_factor is None else local_factor
+    after = before + moved if np.isfinite(before + moved).all() else before
+    return Trained(released, _statistics(losses[0], plan), local_factor=after)
+
+
+def _finite(delta: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the delta in float32, or zeros where a number of it is not finite there."""
     with np.errstate(over="ignore"):
         rounded = delta.astype(np.float32)
-    usable = rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
-    released, kept = np.split(usable, [len(usable) - adapter.own.dimension])
-    own = np.zeros_like(kept) if own is None else own
-    local_factor = own + kept if np.isfinite(own + kept).all() else own
-    return Trained(released, _statistics(losses[0], plan), own=local_factor)
+    return rounded if np.isfinite(rounded).all() else np.zeros_like(rounded)
 
 
 def _forget(hooked: GradSampleModule) -> None:
@@ -224,7 +244,7 @@ def _with_references(
     Each is computed alone, or as a row of one fixed shape, so that no record's gradient hangs on
     what else was drawn.
     """
-    adapter, found = trainer.adapter, list(records)
+    adapter, with_references = trainer.adapter, list(records)
     now = adapter.read()
     adapter.write(start)
     if shape is None:
@@ -235,9 +255,9 @@ def _with_references(
         for chunk in chunks:
             margin = _margins(trainer, [records[i] for i in chunk], shape)
             for i, each in zip(chunk, margin.tolist(), strict=False):
-                found[i] = replace(found[i], reference=each)
+                with_references[i] = replace(with_references[i], reference=each)
     adapter.write(now)
-    return found
+    return with_references
 
 
 def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
@@ -359,15 +379,15 @@ def _silence(trained: Named, records: int) -> None:
     It takes no other record's with it. A dummy's are set to zero too, whatever they are: dummies
     are the rows behind the records.
     """
-    found: list[torch.Tensor] = [
+    gradients: list[torch.Tensor] = [
         parameter.grad_sample  # type: ignore[attr-defined]
         for _, parameter in trained
     ]
-    whole = torch.stack([rows.flatten(1).isfinite().all(1) for rows in found]).all(0)
-    whole &= torch.arange(len(whole)) < records
-    if not whole.all():  # never where there are dummies, and there always are with a fixed shape
-        for rows in found:
-            rows.masked_fill_(~whole.view(-1, *[1] * (rows.ndim - 1)), 0.0)
+    finite = torch.stack([rows.flatten(1).isfinite().all(1) for rows in gradients]).all(0)
+    finite &= torch.arange(len(finite)) < records
+    if not finite.all():  # never where there are dummies, and there always are with a fixed shape
+        for rows in gradients:
+            rows.masked_fill_(~finite.view(-1, *[1] * (rows.ndim - 1)), 0.0)
 
 
 def _plain_step(

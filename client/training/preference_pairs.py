@@ -53,17 +53,17 @@ _Row = tuple[tuple[int, ...], int]
 
 
 def _framed(
-    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", most: int
+    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    said = _plain(answers, tokenizer)
+    answered = _plain(answers, tokenizer)
     asked = _plain([prompt + BETWEEN if prompt else "" for prompt in prompts], tokenizer)
-    found = []
-    for prompt, answer in zip(asked, said, strict=True):
-        start = before + prompt[len(prompt) - min(len(prompt), most // 2) :]
-        found.append((tuple((start + answer + after)[:most]), len(start)))
-    return found
+    rows = []
+    for prompt, answer in zip(asked, answered, strict=True):
+        start = before + prompt[len(prompt) - min(len(prompt), max_tokens // 2) :]
+        rows.append((tuple((start + answer + after)[:max_tokens]), len(start)))
+    return rows
 
 
 def _plain(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -73,9 +73,9 @@ def _plain(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[
 
 
 def _as_read(
-    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", most: int
+    prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
-    cut = {"truncation": True, "max_length": most}
+    cut = {"truncation": True, "max_length": max_tokens}
     if not any(prompts):
         rows = tokenizer(answers, **cut)["input_ids"]
     else:

@@ -413,11 +413,11 @@ def tokenize(
         rows = [(before + list(ids) + after)[:max_tokens] for ids in plain]
     else:
         rows = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-    fewest = 2 if task == "generation" else 1
+    min_length = 2 if task == "generation" else 1
     return [
         Tokenised(tuple(ids), record.label)
         for ids, record in zip(rows, records, strict=True)
-        if len(ids) >= fewest
+        if len(ids) >= min_length
     ]
 
 
@@ -441,16 +441,18 @@ def lessons(
     if training.ends and not training.opening and not training.packed:
         return list(records)
     rows: list[tuple[list[int], list[int]]] = []
-    for one in records:
-        first = max(1, min(training.opening, len(one.ids) // 2))
+    for record in records:
+        first = max(1, min(training.opening, len(record.ids) // 2))
         learnt = [
-            place for place in range(first, len(one.ids)) if training.ends or one.ids[place] != end
+            position
+            for position in range(first, len(record.ids))
+            if training.ends or record.ids[position] != end
         ]
-        if not rows or len(rows[-1][0]) + len(one.ids) > training.packed:
+        if not rows or len(rows[-1][0]) + len(record.ids) > training.packed:
             rows.append(([], []))
         ids, places = rows[-1]
-        places += [len(ids) + place for place in learnt]
-        ids += one.ids
+        places += [len(ids) + position for position in learnt]
+        ids += record.ids
     return [Tokenised(tuple(ids), learnt=tuple(places)) for ids, places in rows if places]
 
 
@@ -458,14 +460,14 @@ def _read_block(path: Path, block: Block, size: int) -> bytes:
     """Read a block's bytes, after the file's length was compared with the index's."""
     try:
         with path.open("rb") as handle:
-            found = os.fstat(handle.fileno()).st_size
+            length = os.fstat(handle.fileno()).st_size
             handle.seek(block.offset)
             raw = handle.read(block.length)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    if found != size:
+    if length != size:
         raise DataError(
-            f"{path} has {found} bytes where its index says {size}: it was cut or changed; "
+            f"{path} has {length} bytes where its index says {size}: it was cut or changed; "
             "build the folder again."
         )
     if len(raw) != block.length or not raw.endswith(b"\n"):

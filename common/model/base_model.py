@@ -16,13 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from . import assets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BaseModel", "final_states", "load", "pad", "prefix_states", "resumed_at"]
 
@@ -45,8 +48,8 @@ class BaseModel:
     name: str
     folder: str
     kind: Kind
-    network: Any
-    tokenizer: Any
+    network: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
 
     @cached_property
@@ -58,12 +61,12 @@ class BaseModel:
             if isinstance(module, nn.ModuleList) and len(module) > 1
         ]
         depth = getattr(self.network.config, "num_hidden_layers", None)
-        name, found = next(
+        name, modules = next(
             ((name, module) for name, module in lists if len(module) == depth), ("", None)
         )
-        if found is None:
+        if modules is None:
             raise ModelError(f"{self.name}: found no list of {depth} blocks to adapt")
-        return tuple((f"{name}.{index}", block) for index, block in enumerate(found))
+        return tuple((f"{name}.{index}", block) for index, block in enumerate(modules))
 
     @property
     def output(self) -> Tensor:
@@ -99,9 +102,9 @@ def load(base: str) -> BaseModel:
     _check_vocabulary(base, network, tokenizer)
     network.float().eval().requires_grad_(False)
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
-    found = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
-    _check_states(found)
-    return found
+    model = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
+    _check_states(model)
+    return model
 
 
 def pad(
@@ -154,7 +157,7 @@ def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Ten
     """Compute the input of block number `block`, shape (records, length, width)."""
     kept: list[Tensor] = []
 
-    def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
+    def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
         kept.append(given[0])
         raise _Reached
 
@@ -204,7 +207,7 @@ class _Reached(Exception):
     """Raised to stop the forward pass when the prefix is computed."""
 
 
-def _same(hidden: Any, *_: Any, **__: Any) -> Any:
+def _same(hidden: Tensor, *_: object, **__: object) -> Tensor:
     return hidden
 
 
@@ -228,14 +231,14 @@ def _converted(base: str, file: Path) -> Path:
 
     It is made beside its place and moved there by one rename, so it is whole or not there.
     """
-    place = assets.cache_folder() / "converted"
+    converted = assets.cache_folder() / "converted"
     try:
         with file.open("rb") as handle:
-            folder = place / hashlib.file_digest(handle, "sha256").hexdigest()
+            folder = converted / hashlib.file_digest(handle, "sha256").hexdigest()
         if folder.is_dir():
             return folder
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place) as temporary:
+        converted.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=converted) as temporary:
             made = Path(temporary) / "model"
             made.mkdir()
             (made / file.name).symlink_to(file.resolve())
@@ -245,7 +248,8 @@ def _converted(base: str, file: Path) -> Path:
     except OSError as error:
         raise ModelError(
             f"model.base = {base!r}: the GGUF file cannot be read, or its conversion not be kept "
-            f"in {place} ({_line(error)}); free some space, or set PRIVET_CACHE to another folder"
+            f"in {converted} ({_line(error)}); free some space, or set PRIVET_CACHE to another "
+            "folder"
         ) from None
     except Exception as error:  # readers of damaged bytes raise whatever they stumble over
         raise ModelError(
@@ -254,7 +258,7 @@ def _converted(base: str, file: Path) -> Path:
     return folder
 
 
-def _read(base: str, folder: str) -> tuple[Any, Any]:
+def _read(base: str, folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -285,7 +289,9 @@ def _read(base: str, folder: str) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _check_vocabulary(base: str, network: Any, tokenizer: Any) -> None:
+def _check_vocabulary(
+    base: str, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
     words, rows = len(tokenizer), network.get_input_embeddings().weight.shape[0]
     if words == 0:
         raise ModelError(f"model.base = {base!r} has no tokenizer; add tokenizer.json to it")
@@ -308,14 +314,14 @@ def _check_states(base: BaseModel) -> None:
     ids, mask = pad([[1, 2, 3, 4], [4, 3]])
     try:
         states = final_states(base, ids, mask)
-        alone = final_states(base, ids[1:, :2], mask[1:, :2])
+        separate = final_states(base, ids[1:, :2], mask[1:, :2])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ModelError(
             f"model.base = {base.name!r} cannot be run as a plain {base.kind} ({_line(error)})"
         ) from None
     if not states.isfinite().all():
         raise ModelError(f"model.base = {base.name!r}: its states are not finite; damaged weights?")
-    if not torch.allclose(states[1, :2], alone[0], rtol=1e-3, atol=1e-3):
+    if not torch.allclose(states[1, :2], separate[0], rtol=1e-3, atol=1e-3):
         raise ModelError(
             f"model.base = {base.name!r}: records in one batch influence each other, so no record "
             "has a gradient of its own; take another architecture"
@@ -329,7 +335,7 @@ def _check_states(base: BaseModel) -> None:
             )
 
 
-def _fingerprint(network: Any) -> str:
+def _fingerprint(network: "PreTrainedModel") -> str:
     """Hash the first numbers of every tensor, to tell models of the same shapes apart."""
     hashed = hashlib.sha256(network.config.model_type.encode())
     for name, value in sorted(network.state_dict().items()):

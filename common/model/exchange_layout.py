@@ -93,12 +93,12 @@ class Exchange:
             return turns(self.adapter)
         return (replace(self.state, pieces=(*self.state.pieces, (MEMBERS, (count,)))),)
 
-    def _wide(self, one: Layout) -> Layout:
+    def _wide(self, layout: Layout) -> Layout:
         if self.clusters.count == 1:
-            return one
+            return layout
         every = range(self.clusters.max_clusters)
-        pieces = tuple((f"cluster {place}: {n}", s) for place in every for n, s in one.pieces)
-        return replace(one, pieces=pieces)
+        pieces = tuple((f"cluster {index}: {n}", s) for index in every for n, s in layout.pieces)
+        return replace(layout, pieces=pieces)
 
     def cluster_vectors(self, state: Vector) -> NDArray[np.float32]:
         """The adapter vector of each cluster, shape (clusters, d).
@@ -113,30 +113,30 @@ class Exchange:
             )
         return state.reshape(self.clusters.max_clusters, -1)
 
-    def contribution(self, delta: Vector, place: int | None, bound: float) -> Vector:
+    def contribution(self, delta: Vector, cluster: int | None, bound: float) -> Vector:
         """Build the vector that a client hands to the gate.
 
         Args:
             delta: what it trained, as `released` has it for one adapter.
-            place: the chosen cluster; private. None: the client has no records, and contributes
+            cluster: the chosen one; private. None: the client has no records, and contributes
                 zero: neither what the noise of its training made, nor a member.
             bound: the clip of the whole contribution.
         """
         count = self.clusters.max_clusters
-        if place is None:
+        if cluster is None:
             return np.zeros(len(delta) * count + (count if count > 1 else 0), np.float32)
         if count == 1:
             return delta
-        found = np.zeros((count, len(delta)))
+        vectors = np.zeros((count, len(delta)))
         mark = np.zeros(count)
-        mark[place] = self.mark(bound)
+        mark[cluster] = self.mark(bound)
         if np.isfinite(delta).all():
-            found[place] = clip(
-                delta.astype(np.float64), (bound**2 - mark[place] ** 2) ** 0.5
+            vectors[cluster] = clip(
+                delta.astype(np.float64), (bound**2 - mark[cluster] ** 2) ** 0.5
             ).vector
         else:  # the gate says so
-            found[place] = delta
-        return np.concatenate([found.ravel(), mark]).astype(np.float32)
+            vectors[cluster] = delta
+        return np.concatenate([vectors.ravel(), mark]).astype(np.float32)
 
     def mark(self, bound: float) -> float:
         """Return the number that each member of a cluster adds to `members`."""

@@ -31,9 +31,9 @@ class Layout:
 
     def places(self, part: "Layout") -> NDArray[np.intp]:
         """Where the numbers of `part`, some of these pieces, stand in this vector, in its order."""
-        found, begin = {}, 0
+        places, begin = {}, 0
         for name, shape in self.pieces:
             size = int(np.prod(shape))
-            found[name] = np.arange(begin, begin + size)
+            places[name] = np.arange(begin, begin + size)
             begin += size
-        return np.concatenate([np.zeros(0, np.intp), *(found[name] for name, _ in part.pieces)])
+        return np.concatenate([np.zeros(0, np.intp), *(places[name] for name, _ in part.pieces)])

@@ -105,9 +105,9 @@ class Charge:
         return self.unit, self.against, self.adjacency
 
     @property
-    def event(self) -> Any:
+    def event(self) -> dp_event.DpEvent:
         """The charge as a dp_accounting `DpEvent` (Gaussian, sampled, self-composed)."""
-        event: Any = dp_event.GaussianDpEvent(self.noise_multiplier)
+        event: dp_event.DpEvent = dp_event.GaussianDpEvent(self.noise_multiplier)
         if self.sampling_rate < 1:
             event = dp_event.PoissonSampledDpEvent(self.sampling_rate, event)
         return dp_event.SelfComposedDpEvent(event, self.steps) if self.steps > 1 else event
@@ -128,14 +128,14 @@ class Charge:
                 of range (NaN, infinity, negative).
         """
         try:
-            found = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+            table = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
         except (ValueError, TypeError, RecursionError) as error:
             raise LedgerCorrupt(f"A charge must be one JSON object: {error}.") from error
         names = {field.name for field in fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        if not isinstance(table, dict) or set(table) != names:
             raise LedgerCorrupt(f"A charge must have exactly the fields {sorted(names)}.")
         try:
-            return cls(**found)
+            return cls(**table)
         except ConfigError as error:
             raise LedgerCorrupt(str(error)) from error
 
@@ -184,21 +184,21 @@ def payable(
     past: Sequence[Charge],
     delta: float,
     budget: float,
-    most: int,
+    count: int,
 ) -> int:
-    """Return how many releases of this cost fit into the budget, at most `most`.
+    """Return how many releases of this cost fit into the budget, at most `count`.
 
     Args:
         release: what one costs, all of one unit, adversary and adjacency.
         past: what was spent on that line already.
         delta, budget: as for `within`.
-        most: how many are asked for, at least 1.
+        count: how many are asked for, at least 1.
 
     **Guarantee**: what the ledger allows one after the other is at least this.
     """
-    low, high = 0, most + 1
+    low, high = 0, count + 1
     while high - low > 1:
-        middle = most if high > most else (low + high) // 2
+        middle = count if high > count else (low + high) // 2
         fits = within([*past, *[*release] * middle], delta, budget)
         low, high = (middle, high) if fits else (low, middle)
     return low
@@ -299,17 +299,17 @@ def _total(charges: Iterable[Charge]) -> _Total | None:
 def _epsilon(total: _Total, delta: float) -> float:
     # From below: each step feeds the slack that the last epsilon implies; it can only grow. The
     # upward step doubles, so that the search ends soon where it converges slowly.
-    found, step = -1.0, 1e-6
+    bound, step = -1.0, 1e-6
     while True:
-        left = (delta - _slack(total, found)) * _exp(-total.ratio)
+        left = (delta - _slack(total, bound)) * _exp(-total.ratio)
         if not left > 0:
             return math.inf
         grown = _pure_epsilon(total, left) + 2.0 * total.ratio
-        if grown <= found or math.isinf(grown):
-            return max(found, grown)
+        if grown <= bound or math.isinf(grown):
+            return max(bound, grown)
         if total.distance:
             grown, step = grown + step, 2.0 * step
-        found = grown
+        bound = grown
 
 
 def _renyi_epsilon(total: _Total, delta: float) -> float:
@@ -318,9 +318,9 @@ def _renyi_epsilon(total: _Total, delta: float) -> float:
         return math.inf
     curves = [n * _renyi(z, rate) for z, rate, n in total.parts]
     half = delta / 2 * _exp(-total.ratio)
-    found = float(rdp.compute_epsilon(_FEW_ORDERS, np.sum(curves, axis=0), half)[0])
-    found += 2.0 * total.ratio
-    return found if _slack(total, found) <= delta / 2 else math.inf
+    bound = float(rdp.compute_epsilon(_FEW_ORDERS, np.sum(curves, axis=0), half)[0])
+    bound += 2.0 * total.ratio
+    return bound if _slack(total, bound) <= delta / 2 else math.inf
 
 
 @functools.lru_cache(maxsize=256)
@@ -329,7 +329,7 @@ def _renyi(multiplier: float, rate: float) -> NDArray[np.float64]:
 
     It is that of add_remove. The one of zero_out is the same.
     """
-    event: Any = dp_event.GaussianDpEvent(multiplier)
+    event: dp_event.DpEvent = dp_event.GaussianDpEvent(multiplier)
     if rate < 1:
         event = dp_event.PoissonSampledDpEvent(rate, event)
     accountant = rdp.RdpAccountant(_FEW_ORDERS, _RELATIONS["add_remove"])
@@ -384,7 +384,9 @@ def _one_gaussian(total: _Total) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _accountant(adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...]) -> Any:
+def _accountant(
+    adjacency: Adjacency, parts: tuple[tuple[float, float, int], ...]
+) -> pld.PLDAccountant:
     """dp_accounting's PLD accountant with everything composed into it."""
     plain = math.fsum(n / z**2 for z, rate, n in parts if rate == 1)
     # A tiny loss needs a finer grid; a very large one a coarser, upwards, to bound the table.
@@ -422,10 +424,10 @@ def _refuse(name: str, expected: str, value: object) -> NoReturn:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
         raise ValueError("a field occurs twice")
-    return found
+    return table
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -38,7 +38,7 @@ NOISE_DEVIATIONS, NOISE_EXTRA = 12, 40
 # The noise sampler's table grows with the standard deviation in grid units.
 _FINEST_NOISE = 2.0**17
 _FINEST_CLIP = 2.0**24
-_MOST_REDRAWS = 1000
+_MAX_REDRAWS = 1000
 _ROUND_CHUNK = 1 << 14  # stays in the cache: three times faster than the whole at once
 # Numbers transposed at a time; a multiple of 64, small enough for the cache.
 _PACK_CHUNK = 1 << 16
@@ -126,7 +126,7 @@ def round_randomly(
     """
     flat = np.asarray(vector, dtype=np.float64)
     rounded = np.empty(flat.size, dtype=np.int64)
-    for _ in range(_MOST_REDRAWS):
+    for _ in range(_MAX_REDRAWS):
         for start in range(0, flat.size, _ROUND_CHUNK):
             part = flat[start : start + _ROUND_CHUNK]
             rounded[start : start + _ROUND_CHUNK] = _rounded(part / step, source_words)
@@ -134,7 +134,7 @@ def round_randomly(
             return rounded
     raise PrivacyError(
         f"Randomised rounding found no vector within the l2 limit of {limit} grid steps in "
-        f"{_MOST_REDRAWS} draws; use the limit of the vector's own clip and grid."
+        f"{_MAX_REDRAWS} draws; use the limit of the vector's own clip and grid."
     )
 
 
@@ -191,7 +191,7 @@ def choose_grid(
     summands: int,
     dimension: int,
     bits: int,
-    largest: float | None = None,
+    max_coordinate: float | None = None,
 ) -> Grid:
     """The finest grid on which a sum provably cannot wrap.
 
@@ -205,7 +205,8 @@ def choose_grid(
         summands: contributions in the sum.
         dimension: number of coordinates.
         bits: of the modulus.
-        largest: bound on a coordinate of a contribution, where it is below the clip (rotation.py).
+        max_coordinate: bound on a coordinate of a contribution, where it is below the clip
+            (rotation.py).
 
     Raises:
         ConfigError: a number is out of range, or the modulus is too small: the sum would wrap,
@@ -222,7 +223,7 @@ def choose_grid(
         )
     room = 2.0 ** (bits - 1) - 2.0 - summands * (NOISE_EXTRA + 2.0)
     reach = (
-        summands * (clip if largest is None else largest)
+        summands * (clip if max_coordinate is None else max_coordinate)
         + NOISE_DEVIATIONS * math.sqrt(summands) * noise_std
     )
     coarsest = clip / math.sqrt(dimension)
@@ -251,8 +252,8 @@ def cannot_wrap(grid: Grid, clip: float, noise_bound: int, summands: int) -> boo
     absolute value, so the sum is at most `summands` times that plus `noise_bound`; True means
     that this is below 2^(bits-1). The comparison is between integers.
     """
-    largest = math.floor(clip / grid.step) + 1
-    return summands * largest + int(noise_bound) < 1 << (grid.bits - 1)
+    max_coordinate = math.floor(clip / grid.step) + 1
+    return summands * max_coordinate + int(noise_bound) < 1 << (grid.bits - 1)
 
 
 def pack(residues: NDArray[np.uint32], bits: int) -> bytes:
@@ -303,8 +304,8 @@ def unpack(data: bytes, count: int, bits: int) -> NDArray[np.uint32]:
         raise ProtocolError(f"The last {padding} padding bits must be zero; the message is wrong.")
     per, words = 64 // math.gcd(bits, 64), bits // math.gcd(bits, 64)
     groups, mask = -(-count // per), np.uint64((1 << bits) - 1)
-    whole = data + bytes(8 * groups * words - expected)
-    packed = np.frombuffer(whole, dtype="<u8").reshape(groups, words)
+    padded = data + bytes(8 * groups * words - expected)
+    packed = np.frombuffer(padded, dtype="<u8").reshape(groups, words)
     residues = np.empty((groups, per), dtype=np.uint32)
     for start in range(0, groups, _PACK_CHUNK // per):
         lines = np.ascontiguousarray(packed[start : start + _PACK_CHUNK // per].T)

@@ -334,13 +334,13 @@ def gaussian_closeness(variance: float, dimension: int, shares: int = 1) -> Clos
     if variance < 1.0:
         return Closeness(0.0, 1.0)
     skellam_mass, gauss_mass, log_ratio = _compare(variance)
-    largest = float(np.abs(log_ratio).max()) + _LOG_ERROR
+    max_ratio = float(np.abs(log_ratio).max()) + _LOG_ERROR
     ratio = 0.0
     for mass in (skellam_mass, gauss_mass):
         mean = abs(float(mass @ log_ratio)) + _LOG_ERROR
         spread = math.sqrt(float(mass @ log_ratio**2)) + _LOG_ERROR
         bernstein = spread * math.sqrt(2.0 * dimension * _LOG_SLACK)
-        bernstein += 2.0 / 3.0 * (largest + mean) * _LOG_SLACK
+        bernstein += 2.0 / 3.0 * (max_ratio + mean) * _LOG_SLACK
         ratio = max(ratio, dimension * mean + bernstein)
     draws = dimension * shares
     # Either law puts at most 2^-60 outside the table's support.

@@ -83,13 +83,18 @@ def make_plan(
         colluders=colluders,
         **_work(config),
     )
+    return dataclasses.replace(plan, **_block_grids(config, plan))
+
+
+def _block_grids(config: Config, plan: Plan) -> dict[str, Any]:
+    """The fields of a plan for the grid and noise of each of its blocks."""
     grids: dict[str, Any] = {}
     for block in plan.blocks:
         multiplier = config.statistics.multiplier(block.name)
-        fine = _sized_block(client, cohort, shares, plan.bits, block, multiplier)
-        grids[f"{block.name}_step"] = fine.grid.step
-        grids[f"{block.name}_variance"] = fine.deviation**2
-    return dataclasses.replace(plan, **grids)
+        sizing = _sized_block(config.privacy.client, plan, block, multiplier)
+        grids[f"{block.name}_step"] = sizing.grid.step
+        grids[f"{block.name}_variance"] = sizing.deviation**2
+    return grids
 
 
 def _work(config: Config) -> dict[str, Any]:
@@ -167,28 +172,23 @@ def _sized(
     One client's noise is measured against its norm after rounding, which is larger than the clip
     by up to sqrt(dimension) steps; so a coarser grid needs more noise, and more room for it.
     """
-    whole = client.noise_multiplier if client.enabled else 0.0
-    multiplier = mechanism_of(client).share(whole, shares)
+    noise = client.noise_multiplier if client.enabled else 0.0
+    multiplier = mechanism_of(client).share(noise, shares)
     adders = 1 if client.noise_at == "server" else cohort
-    largest = flat_bound(client.clip, dimension) if rotated else client.clip
+    max_coordinate = flat_bound(client.clip, dimension) if rotated else client.clip
     norm = client.clip
     while True:
         total = multiplier * norm * adders**0.5
-        grid = choose_grid(client.clip, total, cohort, dimension, bits, largest)
+        grid = choose_grid(client.clip, total, cohort, dimension, bits, max_coordinate)
         l2 = rounded_sensitivity(client.clip, grid.step, dimension)[0]
         noisiest = adders * math.ceil(NOISE_DEVIATIONS * multiplier * l2 + NOISE_EXTRA)
-        if cannot_wrap(grid, largest, noisiest, cohort):
+        if cannot_wrap(grid, max_coordinate, noisiest, cohort):
             return Sizing(grid, multiplier * l2, rotated)
         norm = l2 * grid.step
 
 
 def _sized_block(
-    client: ClientPrivacySettings,
-    cohort: int,
-    shares: int,
-    bits: int,
-    block: Block,
-    multiplier: float,
+    client: ClientPrivacySettings, plan: Plan, block: Block, multiplier: float
 ) -> Sizing:
     """The grid of a block of statistics: its own bound and noise, the adapter's modulus.
 
@@ -196,4 +196,4 @@ def _sized_block(
         ConfigError: that modulus is too small for the block's noise: its sum could wrap.
     """
     own = client.model_copy(update={"clip": block.bound, "noise_multiplier": multiplier})
-    return _sized(own, cohort, shares, block.size, bits, rotated=False)
+    return _sized(own, plan.cohort, plan.adders, block.size, plan.bits, rotated=False)

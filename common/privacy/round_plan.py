@@ -206,45 +206,8 @@ class Plan:
             ProtocolError: a field is missing, unknown, of another type, or out of range.
         """
         kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-        odd = sorted(set(given) ^ {*kinds, *_NO_ARMS})
-        if odd:
-            raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
-        for name, empty in _NO_ARMS.items():
-            if given[name] != empty or type(given[name]) is not type(empty):
-                raise ProtocolError(
-                    f"the round plan's {name} = {given[name]!r}: expected {empty!r}, for models "
-                    "are compared by an A/B run of its own ([ab_test]), not beside training"
-                )
-        for name, kind in kinds.items():
-            if type(given[name]).__name__ != getattr(kind, "__name__", kind):
-                raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
-        if given["version"] != VERSION:
-            raise ProtocolError(
-                f"the server speaks plan version {given['version']}, this device {VERSION}; "
-                "install the same privet on both"
-            )
-        for name in ("run", "layout", "start"):
-            if len(given[name]) > LONGEST_TEXT:
-                raise ProtocolError(
-                    f"the round plan's {name} has {len(given[name])} characters: expected at most "
-                    f"{LONGEST_TEXT}"
-                )
-        for name, (least, most) in _RANGES.items():
-            if not (math.isfinite(given[name]) and least <= given[name] <= most):
-                raise ProtocolError(
-                    f"the round plan's {name} = {given[name]!r} is out of range: expected a finite "
-                    f"number from {least:g} to {most:g}"
-                )
-        if given["noise_at"] not in (*PLACES, "none"):
-            raise ProtocolError(
-                f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
-                f"{', '.join(PLACES)}, none"
-            )
-        if given["losses_bound"] and given["local_steps"] != 1:
-            raise ProtocolError(
-                f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
-                "statistics are asked for"
-            )
+        _refuse_other_fields(given, kinds)
+        _refuse_out_of_range(given)
         plan = cls(**{name: given[name] for name in kinds})
         if plan.adders < 1 or plan.survivors > plan.cohort:
             raise ProtocolError(
@@ -331,3 +294,50 @@ class Plan:
         noise = self.mechanism.counted_variance(part.variance, self.adders) ** 0.5
         longest = rounded_sensitivity(part.bound, part.step, part.size)[0]
         return not multiplier or noise >= multiplier * longest * (1 - 1e-9)
+
+
+def _refuse_other_fields(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Refuse a plan with other fields, types or version than this privet's."""
+    odd = sorted(set(given) ^ {*kinds, *_NO_ARMS})
+    if odd:
+        raise ProtocolError(f"a round plan came with missing or unknown fields: {odd}")
+    for name, empty in _NO_ARMS.items():
+        if given[name] != empty or type(given[name]) is not type(empty):
+            raise ProtocolError(
+                f"the round plan's {name} = {given[name]!r}: expected {empty!r}, for models "
+                "are compared by an A/B run of its own ([ab_test]), not beside training"
+            )
+    for name, kind in kinds.items():
+        if type(given[name]).__name__ != getattr(kind, "__name__", kind):
+            raise ProtocolError(f"the round plan's {name} is not of the expected type {kind}")
+    if given["version"] != VERSION:
+        raise ProtocolError(
+            f"the server speaks plan version {given['version']}, this device {VERSION}; "
+            "install the same privet on both"
+        )
+
+
+def _refuse_out_of_range(given: Mapping[str, Any]) -> None:
+    """Refuse a plan whose values no round can have, each by itself."""
+    for name in ("run", "layout", "start"):
+        if len(given[name]) > LONGEST_TEXT:
+            raise ProtocolError(
+                f"the round plan's {name} has {len(given[name])} characters: expected at most "
+                f"{LONGEST_TEXT}"
+            )
+    for name, (low, high) in _RANGES.items():
+        if not (math.isfinite(given[name]) and low <= given[name] <= high):
+            raise ProtocolError(
+                f"the round plan's {name} = {given[name]!r} is out of range: expected a finite "
+                f"number from {low:g} to {high:g}"
+            )
+    if given["noise_at"] not in (*PLACES, "none"):
+        raise ProtocolError(
+            f"the round plan's noise_at = {given['noise_at']!r}: expected one of "
+            f"{', '.join(PLACES)}, none"
+        )
+    if given["losses_bound"] and given["local_steps"] != 1:
+        raise ProtocolError(
+            f"the round plan's local_steps = {given['local_steps']}: expected 1 where "
+            "statistics are asked for"
+        )

@@ -54,7 +54,7 @@ _HEAD = re.compile(
     r"head (\S+) ([0-9a-f]{64}) (0|[1-9][0-9]{0,8}) ([0-9a-f]{64}) ([0-9a-f]{128}|unsigned)"
 )
 LARGEST = 128
-"""Bytes of a line, reckoned; with `keys.MOST_KNOWN` it bounds what is read."""
+"""Bytes of a line, reckoned; with `keys.MAX_KNOWN` it bounds what is read."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,15 @@ class Head:
         Raises:
             ProtocolError: the line is no head.
         """
-        found = _HEAD.fullmatch(line)
-        if found is None or not _FLEET.fullmatch(found[1]):
+        match = _HEAD.fullmatch(line)
+        if match is None or not _FLEET.fullmatch(match[1]):
             raise ProtocolError(
                 "a directory's head should be `head FLEET KEY VERSION HASH SIGNATURE`, and is "
                 f"{line[:80]!r}: the file was cut or altered"
             )
-        signature = b"" if found[5] == UNSIGNED else bytes.fromhex(found[5])
-        key, last = bytes.fromhex(found[2]), bytes.fromhex(found[4])
-        return cls(found[1], key, int(found[3]), last, signature)
+        signature = b"" if match[5] == UNSIGNED else bytes.fromhex(match[5])
+        key, last = bytes.fromhex(match[2]), bytes.fromhex(match[4])
+        return cls(match[1], key, int(match[3]), last, signature)
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class Chain:
         Raises:
             ProtocolError: too long; a number or an identity that was taken; a removal of nobody.
         """
-        if len(self.entries) > keys.MOST_KNOWN:
+        if len(self.entries) > keys.MAX_KNOWN:
             raise ProtocolError(
-                f"the directory has {len(self.entries)} entries; at most {keys.MOST_KNOWN} are read"
+                f"the directory has {len(self.entries)} entries; at most {keys.MAX_KNOWN} are read"
             )
         given: dict[int, bytes] = {}
         owners: dict[bytes, int] = {}
@@ -200,11 +200,13 @@ class Chain:
 
     def hash_at(self, version: int) -> bytes:
         """Compute the hash of the directory's first `version` entries."""
-        found = digest(Purpose.DIRECTORY, self.fleet.encode(), self.key)
-        for index, one in enumerate(self.entries[:version]):
-            place, client = (number.to_bytes(8, "big") for number in (index, one.client))
-            found = digest(Purpose.DIRECTORY, found, place, one.kind.encode(), client, one.identity)
-        return found
+        link = digest(Purpose.DIRECTORY, self.fleet.encode(), self.key)
+        for index, entry in enumerate(self.entries[:version]):
+            position, client = (number.to_bytes(8, "big") for number in (index, entry.client))
+            link = digest(
+                Purpose.DIRECTORY, link, position, entry.kind.encode(), client, entry.identity
+            )
+        return link
 
     @property
     def head(self) -> Head:
@@ -241,27 +243,27 @@ def entries_of(lines: Sequence[str], since: int = 0) -> tuple[Entry, ...]:
     Raises:
         ProtocolError: a line is malformed, or not the next one.
     """
-    if len(lines) > keys.MOST_KNOWN:
+    if len(lines) > keys.MAX_KNOWN:
         raise ProtocolError(
-            f"the directory has {len(lines)} entries; at most {keys.MOST_KNOWN} are read"
+            f"the directory has {len(lines)} entries; at most {keys.MAX_KNOWN} are read"
         )
     made = []
     for index, line in enumerate(lines, since):
-        found = _LINE.fullmatch(line)
-        if found is None or int(found[1]) != index:
+        match = _LINE.fullmatch(line)
+        if match is None or int(match[1]) != index:
             raise ProtocolError(
                 f"entry {index} of the directory should be `{index} add|remove NUMBER IDENTITY`, "
                 f"and is {line[:80]!r}: an entry is missing or was altered"
             )
-        made.append(Entry(int(found[3]), bytes.fromhex(found[4]), found[2] == "remove"))
+        made.append(Entry(int(match[3]), bytes.fromhex(match[4]), match[2] == "remove"))
     return tuple(made)
 
 
 def lines_of(chain: Chain, since: int = 0) -> list[str]:
     """Write entries as the lines that `entries_of` reads, from entry `since` on."""
     return [
-        f"{index} {one.kind} {one.client} {one.identity.hex()}"
-        for index, one in enumerate(chain.entries[since:], since)
+        f"{index} {entry.kind} {entry.client} {entry.identity.hex()}"
+        for index, entry in enumerate(chain.entries[since:], since)
     ]
 
 
@@ -305,7 +307,7 @@ def load(path: Path, *, signed: bool = True) -> Chain | Directory:
         StateError: it cannot be read, or is wrong.
     """
     with explain_os_errors(path, "read"), open(path, "rb") as file:
-        content = file.read(LARGEST * (keys.MOST_KNOWN + 2)).decode("utf-8", errors="replace")
+        content = file.read(LARGEST * (keys.MAX_KNOWN + 2)).decode("utf-8", errors="replace")
     if not content.startswith(FIRST):
         return keys.read_directory(path, closed=True)
     try:
@@ -371,13 +373,13 @@ def brought_up(own: Chain, head: Head, since: int, entries: Sequence[Entry]) -> 
             f"of {head.version} entries of the directory, {since} to {since + len(entries) - 1} "
             "came: it was cut short on its way"
         )
-    whole = since == 0 and len(entries) == head.version
-    if not whole and since != own.version:
+    complete = since == 0 and len(entries) == head.version
+    if not complete and since != own.version:
         return own.version
-    found = Chain(head.fleet, head.key, (*own.entries[:since], *entries), head.signature)
-    if found.hash == head.hash:
-        return found
-    if not whole:
+    chain = Chain(head.fleet, head.key, (*own.entries[:since], *entries), head.signature)
+    if chain.hash == head.hash:
+        return chain
+    if not complete:
         return 0  # with all of them it can be told what was rewritten
     raise ProtocolError(
         f"the {len(entries)} entries that came are not those of the signed head: the directory was "
@@ -396,9 +398,9 @@ def _refuse_head(own: Chain, head: Head) -> None:
             f"the server's directory is under the key {head.key.hex()}, and the pinned one is "
             f"{own.key.hex()}; if its owner trusts the new one: privet client leave, and join again"
         )
-    if head.version > keys.MOST_KNOWN:
+    if head.version > keys.MAX_KNOWN:
         raise ProtocolError(
-            f"the directory has {head.version} entries; at most {keys.MOST_KNOWN} are read"
+            f"the directory has {head.version} entries; at most {keys.MAX_KNOWN} are read"
         )
     if not head.signed:
         raise ProtocolError(

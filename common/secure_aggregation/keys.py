@@ -91,11 +91,11 @@ def derive(secret: Secret, purpose: Purpose, *context: bytes, size: int = 32) ->
 def _hkdf(secret: bytes, info: bytes, size: int) -> bytes:
     # RFC 5869 in its own words: with two keys a neighbour, a library's object costs more than HMAC
     key = hmac.digest(bytes(32), secret, "sha256")
-    block, found = b"", b""
+    block, output = b"", b""
     for count in range(1, -(-size // 32) + 1):
         block = hmac.digest(key, block + info + bytes([count]), "sha256")
-        found += block
-    return found[:size]
+        output += block
+    return output[:size]
 
 
 def digest(purpose: Purpose, *parts: bytes) -> bytes:
@@ -230,7 +230,7 @@ def _exchange(private: X25519PrivateKey, public: bytes) -> Secret:
         raise ProtocolError("an X25519 key is of low order: its secrets would be public") from None
 
 
-MOST_KNOWN = 1 << 16
+MAX_KNOWN = 1 << 16
 """Identities that a device pins: four times the largest roster, 5 MB."""
 
 
@@ -279,9 +279,9 @@ class Directory:
                 )
         if claimed.keys() <= self.known.keys():
             return self
-        if len(claimed.keys() | self.known.keys()) > MOST_KNOWN:
+        if len(claimed.keys() | self.known.keys()) > MAX_KNOWN:
             raise ProtocolError(
-                f"more than {MOST_KNOWN} clients were shown to this device, which keeps no more"
+                f"more than {MAX_KNOWN} clients were shown to this device, which keeps no more"
             )
         return Directory({**self.known, **claimed}, self.closed, self.news)
 

@@ -15,7 +15,7 @@ names sender and round.
 
 import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -112,32 +112,16 @@ def _decode(
     def refuse(sentence: str) -> ProtocolError:
         return fault(terms, sender, f"{kind.name.lower()} message: {sentence}")
 
-    if len(data) < _HEADER.size:
-        raise refuse(f"expected at least {_HEADER.size} bytes, got {len(data)}")
-    magic, version, its_kind, its_sender, its_round, run, plan = _HEADER.unpack_from(data)
-    if magic != _MAGIC:
-        raise refuse("does not start with the protocol's magic bytes")
-    for name, found, expected in (
-        ("protocol version", version, _VERSION),
-        ("message kind", its_kind, int(kind)),
-        ("sender", its_sender, sender),
-        ("round", its_round, terms.round),
-    ):
-        if found != expected:
-            raise refuse(f"another {name}: expected {expected}, got {found}")
-    if run != terms.run_digest:
-        raise refuse("made for another run")
-    if plan != terms.plan_digest:
-        raise refuse("made for another plan")
+    _check_header(data, kind, terms, sender, refuse)
     fields, at = [], _HEADER.size
-    for size, fewest, most in bounds:
+    for size, min_count, max_count in bounds:
         if len(data) - at < _LENGTH.size:
             raise refuse("is cut: a field is missing")
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
-        if length % size or not size * fewest <= length <= size * most:
+        if length % size or not size * min_count <= length <= size * max_count:
             raise refuse(
-                f"a field of {length} bytes, expected {fewest} to {most} times {size} bytes"
+                f"a field of {length} bytes, expected {min_count} to {max_count} times {size} bytes"
             )
         if len(data) - at < length:
             raise refuse(f"is cut: {length} bytes announced, {len(data) - at} left")
@@ -146,6 +130,29 @@ def _decode(
     if at != len(data):
         raise refuse(f"{len(data) - at} bytes after its end")
     return fields
+
+
+def _check_header(
+    data: bytes, kind: Kind, terms: Terms, sender: int, refuse: Callable[[str], ProtocolError]
+) -> None:
+    """Refuse a message of another protocol, kind, sender, round, run or plan."""
+    if len(data) < _HEADER.size:
+        raise refuse(f"expected at least {_HEADER.size} bytes, got {len(data)}")
+    magic, version, its_kind, its_sender, its_round, run, plan = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise refuse("does not start with the protocol's magic bytes")
+    for name, value, expected in (
+        ("protocol version", version, _VERSION),
+        ("message kind", its_kind, int(kind)),
+        ("sender", its_sender, sender),
+        ("round", its_round, terms.round),
+    ):
+        if value != expected:
+            raise refuse(f"another {name}: expected {expected}, got {value}")
+    if run != terms.run_digest:
+        raise refuse("made for another run")
+    if plan != terms.plan_digest:
+        raise refuse("made for another plan")
 
 
 def _records(data: bytes, size: int) -> list[bytes]:
@@ -184,9 +191,9 @@ def decode_announcement(data: bytes, terms: Terms, client: int) -> Announcement:
 
     Raises ProtocolError for any other bytes. The signature is not checked here.
     """
-    one = (KEY_BYTES, 1, 1)
+    key = (KEY_BYTES, 1, 1)
     fields = _decode(
-        data, Kind.ANNOUNCEMENT, terms, client, (one, one, one, (SIGNATURE_BYTES, 1, 1))
+        data, Kind.ANNOUNCEMENT, terms, client, (key, key, key, (SIGNATURE_BYTES, 1, 1))
     )
     return Announcement(*fields)
 
@@ -257,12 +264,12 @@ def decode_roster(data: bytes, terms: Terms) -> Roster:
 
     So nobody is on a roster twice. Keys and signatures are not checked here.
     """
-    four, most = (4, 1, 1), MAX_PARTICIPANTS
-    bounds = (four, four, (_ENTRY_BYTES, 1, most), (SIGNATURE_BYTES, 0, most))
+    four, max_count = (4, 1, 1), MAX_PARTICIPANTS
+    bounds = (four, four, (_ENTRY_BYTES, 1, max_count), (SIGNATURE_BYTES, 0, max_count))
     degree, threshold, listed, signatures = _decode(data, Kind.ROSTER, terms, SERVER, bounds)
     entries = tuple(
-        Entry(_number(one[:4]), one[4:36], one[36:68], one[68:])
-        for one in _records(listed, _ENTRY_BYTES)
+        Entry(_number(record[:4]), record[4:36], record[36:68], record[68:])
+        for record in _records(listed, _ENTRY_BYTES)
     )
     _refuse_disorder(terms, SERVER, [entry.client for entry in entries])
     if entries[-1].client == SERVER:
@@ -272,11 +279,11 @@ def decode_roster(data: bytes, terms: Terms) -> Roster:
 
 
 def _refuse_disorder(terms: Terms, sender: int, numbers: Sequence[int]) -> None:
-    for one, two in itertools.pairwise(numbers):
-        if one == two:
-            raise fault(terms, sender, f"number {one} is listed twice")
-        if one > two:
-            raise fault(terms, sender, f"numbers must ascend, but {two} follows {one}")
+    for number, following in itertools.pairwise(numbers):
+        if number == following:
+            raise fault(terms, sender, f"number {number} is listed twice")
+        if number > following:
+            raise fault(terms, sender, f"numbers must ascend, but {following} follows {number}")
 
 
 # 3. and 4. shares: client -> server -> holders
@@ -378,19 +385,24 @@ def dealt_list(
 
 def _encode_packages(packages: Mapping[int, Package]) -> bytes:
     return b"".join(
-        position.to_bytes(4, "big") + one.sealed + one.self_commitment + one.key_commitment
-        for position, one in sorted(packages.items())
+        position.to_bytes(4, "big")
+        + package.sealed
+        + package.self_commitment
+        + package.key_commitment
+        for position, package in sorted(packages.items())
     )
 
 
 def _decode_packages(terms: Terms, sender: int, data: bytes) -> dict[int, Package]:
     records = _records(data, _PACKAGE_BYTES)
-    positions = [_number(one[:4]) for one in records]
+    positions = [_number(record[:4]) for record in records]
     _refuse_disorder(terms, sender, positions)
     end = 4 + SEALED_BYTES
     return {
-        position: Package(one[4:end], one[end : end + DIGEST_BYTES], one[end + DIGEST_BYTES :])
-        for position, one in zip(positions, records, strict=True)
+        position: Package(
+            record[4:end], record[end : end + DIGEST_BYTES], record[end + DIGEST_BYTES :]
+        )
+        for position, record in zip(positions, records, strict=True)
     }
 
 
@@ -575,7 +587,9 @@ def decode_opening(data: bytes, terms: Terms, client: int) -> Opening:
     bounds = ((_OPENED_BYTES, 0, MAX_PARTICIPANTS),)
     (body,) = _decode(data, Kind.OPENING, terms, client, bounds)
     records = _records(body, _OPENED_BYTES)
-    _refuse_disorder(terms, client, [_number(one[:4]) for one in records])
-    if any(one[4] not in tuple(Opened) for one in records):
+    _refuse_disorder(terms, client, [_number(record[:4]) for record in records])
+    if any(record[4] not in tuple(Opened) for record in records):
         raise fault(terms, client, "opening message: a share of neither secret")
-    return Opening({_number(one[:4]): (Opened(one[4]), Secret(one[5:])) for one in records})
+    return Opening(
+        {_number(record[:4]): (Opened(record[4]), Secret(record[5:])) for record in records}
+    )

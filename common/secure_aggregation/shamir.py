@@ -14,7 +14,7 @@ __all__ = ["PRIME", "SHARE_BYTES", "combine", "split"]
 
 PRIME = 2**256 + 297
 SHARE_BYTES = 33
-_MOST_POINTS = 1 << 16
+_MAX_POINTS = 1 << 16
 _TERMS = 24
 
 
@@ -38,7 +38,7 @@ def split(secret: Secret, threshold: int, points: Sequence[int], random: Random)
             f"a threshold must be between 1 and the number of distinct holders, got {threshold} "
             f"for {len(points)}"
         )
-    if len(secret.value) != 32 or not all(0 < point < _MOST_POINTS for point in points):
+    if len(secret.value) != 32 or not all(0 < point < _MAX_POINTS for point in points):
         raise ConfigError("a shared secret has 32 bytes, and a point is between 1 and 65,535")
     # 16 bytes more than the prime has: the reduction is uniform up to 2^-127.
     drawn = random(49 * (threshold - 1))

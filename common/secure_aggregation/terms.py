@@ -42,7 +42,7 @@ __all__ = [
     "window_colluders",
 ]
 
-MOST_DIMENSION = 1 << 28
+MAX_DIMENSION = 1 << 28
 
 COMPLETE = 400
 """Up to so many participants everybody is everybody's neighbour, and nothing is drawn."""
@@ -50,7 +50,7 @@ COMPLETE = 400
 SECRECY = 160.0
 """Bits: a server tries rosters for the cost of a hash; of 2^60, none fails but with 2^-100."""
 
-_FEWEST_NEIGHBOURS = 16
+_MIN_NEIGHBOURS = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Terms:
             ("run (its length)", len(self.run), 1, 64),
             ("round", self.round, 1, 2**32 - 1),
             ("plan (its length)", len(self.plan), 32, 32),
-            ("dimension", self.dimension, 1, MOST_DIMENSION),
+            ("dimension", self.dimension, 1, MAX_DIMENSION),
             ("bits", self.bits, 8, 32),
             ("survivors", self.survivors, 1, MAX_PARTICIPANTS),
             ("colluders", self.colluders, 0, MAX_PARTICIPANTS),
@@ -148,7 +148,7 @@ def default_graph(participants: int, colluders: int, dropping: float = 0.1) -> G
     """
     complete = participants - 1
     if participants > COMPLETE:
-        for degree in range(_FEWEST_NEIGHBOURS, complete, 2):
+        for degree in range(_MIN_NEIGHBOURS, complete, 2):
             graph = Graph(degree, default_threshold(participants, colluders, degree))
             if secrecy_bits(participants, colluders, graph) < SECRECY:
                 continue
@@ -191,11 +191,11 @@ def window_colluders(participants: int, colluders: int, window: int) -> int:
     **Guarantee**: over the draw of the ring, more stand in some window with a chance below
     2^-SECRECY only. So a window with more living places than this has an honest living one.
     """
-    most = min(colluders, window)
-    for found in range(most):
-        if _bits(participants, colluders, window, found + 1, participants) >= SECRECY:
-            return found
-    return most
+    max_colluders = min(colluders, window)
+    for colluding in range(max_colluders):
+        if _bits(participants, colluders, window, colluding + 1, participants) >= SECRECY:
+            return colluding
+    return max_colluders
 
 
 def _loss_bits(participants: int, colluders: int, graph: Graph, lost: int) -> float:
@@ -274,13 +274,13 @@ def neighbours(roster_digest: bytes, participants: int, degree: int, position: i
     """
     if degree >= participants - 1:
         return [other for other in range(participants) if other != position]
-    order, place = _ring(roster_digest, participants)
-    here, half = int(place[position]), degree // 2
+    order, places = _ring(roster_digest, participants)
+    here, half = int(places[position]), degree // 2
     steps = [step for step in range(-half, half + 1) if step]
     return sorted(int(order[(here + step) % participants]) for step in steps)
 
 
-def pair_seed(shared: Secret, roster_digest: bytes, one: int, other: int) -> Secret:
+def pair_seed(shared: Secret, roster_digest: bytes, position: int, other: int) -> Secret:
     """The seed of the mask that two neighbours share.
 
     **Guarantee**: no two pairs of a roster have the same one, even where they agree on the same
@@ -291,9 +291,9 @@ def pair_seed(shared: Secret, roster_digest: bytes, one: int, other: int) -> Sec
     Args:
         shared: what the two mask keys agree on.
         roster_digest: 32 bytes.
-        one, other: positions of the two, in either order.
+        position, other: those of the two, in either order.
     """
-    low, high = sorted((one, other))
+    low, high = sorted((position, other))
     names = low.to_bytes(4, "big") + high.to_bytes(4, "big")
     return derive(shared, Purpose.PAIR_MASK, roster_digest, names)
 
@@ -304,9 +304,9 @@ def _ring(roster_digest: bytes, participants: int) -> tuple[NDArray[np.int64], N
     seed = Secret(digest(Purpose.GRAPH, roster_digest))
     words = keystream(seed, 2 * participants).astype("<u4").view("<u8")
     order = np.argsort(words, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(participants)
-    return order, place
+    places = np.empty_like(order)
+    places[order] = np.arange(participants)
+    return order, places
 
 
 @dataclass(frozen=True)
@@ -369,15 +369,15 @@ class MaskingPolicy:
             ProtocolError: names the field that is weaker than the policy. The caller adds round
                 and sender.
         """
-        for name, found, least in (
+        for name, value, least in (
             ("survivors", terms.survivors, self.min_survivors),
             ("bits", terms.bits, self.min_bits),
             ("colluders", terms.colluders, self.colluders),
             ("survivors less colluders", terms.survivors - terms.colluders, 2),
         ):
-            if found < least:
+            if value < least:
                 raise ProtocolError(
-                    f"the terms have {name} = {found}, this device asks for at least {least}"
+                    f"the terms have {name} = {value}, this device asks for at least {least}"
                 )
 
     def refuse_cohort(self, participants: int, colluders: int, graph: Graph) -> None:
@@ -413,11 +413,11 @@ class MaskingPolicy:
 
     def _refuse_degree(self, participants: int, graph: Graph) -> None:
         everybody, degree = participants - 1, graph.degree
-        sparse = _FEWEST_NEIGHBOURS <= degree < everybody and degree % 2 == 0
+        sparse = _MIN_NEIGHBOURS <= degree < everybody and degree % 2 == 0
         if not (degree == everybody or (sparse and participants > COMPLETE)):
             expected = f"{everybody} (everybody)"
             if participants > COMPLETE:
-                expected += f" or an even number from {_FEWEST_NEIGHBOURS}"
+                expected += f" or an even number from {_MIN_NEIGHBOURS}"
             raise ProtocolError(
                 f"the roster gives each of {participants} participants {degree} neighbours, "
                 f"expected {expected}"

@@ -198,7 +198,7 @@ class Config(Section):
                 'memory@1.0.0, or "personal" or "shared"'
             )
         client, example = self.privacy.client, self.privacy.example
-        for name, found, wanted in (
+        for name, value, wanted in (
             ("ab_test.low", ab_run.low, 0.0),
             ("ab_test.high", ab_run.high, 1.0),
             ("rounds.count", self.rounds.count, ab_run.looks),
@@ -208,8 +208,8 @@ class Config(Section):
             ("privacy.example.enabled", example.enabled, False),
             ("statistics.enabled", self.statistics.enabled, False),
         ):
-            if found != wanted:
-                raise ValueError(f"{name} = {found}: an experiment on devices has {wanted}")
+            if value != wanted:
+                raise ValueError(f"{name} = {value}: an experiment on devices has {wanted}")
         if client.noise_at == "server":
             raise ValueError(
                 'privacy.client.noise_at = "server": an outcome leaves no device before its noise; '
@@ -218,17 +218,17 @@ class Config(Section):
 
     def _refuse_hopeless_secure_aggregation(self) -> None:
         cohort, secure_aggregation = self.rounds.cohort, self.secure_aggregation
-        smallest, colluders = self.min_sum, self.colluders
+        min_sum, colluders = self.min_sum, self.colluders
         if cohort < secure_aggregation.min_cohort:
             raise ValueError(
                 f"rounds.cohort = {cohort} is smaller than secure_aggregation.min_cohort = "
                 f"{secure_aggregation.min_cohort}, so every device would decline; "
                 f'{self._cohort_needed()}, or set privacy.client.noise_at = "device"'
             )
-        if smallest - colluders < 2:
+        if min_sum - colluders < 2:
             raise ValueError(
                 f"secure_aggregation.colluding = {secure_aggregation.colluding:g} lets "
-                f"{colluders} devices collude and leaves {max(smallest - colluders, 0)} honest "
+                f"{colluders} devices collude and leaves {max(min_sum - colluders, 0)} honest "
                 f"survivors of a cohort of {cohort}, but a sum needs at least 2: "
                 f"{self._cohort_needed()}"
             )
@@ -260,11 +260,11 @@ class Config(Section):
         sizes = range(
             max(self.rounds.cohort + 1, self.secure_aggregation.min_cohort), MAX_PARTICIPANTS + 1
         )
-        found = next((n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2), None)
-        if found is None:
+        cohort = next((n for n in sizes if quorum(n, feared(n)) >= feared(n) + 2), None)
+        if cohort is None:
             most = f"no cohort of up to {MAX_PARTICIPANTS:,} would do"
             return f"{most}; lower secure_aggregation.colluding"
-        return f"it would need rounds.cohort = {found}"
+        return f"it would need rounds.cohort = {cohort}"
 
     @property
     def min_sum(self) -> int:
@@ -343,24 +343,24 @@ class Config(Section):
 
     def warnings(self) -> list[str]:
         """Settings that are allowed and still deserve a sentence."""
-        found = []
+        sentences = []
         if self.privacy.delta >= 1 / self.data.clients:
-            found.append(
+            sentences.append(
                 f"privacy.delta = {self.privacy.delta:g} is not below 1/clients = "
                 f"{1 / self.data.clients:g}: releasing one client in full would be allowed"
             )
         if not self.privacy.client.enabled:
-            found.append("privacy.client.enabled = false: no client-level claim is made")
+            sentences.append("privacy.client.enabled = false: no client-level claim is made")
         if not self.privacy.example.enabled and self.ab_run is None:
-            found.append("privacy.example.enabled = false: no DP-SGD noise inside training")
+            sentences.append("privacy.example.enabled = false: no DP-SGD noise inside training")
         elif self.privacy.example.enabled and self.privacy.example.noise_multiplier == 0:
-            found.append(
+            sentences.append(
                 "privacy.example.noise_multiplier = 0: nothing holds against the server at example "
                 "level, so devices decline every round; set privacy.example.enabled = false instead"
             )
         if self.insecure_test_seed is not None:
-            found.append("insecure_test_seed is set: NOT PRIVATE, every report says so")
-        return found
+            sentences.append("insecure_test_seed is set: NOT PRIVATE, every report says so")
+        return sentences
 
 
 def _without_empty(table: Mapping[str, Any]) -> dict[str, Any]:

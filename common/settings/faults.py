@@ -27,10 +27,10 @@ def shortened(value: object) -> str:
 
 
 def _sentence(fault: Mapping[str, Any], root: type[BaseModel]) -> str:
-    place = tuple(part for part in fault["loc"] if isinstance(part, str))
-    where = ".".join(place)
+    path = tuple(part for part in fault["loc"] if isinstance(part, str))
+    where = ".".join(path)
     if fault["type"] == "extra_forbidden":
-        return f"  {where}: unknown key{_nearest(place, root)}"
+        return f"  {where}: unknown key{_nearest(path, root)}"
     if fault["type"] == "value_error":
         return f"  {where}: {fault['ctx']['error']}" if where else f"  {fault['ctx']['error']}"
     expected = str(fault["msg"]).removeprefix("Input should be ")
@@ -45,10 +45,10 @@ def _sentence(fault: Mapping[str, Any], root: type[BaseModel]) -> str:
     return f"  {where} = {shortened(fault['input'])}: expected {found}"
 
 
-def _nearest(place: Sequence[str], root: type[BaseModel]) -> str:
+def _nearest(path: Sequence[str], root: type[BaseModel]) -> str:
     section: Any = root
-    for part in place[:-1]:
+    for part in path[:-1]:
         section = section.model_fields[part].annotation
     known = list(section.model_fields)
-    close = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"

@@ -104,10 +104,10 @@ def key_of_today(key: str, names: Mapping[str, str]) -> str:
 def _section(table: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     """Return the section that a dotted key is in, empty where there is none, and its last part."""
     *sections, last = key.split(".")
-    found: Any = table
+    section: Any = table
     for name in sections:
-        found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}, last
+        section = section.get(name) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else {}, last
 
 
 def _warn(former: str, today: str) -> None:

@@ -27,7 +27,7 @@ from ...common.privacy import noise
 from ...common.privacy.encoding import round_randomly, wrap
 from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Secret
-from ...server.ab_estimates import look_plan, sums_of, told
+from ...server.ab_estimates import estimated, look_plan, sums_of
 from .. import progress
 from . import simulated_ab_test
 
@@ -141,14 +141,14 @@ def _repetition(
     vectors = contributions(settings, arms, everybody)
     since = 1 + np.arange(settings.clients) * settings.looks // settings.clients
     plan = look_plan(settings, settings.name, 1)
-    looks = []
+    looks: list[dict[str, Any]] = []
     for look in range(1, settings.looks + 1):
         there = rng.random(settings.clients) >= settings.simulated.dropout
         now = np.where((since <= look)[:, None], vectors, 0.0)[there]
         plan = dataclasses.replace(plan, round=look)
         sums = sums_of(summed(now, plan, noise.SystemSource()), plan)
-        record = told(sums, plan, len(now), settings)
-        peeked = told(sums, plan, len(now), settings, settings.alpha)
-        record["uncorrected"] = any(one["found"] for one in peeked["differences"])
-        looks.append(record)
+        record = estimated(sums, plan, len(now), settings)
+        peeked = estimated(sums, plan, len(now), settings, settings.alpha)
+        uncorrected = any(one["found"] for one in peeked["differences"])
+        looks.append({**record, "uncorrected": uncorrected})
     return looks

@@ -32,7 +32,7 @@ from ...common.privacy.encoding import unpack
 from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.secure_aggregation.terms import MaskingPolicy
-from ...server.ab_estimates import look_plan, sums_of, told
+from ...server.ab_estimates import estimated, look_plan, sums_of
 from .. import progress, protocol
 from ..reports import pictures
 from ..reports.privacy_facts import facts_of, history_of
@@ -105,7 +105,7 @@ def run(settings: AbTestSettings, folder: Path) -> dict[str, Any]:
         for look in range(1, settings.looks + 1):
             plan = look_plan(settings, run_id, look)
             total, answered = _look(settings, plan, people, ledger, rng)
-            record = told(sums_of(total, plan), plan, answered, settings)
+            record = estimated(sums_of(total, plan), plan, answered, settings)
             append_line(folder / "looks.jsonl", record)
             if settings.stop and any(one["found"] for one in record["differences"]):
                 break

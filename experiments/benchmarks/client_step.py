@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...client.training.local_training import Trainer, train
+from ...client.training.local_training import Randomness, Trainer, train
 from ...client.training.records import Tokenised
 from ...common.model.adapter import Adapter, attach
 from ...common.model.base_model import load
@@ -44,7 +44,7 @@ def measure(config: str = "demo", repeats: int = 15, threads: int = 2) -> dict[s
     for turn in range(repeats + 2):
         for name, step in (("private", private), ("plain", plain)):
             began = time.perf_counter()
-            train(trainer, adapter.start, records, step, batches=rng, source=SystemSource())
+            train(trainer, adapter.start, records, step, Randomness(rng, SystemSource()))
             if turn >= 2:  # the first two warm up
                 spent[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values[1:]) for name, values in spent.items()}

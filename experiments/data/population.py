@@ -19,12 +19,7 @@ from ...client.training.records import INDEX_FILE, RECORDS_FILE, SCHEMA, Record,
 from ...common.errors import ConfigError, DataError
 from ...common.files import explain_os_errors, write_atomic
 from ...common.model.assets import fetch
-from .changelogs import read_changelogs
-from .dialects import dialects_source
-from .preference_people import pairs_of_ratings, tastes
-from .ratings import ratings_source
 from .record_sources import DataSource, SourceUser, folder_source, jsonl_source, source_of_texts
-from .shakespeare import read_plays
 
 __all__ = ["Population", "choose", "load", "open_source", "write"]
 
@@ -97,18 +92,8 @@ def open_source(source: str | Path, seed: int) -> DataSource:
         DataError: missing or unreadable; nobody in it; a line that is not a record (names file
             and line); labels or times of two kinds; one user under two names of a folder.
     """
-    if source == "shakespeare":
-        return source_of_texts(source, read_plays(fetch("shakespeare")))
-    if source == "changelogs":
-        return source_of_texts(source, read_changelogs())
-    if source == "ratings":
-        return ratings_source(fetch("ratings"), seed)
-    if source == "dialects":
-        return dialects_source(seed)
-    if source == "preferences":
-        return pairs_of_ratings(fetch("ratings"), seed)
-    if source == "tastes":
-        return tastes(seed)
+    if source in BUILT_IN:
+        return _built_in(str(source), seed)
     path = Path(source)
     if path.is_dir():
         return folder_source(path)
@@ -118,6 +103,29 @@ def open_source(source: str | Path, seed: int) -> DataSource:
         f"No data at {str(source)!r}: expected {', '.join(BUILT_IN)}, a .jsonl file, or a "
         f"folder with a file or a sub-folder per user."
     )
+
+
+def _built_in(name: str, seed: int) -> DataSource:
+    """Open one of the sources that come with privet; the others are not even loaded."""
+    if name == "shakespeare":
+        from .shakespeare import read_plays
+
+        return source_of_texts(name, read_plays(fetch("shakespeare")))
+    if name == "changelogs":
+        from .changelogs import read_changelogs
+
+        return source_of_texts(name, read_changelogs())
+    if name == "ratings":
+        from .ratings import ratings_source
+
+        return ratings_source(fetch("ratings"), seed)
+    if name == "dialects":
+        from .dialects import dialects_source
+
+        return dialects_source(seed)
+    from .preference_people import pairs_of_ratings, tastes
+
+    return tastes(seed) if name == "tastes" else pairs_of_ratings(fetch("ratings"), seed)
 
 
 def choose(

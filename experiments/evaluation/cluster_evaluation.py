@@ -17,7 +17,7 @@ from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
 from ...common.settings.config import Config
 from ...server.run_folder import checkpoint
-from ...server.run_folder.run import largest
+from ...server.run_folder.run import index_of_largest_cluster
 from .. import progress
 from ..data.dialects import dialect_of
 from .people import reported, unit_of
@@ -112,7 +112,7 @@ def largest_cluster(bench: SimulatedContext, state: Vector) -> Vector:
     """The adapter vector for somebody without records: of the cluster with most members."""
     return np.asarray(
         exchange_at(bench).cluster_vectors(state)[
-            largest(bench.folder, bench.config.clusters.count)
+            index_of_largest_cluster(bench.folder, bench.config.clusters.count)
         ]
     )
 

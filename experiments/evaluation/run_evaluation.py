@@ -25,7 +25,6 @@ from typing import Any
 
 from ...client.device import Device, SimulatedContext
 from ...client.personal.evaluator import EvaluatedPerson, Evaluator
-from ...client.personal.pair_evaluator import PairPerson
 from ...client.personal.person_losses import evaluator_of
 from ...common.model.adapter import Vector
 from ...common.settings.config import Config
@@ -47,7 +46,7 @@ def evaluate(folder: Path, config: Config) -> dict[str, Any]:
     lower is better. Everybody's loss is the mean over their own held-out tokens or records.
     """
     bench = replace(SimulatedContext.open(folder.resolve()), config=config)
-    several = config.clusters.count > 1 or bool(bench.trainer.adapter.own.pieces)
+    several = config.clusters.count > 1 or bool(bench.trainer.adapter.local_factor.pieces)
     final = None if several else global_adapter(folder)
     took_part = [u for u in bench.index.train_users if bench.ledger.participations(u)]
     groups = {
@@ -88,6 +87,9 @@ def _of_pairs(
 
     Returns length bias and gap as rows.
     """
+    if bench.config.pairs is None:
+        return []
+    from ...client.personal.pair_evaluator import PairPerson
     from . import pair_evaluation
 
     rows = []

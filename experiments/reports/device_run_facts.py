@@ -25,7 +25,8 @@ from ...common.files import read_lines
 from ...common.privacy.release_facts import Asked
 from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config, of_run
-from ...server.rounds import LOG, PLANS
+from ...server.round_record import LOG
+from ...server.rounds import PLANS
 from . import claims
 from .facts import Measured, PrivacyFacts, RoundFacts
 from .privacy_facts import History, facts_of

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ...common.privacy.accounting import Adjacency, Against, Unit
+from ...server.round_record import Estimates
 from ..evaluation.user_statistics import Mean
 
 __all__ = [
@@ -260,4 +261,4 @@ class Facts(TypedDict):
     summary: Summary
     privacy: PrivacyFacts
     statistics: list[Statistics]
-    looks: NotRequired[list[Mapping[str, Any]]]
+    looks: NotRequired[list[Estimates]]

@@ -16,7 +16,6 @@ from ...common.settings.config import of_run
 from ...common.settings.sections import DEVICES
 from ...server.run_folder import starting
 from .. import progress
-from .device_run_facts import device_facts, device_measured
 from .facts import Evaluation, Facts, Measured, Statistics
 from .privacy_facts import privacy_facts
 from .summary import build_summary
@@ -39,6 +38,8 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
         LedgerCorrupt: a ledger does not verify.
     """
     if _of_devices(run_folder):
+        from .device_run_facts import device_facts, device_measured
+
         privacy, known = device_facts(run_folder), device_measured(run_folder)
     else:
         privacy, known = privacy_facts(run_folder), _measured(run_folder)
@@ -51,7 +52,8 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
     summary["rounds"] = sum(row["round"] not in void for row in privacy["rounds"])
     start = starting.facts(run_folder)
     if start is not None:
-        privacy["not_covered"].insert(0, starting.said(start, config.data.source == DEVICES))
+        sentence = starting.start_sentence(start, config.data.source == DEVICES)
+        privacy["not_covered"].insert(0, sentence)
         summary["start"] = privacy["start"] = start
     found: Facts = {
         "summary": summary,

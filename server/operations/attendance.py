@@ -61,10 +61,10 @@ class Attendance:
 
     def heard(self, number: int, theirs: str, accepted: bool) -> None:
         """Note a device's answer to a greeting."""
-        said = Heard(theirs[:LONGEST_VERSION], self.run, accepted, self.clock())
+        answer = Heard(theirs[:LONGEST_VERSION], self.run, accepted, self.clock())
         before = self._heard.get(number)
-        self._heard[number] = said
-        if before is None or asdict(before) | {"time": 0} != asdict(said) | {"time": 0}:
+        self._heard[number] = answer
+        if before is None or asdict(before) | {"time": 0} != asdict(answer) | {"time": 0}:
             self._written = 0.0
 
     def present(self, numbers: Sequence[int]) -> None:
@@ -79,9 +79,9 @@ class Attendance:
         for number in numbers:
             if number in self._heard:
                 self.heard(number, self._heard[number].version, True)
-        found = {str(number): asdict(said) for number, said in sorted(self._heard.items())}
+        entries = {str(number): asdict(answer) for number, answer in sorted(self._heard.items())}
         with suppress(StateError):  # a full disk ends no run
-            write_json_atomic(self.path, found)
+            write_json_atomic(self.path, entries)
         self._written = now
 
 
@@ -123,33 +123,33 @@ def table(
 
 
 def _row(
-    device: Device, said: Heard | None, node: Node | None, asked: bool, run: str | None
+    device: Device, answer: Heard | None, node: Node | None, asked: bool, run: str | None
 ) -> dict[str, Any]:
     online = None if not asked else node is not None and node.status == "online"
-    times = [said.time if said else 0.0, node.seen if node else 0.0]
+    times = [answer.time if answer else 0.0, node.seen if node else 0.0]
     seen = max(times)
-    mine = run is None or (said is not None and said.run == run)
+    mine = run is None or (answer is not None and answer.run == run)
     return {
         "number": device.number,
         "name": device.card.name,
-        "version": said.version if said else None,
+        "version": answer.version if answer else None,
         "online": online,
         "last_seen": datetime.fromtimestamp(seen, UTC).isoformat() if seen else None,
-        "accepted": said.accepted if said and mine else None,
-        "missing": _missing(said, node, asked, online, mine),
+        "accepted": answer.accepted if answer and mine else None,
+        "missing": _missing(answer, node, asked, online, mine),
     }
 
 
 def _missing(
-    said: Heard | None, node: Node | None, asked: bool, online: bool | None, mine: bool
+    answer: Heard | None, node: Node | None, asked: bool, online: bool | None, mine: bool
 ) -> str:
     """Say the first thing that keeps a device from taking part, empty where none is known."""
     if asked and node is None:
         return "its node key: enrol its card again"
     if online is False:
         return "offline: `privet client start` on the device"
-    if said is None or not mine:
-        return "no answer to this run yet" if said else "has not been asked in a run yet"
-    if said.version != version("privet"):
-        return f"runs privet {said.version}, this server {version('privet')}"
-    return "" if said.accepted else "has not accepted the run (privet client runs on the device)"
+    if answer is None or not mine:
+        return "no answer to this run yet" if answer else "has not been asked in a run yet"
+    if answer.version != version("privet"):
+        return f"runs privet {answer.version}, this server {version('privet')}"
+    return "" if answer.accepted else "has not accepted the run (privet client runs on the device)"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...common.errors import AssetError, ConfigError, StateError
-from ...common.files import read_lines
 from . import directory_commands
 
 if TYPE_CHECKING:
@@ -159,9 +158,9 @@ def run(
     )
     for warning in settings.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    place = _followed(server, settings, f"privet server run {folder} {config} --resume")
+    run_folder = _followed(server, settings, f"privet server run {folder} {config} --resume")
     if callable(context.obj):
-        context.obj(place)
+        context.obj(run_folder)
 
 
 @app.command("ab")
@@ -174,20 +173,21 @@ def ab(
     """Compare templates, or heads, on the enrolled devices: noised sums, keyed arms, paid looks."""
     from ...common.ab_test import read
     from ..ab_estimates import device_settings
+    from ..round_record import LOG
     from . import setup
-    from .device_runs import LOG, enrolled_in, prepare
+    from .device_runs import enrolled_in, prepare
 
     server, settings = setup.load(folder), read(config)
     enrolled = enrolled_in(server, settings.name, resume)
     run = prepare(server, device_settings(settings, enrolled), resume=resume)
-    place = _followed(server, run, f"privet server ab {folder} {config} --resume")
+    run_folder = _followed(server, run, f"privet server ab {folder} {config} --resume")
     asked = settings.privacy
     masks = ""
     if asked.noise_at == "distributed":
-        most = settings.secure_aggregation.colluders(settings.clients)
+        max_colluders = settings.secure_aggregation.colluders(settings.clients)
         masks = (
-            f" (if: closed directory; at most {most} of the {enrolled:,} enrolled devices collude "
-            "with the server)"
+            f" (if: closed directory; at most {max_colluders} of the {enrolled:,} enrolled devices "
+            "collude with the server)"
         )
     print(
         f"a device that took part in all {settings.looks} looks has spent at most epsilon "
@@ -195,9 +195,9 @@ def ab(
         f"{asked.noise_at}, against the analyst and the server{masks}; its own ledger says what it "
         "did spend (privet client budget)"
     )
-    print(f"{place / LOG} has every number")
+    print(f"{run_folder / LOG} has every number")
     if callable(context.obj):
-        context.obj(place)
+        context.obj(run_folder)
 
 
 def _followed(server: "Server", settings: "Config", again: str) -> Path:
@@ -208,13 +208,13 @@ def _followed(server: "Server", settings: "Config", again: str) -> Path:
     from . import control
     from .device_runs import follow, going_on
 
-    place = server.folder / "runs" / settings.name
-    going = going_on(server, place)
-    flower = going if going is not None else control.start_run(server, place)
+    run_folder = server.folder / "runs" / settings.name
+    going = going_on(server, run_folder)
+    flower = going if going is not None else control.start_run(server, run_folder)
     rounds, what = settings.rounds, "rounds" if settings.ab_run is None else "looks"
     print(f"run {settings.name}: {rounds.count} {what} of {rounds.cohort} devices")
     try:
-        follow(server, place, flower, rounds.count, print)
+        follow(server, run_folder, flower, rounds.count, print)
     except KeyboardInterrupt:
         print(
             "\nThe run goes on without this command. Look: privet server status "
@@ -222,7 +222,7 @@ def _followed(server: "Server", settings: "Config", again: str) -> Path:
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    return place
+    return run_folder
 
 
 @app.command("status")
@@ -231,30 +231,30 @@ def status(folder: _Folder, as_json: _Json = False) -> None:
     from ..void_rounds import round_line
     from . import setup
 
-    found = facts(setup.load(folder))
+    status_facts = facts(setup.load(folder))
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(status_facts, indent=2))
         return
     for name in ("superlink", "proxy"):
-        print(f"{name}: {'up' if found[name] else 'DOWN'}")
-    print(f"certificates: until {found['certified_until'][:10]}")
-    for warning in found["warnings"]:
+        print(f"{name}: {'up' if status_facts[name] else 'DOWN'}")
+    print(f"certificates: until {status_facts['certified_until'][:10]}")
+    for warning in status_facts["warnings"]:
         print(f"WARNING: {warning}")
-    people = found["devices"]
+    people = status_facts["devices"]
     print(
         f"devices: {people['enrolled']} enrolled, {_number(people['registered'])} registered, "
         f"{_number(people['online'])} online"
     )
     for device in people["each"]:
         print(f"  {_device(device)}")
-    for one in found["runs"]:
-        void = sum(record["void"] for record in one["rounds"])
+    for run in status_facts["runs"]:
+        void = sum(record["void"] for record in run["rounds"])
         print(
-            f"run {one['name']}: {one['status']}, {len(one['rounds']) - void} of {one['count']} "
+            f"run {run['name']}: {run['status']}, {len(run['rounds']) - void} of {run['count']} "
             f"rounds" + (f", {void} void attempts" if void else "")
         )
-        for record in one["rounds"]:
-            print(f"  {round_line(record, one['count'])}")
+        for record in run["rounds"]:
+            print(f"  {round_line(record, run['count'])}")
 
 
 def facts(server: "Server") -> dict[str, Any]:
@@ -274,8 +274,8 @@ def facts(server: "Server") -> dict[str, Any]:
             known, started = control.nodes(server), control.runs(server)
     keys = {device.card.node for device in enrolled}
     ours = None if known is None else [node for node in known if node.key in keys]
-    latest = {one.folder: one.status for one in reversed(started)}
-    going = next((Path(one.folder).name for one in started if not one.over), None)
+    latest = {run.folder: run.status for run in reversed(started)}
+    going = next((Path(run.folder).name for run in started if not run.over), None)
     heard = attendance.read(server.folder / attendance.FILE)
     return {
         "superlink": known is not None,
@@ -292,8 +292,8 @@ def facts(server: "Server") -> dict[str, Any]:
             "each": attendance.table(enrolled, heard, known, going),
         },
         "runs": [
-            _run_facts(place, latest, known is not None, enrolment.names(server))
-            for place in sorted((server.folder / "runs").glob("*/config.toml"))
+            _run_facts(path, latest, known is not None, enrolment.names(server))
+            for path in sorted((server.folder / "runs").glob("*/config.toml"))
         ],
     }
 
@@ -302,19 +302,19 @@ def _run_facts(
     config: Path, latest: Mapping[str, str], asked: bool, names: Mapping[int, str]
 ) -> dict[str, Any]:
     from ...common.settings.config import read
+    from ..round_record import read_records
     from ..void_rounds import sentence
-    from .device_runs import LOG
 
-    place = config.parent
+    run_folder = config.parent
     counts = ("round", "asked", "answered", "declined", "refused", "void")
     return {
-        "name": place.name,
-        "status": latest.get(str(place), "not started" if asked else "unknown"),
+        "name": run_folder.name,
+        "status": latest.get(str(run_folder), "not started" if asked else "unknown"),
         "count": read(config).rounds.count,
         "rounds": [
-            {name: record[name] for name in counts if name in record}
+            {name: value for name, value in record.items() if name in counts}
             | ({"why": sentence(record, names)} if record["void"] else {})
-            for record in read_lines(place / LOG)
+            for record in read_records(run_folder)
         ],
     }
 
@@ -336,15 +336,19 @@ def _number(value: int | None) -> str:
     return "?" if value is None else str(value)
 
 
-def _device(one: Mapping[str, Any]) -> str:
+def _device(device: Mapping[str, Any]) -> str:
     """Show a device as `0 desk  privet 0.1.0  seen 2026-11-30 07:10  accepted`."""
-    seen = f"seen {one['last_seen'][:16].replace('T', ' ')}" if one["last_seen"] else "never seen"
+    seen = (
+        f"seen {device['last_seen'][:16].replace('T', ' ')}"
+        if device["last_seen"]
+        else "never seen"
+    )
     accepted = {True: "accepted", False: "not accepted", None: ""}
     parts = [
-        f"{one['number']} {one['name']}".rstrip(),
-        f"privet {one['version']}" if one["version"] else "version unknown",
-        "online" if one["online"] else seen,
-        accepted[one["accepted"]],
-        f"missing: {one['missing']}" if one["missing"] else "",
+        f"{device['number']} {device['name']}".rstrip(),
+        f"privet {device['version']}" if device["version"] else "version unknown",
+        "online" if device["online"] else seen,
+        accepted[device["accepted"]],
+        f"missing: {device['missing']}" if device["missing"] else "",
     ]
     return "  ".join(filter(None, parts))

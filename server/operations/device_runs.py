@@ -8,15 +8,16 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError, PrivacyError, RunExists, RunUnfinished, StateError
-from ...common.files import explain_os_errors, read_lines, write_atomic
+from ...common.files import explain_os_errors, write_atomic
 from ...common.secure_aggregation.fleet_directory import refuse_colluders
 from ...common.settings.config import Config, of_run, parse, to_toml
 from ...common.settings.sections import DEVICES
 from .. import void_rounds
 from ..directory_listing import newest
+from ..round_record import RoundRecord, read_records
 from ..run_folder import run_lock
 from . import control, enrolment
 from .server_folder import Server
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from ...common.privacy.round_plan import Plan
     from ..run_folder.starting import Start
 
-__all__ = ["LOG", "enrolled_in", "follow", "going_on", "prepare"]
+__all__ = ["enrolled_in", "follow", "going_on", "prepare"]
 
-LOG = "rounds.jsonl"
 LOOK_S = 0.5
 FIRST_WAIT_S = 1.0
 SILENCE_S = 2.0  # a process that ends by itself tells Flower so, a moment after its lock is free
@@ -66,27 +66,27 @@ def prepare(
     from ..run_folder.starting import keep
 
     config = _resolved(server, config, enrolled_in(server, config.name, resume))
-    place = server.folder / "runs" / config.name
-    if (place / "config.toml").is_file():
+    run_folder = server.folder / "runs" / config.name
+    if (run_folder / "config.toml").is_file():
         if not resume:
             raise RunExists(
-                f"{place} holds a run already; go on with --resume, or choose another name with "
-                "--set name=..."
+                f"{run_folder} holds a run already; go on with --resume, or choose another name "
+                "with --set name=..."
             )
-        newest(place)  # refuses a directory that does not continue the run's
-        return resumed(place, of_run(place), config)
+        newest(run_folder)  # refuses a directory that does not continue the run's
+        return resumed(run_folder, of_run(run_folder), config)
     config, start = _try_out(server, config, refuse)
-    partial = place.with_name(f".{place.name}.partial")
+    partial = run_folder.with_name(f".{run_folder.name}.partial")
     try:
-        with explain_os_errors(place, "make the run folder"):
+        with explain_os_errors(run_folder, "make the run folder"):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True, mode=0o700)
         write_atomic(partial / "config.toml", to_toml(config).encode())
         keep(partial, start)
         write_atomic(partial / "run-id", f"{config.name}-{os.urandom(8).hex()}\n".encode())
-        with explain_os_errors(place, "make the run folder"):
+        with explain_os_errors(run_folder, "make the run folder"):
             write_atomic(partial / "directory", (server.folder / "directory").read_bytes())
-            os.replace(partial, place)
+            os.replace(partial, run_folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return config
@@ -98,7 +98,9 @@ def enrolled_in(server: Server, name: str, resume: bool) -> int:
     A run that goes on has as many as when it was begun.
     """
     begun = server.folder / "runs" / name
-    return of_run(begun).data.clients if resume and begun.is_file() else enrolment.count(server)
+    if resume and (begun / "config.toml").is_file():
+        return of_run(begun).data.clients
+    return enrolment.count(server)
 
 
 def _resolved(server: Server, config: Config, enrolled: int) -> Config:
@@ -126,12 +128,12 @@ def _resolved(server: Server, config: Config, enrolled: int) -> Config:
         task = "classification" if data.classes else "generation"
     people = data.model_copy(update={"clients": enrolled, "test_clients": 0, "task": task})
     # validated again: a cohort may be too large for those who are enrolled
-    found = parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
+    resolved = parse({**config.model_dump(exclude_none=True), "data": people.model_dump()})
     try:
-        refuse_colluders(found, enrolment.count(server))
+        refuse_colluders(resolved, enrolment.count(server))
     except PrivacyError as error:
         raise ConfigError(str(error)) from None
-    return found
+    return resolved
 
 
 def _try_out(
@@ -156,7 +158,7 @@ def _try_out(
     return take(config, sent, [server.folder / "runs"])
 
 
-def follow(server: Server, place: Path, flower: int, count: int, show: Show) -> None:
+def follow(server: Server, run_folder: Path, flower: int, count: int, show: Show) -> None:
     """Show each round as it ends, until the run ends.
 
     A SuperLink that restarts is waited for. A run whose server process was lost (killed, or its
@@ -174,24 +176,24 @@ def follow(server: Server, place: Path, flower: int, count: int, show: Show) -> 
         if why and not waiting:
             show(f"waiting: {why}")
         waiting = why
-        records = read_lines(place / LOG)  # after the status: the last round is never missed
+        records = read_records(run_folder)  # after the status: the last round is never missed
         for line in (line for one in records[shown:] for line in _lines(one, count, names)):
             show(line)
         failures, shown = 0 if len(records) > shown else failures, len(records)
         if run is not None and run.status == "completed":
             break
-        is_silent = run is not None and not run.over and run_lock.lost(place, flower)
+        is_silent = run is not None and not run.over and run_lock.lost(run_folder, flower)
         silent = silent or time.monotonic() if is_silent else 0.0
         is_lost = is_silent and time.monotonic() - silent >= SILENCE_S
         if run is not None and (run.over or is_lost):
-            refused = run_lock.refusal(place, flower)
+            refused = run_lock.refusal(run_folder, flower)
             if refused or run.status == "stopped" or failures == TRIES:
-                raise _ended(place, run, refused)
+                raise _ended(run_folder, run, refused)
             failures, silent = failures + 1, 0.0
-            flower = _again(server, place, flower, failures, show)
+            flower = _again(server, run_folder, flower, failures, show)
         time.sleep(LOOK_S)
-    _refuse_unfinished(place, records, count)
-    show(f"done: {place / 'adapter' if (place / 'adapter').exists() else place}")
+    _refuse_unfinished(run_folder, records, count)
+    show(f"done: {run_folder / 'adapter' if (run_folder / 'adapter').exists() else run_folder}")
 
 
 def _state(server: Server, flower: int) -> tuple[control.Run | None, str]:
@@ -202,53 +204,53 @@ def _state(server: Server, flower: int) -> tuple[control.Run | None, str]:
         return None, str(error)
 
 
-def _refuse_unfinished(place: Path, records: list[Any], count: int) -> None:
+def _refuse_unfinished(run_folder: Path, records: list[RoundRecord], count: int) -> None:
     """Raise an error when a run ended before all its rounds were done.
 
     An experiment may find its answer early.
     """
     looks = [record["look"] for record in records if "look" in record]
-    found = any(one["found"] for look in looks for one in look["differences"])
+    decided = any(difference["found"] for look in looks for difference in look["differences"])
     done = void_rounds.trained(records)
-    if done < count and not found:
+    if done < count and not decided:
         raise RunUnfinished(
-            f"the run {place.name} ended with {done} of {count} rounds done; what is done is kept: "
-            "go on with --resume"
+            f"the run {run_folder.name} ended with {done} of {count} rounds done; what is done is "
+            "kept: go on with --resume"
         )
 
 
-def _ended(place: Path, run: control.Run, refused: str) -> RunUnfinished:
+def _ended(run_folder: Path, run: control.Run, refused: str) -> RunUnfinished:
     how = "was stopped" if run.status == "stopped" else "failed"
     why = refused or run.details or "its server process ended without a word"
     return RunUnfinished(
-        f"the run {place.name} {how}: {why}; see logs/superexec.log, and go on with --resume"
+        f"the run {run_folder.name} {how}: {why}; see logs/superexec.log, and go on with --resume"
     )
 
 
-def _again(server: Server, place: Path, flower: int, failures: int, show: Show) -> int:
+def _again(server: Server, run_folder: Path, flower: int, failures: int, show: Show) -> int:
     """Start a lost run again, as soon as the SuperLink answers, and return Flower's new id."""
-    wait, told = FIRST_WAIT_S * 2 ** (failures - 1), ""
+    wait, reason = FIRST_WAIT_S * 2 ** (failures - 1), ""
     show(f"the run was lost; it goes on from its checkpoint in {wait:g} s ({failures} of {TRIES})")
     while True:
         time.sleep(wait)
         try:
             control.stop_run(server, flower)
             # one that was started a moment ago, whose answer was lost
-            going = going_on(server, place)
-            return going if going is not None else control.start_run(server, place)
+            going = going_on(server, run_folder)
+            return going if going is not None else control.start_run(server, run_folder)
         except StateError as error:
-            if str(error) != told:
+            if str(error) != reason:
                 show(f"waiting: {error}")
-            wait, told = FIRST_WAIT_S, str(error)
+            wait, reason = FIRST_WAIT_S, str(error)
 
 
-def going_on(server: Server, place: Path) -> int | None:
+def going_on(server: Server, run_folder: Path) -> int | None:
     """Flower's id of the run that is going on in a folder."""
-    found = (run for run in control.runs(server) if run.folder == str(place) and not run.over)
-    return next((run.run_id for run in found), None)
+    active = (run for run in control.runs(server) if run.folder == str(run_folder) and not run.over)
+    return next((run.run_id for run in active), None)
 
 
-def _lines(record: Mapping[str, Any], count: int, names: Mapping[int, str]) -> list[str]:
+def _lines(record: RoundRecord, count: int, names: Mapping[int, str]) -> list[str]:
     """Show a round's record, or a look's with what it said."""
     line = void_rounds.round_line(record, count, names)
     if "look" not in record:

@@ -208,7 +208,7 @@ def enrol(server: Server, paths: Sequence[Path], show: Show) -> Sequence[Device]
         everybody = list(devices(server))
         chosen, fresh = [], []
         for path, card in cards:
-            device = _found(everybody, path, card)
+            device = _device_of_card(everybody, path, card)
             if device is None:
                 device = Device(len(everybody), card)
                 everybody.append(device)
@@ -268,12 +268,14 @@ def devices(server: Server) -> Sequence[Device]:
     try:
         with explain_os_errors(path, "read"):
             entries = json.loads(path.read_bytes())
-        found = [Device(int(e["number"]), Card(**e["card"]), bool(e["removed"])) for e in entries]
-        if [device.number for device in found] != list(range(len(found))):
+        enrolled = [
+            Device(int(e["number"]), Card(**e["card"]), bool(e["removed"])) for e in entries
+        ]
+        if [device.number for device in enrolled] != list(range(len(enrolled))):
             raise ValueError("numbers are missing")
     except (ValueError, KeyError, TypeError) as error:
         raise StateError(f"{path} is damaged ({error}); restore it from a copy") from None
-    return found
+    return enrolled
 
 
 def names(server: Server) -> dict[int, str]:
@@ -287,7 +289,7 @@ def count(server: Server) -> int:
     return 0 if chain is None else len(chain.directory.known)
 
 
-def _found(everybody: Sequence[Device], path: Path, card: Card) -> Device | None:
+def _device_of_card(everybody: Sequence[Device], path: Path, card: Card) -> Device | None:
     """Find the device of a card. It is None for a new one."""
     for device in everybody:
         same_identity = device.card.identity == card.identity
@@ -334,11 +336,11 @@ def current(server: Server) -> Chain | None:
     """
     path = server.folder / DIRECTORY
     if path.exists():
-        found = directories.load(path)
-        if isinstance(found, Chain):
-            return found
+        signed = directories.load(path)
+        if isinstance(signed, Chain):
+            return signed
         with _locked(server):
-            return _signed_now(server, found)
+            return _signed_now(server, signed)
     return None
 
 
@@ -349,8 +351,8 @@ def pending(server: Server) -> Chain | None:
         StateError: it is damaged.
     """
     path = server.folder / UNSIGNED
-    found = directories.load(path, signed=False) if path.exists() else None
-    return found if isinstance(found, Chain) else None
+    unsigned = directories.load(path, signed=False) if path.exists() else None
+    return unsigned if isinstance(unsigned, Chain) else None
 
 
 def take(server: Server, path: Path) -> Chain:
@@ -360,20 +362,20 @@ def take(server: Server, path: Path) -> Chain:
         DataError: it is not what waits for a signature.
         StateError: it is damaged or not signed by its key.
     """
-    found = directories.load(path)
+    signed = directories.load(path)
     with _locked(server):
         wanted = pending(server)
         if wanted is None:
             raise DataError(f"{server.folder}: no directory waits for a signature")
-        if not isinstance(found, Chain) or found.head.message != wanted.head.message:
+        if not isinstance(signed, Chain) or signed.head.message != wanted.head.message:
             raise DataError(
                 f"{path} is not the directory that waits for a signature, "
                 f"{server.folder / UNSIGNED}; sign that one"
             )
-        directories.write(server.folder / DIRECTORY, found)
+        directories.write(server.folder / DIRECTORY, signed)
         with explain_os_errors(server.folder / UNSIGNED, "remove"):
             (server.folder / UNSIGNED).unlink()
-    return found
+    return signed
 
 
 def read_key(path: Path) -> Identity:

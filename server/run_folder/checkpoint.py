@@ -120,14 +120,14 @@ def load(
         if current.exists():
             problem += f"; it was kept aside as {keep_aside(current).name}"
     try:
-        found = _read(previous, wanted)
+        checkpoint = _read(previous, wanted)
     except _Damaged as damaged:
         raise CheckpointCorrupt(
             f"{problem}. The previous one {previous} {damaged}. Restore one of them from a copy, "
             f"or {_START_ANEW}."
         ) from None
-    note = f"{problem}. Going on from the previous one, {previous}, of round {found.round}."
-    return replace(found, note=note)
+    note = f"{problem}. Going on from the previous one, {previous}, of round {checkpoint.round}."
+    return replace(checkpoint, note=note)
 
 
 def restamp(folder: str | os.PathLike[str], *, run: str, config_hash: str) -> None:
@@ -141,10 +141,10 @@ def restamp(folder: str | os.PathLike[str], *, run: str, config_hash: str) -> No
     """
     for path in (Path(folder) / PREVIOUS, Path(folder) / CURRENT):
         try:
-            found = _read(path, {"run": run})
+            checkpoint = _read(path, {"run": run})
         except _Damaged:
             continue
-        write_atomic(path, _encode(replace(found, config_hash=config_hash)))
+        write_atomic(path, _encode(replace(checkpoint, config_hash=config_hash)))
 
 
 class _Damaged(Exception):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import ConfigError, StateError
-from ...common.files import explain_os_errors, read_lines, write_atomic
+from ...common.files import explain_os_errors, write_atomic
 from ...common.settings.config import Config, parse, to_toml
+from ..round_record import read_records
 from ..void_rounds import trained
 from . import checkpoint, run_lock, starting
 
@@ -54,7 +55,7 @@ def resumed(folder: Path, kept: Config, wanted: Config) -> Config:
         )
     if not changed:
         return kept
-    done = trained(read_lines(folder / "rounds.jsonl"))
+    done = trained(read_records(folder))
     if wanted.rounds.count < done:
         raise ConfigError(
             f"rounds.count = {wanted.rounds.count}, but {done} rounds of {folder} are done; take "

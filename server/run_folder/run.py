@@ -4,16 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ...common.files import read_lines
 from ...common.model.adapter import Adapter, exchanged, shared
 from ...common.model.exchange_layout import Exchange
-from ..rounds import LOG, ServedRun, Vector, run_rounds
+from ..round_record import read_records
+from ..rounds import ServedRun, Vector, run_rounds
 from .starting import started
 
-__all__ = ["largest", "whole"]
+__all__ = ["index_of_largest_cluster", "run_to_completion"]
 
 
-def whole(run: ServedRun) -> Vector:
+def run_to_completion(run: ServedRun) -> Vector:
     """Run all rounds or looks, and return what devices are told at the end.
 
     A trained adapter is then a PEFT folder.
@@ -36,19 +36,19 @@ def _save(adapter: Adapter, exchange: Exchange, final: Vector, folder: Path) -> 
     choose by.
     """
     cluster_vectors = exchange.cluster_vectors(final)[: exchange.clusters.count]
-    for place, vector in enumerate(cluster_vectors if len(cluster_vectors) > 1 else ()):
+    for index, vector in enumerate(cluster_vectors if len(cluster_vectors) > 1 else ()):
         adapter.write(vector)
-        adapter.save(folder / "adapter" / f"cluster-{place}")
-    adapter.write(cluster_vectors[largest(folder, exchange.clusters.count)])
+        adapter.save(folder / "adapter" / f"cluster-{index}")
+    adapter.write(cluster_vectors[index_of_largest_cluster(folder, exchange.clusters.count)])
     adapter.save(folder / "adapter")
 
 
-def largest(folder: Path, count: int) -> int:
+def index_of_largest_cluster(folder: Path, count: int) -> int:
     """Return which of `count` clusters has most members.
 
     It goes by the noised numbers of the rounds since there are no more of them, and is 0 where no
     such round was finished.
     """
-    counted = [line.get("members", ()) for line in read_lines(folder / LOG)]
-    same = [one for one in counted if len(one) == count]
+    counted = [line.get("members", ()) for line in read_records(folder)]
+    same = [members for members in counted if len(members) == count]
     return int(np.sum(same, axis=0).argmax()) if same else 0

@@ -16,14 +16,14 @@ from pathlib import Path
 from ...common.errors import PrivetError, StateError
 from ...common.files import explain_os_errors
 
-__all__ = ["LOCK", "alone", "held", "lost", "refusal"]
+__all__ = ["LOCK", "held", "locked", "lost", "refusal"]
 
 LOCK = "serving.lock"
 PATIENCE_S = 20.0  # a process that Flower has given up ends by itself, a moment later
 
 
 @contextmanager
-def alone(folder: Path, run: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
+def locked(folder: Path, run: int, patience_s: float = PATIENCE_S) -> Iterator[None]:
     """Serve Flower's run `run` in `folder`, where nobody else does.
 
     **Guarantee**: two processes never write checkpoints and log of one folder at the same time.

@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from ...common.errors import CheckpointCorrupt, ConfigError, StateError
-from ...common.files import read_lines, write_atomic, write_json_atomic
+from ...common.files import write_atomic, write_json_atomic
 from ...common.model.exchange_layout import Exchange
 from ...common.settings.config import Config, of_run
+from ..round_record import read_records
 from ..void_rounds import trained
 from . import checkpoint
 
-__all__ = ["Start", "as_kept", "facts", "keep", "said", "started", "take"]
+__all__ = ["Start", "as_kept", "facts", "keep", "start_sentence", "started", "take"]
 
 VECTOR, FACTS = "start.safetensors", "start.json"
 _SAME = ("family", "rank", "last_blocks", "modules", "seed")
@@ -59,7 +60,7 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
     if not asked:
         return config, None
     tried = [Path(asked), *(place / asked for place in places)]
-    folder = next((one for one in tried if (one / "config.toml").is_file()), None)
+    folder = next((candidate for candidate in tried if (candidate / "config.toml").is_file()), None)
     if folder is None:
         raise ConfigError(
             f"adapter.start = {asked!r}: expected a run's folder or name, and none of "
@@ -69,17 +70,17 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
     _refuse_other_kind(folder, old, config)
     run = (folder / "run-id").read_text("utf-8").strip()
     kept = checkpoint.load(folder, run=run, config_hash=old.digest, layout=exchange.adapter.digest)
-    done = trained(read_lines(folder / "rounds.jsonl"))
+    done = trained(read_records(folder))
     if kept is None or not done:
         raise StateError(f"adapter.start = {asked!r}: the run in {folder} has trained no round yet")
     fingerprint = _fingerprint(kept.adapter)
-    found = {
+    start_facts = {
         "source": asked, "run": run, "rounds": done, "rounds_planned": old.rounds.count,
         "sha256": fingerprint, "private": old.insecure_test_seed is None,
         "lines": _lines(folder),
     }  # fmt: skip
     named = config.adapter.model_copy(update={"start": fingerprint})
-    return config.model_copy(update={"adapter": named}), Start(kept.adapter, found)
+    return config.model_copy(update={"adapter": named}), Start(kept.adapter, start_facts)
 
 
 def _refuse_other_kind(folder: Path, old: Config, new: Config) -> None:
@@ -144,8 +145,8 @@ def started(folder: Path, config: Config, exchange: Exchange) -> Exchange:
 
 def as_kept(folder: Path, kept: Config, wanted: Config) -> Config:
     """Return `wanted`, with `adapter.start` as the run has it if given by the same name."""
-    found = facts(folder)
-    if found is None or wanted.adapter.start != found["source"]:
+    start_facts = facts(folder)
+    if start_facts is None or wanted.adapter.start != start_facts["source"]:
         return wanted
     named = wanted.adapter.model_copy(update={"start": kept.adapter.start})
     return wanted.model_copy(update={"adapter": named})
@@ -160,25 +161,25 @@ def facts(folder: Path) -> dict[str, Any] | None:
         raise StateError(f"{path} cannot be read ({error}); restore it from a copy") from None
 
 
-def said(found: Mapping[str, Any], on_devices: bool) -> str:
+def start_sentence(start_facts: Mapping[str, Any], on_devices: bool) -> str:
     """Say what the report of a run that did not start anew covers, and what not."""
     figures = "; ".join(
         f"epsilon {line['epsilon']:.2f} at delta {line['delta']:g}, {line['unit']}-level, "
         f"{line['adjacency']}, against the {line['against']}"
-        for line in found["lines"]
+        for line in start_facts["lines"]
     )
     figures = figures or "see its own report"
-    figures = figures if found["private"] else f"not private, a test seed was set ({figures})"
+    figures = figures if start_facts["private"] else f"not private, a test seed was set ({figures})"
     composed = (
         "each device's own ledger counts both against one budget"
         if on_devices
         else "no ledger of this simulation adds the two"
     )
     return (
-        f"The run that this one started from: the first adapter is what run {found['run']} "
-        f"released after {found['rounds']} rounds (SHA-256 {found['sha256'][:16]}), at its own "
-        f"cost: {figures}. The figures here are of this run alone; for a person who took part in "
-        f"both, the two compose, and {composed}."
+        f"The run that this one started from: the first adapter is what run {start_facts['run']} "
+        f"released after {start_facts['rounds']} rounds (SHA-256 {start_facts['sha256'][:16]}), at "
+        f"its own cost: {figures}. The figures here are of this run alone; for a person who "
+        f"took part in both, the two compose, and {composed}."
     )
 
 

@@ -258,7 +258,7 @@ def without(*checks: str, sparse: bool = False, ideal: bool = True) -> Iterator[
                 patch.setattr(owner, attribute, instead)
         if sparse:
             patch.setattr(secure_aggregation, "COMPLETE", 4)
-            patch.setattr(secure_aggregation, "_FEWEST_NEIGHBOURS", 6)
+            patch.setattr(secure_aggregation, "_MIN_NEIGHBOURS", 6)
             patch.setattr(secure_aggregation, "SECRECY", 1.0)
             patch.setattr(secure_aggregation, "MAX_PARTICIPANTS", 1 << 14)
         if ideal:

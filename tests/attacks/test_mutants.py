@@ -93,7 +93,7 @@ MUTANTS = (
            "return math.floor(self.survivors * cohort + 1e-9)",
            "common/settings/test_config.py::test_colluders_and_the_smallest_sum_are_rounded_up"),
     Mutant("no clamp", RELEASE,
-           "    return np.clip(vector, -most, most)\n", "    return vector\n",
+           "    return np.clip(vector, -bound, bound)\n", "    return vector\n",
            "client/privacy/test_gate.py::test_a_coordinate_that_a_rotation_left_above_its_bound_is_cut"),
     Mutant("half the Opacus noise", "client/training/local_training.py",
            "(total.double() + self.noise * drawn)", "(total.double() + self.noise / 2 * drawn)",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from privet.client.app import app
 from privet.client.device import Device, SimulatedContext, exchange_at, take_part
 from privet.client.privacy.gate import charges
-from privet.client.training.local_training import Trained, train
+from privet.client.training.local_training import Randomness, Trained, train
 from privet.client.training.records import Tokenised
 from privet.common.errors import DataError, GateRefused, StateError
 from privet.common.privacy.accounting import epsilon
@@ -379,7 +379,7 @@ def trained(bench: SimulatedContext, own: Records, plan: Plan, start: NDArray[np
     """The clipped delta; the randomness is the same in every call."""
     batches, source = np.random.default_rng(5), TestSource(1, "training")
     return clip(
-        train(bench.trainer, start, own, plan, batches=batches, source=source).delta, plan.clip
+        train(bench.trainer, start, own, plan, Randomness(batches, source)).delta, plan.clip
     ).vector
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from privet.common.privacy.encoding import unpack
 from privet.common.privacy.noise import TestSource
 from privet.common.settings.sections import BudgetSettings
 from privet.experiments.ab_test import coverage_check, simulated_ab_test
-from privet.server.ab_estimates import _mean, look_plan, spent_alpha, sums_of, told
+from privet.server.ab_estimates import _mean, estimated, look_plan, spent_alpha, sums_of
 
 CONFIG = Path(simulated_ab_test.__file__).parent / "ab.toml"
 ANN = device.ArmOutcome("ann", 0, 1.0)
@@ -197,7 +198,7 @@ def simulated(
             now = np.where((since <= plan.round)[:, None], vectors, 0.0)
             source = TestSource(number, f"{seed} {plan.round}")
             sums = sums_of(coverage_check.summed(now, plan, source), plan)
-            looks.append(told(sums, plan, len(now), settings, alpha))
+            looks.append(estimated(sums, plan, len(now), settings, alpha))
         yield looks
 
 
@@ -261,7 +262,7 @@ def test_the_looks_spend_alpha_and_no_more(spending, looks):
 def test_more_arms_share_a_looks_alpha_and_are_compared_with_the_first():
     settings = three_arms("binary")
     plan = look_plan(settings, "run", 1)
-    found = told(np.array([500.0, 0, 500, 0, 500, 250]), plan, 24, settings)
+    found: Any = estimated(np.array([500.0, 0, 500, 0, 500, 250]), plan, 24, settings)
     assert found["level"] == pytest.approx(1 - 0.05 / 2)
     assert [one["found"] for one in found["differences"]] == [False, True]
     assert [round(arm["mean"], 3) for arm in found["arms"]] == [0.5, 0.5, 0.75]
@@ -271,7 +272,7 @@ def test_more_arms_share_a_looks_alpha_and_are_compared_with_the_first():
 def test_where_the_noise_hides_how_many_devices_there_are_nothing_is_said(count):
     settings = experiment(privacy={"epsilon": 1.0})
     plan = look_plan(settings, "run", 1)
-    found = told(np.array([count, 1.0, 500.0, 1.0]), plan, 24, settings)
+    found = estimated(np.array([count, 1.0, 500.0, 1.0]), plan, 24, settings)
     assert found["arms"][0]["mean"] is None
     assert found["differences"][0]["difference"] is None
     assert not found["differences"][0]["found"]

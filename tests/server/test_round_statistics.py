@@ -17,7 +17,7 @@ from privet.client.app import app
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
 from privet.client.training import local_training
-from privet.client.training.local_training import Trainer, train
+from privet.client.training.local_training import Randomness, Trainer, train
 from privet.common.errors import ConfigError, GateRefused, ProtocolError, RunUnfinished
 from privet.common.files import read_lines
 from privet.common.model.adapter import attach
@@ -252,7 +252,7 @@ def test_the_losses_are_the_steps_own_under_the_start_adapter(trainer, private, 
     changes: dict[str, Any] = {"rate": 1.0, "learning_rate": 1.0}
     plan = dataclasses.replace(plan, **changes if private else changes | {"record_clip": 0.0})
     rng, source = np.random.default_rng(1), TestSource(1, "noise")
-    found = train(trainer, trainer.adapter.start, own, plan, batches=rng, source=source)
+    found = train(trainer, trainer.adapter.start, own, plan, Randomness(rng, source))
     assert sum(calls) == 20  # no second forward pass
     assert found.statistics == pytest.approx([wanted / 100 / 8, 20 / 8], rel=1e-3)
     assert "statistics" not in repr(found)
@@ -409,19 +409,23 @@ def test_the_noise_said_beside_the_loss_is_that_of_the_loss():
     spread = (answered * plan.losses_variance) ** 0.5 * plan.losses_step
     rng = np.random.default_rng(0)
     drawn = (truth + rng.normal(0, spread, 2) for _ in range(4000))
-    losses = [statistics.told({"losses": sums}, plan, answered)["train_loss"] for sums in drawn]
-    said = statistics.told({"losses": truth}, plan, answered)
+    losses = [
+        statistics.statistics_of({"losses": sums}, plan, answered)["train_loss"] for sums in drawn
+    ]
+    said = statistics.statistics_of({"losses": truth}, plan, answered)
     assert said["train_loss"] == pytest.approx(5.0)
     assert np.std(np.array(losses, float)) == pytest.approx(said["train_loss_std"], rel=0.05)
 
 
 def test_where_the_noise_outweighs_the_records_no_loss_is_told():
     plan = planned(configured())
-    assert statistics.told({"losses": np.array([0.1, 0.2])}, plan, 12)["train_loss"] is None
+    assert (
+        statistics.statistics_of({"losses": np.array([0.1, 0.2])}, plan, 12)["train_loss"] is None
+    )
 
 
 def test_the_line_of_a_round_says_the_loss_and_its_noise():
-    record: dict[str, Any] = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
+    record: Any = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
     record |= {"mean_norm": 0.1, "update_norm": 0.2, "seconds": 1.0}
     assert "loss" not in progress.line(record, 2)
     noised = {"train_loss": 3.2104, "train_loss_std": 0.4131}

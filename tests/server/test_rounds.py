@@ -36,6 +36,7 @@ from privet.common.privacy.round_plan import Plan
 from privet.common.settings.config import Config, parse
 from privet.server import void_rounds
 from privet.server.cohort import draw
+from privet.server.round_record import RoundRecord
 from privet.server.rounds import PLANS, Reply, run_rounds
 from privet.server.run_folder import checkpoint
 
@@ -258,7 +259,7 @@ def test_where_nobody_comes_nothing_is_decoded_and_the_run_ends_unfinished(tmp_p
 
 def test_who_is_asked_instead_has_come_in_the_fewest_rounds_before():
     there = range(12)
-    before = [
+    before: list[RoundRecord] = [
         {"round": 1, "again": True, "who": {"asked": [0, 1, 2, 3], "came": [0, 1, 2]}},
         {"round": 1, "who": {"asked": [0, 1, 2, 3], "came": [0, 1, 2, 3]}},
         {"round": 2, "who": {"asked": [3, 4, 5, 6, 10, 11], "came": [3, 4, 5, 6]}},
@@ -330,7 +331,7 @@ def test_how_long_a_server_waits_is_no_part_of_what_a_run_is():
 
 
 def test_the_line_of_a_void_round_names_who_is_missing_and_what_it_cost():
-    record = {
+    record: RoundRecord = {
         "asked": 9, "answered": 1, "needed": 5, "attempt": 2, "wait_s": 4.0, "spent": False,
         "again": True,
         "missing": {

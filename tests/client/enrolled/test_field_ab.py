@@ -118,7 +118,7 @@ def test_an_experiment_of_own_devices_gives_the_sum_of_what_their_gates_released
     shown, plan, total = released_and_opened(world, homes_of_four, dimension, monkeypatch)
     assert plan.length(dimension) == dimension
     sums = ab_estimates.sums_of(total, plan)
-    assert shown[1]["look"] == ab_estimates.told(sums, plan, 4, world.config.ab_test)
+    assert shown[1]["look"] == ab_estimates.estimated(sums, plan, 4, world.config.ab_test)
     for home in homes_of_four:
         assert home.vault.names("adapters/") == home.vault.names("heads/") == []
         assert ab_assignment.current(home) is None  # it has ended, and so has the arm
@@ -218,14 +218,14 @@ def test_an_experiment_that_has_found_a_difference_takes_no_further_look(
     config = config_of(looks=3, stop=True)
     world = World(tmp_path / "run", config, [EnrolledParticipant(home) for home in homes_of_four])
     owners_who_agree(world, homes_of_four)
-    real = ab_estimates.told
+    real = ab_estimates.estimated
 
     def found(*given: Any) -> Any:
         said = real(*given)
         said["differences"][0]["found"] = said["look"] == 2
         return said
 
-    monkeypatch.setattr("privet.server.ab_estimates.told", found)
+    monkeypatch.setattr("privet.server.ab_estimates.estimated", found)
     assert [one["round"] for one in world.serve()] == [1, 2]
     assert world.serve() == []
     assert [home.ledger.participations(ME) for home in homes_of_four] == [2] * PEOPLE

@@ -252,7 +252,9 @@ def test_fedsas_b_is_in_the_vault_and_in_nothing_that_was_sent(
     assert [one["answered"] for one in world.serve()] == [4, 4]
     adapter = shared(config)
     for home in homes_of_four:
-        own = local_factor.before(home.vault.get(f"at-home/{RUN}"), 3, adapter.own.dimension)
+        own = local_factor.before(
+            home.vault.get(f"at-home/{RUN}"), 3, adapter.local_factor.dimension
+        )
         assert own is not None
         assert own.any()
         piece = own[np.flatnonzero(own)[0] :][:4].tobytes()
@@ -591,7 +593,7 @@ def test_what_cannot_be_written_down_does_not_leave(
 def test_a_server_that_asks_for_ever_fills_no_disk(
     world: World, homes_of_four: list[DeviceStore], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ledgers, "MOST_DECLINED", 5)
+    monkeypatch.setattr(ledgers, "MAX_DECLINED", 5)
     home = homes_of_four[0]
     for number in range(1, 20):
         assert declined(keys(world, 0, plan_of(world.config, run=f"run {number}")))
@@ -655,7 +657,7 @@ def test_a_worker_of_one_server_does_not_speak_for_the_next_one(
 
 
 def test_pins_have_an_end(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(common_keys, "MOST_KNOWN", 3)
+    monkeypatch.setattr(common_keys, "MAX_KNOWN", 3)
     known = Directory({n: bytes([n]) * 32 for n in range(3)}, closed=False)
     assert known.admit({1: b"\1" * 32}) is known
     with pytest.raises(ProtocolError, match="more than 3"):

@@ -187,7 +187,7 @@ def test_memory_that_is_kept_after_a_failed_write_counts_what_the_disk_does_not(
     commit(1)
     assert ledger.resend("ann", "run-1", 1, "ab") is None
     with monkeypatch.context() as faulty:
-        faulty.setattr(ledger._place, "close", lambda: None)
+        faulty.setattr(ledger._storage, "close", lambda: None)
         commit(2)
         assert ledger.resend("ann", "run-1", 2, "ab") == b"bytes"  # left, and not on disk
     assert verified(path) == 0

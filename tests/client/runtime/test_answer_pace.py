@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -107,7 +107,7 @@ def test_a_failure_behind_private_work_leaves_at_the_moment_of_an_answer(
 
     monkeypatch.setattr("privet.client.app.answer", answer)
     monkeypatch.setattr("privet.client.app.nothing", lambda _: "nothing")
-    handle = handler(SimpleNamespace(pace=pace), threading.Lock(), lambda _: None)
+    handle = handler(cast(Any, SimpleNamespace(pace=pace)), threading.Lock(), lambda _: None)
     message = SimpleNamespace(metadata=SimpleNamespace(message_type="train.vector"))
     for _ in range(3):
         began = clock.now

@@ -149,7 +149,7 @@ def test_a_failure_is_said_once_and_the_server_that_is_back_too(
     watch.reached()
     watch.reached()
     assert [line.split(":9092 ")[1][:14] for line in said] == ["is not reached", "is reached"]
-    assert watch.said == ""
+    assert watch.failure == ""
 
 
 def test_a_run_that_has_ended_is_no_lost_server(watch: Watch, tmp_path: Path):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -163,6 +164,9 @@ class Link:
         self.ended.append(node)
         self.taken = False
 
+    def taking_over(self, place: int) -> Any:
+        return taking_over(cast(Any, self.activate), self.deactivate, place)
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[int]:
@@ -173,7 +177,7 @@ def place(tmp_path: Path) -> Iterator[int]:
 
 def test_a_node_takes_the_place_of_the_one_that_was_killed(place: int):
     link = Link(taken=False)
-    activate = taking_over(link.activate, link.deactivate, place)
+    activate = link.taking_over(place)
     assert activate(None, "first").node_id == 77
     assert link.ended == []
     assert activate(None, "second").node_id == 77  # the first was killed
@@ -183,7 +187,7 @@ def test_a_node_takes_the_place_of_the_one_that_was_killed(place: int):
 def test_a_node_without_one_before_it_ends_nobodys_place(place: int):
     link = Link(taken=True)
     with pytest.raises(Refused):
-        taking_over(link.activate, link.deactivate, place)(None, "first")
+        link.taking_over(place)(None, "first")
     assert link.ended == []
 
 
@@ -191,5 +195,5 @@ def test_a_network_that_is_away_is_no_refusal(place: int):
     os.pwrite(place, b"77", 0)
     link = Link(taken=True)
     with pytest.raises(OSError, match="no network"):
-        taking_over(link.activate, link.deactivate, place)(None, "no network")
+        link.taking_over(place)(None, "no network")
     assert link.ended == []

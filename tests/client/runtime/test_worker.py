@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from privet.client.commands import printing
 from privet.client.runtime import worker
 from privet.client.runtime.processes import free_port
-from privet.client.runtime.worker import FAILED, pause_s, refuse_other_flower, work
+from privet.client.runtime.worker import pause_s, refuse_other_flower, work
 from privet.common import child_processes
-from privet.common.errors import ConfigError
+from privet.common.errors import FAILED, ConfigError
 from privet.experiments.benchmarks import harness
 from privet.experiments.benchmarks import worker_start as loopback
 
@@ -150,7 +150,7 @@ class Node:
 
     def client(self) -> Any:
         """The connection of a second worker, by hand."""
-        return worker._connect(self.address, self.secret, None)
+        return worker._connect(self.address, self.secret)
 
 
 @contextmanager

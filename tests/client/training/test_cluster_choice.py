@@ -17,7 +17,7 @@ from privet.client.device import Device, SimulatedContext, cluster_of, exchange_
 from privet.client.privacy.gate import charges
 from privet.client.training import cluster_choice
 from privet.client.training.cluster_choice import choose, mean_losses
-from privet.client.training.local_training import train
+from privet.client.training.local_training import Randomness, train
 from privet.client.training.records import Tokenised
 from privet.common.errors import ConfigError
 from privet.common.files import read_lines
@@ -29,7 +29,7 @@ from privet.experiments import engine
 from privet.experiments.benchmarks.cluster_recovery import FLOOR, recovered
 from privet.experiments.evaluation import cluster_evaluation, run_evaluation
 from privet.experiments.simulate import prepare
-from privet.server.run_folder.run import largest
+from privet.server.run_folder.run import index_of_largest_cluster
 
 from ...common.model.test_adapter import READER
 from ...tiny import population, tiny_config
@@ -126,7 +126,7 @@ def contribution(bench: SimulatedContext, state: Any, own: tuple[Tokenised, ...]
     all_clusters = sent.cluster_vectors(state)
     place = choose(adapter, all_clusters, sent.clusters.active_clusters(2), own)
     batches, source = np.random.default_rng(5), TestSource(1, "training")
-    found = train(bench.trainer, all_clusters[place], own, plan, batches=batches, source=source)
+    found = train(bench.trainer, all_clusters[place], own, plan, Randomness(batches, source))
     return place, sent.contribution(found.delta, place, plan.clip).astype(np.float64), plan
 
 
@@ -263,7 +263,7 @@ def test_a_run_says_noised_members_and_splits_and_saves_a_folder_for_each_person
     subprocess.run([sys.executable, "-c", READER, *(f"{base}={f}" for f in folders)], check=True)
     first, second, top = (torch.load(folder / "found.pt") for folder in folders)
     assert not torch.allclose(first, second)
-    assert torch.equal(top, (first, second)[largest(finished, 2)])
+    assert torch.equal(top, (first, second)[index_of_largest_cluster(finished, 2)])
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(prepared, finished, tmp_path):
@@ -323,7 +323,7 @@ def test_losses_are_measured_under_the_own_persona_and_the_largest_one(finished)
     chosen = cluster_evaluation.choices(bench, users, state)
     assert found["users"] == users
     assert set(found) == {"users", "base", "global", "group", "personal"}
-    top = largest(finished, 2)
+    top = index_of_largest_cluster(finished, 2)
     for number, place in enumerate(chosen):
         same = found["group"][number] == pytest.approx(found["global"][number], abs=1e-9)
         assert same == (place == top)

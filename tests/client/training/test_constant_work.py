@@ -16,7 +16,7 @@ from privet.client.runtime.answer_pace import Pace
 from privet.client.training import records as data
 from privet.client.training.cluster_choice import mean_losses
 from privet.client.training.constant_work import DUMMY, Shape, max_drawn, work_of
-from privet.client.training.local_training import Trainer, train
+from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Record, Tokenised
 from privet.common.model import base_model, objective
 from privet.common.model.adapter import attach
@@ -60,8 +60,8 @@ def trained(trainer: Trainer, own: Sequence[Tokenised], shape: Shape | None, **c
     drawn = np.random.default_rng(5).normal(size=trainer.adapter.layout.dimension)
     start = (trainer.adapter.start + 0.3 * drawn).astype(np.float32)
     return train(
-        trainer, start, own, plan(**changes), batches=np.random.default_rng(1),
-        source=TestSource(1, "noise"), shape=shape,
+        trainer, start, own, plan(**changes),
+        Randomness(np.random.default_rng(1), TestSource(1, "noise")), shape=shape,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def trainer(request: pytest.FixtureRequest) -> Trainer:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The shapes of everything that passes a model, and of what meets its vocabulary."""
-    from privet.client.personal import label_evaluator, pair_evaluator, text_evaluator
+    from privet.client.personal import label_evaluator, pair_evaluator, scored_text
     from privet.common.model import dpo
 
     found: list[tuple[Any, ...]] = []
@@ -107,7 +107,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         monkeypatch.setattr(module, name, wrapped)
 
     for module in (
-        objective, dpo, base_model, label_evaluator, pair_evaluator, text_evaluator
+        objective, dpo, base_model, label_evaluator, pair_evaluator, scored_text
     ):  # fmt: skip
         watched(module, "final_states")
     watched(objective, "token_losses")

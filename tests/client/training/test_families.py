@@ -160,7 +160,7 @@ def test_a_device_that_would_release_both_halves_is_stopped_before_anything_is_s
     adapter = bench.trainer.adapter
 
     def both(*_: Any, **__: Any) -> Trained:
-        size = adapter.layout.dimension + adapter.own.dimension
+        size = adapter.layout.dimension + adapter.local_factor.dimension
         return Trained(np.ones(size, np.float32), np.zeros(0))
 
     monkeypatch.setattr(device, "train", both)
@@ -215,7 +215,7 @@ def test_fedsa_makes_no_example_level_claim_and_wants_two_steps():
 def test_b_is_kept_at_home_and_the_next_round_goes_on_from_it(llama_folder, people, tmp_path):
     bench = SimulatedContext.open(fedsa(llama_folder, people, tmp_path / "run"))
     one, sent = bench.device(0), exchange_at(bench)
-    size = bench.trainer.adapter.own.dimension
+    size = bench.trainer.adapter.local_factor.dimension
     assert take_part(one, plan_of(bench, 1), sent.start) is not None
     first = local_factor.before(bench.local_factor(one.name), 2, size)
     assert first is not None
@@ -243,7 +243,7 @@ def test_the_vector_of_fedsa_has_room_for_a_only_and_b_is_in_no_file_of_the_serv
     bench = SimulatedContext.open(folder)
     engine.run("local", folder, bench.config)
     own = [
-        local_factor.before(path.read_bytes(), 99, bench.trainer.adapter.own.dimension)
+        local_factor.before(path.read_bytes(), 99, bench.trainer.adapter.local_factor.dimension)
         for path in (folder / AT_HOME).iterdir()
     ]
     assert len(own) >= 3

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from privet.client.privacy.gate import charges
 from privet.client.training import local_training
-from privet.client.training.local_training import Trainer, train
+from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Tokenised, poisson_indices
 from privet.common.errors import AdapterError
 from privet.common.model.adapter import attach
@@ -57,7 +57,7 @@ def run(trainer, own, plan, start=None, *, draws=1, noise=1):
     """One `train` with repeatable randomness."""
     start = trainer.adapter.start if start is None else start
     batches, source = np.random.default_rng(draws), TestSource(noise, "noise")
-    return train(trainer, start, own, plan, batches=batches, source=source).delta
+    return train(trainer, start, own, plan, Randomness(batches, source)).delta
 
 
 def trainer_of(base, family="tiny", outputs=0, **changes):
@@ -503,11 +503,8 @@ def test_no_adapter_that_a_server_sends_makes_a_device_decline_for_its_words(tex
             continue
         for settings in (plan(record_clip=0.0), plan(losses_bound=1.0)):
             for word in (words[finite.index(True)], words[finite.index(False)]):
-                drawn: dict[str, Any] = {
-                    "batches": np.random.default_rng(1),
-                    "source": TestSource(1, "noise"),
-                }
-                made = train(texts, start, [word], settings, **drawn)
+                drawn = Randomness(np.random.default_rng(1), TestSource(1, "noise"))
+                made = train(texts, start, [word], settings, drawn)
                 assert np.isfinite(made.delta).all()
                 assert np.isfinite(made.statistics).all()
     assert any(0 < count < len(words) for count in told)

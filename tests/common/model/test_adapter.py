@@ -40,7 +40,7 @@ def random_vector(adapter, seed=0):
 
 
 def random_own(adapter, seed=1):
-    drawn = np.random.default_rng(seed).normal(size=adapter.own.dimension)
+    drawn = np.random.default_rng(seed).normal(size=adapter.local_factor.dimension)
     return (0.3 * drawn).astype(np.float32)
 
 

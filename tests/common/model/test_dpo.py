@@ -19,7 +19,7 @@ from privet.client.personal.preference_head import (
 )
 from privet.client.personal.text_head import shared_scores
 from privet.client.training import local_training
-from privet.client.training.local_training import Trainer, train
+from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.preference_pairs import tokenize_pairs
 from privet.client.training.records import Record, Tokenised
 from privet.common.errors import ConfigError
@@ -190,7 +190,7 @@ def test_the_gradient_is_that_of_finite_differences(trainer):
 def stepped(trainer, own, public, start, noise=1):
     return train(
         trainer, start, own, public,
-        batches=np.random.default_rng(1), source=TestSource(noise, "noise"),
+        Randomness(np.random.default_rng(1), TestSource(noise, "noise")),
     )  # fmt: skip
 
 

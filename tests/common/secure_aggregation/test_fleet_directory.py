@@ -70,7 +70,7 @@ def test_no_number_and_no_identity_is_given_out_twice(entries: list[Entry], told
 
 def test_a_chain_longer_than_a_device_pins_is_refused(monkeypatch: pytest.MonkeyPatch):
     longer = grown(OWN, Entry(3, person(3)))
-    monkeypatch.setattr(keys, "MOST_KNOWN", 3)
+    monkeypatch.setattr(keys, "MAX_KNOWN", 3)
     with pytest.raises(ProtocolError, match="at most 3 are read"):
         OWN.with_entries([Entry(3, person(3))])
     with pytest.raises(ProtocolError, match="has 4 entries; at most 3"):

@@ -35,7 +35,8 @@ from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings import config as settings
 from privet.common.settings.config import Config
-from privet.server.rounds import LOG, _noised_mean
+from privet.server.round_record import LOG
+from privet.server.rounds import _noised_mean
 from privet.server.run_folder import checkpoint
 from privet.server.void_rounds import trained
 
@@ -286,7 +287,7 @@ def test_whatever_is_killed_over_thirty_seeds(fleet: Fleet, seed: int):
 def test_a_full_disk_stops_its_device_alone_and_with_room_it_comes_back(fleet: Fleet):
     """A limit on the size of files is met as a full disk is: writes fail, the process lives."""
     person = fleet.people[0]
-    config = fleet.config("full", count=12)
+    config = fleet.config("full", count=9)
     until(lambda: fleet.online() == len(fleet.people), 120, "all devices online")
     before = kept(person)
     run = Run(fleet, config)

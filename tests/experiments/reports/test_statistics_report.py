@@ -13,7 +13,7 @@ from privet.common.files import read_lines
 from privet.experiments import progress
 from privet.experiments.reports import report, terminal
 from privet.experiments.reports.html_page import page
-from privet.server.round_statistics import told
+from privet.server.round_statistics import statistics_of
 
 from ...client.privacy.test_measured_blocks import configured, planned
 from ...fake_run import fake_config, fake_run
@@ -30,7 +30,7 @@ def of_round(number: int, noisy: bool = False) -> dict[str, Any]:
         "gains": np.array([80.0 + 5 * number, 20.0, 400.0]),
     }
     scale = 0.01 if noisy else 1.0
-    return told({name: scale * values for name, values in sums.items()}, plan, 400)
+    return statistics_of({name: scale * values for name, values in sums.items()}, plan, 400)
 
 
 def with_statistics(folder: Path, noisy: tuple[int, ...] = ()) -> Path:
@@ -81,7 +81,7 @@ def test_a_run_without_statistics_has_no_section_on_them(tmp_path):
 
 
 def test_the_live_line_says_gains_where_the_noise_leaves_them():
-    record: dict[str, Any] = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
+    record: Any = {"round": 1, "asked": 4, "answered": 4, "declined": 0, "void": False}
     record |= {"mean_norm": 0.1, "update_norm": 0.2, "seconds": 1.0}
     said = progress.line(record | {"statistics": of_round(1)}, 2)
     assert "noised gain +0.106 +- " in said

@@ -291,7 +291,7 @@ def test_a_run_is_extended_but_not_while_a_process_serves_it(
     place = enrolled.folder / "runs" / "first"
     longer = settings(llama_folder, rounds={"count": 9})
     with (
-        run_lock.alone(place, 7),
+        run_lock.locked(place, 7),
         pytest.raises(StateError, match=r"is going on, with other settings \(rounds.count"),
     ):
         device_runs.prepare(enrolled, longer, resume=True)
@@ -476,24 +476,24 @@ def test_a_run_that_is_lost_again_and_again_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = made(tmp_path)
-    monkeypatch.setattr(device_runs, "read_lines", lambda _: [])
+    monkeypatch.setattr(device_runs, "read_records", lambda _: [])
     with pytest.raises(StateError, match="failed: a reason"):
         following(monkeypatch, server.folder / "runs" / "a", server, ["failed"] * 6)
 
 
 def test_one_process_at_a_time_serves_a_run_folder(tmp_path: Path) -> None:
     assert not run_lock.lost(tmp_path, 7)
-    with run_lock.alone(tmp_path, 7):
+    with run_lock.locked(tmp_path, 7):
         assert not run_lock.lost(tmp_path, 7)
         with (
             pytest.raises(StateError, match="another process serves"),
-            run_lock.alone(tmp_path, 8, patience_s=0),
+            run_lock.locked(tmp_path, 8, patience_s=0),
         ):
             pass
     assert run_lock.lost(tmp_path, 7)
     assert not run_lock.lost(tmp_path, 8)
     assert run_lock.refusal(tmp_path, 7) == ""
-    with pytest.raises(ConfigError), run_lock.alone(tmp_path, 9):
+    with pytest.raises(ConfigError), run_lock.locked(tmp_path, 9):
         raise ConfigError("a sentence")
     assert run_lock.refusal(tmp_path, 9) == "a sentence"
     assert run_lock.refusal(tmp_path, 7) == ""
