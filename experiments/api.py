@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import tomli_w
 
@@ -14,7 +14,7 @@ from ..common.settings.sections import DEVICES
 from .named import RUNS, configuration, run_folder
 
 if TYPE_CHECKING:  # a run is opened without loading what reports need
-    from .reports.facts import Facts, PrivacyFacts, Summary
+    from .reports.facts import Evaluation, Facts, PrivacyFacts, Summary
 
 __all__ = ["Run", "evaluate", "load_config", "report", "simulate"]
 
@@ -77,7 +77,7 @@ class Run:
 
 
 def load_config(
-    config: "str | Path | Mapping[str, Any]", overrides: Mapping[str, Any] | None = None
+    config: "str | Path | Mapping[str, object]", overrides: Mapping[str, object] | None = None
 ) -> Config:
     """Settings by the name of a configuration that comes with privet, from a file, or from a table.
 
@@ -120,7 +120,7 @@ def simulate(
     return Run(place)
 
 
-def evaluate(run: str | Path | Run) -> Mapping[str, Any]:
+def evaluate(run: str | Path | Run) -> "Evaluation":
     """Measure a run's models again, and write its report.
 
     Returns:
@@ -133,7 +133,7 @@ def evaluate(run: str | Path | Run) -> Mapping[str, Any]:
     return evaluated(run)[0]
 
 
-def evaluated(run: str | Path | Run) -> "tuple[Mapping[str, Any], Facts]":
+def evaluated(run: str | Path | Run) -> "tuple[Evaluation, Facts]":
     """As `evaluate`, with the facts of the report that was written.
 
     Raises:
@@ -147,7 +147,7 @@ def evaluated(run: str | Path | Run) -> "tuple[Mapping[str, Any], Facts]":
         raise ConfigError(
             f"{opened.folder} is a run on real devices: nobody's losses can be read here"
         )
-    losses = run_evaluation.evaluate(opened.folder, opened.config)
+    losses = cast("Evaluation", run_evaluation.evaluate(opened.folder, opened.config))
     write_json_atomic(opened.folder / "evaluation.json", losses)
     return losses, files.write(opened.folder)
 
@@ -165,7 +165,7 @@ def report(run: str | Path | Run) -> Path:
     return folder / "report.html"
 
 
-def _toml(key: str, value: Any) -> str:
+def _toml(key: str, value: object) -> str:
     """Write a value as TOML does."""
     if "=" in key or isinstance(value, Mapping):
         raise ConfigError(f"{key} = {value!r}: expected section.key and one value for it")

@@ -117,9 +117,9 @@ def line(record: RoundRecord, count: int) -> str:
     return f"[yellow]{text}[/]" if record["void"] or record.get("refused") else text
 
 
-def _scalars(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _scalars(statistics: Mapping[str, object]) -> Iterator[tuple[str, float]]:
     """Yield the numbers in a round's statistics, by name."""
-    for name, value in found.items():
+    for name, value in statistics.items():
         if isinstance(value, int | float):
             yield name, value
 

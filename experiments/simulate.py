@@ -9,16 +9,14 @@ Each stage leaves files in the run folder and is skipped when they are there: a 
 interrupted at any moment goes on with `resume`.
 """
 
-import json
 import os
 import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.privacy.affordable_rounds import refuse_unpaid
@@ -40,7 +38,7 @@ from .data import population
 from .data.dialects import BASE, ensure_base
 from .data.preference_people import refuse_other_cut
 from .evaluation import run_evaluation
-from .reports.facts import Measured
+from .reports.facts import Measured, Summary
 from .reports.privacy_facts import reasons
 
 __all__ = ["prepare", "simulate"]
@@ -48,7 +46,7 @@ __all__ = ["prepare", "simulate"]
 
 def simulate(
     config: Config, folder: Path, *, engine_name: str = "local", resume: bool = False
-) -> Mapping[str, Any]:
+) -> Summary:
     """Run an experiment to its end.
 
     Args:
@@ -78,9 +76,9 @@ def simulate(
         progress.say("measuring base, shared and personal models on held-out records")
         with run_costs.measuring(folder, "evaluation"):
             write_json_atomic(folder / "evaluation.json", run_evaluation.evaluate(folder, config))
-    report.write(folder, measured(folder))
+    facts = report.write(folder, measured(folder))
     progress.tensorboard(folder)
-    return dict(json.loads((folder / "summary.json").read_text()))
+    return facts["summary"]
 
 
 def _run_rounds(config: Config, folder: Path, engine_name: str) -> None:

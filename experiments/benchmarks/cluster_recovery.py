@@ -11,7 +11,7 @@ A run that is there in `--runs` goes on, so an interrupted command is given agai
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,21 +27,27 @@ CONFIG = Path(__file__).parent.parent / "configs" / "groups.toml"
 FLOOR = 0.8
 
 
+class RecoveredRun(cluster_evaluation.Recovered):
+    """How well one run's choices fit the dialects, and the worst client's epsilon."""
+
+    epsilon: float
+
+
 def measure(
     seeds: str = "21,22,23,24,25,26",
     runs: Path = Path("runs"),
     settings_: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> dict[str, object]:
     """Every seed's index, and how many of them reach the floor."""
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, RecoveredRun] = {}
     for seed in map(int, seeds.split(",")):
-        found[str(seed)] = recovered(seed, runs, settings_ or [])
-        print(json.dumps({"seed": seed, **found[str(seed)]}), flush=True)
-    reached = sum(row["ari"] >= FLOOR for row in found.values())
-    return {"seeds": found, "floor": FLOOR, "reach the floor": reached}
+        rows[str(seed)] = recovered(seed, runs, settings_ or [])
+        print(json.dumps({"seed": seed, **rows[str(seed)]}), flush=True)
+    reached = sum(row["ari"] >= FLOOR for row in rows.values())
+    return {"seeds": rows, "floor": FLOOR, "reach the floor": reached}
 
 
-def recovered(seed: int, runs: Path, changed: Sequence[str]) -> dict[str, Any]:
+def recovered(seed: int, runs: Path, changed: Sequence[str]) -> RecoveredRun:
     """Run one experiment to its end, and compare its choices with the dialects.
 
     Returns its index, the choices by dialect and the worst client's epsilon.

@@ -1,6 +1,5 @@
 """A server and devices on this machine for the benchmarks: TLS, registered keys, own processes."""
 
-import json
 import os
 import random
 import time
@@ -8,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from ...client.consent import policy as policies
 from ...client.consent.policy_settings import Policy
@@ -19,6 +18,7 @@ from ...client.store.device_store import POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import privet_command
 from ...common.errors import StateError
+from ...common.files import read_lines
 from ...common.settings.config import Config, parse
 from ...server.operations import control, device_runs, enrolment, proxy, services, setup
 from ...server.operations.server_folder import Server
@@ -26,6 +26,7 @@ from ..data.made_model import save_made_model
 from .harness import Program, listening, program, wait_for
 
 __all__ = [
+    "RoundRecord",
     "Up",
     "followed",
     "homes",
@@ -38,13 +39,21 @@ __all__ = [
 
 PASSPHRASE = "own"
 WORDS = tuple(a + b for a in "bdgklm" for b in ("an", "er", "ir", "os", "uta"))
-OWNER: Mapping[str, Mapping[str, Any]] = {
+OWNER: Mapping[str, Mapping[str, object]] = {
     "budget": {"client": 1e5, "example": 1e5},
     "limits": {"min_cohort": 3, "colluding": 0.0, "min_example_noise": 0.0},
     "when": {"max_load": 1000.0},
     "resources": {"nice": 0},
     "consent": {"ask": False},
 }
+
+
+class RoundRecord(TypedDict):
+    """What a line of `rounds.jsonl` says that is measured here."""
+
+    answered: int
+    seconds: float
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ def people(homes: list[Path]) -> Iterator[list[Program]]:
         yield started
 
 
-def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) -> Config:
+def run_config(name: str, base: str, count: int, rounds: int, **changes: object) -> Config:
     """Make the settings of a run of masked rounds of all devices.
 
     `changes` replace whole sections.
@@ -136,7 +145,7 @@ def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) ->
     A sum needs all of three devices, of which none may collude: how long a round takes does not
     depend on it.
     """
-    table: dict[str, Any] = {
+    table: dict[str, object] = {
         "name": name,
         "data": {
             "source": "devices",
@@ -159,13 +168,13 @@ def run_config(name: str, base: str, count: int, rounds: int, **changes: Any) ->
 
 def followed(
     up: Up, config: Config, limit_s: float, began: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
+) -> list[RoundRecord]:
     """Start a run, wait for its end, and return the records of its rounds."""
     resolved = device_runs.prepare(up.server, config, resume=False)
-    place = up.server.folder / "runs" / resolved.name
-    number = control.start_run(up.server, place)
+    folder = up.server.folder / "runs" / resolved.name
+    number = control.start_run(up.server, folder)
     began()
-    until, log = time.monotonic() + limit_s, place / "rounds.jsonl"
+    until = time.monotonic() + limit_s
     while True:
         with suppress(StateError):  # so busy that it does not answer
             run = next(run for run in control.runs(up.server) if run.run_id == number)
@@ -175,9 +184,9 @@ def followed(
             raise TimeoutError(f"the run {config.name} is not over after {limit_s:.0f} s")
         time.sleep(1)
     if run.status != "completed":
-        said = "".join(line for _, line in up.programs["superexec"].lines[-40:])
-        raise RuntimeError(f"the run {config.name} has {run.status}: {run.details}\n{said}")
-    return [json.loads(line) for line in log.read_text().splitlines()]
+        log = "".join(line for _, line in up.programs["superexec"].lines[-40:])
+        raise RuntimeError(f"the run {config.name} has {run.status}: {run.details}\n{log}")
+    return read_lines(folder / "rounds.jsonl")
 
 
 def tiny_model(folder: Path) -> Path:

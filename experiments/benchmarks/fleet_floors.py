@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,9 +30,11 @@ from ...client.runtime.processes import free_port
 from ...client.store.device_store import DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import below, privet_command
+from ...common.files import read_lines
 from ...server.operations import control, services
 from .deployment import (
     PASSPHRASE,
+    RoundRecord,
     Up,
     followed,
     homes,
@@ -81,7 +83,7 @@ def train(message, context):
 """
 
 
-def masked_rounds(up: Up, folder: Path, rounds: int) -> list[dict[str, Any]]:
+def masked_rounds(up: Up, folder: Path, rounds: int) -> list[RoundRecord]:
     """Run masked rounds of three real devices. The first one greets them and loads the model."""
     base = str(tiny_model(folder / "model"))
     config = run_config("fleet", base, DEVICES, rounds)
@@ -107,15 +109,13 @@ def stock_exchanges(up: Up, folder: Path, exchanges: int) -> list[float]:
             command += ["--host", "127.0.0.1", "--port", str(free_port())]
             stack.enter_context(program(command, env)).wait_for("SuperNode ID", 120)
         _start_sent(up)
-        wait_for(lambda: len(_rows(replies)) == exchanges, 60 + 60 * exchanges, "the exchanges")
-    rows = _rows(replies)
+        wait_for(
+            lambda: len(read_lines(replies)) == exchanges, 60 + 60 * exchanges, "the exchanges"
+        )
+    rows = read_lines(replies)
     if errors := [row["errors"] for row in rows if row["errors"]]:
         raise RuntimeError(f"a stock node failed: {errors[0][0]}")
     return [float(row["seconds"]) for row in rows]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _node_key(path: Path) -> bytes:

@@ -7,7 +7,7 @@ only in one piece with the messages.
 
 import logging
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from flwr.client.mod.secure_aggregation.secaggplus_mod import (
@@ -26,6 +26,7 @@ from flwr.common.secure_aggregation.quantization import quantize
 from flwr.common.secure_aggregation.secaggplus_constants import Key
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
+from numpy.typing import NDArray
 
 from .harness import Clock
 
@@ -54,27 +55,10 @@ def flower_round(clients: int, dimension: int, measured: int) -> dict[str, float
     }  # fmt: skip
     states = [SecAggPlusState(nid=n, current_stage="") for n in range(clients)]
 
-    def timed(n: int, stage: Any, *given: Any) -> Any:
-        with clock("client" if n < measured else "others"):
-            return stage(states[n], *given)
-
-    keys = [timed(n, _setup, ConfigRecord(setup)) for n in range(clients)]
-    known = {str(n): [one[Key.PUBLIC_KEY_1], one[Key.PUBLIC_KEY_2]] for n, one in enumerate(keys)}
-    dealt = [timed(n, _share_keys, ConfigRecord(known)) for n in range(clients)]
-    masked: list[Any] = []
-    for n in range(measured):
-        senders = [other for other in range(clients) if other != n]
-        sealed = [
-            dealt[s][Key.CIPHERTEXT_LIST][dealt[s][Key.DESTINATION_LIST].index(n)] for s in senders
-        ]
-        inbox = ConfigRecord({Key.CIPHERTEXT_LIST: sealed, Key.SOURCE_LIST: senders})
-        sent = timed(n, _collect_masked_vectors, inbox, 1, ndarrays_to_parameters([own]))
-        lists = {Key.ACTIVE_NODE_ID_LIST: list(range(clients)), Key.DEAD_NODE_ID_LIST: []}
-        timed(n, _unmask, ConfigRecord(lists))
-        masked = sent[Key.MASKED_PARAMETERS]
+    first_keys, masked = _mask(clock, states, setup, own, measured)
     with clock("quantising"):
         quantize([own], CLIPPING, TARGET)
-    _serve(clock, states, known, clients, dimension, measured)
+    _serve(clock, states, first_keys, dimension, measured)
     return {
         "client": clock.seconds["client"] / measured,
         "quantising": clock.seconds["quantising"],
@@ -84,14 +68,48 @@ def flower_round(clients: int, dimension: int, measured: int) -> dict[str, float
     }
 
 
+def _mask(
+    clock: Clock,
+    states: Sequence[SecAggPlusState],
+    setup: Mapping[str, int | float],
+    own: NDArray[np.float32],
+    measured: int,
+) -> tuple[list[bytes], list[bytes]]:
+    """Run the clients' four stages; return everybody's first key, and one masked vector."""
+
+    def timed(n: int, stage: Callable[..., ConfigRecord], *given: object) -> ConfigRecord:
+        with clock("client" if n < measured else "others"):
+            return stage(states[n], *given)
+
+    clients = range(len(states))
+    keys = [timed(n, _setup, ConfigRecord(setup)) for n in clients]
+    known = {
+        str(n): [sent[Key.PUBLIC_KEY_1], sent[Key.PUBLIC_KEY_2]] for n, sent in enumerate(keys)
+    }
+    dealt = [timed(n, _share_keys, ConfigRecord(known)) for n in clients]
+    masked: list[bytes] = []
+    for n in range(measured):
+        senders = [other for other in clients if other != n]
+        sealed = [
+            dealt[s][Key.CIPHERTEXT_LIST][dealt[s][Key.DESTINATION_LIST].index(n)] for s in senders
+        ]
+        inbox = ConfigRecord({Key.CIPHERTEXT_LIST: sealed, Key.SOURCE_LIST: senders})
+        sent = timed(n, _collect_masked_vectors, inbox, 1, ndarrays_to_parameters([own]))
+        lists = {Key.ACTIVE_NODE_ID_LIST: list(clients), Key.DEAD_NODE_ID_LIST: []}
+        timed(n, _unmask, ConfigRecord(lists))
+        masked = sent[Key.MASKED_PARAMETERS]
+    return [sent[Key.PUBLIC_KEY_1] for sent in keys], masked
+
+
 def _serve(
     clock: Clock,
-    states: list[Any],
-    known: dict[str, list[bytes]],
-    clients: int,
+    states: Sequence[SecAggPlusState],
+    first_keys: Sequence[bytes],
     dimension: int,
     measured: int,
 ) -> None:
+    """Unmask as the server does: each measured survivor, and one dropped client."""
+    clients = len(states)
     shapes: list[tuple[int, ...]] = [(1,), (dimension,)]
     total = [np.zeros(shape, dtype=np.int64) for shape in shapes]
     threshold = states[0].threshold
@@ -104,9 +122,7 @@ def _serve(
     every = create_shares(states[0].sk1, threshold, clients)
     with clock("dropped"):
         secret = combine_shares(every[:threshold])
-        for other in range(1, clients):
-            shared = generate_shared_key(
-                bytes_to_private_key(secret), bytes_to_public_key(known[str(other)][0])
-            )
+        for key in first_keys[1:]:
+            shared = generate_shared_key(bytes_to_private_key(secret), bytes_to_public_key(key))
             mask = pseudo_rand_gen(shared, MODULUS, shapes)
             total = arithmetic.parameters_addition(total, mask)

@@ -15,7 +15,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from .harness import Clock, command, median_s
 
 BITS, TABLE = 20, (10, 20, 50, 100, 200, 500, 1000)
 
+Answer = Callable[[int, bytes], tuple[client.State, bytes]]
 
 Cost = TypedDict(
     "Cost",
@@ -79,14 +80,12 @@ class _Devices:
     """All clients of one round, their states, clock and bytes."""
 
     lost: frozenset[int]
-    states: dict[int, Any] = field(default_factory=dict)
+    states: dict[int, client.State] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
     up: dict[int, int] = field(default_factory=dict)
     down: dict[int, int] = field(default_factory=dict)
 
-    def each(
-        self, phase: str, sent: Mapping[int, bytes], answer: Callable[[int, bytes], Any]
-    ) -> dict[int, bytes]:
+    def each(self, phase: str, sent: Mapping[int, bytes], answer: Answer) -> dict[int, bytes]:
         """Let every client that is still there answer its message, and return the replies."""
         return {
             n: self.one(phase, n, message, answer)
@@ -94,13 +93,13 @@ class _Devices:
             if n not in self.lost or phase in ("announce", "share", "receive")
         }
 
-    def one(self, phase: str, n: int, message: bytes, answer: Callable[[int, bytes], Any]) -> bytes:
+    def one(self, phase: str, n: int, message: bytes, answer: Answer) -> bytes:
         """Let one client answer its message."""
         with self.clock(phase):
             self.states[n], reply = answer(n, message)
         self.down[n] = self.down.get(n, 0) + len(message)
         self.up[n] = self.up.get(n, 0) + len(reply)
-        return bytes(reply)
+        return reply
 
 
 def measure(clients: int, dimension: int, dropout: float) -> Cost:
@@ -109,12 +108,34 @@ def measure(clients: int, dimension: int, dropout: float) -> Cost:
     colluders = min(clients // 10, survivors - 2)
     terms = Terms("benchmark", 1, bytes(32), dimension, BITS, survivors, colluders)
     policy = MaskingPolicy(max(3, clients), survivors, colluders=colluders)
+    devices, theirs = _Devices(frozenset(range(round(clients * dropout)))), Clock()
+    cohort, outcome, expected = _round(terms, policy, clients, devices, theirs)
+    up = max(devices.up.values())
+    return {
+        "clients": clients,
+        "dimension": dimension,
+        "dropped": len(outcome.dropped),
+        "degree": cohort.roster.graph.degree,
+        "threshold": cohort.roster.graph.threshold,
+        "the sum is right": bool(np.array_equal(outcome.total, expected)),
+        "client seconds": _with_sum(devices.clock, clients),
+        "server seconds": _with_sum(theirs, 1),
+        "bytes up": up,
+        "bytes down": max(devices.down.values()),
+        "bytes up per coordinate": up / dimension,
+        "peak process MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _round(
+    terms: Terms, policy: MaskingPolicy, clients: int, devices: _Devices, theirs: Clock
+) -> tuple[server.Cohort, server.Outcome, NDArray[np.uint32]]:
+    """Run all phases; return who took part, what came of it, and what the sum has to be."""
     identities = [Identity.create(os.urandom) for _ in range(clients)]
     listed = Directory({n: one.public for n, one in enumerate(identities)}, closed=True)
-    devices, theirs = _Devices(frozenset(range(round(clients * dropout)))), Clock()
     states = devices.states
 
-    def announce(n: int, _: bytes) -> Any:
+    def announce(n: int, _: bytes) -> tuple[client.State, bytes]:
         return client.announce(n, identities[n], terms, policy, 0, os.urandom)
 
     replies = devices.each("announce", dict.fromkeys(range(clients), b""), announce)
@@ -127,7 +148,7 @@ def measure(clients: int, dimension: int, dropout: float) -> Cost:
         dealt, out, _ = server.relay(cohort, replies)
     devices.each("receive", out, lambda n, m: (client.receive(states[n], m), b""))
     running = server.begin_sum(dealt)
-    expected = _sent(devices, sorted(out), running, theirs, dimension)
+    expected = _sent(devices, sorted(out), running, theirs, terms.dimension)
     with theirs("close"):
         summed, out = server.close_sum(running)
     replies = devices.each("confirm", out, lambda n, m: client.confirm(states[n], m))
@@ -136,21 +157,7 @@ def measure(clients: int, dimension: int, dropout: float) -> Cost:
     replies = devices.each("unmask", out, lambda n, m: client.unmask(states[n], m))
     with theirs("unmask"):
         outcome = server.unmask(agreed, replies)
-    up, per_client = max(devices.up.values()), _with_sum(devices.clock, clients)
-    return {
-        "clients": clients,
-        "dimension": dimension,
-        "dropped": len(outcome.dropped),
-        "degree": cohort.roster.graph.degree,
-        "threshold": cohort.roster.graph.threshold,
-        "the sum is right": bool(np.array_equal(outcome.total, expected)),
-        "client seconds": per_client,
-        "server seconds": _with_sum(theirs, 1),
-        "bytes up": up,
-        "bytes down": max(devices.down.values()),
-        "bytes up per coordinate": up / dimension,
-        "peak process MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    return cohort, outcome, expected
 
 
 def _sent(
@@ -164,7 +171,9 @@ def _sent(
         vector = rng.integers(0, 1 << BITS, dimension, dtype=np.uint32)
         expected += vector
 
-        def masked(n: int, _: bytes, own: NDArray[np.uint32] = vector) -> Any:
+        def masked(
+            n: int, _: bytes, own: NDArray[np.uint32] = vector
+        ) -> tuple[client.State, bytes]:
             return client.mask(devices.states[n], own)
 
         reply = devices.one("mask", n, b"", masked)
@@ -174,8 +183,8 @@ def _sent(
 
 
 def _with_sum(clock: Clock, clients: int) -> dict[str, float]:
-    found = {name: value / clients for name, value in clock.seconds.items()}
-    return {**found, "all": sum(found.values())}
+    each = {name: value / clients for name, value in clock.seconds.items()}
+    return {**each, "all": sum(each.values())}
 
 
 def by_degree(cost: Cost) -> dict[str, float]:

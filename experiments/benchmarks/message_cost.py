@@ -14,7 +14,6 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -53,7 +52,9 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, float]
         grid = LocalGrid(client_app.app, clients, str(run))
         rng = np.random.default_rng(0)
 
-        def random_delta(_trainer: Any, start: NDArray[np.float32], *_: Any, **__: Any) -> Trained:
+        def random_delta(
+            _trainer: object, start: NDArray[np.float32], *_: object, **__: object
+        ) -> Trained:
             delta = rng.normal(size=len(start)).astype(np.float32)
             return Trained(delta, np.zeros(0))
 

@@ -14,13 +14,13 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,9 +30,18 @@ from ...common.child_processes import below
 from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Directory, Identity, greeting
 from ...common.secure_aggregation.terms import MaskingPolicy
+from ...common.settings.config import Config
 from ...server.operations import control, enrolment
-from .deployment import Up, followed, quiet, run_config, server_up, tiny_model
+from .deployment import RoundRecord, Up, followed, quiet, run_config, server_up, tiny_model
 from .harness import command, process_memory_mb, processor_s, wait_for
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from flwr.app import Message
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.supercore.protobuf.client import ProtobufRequestContext
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from httpx import Headers, Response
 
 IDLE_S = 20.0
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
@@ -59,25 +68,21 @@ class Thin:
 
     number: int
     identity: Identity
-    key: Any
+    key: "EllipticCurvePrivateKey"
     dimension: int
     state: masked_upload.State | None = None
 
-    def hello(self, offer: Mapping[str, Any], node: int) -> dict[str, Any]:
+    def hello(self, run: str, nonce: bytes, node: int) -> dict[str, str | bytes | bool]:
         """Answer a greeting by accepting the run."""
-        said = greeting(str(offer["run"]), offer["nonce"], node)
-        own = {"identity": self.identity.public, "signature": self.identity.sign(said)}
+        signature = self.identity.sign(greeting(run, nonce, node))
+        own = {"identity": self.identity.public, "signature": signature}
         return {"version": version("privet"), **own, "accepted": True}
 
     def phase(self, name: str, plan: Plan, message: bytes, number: int) -> bytes:
         """One phase of a masked round."""
         if name == "keys":
             policy = MaskingPolicy(
-                min_cohort=3,
-                max_cohort=plan.cohort,
-                min_survivors=2,
-                min_bits=8,
-                colluders=0,
+                min_cohort=3, max_cohort=plan.cohort, min_survivors=2, min_bits=8, colluders=0
             )
             terms = plan.terms(self.dimension)
             self.state, payload = masked_upload.announce(
@@ -118,11 +123,11 @@ def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
         with http_request_response(up.address, False, roots, keys) as conn:
             _, receive, send, get_run, get_fab, pull, push, confirm = conn
             while not stop.is_set():
-                found = receive()
-                if found is None:
+                received = receive()
+                if received is None:
                     waits.sleep(3.0)
                     continue
-                listed, tree = found
+                listed, tree = received
                 run = listed.metadata.run_id
                 if run not in runs:
                     get_fab(get_run(run).fab_hash, run)
@@ -135,7 +140,7 @@ def live(device: Thin, up: Up, counts: Counts, stop: threading.Event) -> None:
         counts.failed.append(f"device {device.number}: {type(error).__name__}: {error}")
 
 
-def _inflated(tree: Any, run: int, pull: Any) -> Any:
+def _inflated(tree: "ObjectTree", run: int, pull: Callable[[int, str], bytes]) -> "Message":
     from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
     from flwr.supercore.inflatable.inflatable_utils import (
         inflate_object_from_contents,
@@ -143,20 +148,21 @@ def _inflated(tree: Any, run: int, pull: Any) -> Any:
     )
 
     # asks again where the server has listed an object and not yet stored it
-    ids = [one.object_id for one in iterate_object_tree(tree)]
-    contents = pull_objects(ids, lambda name: bytes(pull(run, name)), **PARTS)
+    ids = [node.object_id for node in iterate_object_tree(tree)]
+    contents = pull_objects(ids, lambda name: pull(run, name), **PARTS)
     message = inflate_object_from_contents(tree.object_id, contents)
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message
 
 
-def _answer(device: Thin, message: Any) -> Any:
+def _answer(device: Thin, message: "Message") -> "Message":
     from flwr.app import ConfigRecord, Message, RecordDict
 
     name = message.metadata.message_type.partition(".")[2]
     if name == "hello":
-        said = device.hello(dict(message.content["offer"]), message.metadata.dst_node_id)
-        return Message(RecordDict({"hello": ConfigRecord(said)}), reply_to=message)
+        offer, node = message.content["offer"], message.metadata.dst_node_id
+        accepted = device.hello(str(offer["run"]), offer["nonce"], node)
+        return Message(RecordDict({"hello": ConfigRecord(accepted)}), reply_to=message)
     payload = b""
     if name != "keep":
         plan = Plan.from_dict(dict(message.content["plan"]))
@@ -166,7 +172,12 @@ def _answer(device: Thin, message: Any) -> Any:
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 
 
-def _send(reply: Any, run: int, send: Any, push: Any) -> None:
+def _send(
+    reply: "Message",
+    run: int,
+    send: "Callable[[Message, ObjectTree, float], tuple[set[str], str]]",
+    push: Callable[[int, str, str, bytes], object],
+) -> None:
     from flwr.supercore.inflatable.inflatable_object import (
         get_all_nested_objects,
         get_object_tree,
@@ -174,20 +185,20 @@ def _send(reply: Any, run: int, send: Any, push: Any) -> None:
 
     reply.metadata.__dict__["_message_id"] = reply.object_id
     wanted, session = send(reply, get_object_tree(reply), 0.0)
-    for name, one in get_all_nested_objects(reply).items():
+    for name, part in get_all_nested_objects(reply).items():
         if name in wanted:
-            push(run, session, name, one.deflate())
+            push(run, session, name, part.deflate())
 
 
-def counted(counts: Counts) -> Any:
+def counted(counts: Counts) -> "type[FleetHttpClient]":
     """Make a client of Flower's Fleet API that counts requests and the bytes of HTTP (TLS not)."""
     from flwr.supernode.fleet_http_client import FleetHttpClient
 
     class Counted(FleetHttpClient):  # type: ignore[misc]
         """A client of Flower's Fleet API that counts what it sends and receives."""
 
-        def _send(self, context: Any) -> Any:
-            response = super()._send(context)
+        def _send(self, context: "ProtobufRequestContext") -> "Response":
+            response: Response = super()._send(context)
             request = context.request
             with counts.lock:
                 name = request.url.path.rpartition("/")[2]
@@ -199,7 +210,7 @@ def counted(counts: Counts) -> Any:
     return Counted
 
 
-def _size(headers: Any) -> int:
+def _size(headers: "Headers") -> int:
     return 40 + sum(len(name) + len(value) + 4 for name, value in headers.raw)
 
 
@@ -237,8 +248,8 @@ class Sample:
 def sampled(up: Up, counts: Counts) -> Sample:
     """Take a sample of the server's programs now."""
     used = {}
-    for name, one in up.programs.items():
-        pid = one.process.pid
+    for name, started in up.programs.items():
+        pid = started.process.pid
         children = sum(processor_s(child.pid) for child in below(pid))
         used[name] = processor_s(pid) + (children if name == "proxy" else 0.0)
         if name == "superexec":
@@ -266,7 +277,7 @@ class Watch(threading.Thread):
                     self.rounds.append(sampled(self._up, self._counts))
 
 
-def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
+def measure(count: int, rounds: int, limit_s: float) -> dict[str, object]:
     """One server, `count` devices, a greeting round and `rounds` more."""
     from flwr.supernode import fleet_http_connection
 
@@ -282,8 +293,8 @@ def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
         devices = thin_devices(folder, up, count, shared(config).layout.dimension)
         enrolled = time.monotonic() - began
         threads = [
-            threading.Thread(target=live, args=(one, up, counts, stop), daemon=True)
-            for one in devices
+            threading.Thread(target=live, args=(device, up, counts, stop), daemon=True)
+            for device in devices
         ]
         stack.callback(_ended, threads, stop)
         for thread in threads:
@@ -293,22 +304,32 @@ def measure(count: int, rounds: int, limit_s: float) -> dict[str, Any]:
         before = sampled(up, counts)
         time.sleep(IDLE_S)
         after = sampled(up, counts)
-        log = up.server.folder / "runs" / "thin" / "rounds.jsonl"
-        watch = Watch(up, counts, log)
-        watch.start()
-        try:
-            records = followed(up, config, limit_s)
-        finally:
-            watch.over.set()
-            for line in counts.failed[:3]:
-                print(line, file=sys.stderr)
-        found = _found(count, before, after, watch.rounds, records[1:])
-        database = sum(one.stat().st_size for one in up.server.folder.glob("state.sqlite*"))
-        found |= {"database_mb": database / 2**20, "enrol_s": enrolled}
-        found["greeting_s"] = records[0]["seconds"]
-        found["superlink_mb"] = process_memory_mb(up.programs["superlink"].process.pid)["rss"]
-        found["idle_superlink_mb"] = before.memory
-    return found
+        records, ends = _watched(up, config, counts, limit_s)
+        database = sum(part.stat().st_size for part in up.server.folder.glob("state.sqlite*"))
+        return {
+            **_per_round(count, ends, records[1:]),
+            **_idle(before, after),
+            "load": os.getloadavg()[0],
+            "database_mb": database / 2**20,
+            "enrol_s": enrolled,
+            "greeting_s": records[0]["seconds"],
+            "superlink_mb": process_memory_mb(up.programs["superlink"].process.pid)["rss"],
+            "idle_superlink_mb": before.memory,
+        }
+
+
+def _watched(
+    up: Up, config: Config, counts: Counts, limit_s: float
+) -> tuple[list[RoundRecord], list[Sample]]:
+    """Run to the end; return the records of the rounds, and a sample at the end of each."""
+    watch = Watch(up, counts, up.server.folder / "runs" / config.name / "rounds.jsonl")
+    watch.start()
+    try:
+        return followed(up, config, limit_s), watch.rounds
+    finally:
+        watch.over.set()
+        for line in counts.failed[:3]:
+            print(line, file=sys.stderr)
 
 
 def _ended(threads: Sequence[threading.Thread], stop: threading.Event) -> None:
@@ -322,14 +343,9 @@ def _online(up: Up) -> int:
     return sum(node.status == "online" for node in control.nodes(up.server))
 
 
-def _found(
-    count: int,
-    before: Sample,
-    after: Sample,
-    ends: Sequence[Sample],
-    records: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    idle = after.moment - before.moment
+def _per_round(
+    count: int, ends: Sequence[Sample], records: Sequence[RoundRecord]
+) -> dict[str, object]:
     first, last, rounds = ends[0], ends[len(records)], len(records)
     requests, sent, received = (
         (b - a) / rounds for a, b in zip(first.counted, last.counted, strict=True)
@@ -344,9 +360,14 @@ def _found(
         "requests": requests,
         "sent_kb": sent / count / 1000,
         "received_kb": received / count / 1000,
-        "idle_requests_s": (after.counted[0] - before.counted[0]) / idle,
-        "idle_superlink": (after.used["superlink"] - before.used["superlink"]) / idle,
-        "load": os.getloadavg()[0],
+    }
+
+
+def _idle(before: Sample, after: Sample) -> dict[str, object]:
+    seconds = after.moment - before.moment
+    return {
+        "idle_requests_s": (after.counted[0] - before.counted[0]) / seconds,
+        "idle_superlink": (after.used["superlink"] - before.used["superlink"]) / seconds,
     }
 
 

@@ -17,14 +17,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...client.runtime.processes import free_port
 from ...client.runtime.worker import work
 from ...common.child_processes import stop_on_signals
+from ...common.files import read_lines
 from .harness import command, listening, process_memory_mb, program, wait_for
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
 
 __all__ = ["PYPROJECT", "flower_project", "start_run", "stock_node", "superlink"]
 
@@ -143,7 +147,7 @@ def start_run(project: Path, env: dict[str, str]) -> None:
         raise RuntimeError(f"flwr run failed: {done.stdout}{done.stderr}")
 
 
-def noted(message: Any, context: Any) -> Any:
+def noted(message: "Message", context: "Context") -> "Message":
     """Reply with when this was called, and when the base model was loaded."""
     from flwr.app import ConfigRecord, Message, RecordDict
 
@@ -152,8 +156,8 @@ def noted(message: Any, context: Any) -> Any:
         from ...common.model.base_model import load
 
         load(model)
-    reply: dict[str, Any] = {"entered": entered, "ready": time.time(), "pid": os.getpid()}
-    reply |= {"by": str(context.node_id)}
+    times = {"entered": entered, "ready": time.time()}
+    reply = {**times, "pid": os.getpid(), "by": str(context.node_id)}
     return Message(RecordDict({"reply": ConfigRecord(reply)}), reply_to=message)
 
 
@@ -189,12 +193,12 @@ def measure(model: str, messages: int, folder: Path) -> dict[str, object]:
         before = [process_memory_mb(pid) for pid in pids]
         start_run(flower_project(folder / "project"), env)
         replies = folder / "replies"
-        wait_for(lambda: replies.exists() and len(_rows(replies)) == 2 * messages, 300, "replies")
+        wait_for(lambda: len(read_lines(replies)) == 2 * messages, 300, "replies")
         loaded = process_memory_mb(pids[1])
         worker.wait_for(LET_GO, IDLE_S + 10)
         time.sleep(1)
         released = process_memory_mb(pids[1])
-        rows = _rows(replies)
+        rows = read_lines(replies)
     worker_node = next(row["by"] for row in rows if row["pid"] == pids[1])
     found: dict[str, object] = {}
     for name, node in nodes.items():
@@ -209,10 +213,6 @@ def measure(model: str, messages: int, folder: Path) -> dict[str, object]:
         "worker, model loaded": loaded, "worker, model let go": released,
     }  # fmt: skip
     return found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main(

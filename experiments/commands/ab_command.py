@@ -37,7 +37,7 @@ def ab(
     if as_json:
         print(json.dumps(facts, indent=2, allow_nan=False))
         return
-    for text in _checked(facts) if check else _told(facts):
+    for text in _checked(facts) if check else _estimates(facts):
         print(text)
     for text in _spent(facts["privacy"]):
         print(text)
@@ -45,11 +45,11 @@ def ab(
         print(f"{folder}/ab.svg is the picture, {folder}/ab.json has every number")
 
 
-def _told(facts: Mapping[str, Any]) -> list[str]:
+def _estimates(facts: Mapping[str, Any]) -> list[str]:
     from ...server.ab_estimates import lines
 
-    said = [f"Arms of {facts['settings']['name']}; masks {facts['masks']}"]
-    return said + [line for look in facts["looks"] for line in lines(look)]
+    heading = f"Arms of {facts['settings']['name']}; masks {facts['masks']}"
+    return [heading, *(line for look in facts["looks"] for line in lines(look))]
 
 
 def _checked(facts: Mapping[str, Any]) -> list[str]:
@@ -80,5 +80,7 @@ def _if(line: Mapping[str, Any]) -> str:
 
     Of one without a bound it says that it has none.
     """
-    said = line["conditions"] if line["bound"] else ["reckoned as Gaussian noise, no bound"]
-    return f" (if: {'; '.join(said)})" if line["conditions"] else f" ({said[0]})" if said else ""
+    basis = line["conditions"] if line["bound"] else ["reckoned as Gaussian noise, no bound"]
+    if line["conditions"]:
+        return f" (if: {'; '.join(basis)})"
+    return f" ({basis[0]})" if basis else ""

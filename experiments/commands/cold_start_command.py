@@ -1,10 +1,15 @@
 """`privet coldstart`: what it prints. Heavy imports wait inside the functions."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..evaluation.cold_start import LabelCurve
+    from ..evaluation.user_statistics import Mean
 
 __all__ = ["coldstart"]
 
@@ -23,31 +28,31 @@ def coldstart(
     from ..named import run_folder
 
     folder = run_folder(run)
-    found = cold_start.cold_start(folder, of_run(folder))
-    place = out or folder
-    with explain_os_errors(place, "make the folder"):
-        place.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(place / "cold-start.json", found)
-    write_atomic(place / "cold-start.svg", cold_start.picture(found).encode())
+    curve = cold_start.cold_start(folder, of_run(folder))
+    target = out or folder
+    with explain_os_errors(target, "make the folder"):
+        target.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(target / "cold-start.json", curve)
+    write_atomic(target / "cold-start.svg", cold_start.picture(curve).encode())
     if as_json:
-        print(json.dumps(found, indent=2, allow_nan=False))
+        print(json.dumps(curve, indent=2, allow_nan=False))
     else:
-        _show(found)
-        print(f"{place}/cold-start.svg is the picture, {place}/cold-start.json has every number")
+        _show(curve)
+        print(f"{target}/cold-start.svg is the picture, {target}/cold-start.json has every number")
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(curve: "LabelCurve") -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        title=f"{found['people']} people of {found['groups']} groups never trained on; "
-        f"{found['unit']}, 95 % over people"
+        title=f"{curve['people']} people of {curve['groups']} groups never trained on; "
+        f"{curve['unit']}, 95 % over people"
     )
     for column in ("own labels", "global", "personal", "other", "personal - global",
                    "personal - other", "hurt"):  # fmt: skip
         table.add_column(column, justify="right")
-    for row in found["rows"]:
+    for row in curve["rows"]:
         table.add_row(
             str(row["records"]),
             *(f"{row[name]['mean']:.3f}" for name in ("global", "personal", "other")),
@@ -55,15 +60,15 @@ def _show(found: dict[str, Any]) -> None:
             f"{100 * row['hurt']:.0f} %",
         )
     Console().print(table)
-    start = found["beats_from"]
+    start = curve["beats_from"]
     print(
         "personal beats global and the other's head "
         + (f"from {start} own labels on" if start is not None else "at no number of labels")
-        + f"; the curve is {'' if found['monotone'] else 'not '}monotone within its intervals"
+        + f"; the curve is {'' if curve['monotone'] else 'not '}monotone within its intervals"
     )
     print("Read by the experimenter off simulated devices: no epsilon covers these figures.")
 
 
-def _span(one: dict[str, Any]) -> str:
-    low, high = one["ci95"]
-    return f"{one['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+def _span(difference: "Mean") -> str:
+    low, high = difference["ci95"] or (-math.inf, math.inf)
+    return f"{difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -3,13 +3,20 @@
 Heavy imports wait inside the functions, so that `privet --help` answers at once.
 """
 
+import json
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...common.errors import PrivetError
 from ..named import CONFIGS, RUNS, configuration, run_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ...common.settings.config import Config
 
 __all__ = [
     "clusters",
@@ -116,13 +123,16 @@ def clusters(
     )
     for name, counts in found["choices"].items():
         print(f"  {name:<10}" + "".join(f"{count:>6}" for count in counts))
-    for name in ("seen", "unseen"):
-        own = found[name]
+    for name, own in (("seen", found["seen"]), ("unseen", found["unseen"])):
         losses = ", ".join(f"{model} {loss:.4f}" for model, loss in own["losses"].items())
         print(f"{name} people ({own['people']}), {found['unit']}, later records: {losses}")
-        for pair in ("base_minus_global", "base_minus_group", "global_minus_group"):
-            low, high = own[pair]["ci95"]
-            print(f"  {pair:<20} {own[pair]['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")
+        for pair, gain in (
+            ("base_minus_global", own["base_minus_global"]),
+            ("base_minus_group", own["base_minus_group"]),
+            ("global_minus_group", own["global_minus_group"]),
+        ):
+            low, high = gain["ci95"] or (-math.inf, math.inf)
+            print(f"  {pair:<20} {gain['mean']:+.4f}  [{low:+.4f}, {high:+.4f}]")
         print(f"  better with the own cluster: {own['share_better']:.0%}")
 
 
@@ -229,20 +239,18 @@ def _run_to_resume(named: str) -> Path | None:
     return place if not is_config and (place / "config.toml").is_file() else None
 
 
-def _read_run(folder: Path, overrides: list[str]) -> Any:
+def _read_run(folder: Path, overrides: list[str]) -> "Config":
     """A run's own settings, some of them changed."""
     from ...common.settings.config import read
 
     return read(folder / "config.toml", overrides)
 
 
-def _console() -> Any:
+def _console() -> "Console":
     from rich.console import Console
 
     return Console()
 
 
-def _print_json(value: Any) -> None:
-    import json
-
+def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))

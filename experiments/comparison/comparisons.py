@@ -21,7 +21,7 @@ model are made there, before the held-out records are looked at; `evaluate_text`
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from ...client.training.records import Tokenised
 from ...common.model.adapter import Vector
 from ..evaluation.contexts import History
 
-__all__ = ["CONTROLS", "ComparisonEvaluator", "OwnSide", "evaluate_text", "surest"]
+__all__ = ["CONTROLS", "ComparisonEvaluator", "OwnSide", "TextLosses", "evaluate_text", "surest"]
 
 CONTROLS = (
     "retrieval_swapped",
@@ -128,9 +128,22 @@ class OwnSide:
             validation=validation,
             chosen=choice(validation),
             others={
-                name: _best(text, questions, found) for name, found in evaluator.others.items()
+                name: _best(text, questions, vectors) for name, vectors in evaluator.others.items()
             },
         )
+
+
+class TextLosses(TypedDict):
+    """One person's nats by model, and how many tokens and bytes are scored: one entry a record.
+
+    `validation` has the nats of the own records that `chosen` rests on.
+    """
+
+    tokens: list[int]
+    bytes: Sequence[int]
+    nats: Sums
+    chosen: str
+    validation: Sums
 
 
 def evaluate_text(
@@ -138,8 +151,8 @@ def evaluate_text(
     own: OwnSide,
     other: OwnSide | None,
     held_out: Sequence[Tokenised],
-) -> dict[str, Any] | None:
-    """One person's nats per held-out record under every model and control.
+) -> TextLosses | None:
+    """One person's nats per held-out record under every model and control. None without records.
 
     Base model, shared model and personal head are `TextEvaluator.person`'s, as in a run's report.
 
@@ -148,11 +161,6 @@ def evaluate_text(
         own: the person's side.
         other: another person's, for the controls; None: no controls.
         held_out: in the order of time.
-
-    Returns:
-        `{"tokens": [...], "bytes": [...], "nats": {model: [...]}, "chosen", "validation"}`; a list
-        has one entry a record, tokens and bytes are those that are scored. None where there are
-        none.
     """
     text = evaluator.text
     person = text.person((), held_out, fit=False)
@@ -165,25 +173,12 @@ def evaluate_text(
     nats: Sums = {}
     if evaluator.trained:
         nats |= {"base": list(person.base_nats), "prompt": base_fronted[0].sums()}
-    nats |= {
-        evaluator.name("global"): person.text.sums(),
-        evaluator.name("retrieval"): fronted.sums(),
-        "head": person.text.sums(own.head),
-        "hybrid": fronted.sums(own.hybrid),
-    }
-    for name, adapters in evaluator.others.items():
-        nats[name] = text.scored(alone(questions), adapters[own.others[name]])[0].sums()
+    nats |= _own_sums(evaluator, own, questions, person.text, fronted)
     chosen = evaluator.name(own.chosen)
     nats["personal"] = nats[chosen]
     if other is not None:
         (swapped,) = text.scored(_fronted(evaluator, other.history, questions))
-        nats |= {
-            "retrieval_swapped": swapped.sums(),
-            "head_swapped": person.text.sums(other.head),
-            "hybrid_swapped": swapped.sums(other.hybrid),
-            "hybrid_other_profile": swapped.sums(own.hybrid),
-            "hybrid_other_head": fronted.sums(other.hybrid),
-        }
+        nats |= _control_sums(person.text, fronted, swapped, own, other)
     return {
         "tokens": person.text.counts(),
         "bytes": person.bytes,
@@ -193,12 +188,45 @@ def evaluate_text(
     }
 
 
+def _own_sums(
+    evaluator: ComparisonEvaluator,
+    own: OwnSide,
+    questions: Sequence[Asked],
+    plain: ScoredText,
+    fronted: ScoredText,
+) -> Sums:
+    """Nats under the shared model, with the person's own side, and under other runs' adapters."""
+    nats = {
+        evaluator.name("global"): plain.sums(),
+        evaluator.name("retrieval"): fronted.sums(),
+        "head": plain.sums(own.head),
+        "hybrid": fronted.sums(own.hybrid),
+    }
+    for name, adapters in evaluator.others.items():
+        vector = adapters[own.others[name]]
+        nats[name] = evaluator.text.scored(alone(questions), vector)[0].sums()
+    return nats
+
+
+def _control_sums(
+    plain: ScoredText, fronted: ScoredText, swapped: ScoredText, own: OwnSide, other: OwnSide
+) -> Sums:
+    """Nats with the texts, the head or both of another person; `swapped` has the other's texts."""
+    return {
+        "retrieval_swapped": swapped.sums(),
+        "head_swapped": plain.sums(other.head),
+        "hybrid_swapped": swapped.sums(other.hybrid),
+        "hybrid_other_profile": swapped.sums(own.hybrid),
+        "hybrid_other_head": fronted.sums(other.hybrid),
+    }
+
+
 def _fronted(
     evaluator: ComparisonEvaluator, history: History, questions: Sequence[Asked]
 ) -> list[Row]:
     """Put the texts of a history that fit in front of each record."""
     tokenizer = evaluator.text.adapter.base.tokenizer
-    return [Row(history.context(one.query(tokenizer), evaluator.budget), one) for one in questions]
+    return [Row(history.context(q.query(tokenizer), evaluator.budget), q) for q in questions]
 
 
 def choice(validation: Mapping[str, Sequence[float]]) -> str:
@@ -208,11 +236,11 @@ def choice(validation: Mapping[str, Sequence[float]]) -> str:
     newcomer would lose with the fourth record what the first three brought. So texts in front,
     which stand there from the first record on, stay as long as they do better on average.
     """
-    found = surest(validation)
+    model = surest(validation)
     shared, texts = validation["global"], validation["retrieval"]
-    if found == "global" and len(shared) < FEW and sum(texts) < sum(shared):
+    if model == "global" and len(shared) < FEW and sum(texts) < sum(shared):
         return "retrieval"
-    return found
+    return model
 
 
 def surest(validation: Mapping[str, Sequence[float]], caution: float = CAUTION) -> str:
@@ -252,7 +280,9 @@ def _validation(plain: ScoredText, fronted: ScoredText, cut: int) -> Sums:
 
 
 def _best(text: TextEvaluator, questions: Sequence[Asked], vectors: Sequence[Vector]) -> int:
-    """Return the place of the adapter with the lowest loss on the own records."""
+    """Return the index of the adapter with the lowest loss on the own records."""
     if len(vectors) == 1:
         return 0
-    return int(np.argmin([sum(one.sums()) for one in text.scored(alone(questions), *vectors)]))
+    return int(
+        np.argmin([sum(scored.sums()) for scored in text.scored(alone(questions), *vectors)])
+    )

@@ -14,42 +14,74 @@ Every finding names the share of people it touches and nobody's name.
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..evaluation.user_statistics import bootstrap_mean
+from ..evaluation.answers import AnswerSummary
+from ..evaluation.memorisation import MemorySummary
+from ..evaluation.user_statistics import Mean, bootstrap_mean
 from .scenario import Scenario
 from .tables import loss_per_user
 
 __all__ = ["findings", "segments", "topics"]
 
-Facts = dict[str, Any]
 Row = Mapping[str, Any]
+
+
+class Finding(TypedDict):
+    """What a comparison found that a reader should know, and the share of people it touches."""
+
+    kind: str
+    touched: float
+    text: str
+
+
+Segment = TypedDict(
+    "Segment",
+    {
+        "kind": str,
+        "segment": str,
+        "people": int,
+        "share": float,
+        "without": Mean,
+        "with": Mean,
+        "gain": Mean,
+        "hurt": float,
+    },
+)
+"""People who are alike: their mean losses without and with personalisation."""
+
+
+class Findings(TypedDict):
+    """Findings above their thresholds, worst first, and all segments."""
+
+    findings: list[Finding]
+    segments: list[Segment]
+
 
 FEWEST = 5  # people in a segment that is compared
 
 
-def findings(rows: Sequence[Row], found: Mapping[str, Any], scenario: Scenario) -> Facts:
-    """Return `{"findings": [...], "segments": [...]}`.
-
-    Findings are above their thresholds, worst first.
+def findings(rows: Sequence[Row], summary: Row, scenario: Scenario) -> Findings:
+    """Compare what people got with the scenario's thresholds.
 
     Args:
         rows: one line a person.
-        found: the summary so far: models, answers, memory.
+        summary: so far: models, answers, memory.
         scenario: the thresholds.
     """
-    shared, wanted = found["shared"], scenario.harm
+    shared, wanted = summary["shared"], scenario.harm
     parts = segments(rows, shared, wanted.segments, scenario.bootstrap)
     listed = [
         *_hurt(rows, shared, wanted.touched),
         *_gaps(parts, wanted.gap),
-        *_controls(found["comparisons"]),
-        *_of_answers(found.get("answers"), wanted.diversity),
-        *_of_memory(found.get("memory"), wanted.exposure),
+        *_controls(summary["comparisons"]),
+        *_of_answers(summary.get("answers"), wanted.diversity),
+        *_of_memory(summary.get("memory"), wanted.exposure),
     ]
-    listed.sort(key=lambda one: -one["touched"])
+    listed.sort(key=lambda finding: -finding["touched"])
     return {"findings": listed, "segments": parts}
 
 
@@ -68,10 +100,10 @@ def topics(texts: Sequence[str], count: int) -> list[str]:
         sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"
     )
     clusters = import_module("sklearn.cluster").KMeans(count, n_init=10, random_state=0)
-    return [f"topic {place + 1}" for place in clusters.fit_predict(words.fit_transform(texts))]
+    return [f"topic {cluster + 1}" for cluster in clusters.fit_predict(words.fit_transform(texts))]
 
 
-def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[Facts]:
+def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[Segment]:
     """Mean loss without and with personalisation for each segment of at least five people."""
     amounts = np.array([row["all_own"] for row in rows], dtype=float)
     edges = np.quantile(amounts, [i / count for i in range(1, count)])
@@ -83,12 +115,12 @@ def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[F
     ]
     without, having = np.array(loss_per_user(rows, shared)), loss_per_user(rows, "personal")
     gains = without - np.array(having)
-    found = []
+    parts: list[Segment] = []
     for kind, names in kinds:
         for name in dict.fromkeys(sorted(names)):
             mine = np.array([one == name for one in names])
             if FEWEST <= mine.sum() < len(rows):
-                found.append(
+                parts.append(
                     {
                         "kind": kind,
                         "segment": name,
@@ -100,17 +132,17 @@ def segments(rows: Sequence[Row], shared: str, count: int, draws: int) -> list[F
                         "hurt": float(np.mean(gains[mine] < 0)),
                     }
                 )
-    return found
+    return parts
 
 
-def _named(part: int, edges: Any) -> str:
+def _named(part: int, edges: NDArray[np.float64]) -> str:
     if part == 0:
         return f"at most {edges[0]:.0f}"
     above = f"more than {edges[part - 1]:.0f}"
     return f"{above}, at most {edges[part]:.0f}" if part < len(edges) else above
 
 
-def _hurt(rows: Sequence[Row], shared: str, most: float) -> list[Facts]:
+def _hurt(rows: Sequence[Row], shared: str, most: float) -> list[Finding]:
     gains = np.subtract(loss_per_user(rows, shared), loss_per_user(rows, "personal"))
     share = float(np.mean(gains < 0))
     if share <= most:
@@ -120,15 +152,14 @@ def _hurt(rows: Sequence[Row], shared: str, most: float) -> list[Facts]:
     return [_finding("hurt", share, text)]
 
 
-def _gaps(parts: Sequence[Facts], most: float) -> list[Facts]:
+def _gaps(parts: Sequence[Segment], most: float) -> list[Finding]:
     """Kinds whose gap, largest less smallest mean loss, personalisation widens beyond `most`."""
-    found = []
+    widened_gaps = []
     for kind in dict.fromkeys(part["kind"] for part in parts):
         mine = [part for part in parts if part["kind"] == kind]
-        gap = {
-            side: max(p[side]["mean"] for p in mine) - min(p[side]["mean"] for p in mine)
-            for side in ("without", "with")
-        }
+        without = [part["without"]["mean"] for part in mine]
+        having = [part["with"]["mean"] for part in mine]
+        gap = {"without": max(without) - min(without), "with": max(having) - min(having)}
         worst = max(mine, key=lambda part: part["with"]["mean"])
         widened = gap["with"] - gap["without"]
         if len(mine) > 1 and widened > most * worst["with"]["mean"]:
@@ -136,11 +167,11 @@ def _gaps(parts: Sequence[Facts], most: float) -> list[Facts]:
                 f"the gap between segments by {kind} grows from {gap['without']:.3f} to "
                 f"{gap['with']:.3f} with personalisation; worst served: {worst['segment']}"
             )
-            found.append(_finding("segment", worst["share"], text))
-    return found
+            widened_gaps.append(_finding("segment", worst["share"], text))
+    return widened_gaps
 
 
-def _controls(comparisons: Sequence[Mapping[str, Any]]) -> list[Facts]:
+def _controls(comparisons: Sequence[Row]) -> list[Finding]:
     """Controls that keep more than half of the gain."""
     return [
         _finding(
@@ -156,7 +187,7 @@ def _controls(comparisons: Sequence[Mapping[str, Any]]) -> list[Facts]:
     ]
 
 
-def _of_answers(answers: Mapping[str, Any] | None, most: float) -> list[Facts]:
+def _of_answers(answers: AnswerSummary | None, most: float) -> list[Finding]:
     if answers is None:
         return []
     found, means = [], answers["means"]
@@ -176,9 +207,9 @@ def _of_answers(answers: Mapping[str, Any] | None, most: float) -> list[Facts]:
     return found
 
 
-def _of_memory(memory: Mapping[str, Any] | None, most: float) -> list[Facts]:
+def _of_memory(memory: MemorySummary | None, most: float) -> list[Finding]:
     found = []
-    for name, bits in (memory or {}).get("above_base", {}).items():
+    for name, bits in memory["above_base"].items() if memory else ():
         touched = float(np.mean([above > most for above in bits]))
         mean = float(np.mean(bits))
         if mean > most:
@@ -191,5 +222,5 @@ def _of_memory(memory: Mapping[str, Any] | None, most: float) -> list[Facts]:
     return found
 
 
-def _finding(kind: str, touched: float, text: str) -> Facts:
+def _finding(kind: str, touched: float, text: str) -> Finding:
     return {"kind": kind, "touched": touched, "text": text}

@@ -21,9 +21,9 @@ from ...common.files import (
     write_atomic,
     write_json_atomic,
 )
-from ..evaluation.label_evaluation import evaluate_labels
+from ..evaluation.label_evaluation import LabelLosses, evaluate_labels
 from . import tables
-from .comparisons import evaluate_text
+from .comparisons import TextLosses, evaluate_text
 from .scenario import Scenario
 from .study import Line, Study
 
@@ -128,16 +128,16 @@ def user_evaluation(study: Study) -> Callable[[str], Line | None]:
     return lambda user: _line(study, user, _of_texts(study, user))
 
 
-def _of_texts(study: Study, user: str) -> Line | None:
+def _of_texts(study: Study, user: str) -> TextLosses | None:
     partner = study.partner(user)
     other = None if partner is None else study.side(partner)
     return evaluate_text(study.evaluator, study.side(user), other, study.held_out(user))
 
 
-def _line(study: Study, user: str, found: Line | None) -> Line | None:
+def _line(study: Study, user: str, losses: TextLosses | LabelLosses | None) -> Line | None:
     """Add how late each record is, in [0, 1), and how many own records there are."""
-    if found is None:
+    if losses is None:
         return None
-    count = len(next(iter(found["nats"].values())))
-    time = [place / count for place in range(count)]
-    return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **found}
+    count = len(next(iter(losses["nats"].values())))
+    time = [index / count for index in range(count)]
+    return {"time": time, "own": len(study.own(user)), "all_own": study.amount(user), **losses}

@@ -205,7 +205,7 @@ def _of_other_run(bench: SimulatedContext, run: str) -> Vector:
     return kept
 
 
-def _settings_of(path: Path) -> Any:
+def _settings_of(path: Path) -> object:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

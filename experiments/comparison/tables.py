@@ -89,7 +89,7 @@ def _model(
     draws: int,
 ) -> dict[str, Any]:
     gains = np.subtract(losses[shared], losses[model])
-    told = {
+    row = {
         "model": model,
         "name": NAMES.get(model, model),
         "control": model in CONTROL_OF,
@@ -102,14 +102,14 @@ def _model(
         "gini_of_losses": gini(losses[model]) if min(losses[model]) >= 0 else None,
     }
     if "tokens" in rows[0]:
-        nats = [sum(row["nats"][shared]) - sum(row["nats"][model]) for row in rows]
-        each = [n / max(1, sum(row["tokens"])) for n, row in zip(nats, rows, strict=True)]
-        told["gain_nats_per_token"] = bootstrap_mean(each, draws=draws).as_dict()
+        nats = [sum(line["nats"][shared]) - sum(line["nats"][model]) for line in rows]
+        each = [n / max(1, sum(line["tokens"])) for n, line in zip(nats, rows, strict=True)]
+        row["gain_nats_per_token"] = bootstrap_mean(each, draws=draws).as_dict()
     if "predicted" in rows[0]:
-        said = [value for row in rows for value in row["predicted"][model]]
-        true = [value for row in rows for value in row["labels"]]
-        told["metrics"] = label_metrics(said, true, rows[0]["task"])
-    return told
+        predicted = [value for line in rows for value in line["predicted"][model]]
+        true = [value for line in rows for value in line["labels"]]
+        row["metrics"] = label_metrics(predicted, true, rows[0]["task"])
+    return row
 
 
 def _comparisons(
@@ -157,17 +157,17 @@ def _over_time(rows: Sequence[Row], shared: str, draws: int) -> list[dict[str, A
     record there: a mean of single short records would be mostly their luck. The personal side is
     as old as the own records: nothing of the held-out time is added to it.
     """
-    texts, found = "bytes" in rows[0], []
+    texts, parts = "bytes" in rows[0], []
     for part in range(10):
         pairs = []
         for row in rows:
-            places = [i for i, t in enumerate(row["time"]) if min(9, int(10 * t)) == part]
-            size = sum(row["bytes"][i] if texts else 1 for i in places)
+            there = [i for i, t in enumerate(row["time"]) if min(9, int(10 * t)) == part]
+            size = sum(row["bytes"][i] if texts else 1 for i in there)
             lost, kept = row["nats"][shared], row["nats"]["personal"]
             if size:
-                gain = sum(lost[i] - kept[i] for i in places)
+                gain = sum(lost[i] - kept[i] for i in there)
                 pairs.append((gain / np.log(2) if texts else gain, size))
         if pairs:
             mean = bootstrap(ratio, *np.array(pairs, dtype=np.float64).T, draws=draws).as_dict()
-            found.append({"decile": part + 1, "people": len(pairs), **mean})
-    return found
+            parts.append({"decile": part + 1, "people": len(pairs), **mean})
+    return parts

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +34,8 @@ from ...common.model.assets import fetch
 from ...common.settings.config import read
 
 __all__ = ["adapted", "claimed", "demo"]
+
+T = TypeVar("T")
 
 CONFIG = Path(__file__).parent.parent / "configs" / "devices.toml"
 MARK = ".made-by-privet-demo-devices"
@@ -489,7 +491,7 @@ def _epsilon(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _for_each(do: Callable[[Person], Any], people: Sequence[Person]) -> list[Any]:
+def _for_each(do: Callable[[Person], T], people: Sequence[Person]) -> list[T]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(do, people))
 

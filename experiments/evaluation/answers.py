@@ -10,26 +10,36 @@ one model differ as well, so *again* against *hybrid* is what the distance is he
 are those of the hybrid for everybody, fall-back or not: harm is measured where there is most of it.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...client.assistant.text_generation import Sampling, completed
 from .metrics import distinct_n, style_distance, text_overlap
-from .user_statistics import bootstrap_mean
+from .user_statistics import Mean, bootstrap_mean
 
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
 __all__ = ["evaluate_user", "summarised"]
 
-Line = dict[str, Any]
+Line = Mapping[str, float]
+
+
+class AnswerSummary(TypedDict):
+    """Means over people of everything that was measured of answers, and their `narrowed`."""
+
+    people: int
+    means: dict[str, Mean]
+    narrowed: list[float]
+
 
 MODELS = ("shared", "hybrid", "swapped", "again")
 
 
-def evaluate_user(study: "Study", user: str) -> Line | None:
+def evaluate_user(study: "Study", user: str) -> dict[str, float] | None:
     """Evaluate one person's answers under the four models.
 
     The texts themselves are not kept.
@@ -63,10 +73,10 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
     return _line(study, texts, references, [str(text) for text in own.history.index.texts])
 
 
-def summarised(lines: Sequence[Line], draws: int) -> Line:
+def summarised(lines: Sequence[Line], draws: int) -> AnswerSummary:
     """Means over people of everything in the lines, and the differences that are claims."""
     names = [name for name in lines[0] if name != "user"]
-    found = {
+    means = {
         name: bootstrap_mean([line[name] for line in lines], draws=draws).as_dict()
         for name in names
     }
@@ -78,8 +88,8 @@ def summarised(lines: Sequence[Line], draws: int) -> Line:
     }
     for name, (more, less) in pairs.items():
         gaps = [line[more] - line[less] for line in lines]
-        found[name] = bootstrap_mean(gaps, draws=draws).as_dict()
-    return {"people": len(lines), "means": found, "narrowed": narrowed(lines)}
+        means[name] = bootstrap_mean(gaps, draws=draws).as_dict()
+    return {"people": len(lines), "means": means, "narrowed": narrowed(lines)}
 
 
 def narrowed(lines: Sequence[Line]) -> list[float]:
@@ -95,28 +105,28 @@ def narrowed(lines: Sequence[Line]) -> list[float]:
 
 def _line(
     study: "Study", texts: dict[str, list[str]], references: list[str], own: list[str]
-) -> Line:
-    found: Line = {}
+) -> dict[str, float]:
+    figures: dict[str, float] = {}
     for name in MODELS[:2]:
-        found |= {
+        figures |= {
             f"{key}_{name}": value for key, value in text_overlap(texts[name], references).items()
         }
-        found[f"distinct1_{name}"] = distinct_n(texts[name], 1)
-        found[f"distinct2_{name}"] = distinct_n(texts[name], 2)
+        figures[f"distinct1_{name}"] = distinct_n(texts[name], 1)
+        figures[f"distinct2_{name}"] = distinct_n(texts[name], 2)
         has_text = any(text.strip() for text in texts[name])
-        found[f"style_{name}"] = style_distance(texts[name], own) if has_text else 1.0
+        figures[f"style_{name}"] = style_distance(texts[name], own) if has_text else 1.0
     for name in ("swapped", "again", "shared"):
         overlap = text_overlap(texts[name], texts["hybrid"])["rougeL"]
-        found[f"{name}_from_hybrid"] = 1.0 - overlap
+        figures[f"{name}_from_hybrid"] = 1.0 - overlap
     encoder = study.evaluator.encoder
     if encoder is not None:
         for name in MODELS[:2]:
             rows = encoder(texts[name]).astype(np.float64)
-            found[f"spread_{name}"] = _spread(rows @ rows.T)
-    return found
+            figures[f"spread_{name}"] = _spread(rows @ rows.T)
+    return figures
 
 
-def _spread(cosines: Any) -> float:
+def _spread(cosines: NDArray[np.float64]) -> float:
     """Return the mean of one minus the cosine over pairs of texts. It is 0 for one text."""
     count = len(cosines)
     if count < 2:

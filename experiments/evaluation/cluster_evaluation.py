@@ -5,9 +5,9 @@ else of a simulated device; nothing of it passes the server, and no epsilon cove
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from ...server.run_folder.run import index_of_largest_cluster
 from .. import progress
 from ..data.dialects import dialect_of
 from .people import reported, unit_of
-from .user_statistics import bootstrap_mean
+from .user_statistics import Mean, bootstrap_mean
 
 __all__ = [
+    "Recovered",
     "adapter_of",
     "choices",
     "compared",
@@ -33,6 +34,43 @@ __all__ = [
     "recovered",
     "state_of",
 ]
+
+
+LossesByModel = dict[str, list[Any]]
+"""Under `users` who was evaluated, under each model's name their losses."""
+
+
+class Recovered(TypedDict):
+    """How well private choices fit the true groups.
+
+    Attributes:
+        ari: adjusted Rand index over everybody who was trained on.
+        people: how many these are.
+        choices: of each true group, how many picked each cluster.
+    """
+
+    ari: float
+    people: int
+    choices: dict[str, list[int]]
+
+
+class Gains(TypedDict):
+    """Mean losses and mean gains of each model over another, over people."""
+
+    people: int
+    losses: dict[str, float]
+    base_minus_global: Mean
+    base_minus_group: Mean
+    global_minus_group: Mean
+    share_better: float
+
+
+class Compared(Recovered):
+    """A run with clusters beside one without: the losses' unit, and the gains of people."""
+
+    unit: str
+    seen: Gains
+    unseen: Gains
 
 
 def state_of(folder: Path) -> Vector:
@@ -91,7 +129,7 @@ def choices(bench: SimulatedContext, users: Sequence[str], state: Vector) -> lis
 
 def evaluate_people(
     bench: SimulatedContext, users: Sequence[str], state: Vector, heads: bool
-) -> dict[str, list[Any]]:
+) -> LossesByModel:
     """Compute losses on held-out records as in `run_evaluation.py`, and those of one's own adapter.
 
     `global` is what somebody without records would get: the cluster with most members, of fedsa A
@@ -102,41 +140,37 @@ def evaluate_people(
     device = {user: Device(user, bench) for user in users}
     cluster_vectors = exchange_at(bench).cluster_vectors(state)
     everybody = evaluator_of(bench.trainer.adapter, largest_cluster(bench, state))
-    found: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, float]] = {}
     for user in users:
         person = everybody.person(*device[user].measured_on(), False)
         if person is not None:
-            found[user] = {
+            losses[user] = {
                 "base": reported(person, person.base),
                 "global": reported(person, person.loss(None)),
             }
-    own = dict(zip(found, choices(bench, list(found), state), strict=True))
-    for user in found:
+    own = dict(zip(losses, choices(bench, list(losses), state), strict=True))
+    for user in losses:
         vector = cluster_vectors[own[user]]
         evaluator = evaluator_of(bench.trainer.adapter, vector, local_factor_of(device[user]))
         person = evaluator.person(*device[user].measured_on(), heads)
         if person is not None:
-            found[user][mine] = reported(person, person.loss(None))
+            losses[user][mine] = reported(person, person.loss(None))
         if person is not None and heads:
-            found[user]["personal"] = reported(person, person.loss(person.head))
+            losses[user]["personal"] = reported(person, person.loss(person.head))
     names = ("base", "global", mine, *(("personal",) if heads else ()))
-    return {"users": list(found), **{n: [one[n] for one in found.values()] for n in names}}
+    return {"users": list(losses), **{n: [one[n] for one in losses.values()] for n in names}}
 
 
-def recovered(folder: Path) -> dict[str, Any]:
+def recovered(folder: Path) -> Recovered:
     """How well the private choices of a run fit the true groups, after its last finished round.
 
     Args:
         folder: of a run with clusters, of a source whose users' names begin with their group.
-
-    Returns:
-        `ari`: adjusted Rand index over everybody who was trained on; `people`: how many these are;
-        `choices`: of each true group, how many picked each cluster.
     """
     return _recovered(SimulatedContext.open(folder.resolve()), state_of(folder))
 
 
-def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
+def _recovered(bench: SimulatedContext, state: Vector) -> Recovered:
     from sklearn.metrics import adjusted_rand_score
 
     count, train = bench.config.clusters.count, bench.index.train_users
@@ -147,26 +181,20 @@ def _recovered(bench: SimulatedContext, state: Vector) -> dict[str, Any]:
     chosen = choices(bench, train, state)
     truth = [dialect_of(user) for user in train]
     pairs = Counter(zip(truth, chosen, strict=True))
-    table = {name: [pairs[name, place] for place in range(count)] for name in sorted(set(truth))}
+    table = {name: [pairs[name, index] for index in range(count)] for name in sorted(set(truth))}
     ari = float(adjusted_rand_score(truth, chosen))
     return {"ari": ari, "people": len(train), "choices": table}
 
 
-def compared(folder: Path, other: Path) -> Mapping[str, Any]:
+def compared(folder: Path, other: Path) -> Compared:
     """Compare a run with clusters to one without, on the same people's later records.
 
     Args:
         folder: of the run with clusters, of a source whose users' names begin with their group.
         other: of a run with one adapter, of the same people and base model.
-
-    Returns:
-        `ari`: adjusted Rand index of the private choices and the true groups, over everybody who
-        was trained on; `unit` of the losses; `seen` and `unseen`: mean gain of each model over
-        another, each with a bootstrap interval over people.
     """
     bench, state = SimulatedContext.open(folder.resolve()), state_of(folder)
-    found = _recovered(bench, state)
-    train = bench.index.train_users
+    fit, train = _recovered(bench, state), bench.index.train_users
     limit = bench.config.evaluation.users
     people = {"seen": train[:limit], "unseen": bench.index.test_users[:limit]}
     grouped = {name: evaluate_people(bench, users, state, False) for name, users in people.items()}
@@ -177,23 +205,28 @@ def compared(folder: Path, other: Path) -> Mapping[str, Any]:
     if any(shared[name]["users"] != grouped[name]["users"] for name in people):
         raise StateError("the two runs measured different people; run `privet clusters` again")
     return {
-        **found,
+        **fit,
         "unit": unit_of(bench.config),
-        **{name: _gains(grouped[name], shared[name]) for name in people},
+        "seen": _gains(grouped["seen"], shared["seen"]),
+        "unseen": _gains(grouped["unseen"], shared["unseen"]),
     }
 
 
-def _gains(grouped: Mapping[str, list[Any]], shared: Mapping[str, list[Any]]) -> dict[str, Any]:
+def _gains(grouped: LossesByModel, shared: LossesByModel) -> Gains:
     lost = {
         "base": np.array(grouped["base"]),
         "global": np.array(shared["global"]),
         "group": np.array(grouped["group"]),
     }
-    pairs = (("base", "global"), ("base", "group"), ("global", "group"))
-    gains = {
-        f"{worse}_minus_{better}": bootstrap_mean((lost[worse] - lost[better]).tolist()).as_dict()
-        for worse, better in pairs
+
+    def gain(worse: str, better: str) -> Mean:
+        return bootstrap_mean((lost[worse] - lost[better]).tolist()).as_dict()
+
+    return {
+        "people": len(lost["base"]),
+        "losses": {name: float(values.mean()) for name, values in lost.items()},
+        "base_minus_global": gain("base", "global"),
+        "base_minus_group": gain("base", "group"),
+        "global_minus_group": gain("global", "group"),
+        "share_better": float(np.mean(lost["group"] < lost["global"])),
     }
-    better = float(np.mean(lost["group"] < lost["global"]))
-    losses = {name: float(values.mean()) for name, values in lost.items()}
-    return {"people": len(lost["base"]), "losses": losses, **gains, "share_better": better}

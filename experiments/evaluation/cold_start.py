@@ -22,7 +22,7 @@ devices; no epsilon covers them.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,17 +39,62 @@ from .. import progress
 from ..reports import pictures
 from .people import unit_of
 from .run_evaluation import global_adapter
-from .user_statistics import bootstrap, bootstrap_mean, fraction_hurt, ratio
+from .user_statistics import Mean, bootstrap, bootstrap_mean, fraction_hurt, ratio
 
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["COUNTS", "Newcomer", "cold_start", "curve", "evaluate_user", "label_lines", "picture"]
+__all__ = [
+    "COUNTS",
+    "Curve",
+    "LabelCurve",
+    "Newcomer",
+    "cold_start",
+    "curve",
+    "evaluate_user",
+    "label_lines",
+    "picture",
+]
 
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20)
 DRAWS = 2000
 
 Line = dict[str, Any]
+
+
+class GroupedMean(Mean):
+    """A mean with its interval over whole groups of people too."""
+
+    ci95_groups: list[float] | None
+
+
+class Curve(TypedDict):
+    """Losses by the number of own records.
+
+    Attributes:
+        people, groups: how many there are.
+        rows: one a count: mean losses, `personal_minus_global` and, where there is another,
+            `personal_minus_other` with 95 % intervals, by a bootstrap over people and
+            (`ci95_groups`) over whole groups; the share of people hurt; what was `chosen`; and
+            `step`, the loss against the count before, with its interval.
+        monotone: no step's interval lies above zero.
+        beats_from: the smallest count from which on, and at all larger ones, personal beats global
+            and any other, intervals below zero.
+    """
+
+    people: int
+    groups: int
+    rows: list[Line]
+    monotone: bool
+    beats_from: int | None
+
+
+class LabelCurve(Curve):
+    """The curve of a run's people, the losses' unit, and how many people were left out."""
+
+    run: str
+    unit: str
+    left_out: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +107,8 @@ class Newcomer:
     held_out: tuple[Tensor, Tensor] = field(repr=False)
 
 
-def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> dict[str, Any]:
+def cold_start(folder: Path, config: Config, counts: Sequence[int] = COUNTS) -> LabelCurve:
     """The curve for the people of a finished run that were never trained on.
-
-    Returns:
-        As `curve`, with `run`, `unit`, and how many people were `left_out`.
 
     Raises:
         ConfigError: the run makes text, or `counts` is not ascending from 0.
@@ -154,29 +196,21 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
     line: Line = {"group": group, "counts": counts, "personal": [], "chosen": []}
     for count in counts:
         side = OwnSide.of(study.evaluator, own[len(own) - count :])
-        found = evaluate_text(study.evaluator, side, None, held_out)
-        if found is None:
+        losses = evaluate_text(study.evaluator, side, None, held_out)
+        if losses is None:
             return None
-        (line["global"],) = loss_per_user([found], study.evaluator.name("global"))
-        line["personal"] += loss_per_user([found], "personal")
-        line["chosen"].append(found["chosen"])
+        (line["global"],) = loss_per_user([losses], study.evaluator.name("global"))
+        line["personal"] += loss_per_user([losses], "personal")
+        line["chosen"].append(losses["chosen"])
     return line if counts else None
 
 
-def curve(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, Any]:
+def curve(lines: Sequence[Line], draws: int = DRAWS) -> Curve:
     """Losses by the number of own records.
 
     Args:
         lines: of people; with few records a line ends at a smaller count than others.
         draws: of the bootstrap.
-
-    Returns:
-        `rows`, one a count: mean losses, `personal_minus_global` and, where there is another,
-        `personal_minus_other` with 95 % intervals, by a bootstrap over people and (`ci95_groups`)
-        over whole groups; the share of people hurt; what was `chosen`; and `step`, the loss
-        against the count before, with its interval.
-        `monotone`: no step's interval lies above zero. `beats_from`: the smallest count from which
-        on, and at all larger ones, personal beats global and any other, intervals below zero.
     """
     rows = []
     for count in sorted({count for line in lines for count in line["counts"]}):
@@ -193,19 +227,19 @@ def curve(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, Any]:
 
 def _row(count: int, lines: Sequence[Line], draws: int) -> Line:
     """Return the row of people who all have so many own records."""
-    groups, place = [line["group"] for line in lines], lines[0]["counts"].index(count)
+    groups, index = [line["group"] for line in lines], lines[0]["counts"].index(count)
     losses = {"global": np.array([line["global"] for line in lines])}
     for name in ("personal", "other"):
         if name in lines[0]:
-            losses[name] = np.array([line[name][place] for line in lines])
-    own, chosen = losses["personal"], [line["chosen"][place] for line in lines]
+            losses[name] = np.array([line[name][index] for line in lines])
+    own, chosen = losses["personal"], [line["chosen"][index] for line in lines]
     row: Line = {"records": count, "people": len(lines)}
     row |= {name: bootstrap_mean(loss, draws=draws).as_dict() for name, loss in losses.items()}
     for name in losses.keys() - {"personal"}:
         row[f"personal_minus_{name}"] = _difference(own - losses[name], groups, draws)
     step = None
-    if place:
-        before = np.array([line["personal"][place - 1] for line in lines])
+    if index:
+        before = np.array([line["personal"][index - 1] for line in lines])
         step = _difference(own - before, groups, draws)
     return row | {
         "hurt": fraction_hurt(losses["global"] - own, tolerance=1e-9),
@@ -214,15 +248,15 @@ def _row(count: int, lines: Sequence[Line], draws: int) -> Line:
     }
 
 
-def picture(found: dict[str, Any]) -> str:
+def picture(curve: LabelCurve) -> str:
     """The curve as SVG: mean losses with 95 % bands over people."""
     drawn, (panel,) = pictures.figure(2.9)
-    counts = [row["records"] for row in found["rows"]]
+    counts = [row["records"] for row in curve["rows"]]
     shown = (("global", "muted"), ("other", "hurt"), ("personal", "gain"))
     ends = []
     for name, colour in shown:
-        means = [row[name]["mean"] for row in found["rows"]]
-        low, high = zip(*(row[name]["ci95"] for row in found["rows"]), strict=True)
+        means = [row[name]["mean"] for row in curve["rows"]]
+        low, high = zip(*(row[name]["ci95"] for row in curve["rows"]), strict=True)
         ink = pictures.LIGHT[colour]
         panel.fill_between(counts, low, high, color=ink, alpha=0.18, linewidth=0)
         panel.plot(counts, means, "o-", markersize=3.5, linewidth=1.3, color=ink)
@@ -232,7 +266,7 @@ def picture(found: dict[str, Any]) -> str:
                    color=ink)  # fmt: skip
     panel.set_xlim(-0.3, 1.22 * counts[-1])
     panel.set_xlabel("own labels", color=pictures.LIGHT["ink"])
-    panel.set_ylabel(found["unit"], color=pictures.LIGHT["ink"])
+    panel.set_ylabel(curve["unit"], color=pictures.LIGHT["ink"])
     alt = ", ".join(f"{name} {height:.2f}" for name, height, _ in ends)
     return pictures.alone(drawn, "cold-start", f"after {counts[-1]} own labels: {alt}")
 
@@ -246,10 +280,10 @@ def _paired(people: Sequence[Newcomer]) -> list[tuple[Newcomer, Newcomer]]:
     for one in people:
         groups.setdefault(one.group, []).append(one)
     return [
-        (one, members[(place + 1) % len(members)])
+        (one, members[(index + 1) % len(members)])
         for members in groups.values()
         if len(members) > 1
-        for place, one in enumerate(members)
+        for index, one in enumerate(members)
     ]
 
 
@@ -257,22 +291,22 @@ def _loss(head: LabelHead, one: Newcomer) -> float:
     return float(label_losses(head, *one.held_out).double().mean())
 
 
-def _difference(values: NDArray[np.float64], groups: Sequence[str], draws: int) -> Line:
+def _difference(values: NDArray[np.float64], groups: Sequence[str], draws: int) -> GroupedMean:
     """Return the mean with its intervals over people and over whole groups.
 
     Below zero is better.
     """
-    found = bootstrap_mean(values, draws=draws).as_dict()
-    _, places = np.unique(groups, return_inverse=True)
+    _, indices = np.unique(groups, return_inverse=True)
     sums, sizes = (
-        np.bincount(places, each).astype(np.float64) for each in (values, np.ones_like(values))
+        np.bincount(indices, each).astype(np.float64) for each in (values, np.ones_like(values))
     )
-    return {**found, "ci95_groups": bootstrap(ratio, sums, sizes, draws=draws).as_dict()["ci95"]}
+    over_groups = bootstrap(ratio, sums, sizes, draws=draws).as_dict()["ci95"]
+    return {**bootstrap_mean(values, draws=draws).as_dict(), "ci95_groups": over_groups}
 
 
-def _rises(one: Line) -> bool:
+def _rises(step: Mean) -> bool:
     """Whether a difference is above zero beyond its interval."""
-    return one["ci95"] is not None and one["ci95"][0] > 0
+    return step["ci95"] is not None and step["ci95"][0] > 0
 
 
 def _beats_from(rows: Sequence[Line]) -> int | None:

@@ -7,7 +7,7 @@ personal      head or global, as the person's own validation records are surest 
 head_swapped  another person's head; of the same group where there are groups
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses, predict
@@ -18,18 +18,30 @@ from .people import unit_of
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
-__all__ = ["evaluate_labels"]
+__all__ = ["LabelLosses", "evaluate_labels"]
 
 FEWEST = 4
 
 
-def evaluate_labels(evaluator: LabelEvaluator, study: "Study", user: str) -> dict[str, Any] | None:
+class LabelLosses(TypedDict):
+    """One person's losses (`nats`) and predictions by model: one entry a record.
+
+    `validation` has the losses of the own records that `chosen` rests on.
+    """
+
+    nats: dict[str, list[float]]
+    predicted: dict[str, list[float]]
+    labels: list[float]
+    task: str
+    unit: str
+    chosen: str
+    validation: dict[str, list[float]]
+
+
+def evaluate_labels(evaluator: LabelEvaluator, study: "Study", user: str) -> LabelLosses | None:
     """Compute one person's losses and predictions on held-out records. None where there is none.
 
     Base, shared and personal head are `LabelEvaluator.person`'s, as in a run's report.
-
-    Returns:
-        As `comparisons.evaluate_text`, `nats` being losses, with `predicted` and `labels`.
     """
     own = study.own(user)
     person = evaluator.person(own, study.held_out(user), fit=True)
@@ -42,12 +54,13 @@ def evaluate_labels(evaluator: LabelEvaluator, study: "Study", user: str) -> dic
     if (partner := study.partner(user)) is not None:
         heads["head_swapped"] = _head(evaluator, study.own(partner))
     heads["personal"] = heads[chosen]
-    said = {name: predict(head, person.features) for name, head in heads.items()}
+    predicted = {name: predict(head, person.features) for name, head in heads.items()}
     regression = shared.task == "regression"
     return {
         "nats": {name: person.losses(head).tolist() for name, head in heads.items()},
         "predicted": {
-            name: (one if regression else one.argmax(1)).tolist() for name, one in said.items()
+            name: (outputs if regression else outputs.argmax(1)).tolist()
+            for name, outputs in predicted.items()
         },
         "labels": person.labels.tolist(),
         "task": shared.task,

@@ -10,21 +10,29 @@ the personal models stays on the device, and shows when somebody else sees its s
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from ...client.personal.scored_text import Asked, Row
 from ...client.personal.text_evaluator import alone
-from .user_statistics import bootstrap_mean
+from .user_statistics import Mean, bootstrap_mean
 
 if TYPE_CHECKING:
     from ..comparison.study import Study
 
 __all__ = ["evaluate_user", "exposure", "rare_runs", "summarised"]
 
-Line = dict[str, Any]
+
+class MemorySummary(TypedDict):
+    """Mean exposure of each model in bits, and everybody's above the base model's."""
+
+    people: int
+    most: float
+    exposure: dict[str, Mean]
+    above_base: dict[str, list[float]]
+
 
 PREFIX, LENGTH = 4, 4  # tokens given, tokens ranked
 RUNS = 16  # the true one among them
@@ -51,23 +59,22 @@ def rare_runs(
 
     At most one of a record, `count` in all; only runs with at least one such token.
     """
-    found = []
+    runs = []
     for ids in own:
         body = tuple(ids)
-        places = range(1, len(body) - PREFIX - LENGTH)
         scored = [
             (sum(not others[token] for token in body[at + PREFIX : at + PREFIX + LENGTH]), at)
-            for at in places
+            for at in range(1, len(body) - PREFIX - LENGTH)
         ]
         if scored:
-            rare, place = max(scored)
-            middle = place + PREFIX
-            found.append((rare, body[place:middle], body[middle : middle + LENGTH]))
-    found.sort(key=lambda one: -one[0])
-    return [(prefix, run) for rare, prefix, run in found[:count] if rare]
+            rare, start = max(scored)
+            middle = start + PREFIX
+            runs.append((rare, body[start:middle], body[middle : middle + LENGTH]))
+    runs.sort(key=lambda scored_run: -scored_run[0])
+    return [(prefix, run) for rare, prefix, run in runs[:count] if rare]
 
 
-def evaluate_user(study: "Study", user: str) -> Line | None:
+def evaluate_user(study: "Study", user: str) -> dict[str, float] | None:
     """Mean exposure of a person's rare strings under base, shared and personal models.
 
     None: the person has none, or nobody else has texts to compare them with.
@@ -80,7 +87,7 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
         return None
     side = study.side(user)
     rng = np.random.default_rng([study.seed, study.users.index(user)])
-    found: dict[str, list[float]] = {}
+    exposures: dict[str, list[float]] = {}
     for prefix, run in strings:
         runs = [run, *(_drawn(rest, rng) for _ in range(RUNS - 1))]
         questions = [Asked(prefix + each, PREFIX) for each in runs]
@@ -93,11 +100,12 @@ def evaluate_user(study: "Study", user: str) -> Line | None:
             "retrieval": (fronted, None), "hybrid": (fronted, side.hybrid),
         }  # fmt: skip
         for name, (scored, head) in models.items():
-            found.setdefault(name, []).append(exposure(scored.sums(head)))
-    return {"strings": len(strings), **{name: float(np.mean(bits)) for name, bits in found.items()}}
+            exposures.setdefault(name, []).append(exposure(scored.sums(head)))
+    means = {name: float(np.mean(bits)) for name, bits in exposures.items()}
+    return {"strings": len(strings), **means}
 
 
-def summarised(lines: Sequence[Line], draws: int) -> Line:
+def summarised(lines: Sequence[Mapping[str, float]], draws: int) -> MemorySummary:
     """Mean exposure of each model, in bits, and above the base model's."""
     if not lines:
         return {"people": 0, "most": math.log2(RUNS), "exposure": {}, "above_base": {}}
@@ -118,5 +126,5 @@ def _drawn(records: Sequence[Sequence[int]], rng: np.random.Generator) -> tuple[
     while True:
         ids = records[int(rng.integers(len(records)))]
         if len(ids) > LENGTH + 2:
-            place = int(rng.integers(1, len(ids) - LENGTH))
-            return tuple(ids[place : place + LENGTH])
+            start = int(rng.integers(1, len(ids) - LENGTH))
+            return tuple(ids[start : start + LENGTH])

@@ -14,7 +14,7 @@ The libraries are in the extra `experiments` and are imported when a metric is a
 import math
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -165,7 +165,7 @@ def _same_number(name: str, found: Sequence[object], wanted: Sequence[object]) -
         )
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     """A module of the extra `experiments`, imported when it is first used."""
     try:
         return import_module(name)

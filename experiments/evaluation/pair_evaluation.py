@@ -6,7 +6,6 @@ Read by the experimenter off simulated devices, as everything in
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,13 @@ from ...client.personal.preference_head import length_bias
 from ...client.training.records import split, spread
 from ...common.model.assets import fetch
 from ..data.preference_people import crowd, reward
-from .user_statistics import bootstrap, bootstrap_mean, ratio
+from ..reports.facts import NamedMean
+from .cluster_evaluation import LossesByModel
+from .user_statistics import Mean, bootstrap, bootstrap_mean, ratio
 
 __all__ = ["BEST", "best_losses", "gap_closed", "rows"]
 
-Rows = list[dict[str, Any]]
+Rows = list[NamedMean]
 BEST = {"tastes": "oracle", "preferences": "crowd"}
 """Who knows more than any model: a made person's taste, or the other raters of the batch."""
 
@@ -43,7 +44,7 @@ def rows(
     bench: SimulatedContext,
     group: str,
     people: Mapping[str, PairPerson],
-    losses: Mapping[str, Sequence[Any]],
+    losses: LossesByModel,
     partner: Callable[[int], str],
 ) -> Rows:
     """Lines of the report's table of differences: name, title, mean, 95 % interval over people."""
@@ -57,17 +58,17 @@ def rows(
         name: [people[user].margins(head(i)) for i, user in enumerate(names)]
         for name, head in heads.items()
     }
-    found: Rows = []
+    lines: Rows = []
     for name, each in margins.items():
-        found += _length_rows(name, group, people, each)
+        lines += _length_rows(name, group, people, each)
     if bench.config.data.source in BEST and "personal" in losses:
-        found += _gap_rows(bench, group, names, losses, margins)
-    return found
+        lines += _gap_rows(bench, group, names, losses, margins)
+    return lines
 
 
 def gap_closed(
     start: Sequence[float], reached: Sequence[float], best: Sequence[float], draws: int
-) -> dict[str, Any]:
+) -> Mean:
     """Compute (start - reached) / (start - best) of means over people.
 
     Its interval is a bootstrap over people.
@@ -103,7 +104,7 @@ def _gap_rows(
     bench: SimulatedContext,
     group: str,
     names: Sequence[str],
-    losses: Mapping[str, Sequence[Any]],
+    losses: LossesByModel,
     margins: Mapping[str, Sequence[torch.Tensor]],
 ) -> Rows:
     """Return the share of the way from the shared model to oracle or crowd that is closed.
@@ -113,12 +114,12 @@ def _gap_rows(
     draws, best = bench.config.evaluation.bootstrap, BEST[bench.config.data.source]
     what = f"share of the {best}'s lead over the shared model that"
     pairs = gap_closed(losses["global"], losses["personal"], losses[best], draws)
-    found = [
+    lines: Rows = [
         {"name": f"gap_closed_pairs_{group}",
          "title": f"{what} the personal head closes, pairs, {group} people", **pairs},
     ]  # fmt: skip
     if best == "crowd":  # how far apart ratings are is not a reward
-        return found
+        return lines
     of, nothing = _worth(bench), [0.0] * len(names)
     worth = [of(user) for user in names]
     missed = {
@@ -131,8 +132,8 @@ def _gap_rows(
     ):
         closed = gap_closed(missed["shared model"], missed[name], nothing, draws)
         title = f"{what} {whose} closes, reward, {group} people"
-        found.append({"name": f"gap_closed_{kind}_{group}", "title": title, **closed})
-    return found
+        lines.append({"name": f"gap_closed_{kind}_{group}", "title": title, **closed})
+    return lines
 
 
 def _worth(bench: SimulatedContext) -> Callable[[str], list[tuple[float, float]]]:
@@ -160,7 +161,7 @@ def _regret(worth: Sequence[tuple[float, float]], margin: torch.Tensor) -> float
     Of ties, half of each is taken.
     """
     lost = []
-    for (chosen, rejected), said in zip(worth, margin.tolist(), strict=True):
-        taken = chosen if said > 0 else rejected if said < 0 else (chosen + rejected) / 2
+    for (chosen, rejected), ahead in zip(worth, margin.tolist(), strict=True):
+        taken = chosen if ahead > 0 else rejected if ahead < 0 else (chosen + rejected) / 2
         lost.append(max(chosen, rejected) - taken)
     return float(np.mean(lost))

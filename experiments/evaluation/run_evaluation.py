@@ -82,7 +82,7 @@ def _of_pairs(
     bench: SimulatedContext,
     people: dict[str, dict[str, EvaluatedPerson]],
     found: dict[str, LossesByModel],
-) -> list[dict[str, Any]]:
+) -> list[Any]:
     """Add the losses of oracle or crowd (`pair_evaluation.BEST`) to `found`.
 
     Returns length bias and gap as rows.

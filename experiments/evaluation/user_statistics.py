@@ -7,7 +7,7 @@ value that is NaN or infinite is refused, never skipped.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ...common.errors import DataError
 
 __all__ = [
     "Interval",
+    "Mean",
     "bootstrap",
     "bootstrap_mean",
     "fraction_hurt",
@@ -29,6 +30,13 @@ __all__ = [
 Values = Sequence[float] | NDArray[np.floating]
 
 _CELLS = 2**21  # resampled values held at once
+
+
+class Mean(TypedDict):
+    """A mean over people and its interval; None: one person cannot give one."""
+
+    mean: float
+    ci95: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Interval:
         """True when the whole interval is on one side of zero."""
         return self.low > 0 or self.high < 0
 
-    def as_dict(self) -> dict[str, float | list[float] | None]:
+    def as_dict(self) -> Mean:
         """Return the interval as in `summary.json`. One that a single user cannot give is null.
 
         >>> Interval(1.0, 0.5, 1.5).as_dict()
@@ -79,7 +87,7 @@ def bootstrap_mean(values: Values, *, draws: int = 2000, seed: int = 0) -> Inter
 
 
 def bootstrap(
-    statistic: Callable[..., Any],
+    statistic: Callable[..., np.floating],
     *samples: NDArray[np.float64],
     draws: int,
     seed: int = 0,
@@ -113,9 +121,10 @@ def bootstrap(
     return Interval(value, float(low), float(high))
 
 
-def ratio(above: NDArray[np.float64], below: NDArray[np.float64], axis: int = -1) -> Any:
+def ratio(above: NDArray[np.float64], below: NDArray[np.float64], axis: int = -1) -> np.floating:
     """Return the sum of the first over the sum of the second, such as a weighted mean."""
-    return above.sum(axis) / below.sum(axis)
+    quotient: np.floating = above.sum(axis) / below.sum(axis)
+    return quotient
 
 
 def paired_difference(

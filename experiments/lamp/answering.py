@@ -93,9 +93,8 @@ def compare(
     """Answer a split's questions with each way of retrieval, and score them.
 
     Args:
-        folder: as `files_of`.
-        task, split: which questions.
-        limit: the first so many; all of them when None.
+        folder, task, split: as `files_of`.
+        limit: the first so many questions; all of them when None.
         settings: how.
 
     Returns:
@@ -104,25 +103,20 @@ def compare(
     """
     asked, right = files_of(folder, task, split)
     questions = read_questions(asked, task)[:limit]
-    golds = read_outputs(right, task)
-    truth = _aligned(questions, golds, right)
+    truth = _aligned(questions, read_outputs(right, task), right)
     base = load(settings.base)
-    ways: dict[str, Any] = {}
+    ways: dict[str, dict[str, object]] = {}
     first: list[float] = []
     for way in settings.retrievals:
         given = answers(base, task, questions, way, settings)
-        found = score(task, given, truth)
-        values = found.pop("of_questions")
-        first = first or values
-        difference = paired_difference(values, first).as_dict() if ways else None
-        pairs = zip(questions, given, strict=True)
+        scores = score(task, given, truth)
+        first = first or scores.of_questions
+        difference = paired_difference(scores.of_questions, first).as_dict() if ways else None
         ways[way] = {
-            **found,
+            **scores.metrics,
+            "ci95": scores.ci95,
             "against_first": difference,
-            "predictions": {
-                "task": task.official,
-                "golds": [{"id": one.id, "output": answer} for one, answer in pairs],
-            },
+            "predictions": {"task": task.official, "golds": _golds(questions, given)},
         }
     return {
         "task": task.name,
@@ -133,6 +127,12 @@ def compare(
         "settings": dataclasses.asdict(settings),
         "ways": ways,
     }
+
+
+def _golds(questions: Sequence[Question], given: Sequence[str]) -> list[dict[str, str]]:
+    """Put answers into the format of the published outputs."""
+    pairs = zip(questions, given, strict=True)
+    return [{"id": question.id, "output": answer} for question, answer in pairs]
 
 
 def scored(folder: Path, task: Task, split: str, predictions: Path) -> dict[str, Any]:
@@ -149,9 +149,9 @@ def scored(folder: Path, task: Task, split: str, predictions: Path) -> dict[str,
             f"{predictions}: expected the {len(golds)} ids of {right}, but {len(odd)} differ, "
             f"such as {odd[0]!r}"
         )
-    found = score(task, [given[name] for name in golds], list(golds.values()))
-    del found["of_questions"]
-    return {"task": task.name, "split": split, "questions": len(golds), **found}
+    scores = score(task, [given[name] for name in golds], list(golds.values()))
+    about = {"task": task.name, "split": split, "questions": len(golds)}
+    return {**about, **scores.metrics, "ci95": scores.ci95}
 
 
 def answers(

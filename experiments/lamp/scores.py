@@ -12,7 +12,8 @@ authors' evaluation script (LaMP-Benchmark/LaMP, eval/evaluation.py).
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,23 @@ from .tasks import Task
 __all__ = ["each", "score"]
 
 
-def score(task: Task, answers: Sequence[str], truth: Sequence[str]) -> dict[str, Any]:
-    """The task's metrics over its questions.
+@dataclass(frozen=True)
+class Scores:
+    """A task's metrics over its questions.
 
-    Returns:
-        For each metric a number; `of_questions`, the first metric's value for each question, in
-        order; `ci95` of its mean, bootstrap over questions, None for one question.
+    Attributes:
+        metrics: each by its name, the task's first one first.
+        ci95: of the first metric's mean, bootstrap over questions; None for one question.
+        of_questions: the first metric's value for each question, in order.
+    """
+
+    metrics: dict[str, float]
+    ci95: list[float] | None
+    of_questions: list[float] = field(repr=False)
+
+
+def score(task: Task, answers: Sequence[str], truth: Sequence[str]) -> Scores:
+    """The task's metrics over its questions.
 
     Raises:
         DataError: no question, or not one answer each; a truth that is not allowed.
@@ -39,15 +51,14 @@ def score(task: Task, answers: Sequence[str], truth: Sequence[str]) -> dict[str,
         raise DataError(f"expected an answer to each of {len(truth)} questions, got {len(answers)}")
     answers, truth = [one.strip() for one in answers], [one.strip() for one in truth]
     values = each(task, answers, truth)
-    found: dict[str, Any] = {task.measured[0]: float(values.mean())}
+    metrics = {task.measured[0]: float(values.mean())}
     if "f1" in task.measured:
-        found["f1"] = _f1(task, answers, truth)
+        metrics["f1"] = _f1(task, answers, truth)
     if "rmse" in task.measured:
-        found["rmse"] = math.sqrt(float(np.mean(values**2)))
+        metrics["rmse"] = math.sqrt(float(np.mean(values**2)))
     if "rouge-L" in task.measured:
-        found["rouge-L"] = float(np.mean(_rouge("rougeL", answers, truth)))
-    interval = bootstrap_mean(values).as_dict()
-    return {**found, "ci95": interval["ci95"], "of_questions": values.tolist()}
+        metrics["rouge-L"] = float(np.mean(_rouge("rougeL", answers, truth)))
+    return Scores(metrics, bootstrap_mean(values).as_dict()["ci95"], values.tolist())
 
 
 def each(task: Task, answers: Sequence[str], truth: Sequence[str]) -> NDArray[np.float64]:
@@ -64,12 +75,12 @@ def each(task: Task, answers: Sequence[str], truth: Sequence[str]) -> NDArray[np
 
 
 def _f1(task: Task, answers: Sequence[str], truth: Sequence[str]) -> float:
-    places = {label: number for number, label in enumerate(task.labels)}
+    indices = {label: index for index, label in enumerate(task.labels)}
     return float(
         _library("sklearn.metrics").f1_score(
-            [places[right] for right in truth],
-            [places.get(one, -1) for one in answers],
-            labels=list(places.values()),
+            [indices[right] for right in truth],
+            [indices.get(one, -1) for one in answers],
+            labels=list(indices.values()),
             average="macro",
             zero_division=0.0,
         )
@@ -78,10 +89,10 @@ def _f1(task: Task, answers: Sequence[str], truth: Sequence[str]) -> float:
 
 def _number(answer: str, truth: float) -> float:
     try:
-        found = float(answer)
+        number = float(answer)
     except ValueError:
-        found = math.nan
-    return found if math.isfinite(found) else (1.0 if abs(1 - truth) > abs(5 - truth) else 5.0)
+        number = math.nan
+    return number if math.isfinite(number) else (1.0 if abs(1 - truth) > abs(5 - truth) else 5.0)
 
 
 def _rouge(kind: str, answers: Sequence[str], truth: Sequence[str]) -> list[float]:
@@ -99,7 +110,7 @@ def _refuse_unknown(task: Task, truth: Sequence[str]) -> None:
         )
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:

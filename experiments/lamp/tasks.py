@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -295,7 +295,7 @@ def _moment(date: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", date))
 
 
-def _question(found: Any, where: str, task: Task) -> Question:
+def _question(found: object, where: str, task: Task) -> Question:
     if not isinstance(found, dict):
         raise DataError(f"{where}: expected an object, found {_kind(found)}")
     profile = found.get("profile")
@@ -312,7 +312,7 @@ def _question(found: Any, where: str, task: Task) -> Question:
     return Question(_text(found, "id", where), _text(found, "input", where), tuple(items), dates)
 
 
-def _text(found: Mapping[str, Any], name: str, where: str) -> str:
+def _text(found: Mapping[str, object], name: str, where: str) -> str:
     value = found.get(name)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise DataError(
@@ -326,7 +326,7 @@ def _text(found: Mapping[str, Any], name: str, where: str) -> str:
     return str(value)
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> object:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:

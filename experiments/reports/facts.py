@@ -3,21 +3,22 @@
 Page, terminal and `--json` show these and compute nothing themselves.
 """
 
-from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ...common.privacy.accounting import Adjacency, Against, Unit
 from ...server.round_record import Estimates
+from ..evaluation.user_statistics import Mean
 
 __all__ = [
     "ClientFacts",
     "CrossCheck",
     "DeviceFacts",
+    "Evaluation",
     "Facts",
     "Gain",
     "HistoryFacts",
     "LineFacts",
-    "Mean",
     "Measured",
     "MechanismFacts",
     "Metrics",
@@ -168,13 +169,6 @@ class PrivacyFacts(TypedDict):
     start: NotRequired[Mapping[str, object]]
 
 
-class Mean(TypedDict):
-    """A mean over people and its interval; None: one person cannot give one."""
-
-    mean: float
-    ci95: list[float] | None
-
-
 class NamedMean(Mean):
     """A mean difference between two models."""
 
@@ -221,6 +215,17 @@ class Measured(TypedDict, total=False):
     upload_bytes_per_client_round: int | None
     dimension: int | None
     versions: dict[str, str] | None
+
+
+class Evaluation(TypedDict, total=False):
+    """The content of `evaluation.json`: aligned lists of users and of their losses by model."""
+
+    name: str
+    unit: str
+    metrics_of: Literal["seen", "unseen"]
+    seen: Mapping[str, Sequence[object]]
+    unseen: Mapping[str, Sequence[object]]
+    more: list[NamedMean]
 
 
 class Summary(TypedDict):

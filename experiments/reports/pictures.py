@@ -74,8 +74,7 @@ def spent_per_client(
     """How many clients spent how much: one panel a line, the worst client and the budget marked.
 
     Args:
-        lines: the report's lines; each has `key`, `unit`, `against`, `epsilon`.
-        clients: each has `epsilon`, a mapping from line key to its own epsilon.
+        lines, clients: the report's.
         budgets: largest epsilon per unit; a unit without one gets no mark.
     """
     more = 0.15 * sum(bool(line["conditions"]) for line in lines)
@@ -108,8 +107,7 @@ def spent_per_round(
     """The worst client's epsilon after each round, one curve a line, named at its end.
 
     Args:
-        lines: as for `spent_per_client`.
-        rounds: each has `round` and `epsilon`, a mapping from line key to the worst client's.
+        lines, rounds: the report's.
         whose: epsilon, for the axis.
     """
     drawn, (panel,) = figure(2.7)
@@ -121,30 +119,31 @@ def spent_per_round(
         (curve,) = panel.plot(numbers, values, color=LIGHT[line["unit"]], linestyle=dashes)
         curve.set(marker="o", markersize=3.5, drawstyle="steps-post")
         ends.append((values[-1] if values else 0.0, line))
-    last = max(numbers, default=1)
-    first = min(numbers, default=0)
-    high = max([end for end, _ in ends] + [1e-9])
-    panel.set_xlim(first - 0.03 * max(1, last - first), last + 0.55 * max(1, last - first))
-    wanted = [max(end, 0.1 * high) for end, _ in ends]
-    places = _apart(wanted, 0.24 * high)
-    panel.set_ylim(0, max([1.25 * high, *(place + 0.15 * high for place in places)]))
-    for place, (end, line) in zip(places, ends, strict=True):
-        given = " (if …)" if line["conditions"] else ""
-        text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}{given}"
-        panel.annotate(
-            text,
-            (last, end),
-            xytext=(last + 0.04 * max(1, last - first), place),
-            textcoords="data",
-            fontsize=8,
-            va="center",
-            color=LIGHT[line["unit"]],
-        )
+    first, last = min(numbers, default=0), max(numbers, default=1)
+    width = max(1, last - first)
+    panel.set_xlim(first - 0.03 * width, last + 0.55 * width)
+    _name_lines(panel, ends, last, last + 0.04 * width)
     panel.locator_params(axis="x", integer=True)
     panel.set_xticks([tick for tick in panel.get_xticks() if first <= tick <= last])
     panel.set_xlabel("round")
     panel.set_ylabel(f"epsilon, {whose} so far")
     return drawn
+
+
+def _name_lines(
+    panel: "Axes", ends: Sequence[tuple[float, LineFacts]], last: float, beside: float
+) -> None:
+    """Write each line's epsilon and name at the end of its curve, none over another."""
+    high = max([end for end, _ in ends] + [1e-9])
+    heights = _apart([max(end, 0.1 * high) for end, _ in ends], 0.24 * high)
+    panel.set_ylim(0, max([1.25 * high, *(height + 0.15 * high for height in heights)]))
+    for height, (end, line) in zip(heights, ends, strict=True):
+        given = " (if …)" if line["conditions"] else ""
+        text = f"{end:.2f}  {line['unit']}-level,\nagainst the {line['against']}{given}"
+        panel.annotate(
+            text, (last, end), xytext=(beside, height), textcoords="data", fontsize=8, va="center",
+            color=LIGHT[line["unit"]],
+        )  # fmt: skip
 
 
 def by_colluding(found: Colluding) -> "Figure":
@@ -196,24 +195,16 @@ def gains_per_user(
     hurt = sum(gain < 0 for gain in ordered)
     room = max(abs(max(ordered)), abs(min(ordered)), abs(ends[1]), 1e-12)
     panel.text(
-        len(ordered) + 0.6,
-        max(mean, ends[1]) + 0.04 * room,
+        len(ordered) + 0.6, max(mean, ends[1]) + 0.04 * room,
         f"mean {mean:+.3f} [{ends[0]:+.3f}, {ends[1]:+.3f}]",
-        ha="right",
-        fontsize=8.5,
-        color=LIGHT["ink"],
-    )
+        ha="right", fontsize=8.5, color=LIGHT["ink"],
+    )  # fmt: skip
     if hurt:
-        where = ordered[-1] if ordered[-1] < -0.3 * room else -0.09 * room
+        height = ordered[-1] if ordered[-1] < -0.3 * room else -0.09 * room
         panel.text(
-            len(ordered) - hurt,
-            where,
-            f"{hurt} of {len(ordered)} hurt ",
-            ha="right",
-            va="top" if where > ordered[-1] else "bottom",
-            fontsize=8.5,
-            color=LIGHT["hurt"],
-        )
+            len(ordered) - hurt, height, f"{hurt} of {len(ordered)} hurt ", ha="right",
+            va="top" if height > ordered[-1] else "bottom", fontsize=8.5, color=LIGHT["hurt"],
+        )  # fmt: skip
     panel.set_xlim(0.3, len(ordered) + 0.7)
     panel.set_xlabel("people, sorted by gain")
     panel.set_ylabel(f"gain, {unit}")
@@ -230,13 +221,13 @@ def differences(rows: Sequence[tuple[str, float, Sequence[float] | None]], unit:
     """
     drawn, (panel,) = figure(0.75 + 0.52 * max(1, len(rows)))
     panel.axvline(0, color=LIGHT["muted"], linewidth=0.8)
-    for place, (name, mean, interval) in enumerate(rows):
+    for row, (name, mean, interval) in enumerate(rows):
         low, high = interval or (mean, mean)
         colour = LIGHT["hurt"] if mean < 0 else LIGHT["gain"]
-        panel.plot([low, high], [-place, -place], color=colour, linewidth=2.2)
-        panel.plot([mean], [-place], "o", color=colour, markersize=6)
+        panel.plot([low, high], [-row, -row], color=colour, linewidth=2.2)
+        panel.plot([mean], [-row], "o", color=colour, markersize=6)
         label = panel.text(
-            0.0, -place + 0.24, f"{name}: {mean:+.3f}", fontsize=8.5, color=LIGHT["ink"],
+            0.0, -row + 0.24, f"{name}: {mean:+.3f}", fontsize=8.5, color=LIGHT["ink"],
             transform=panel.get_yaxis_transform(),
             bbox={"facecolor": LIGHT["ground"], "edgecolor": "none", "pad": 0.8},
         )  # fmt: skip
@@ -264,23 +255,13 @@ def over_rounds(
     width = max(1, last - first)
     for panel, kind in zip(panels, kinds, strict=True):
         curves = [(name, points) for each, name, points in series if each == kind and points]
-        ends = []
-        for place, (_, points) in enumerate(curves):
-            numbers, means, spreads = (list(column) for column in zip(*points, strict=True))
-            colour = LIGHT[("client", "gain", "hurt", "example")[place % 4]]
-            low, high = ([m + side * s for m, s in zip(means, spreads, strict=True)]
-                         for side in (-2, 2))  # fmt: skip
-            if len(numbers) > 1:
-                panel.fill_between(numbers, low, high, color=colour, alpha=0.18, linewidth=0)
-            panel.errorbar(numbers, means, [2 * s for s in spreads], fmt="o-", markersize=3.5,
-                           color=colour, linewidth=1.3, elinewidth=0.8)  # fmt: skip
-            ends.append((means[-1], colour))
+        ends = [_band(panel, index, points) for index, (_, points) in enumerate(curves)]
         bottom, top = panel.get_ylim()
-        order = sorted(range(len(ends)), key=lambda place: ends[place][0])
-        places = _apart([ends[place][0] for place in order], 0.2 * (top - bottom))
-        for place, where in zip(order, places, strict=True):
-            panel.text(last + 0.06 * width, where, curves[place][0], fontsize=8, va="center",
-                       color=ends[place][1])  # fmt: skip
+        order = sorted(range(len(ends)), key=lambda index: ends[index][0])
+        heights = _apart([ends[index][0] for index in order], 0.2 * (top - bottom))
+        for index, height in zip(order, heights, strict=True):
+            panel.text(last + 0.06 * width, height, curves[index][0], fontsize=8, va="center",
+                       color=ends[index][1])  # fmt: skip
         panel.set_xlim(first - 0.08 * width, last + 0.75 * width)
         panel.set_title(kind, loc="left", fontsize=9, color=LIGHT["ink"])
         if not curves:
@@ -291,14 +272,28 @@ def over_rounds(
     return drawn
 
 
+def _band(
+    panel: "Axes", index: int, points: Sequence[tuple[int, float, float]]
+) -> tuple[float, str]:
+    """Draw one curve with its band, and return the height and the colour of its end."""
+    numbers, means, spreads = (list(column) for column in zip(*points, strict=True))
+    colour = LIGHT[("client", "gain", "hurt", "example")[index % 4]]
+    low, high = ([m + side * s for m, s in zip(means, spreads, strict=True)] for side in (-2, 2))
+    if len(numbers) > 1:
+        panel.fill_between(numbers, low, high, color=colour, alpha=0.18, linewidth=0)
+    panel.errorbar(numbers, means, [2 * s for s in spreads], fmt="o-", markersize=3.5,
+                   color=colour, linewidth=1.3, elinewidth=0.8)  # fmt: skip
+    return means[-1], colour
+
+
 def _middle(first: int, last: int) -> list[int]:
     return [(first + last) // 2] if last - first > 1 else []
 
 
 def _line_label(line: LineFacts) -> str:
     """What a line is about, its conditions below it: `client-level, against the analyst`."""
-    said = f"{line['unit']}-level, against the {line['against']}"
-    return f"{said}\n(if: {condition(line)})" if condition(line) else said
+    name = f"{line['unit']}-level, against the {line['against']}"
+    return f"{name}\n(if: {condition(line)})" if condition(line) else name
 
 
 def svg(drawn: "Figure", name: str, alt: str) -> Markup:
@@ -361,7 +356,7 @@ def _histogram(values: Sequence[float], right: float) -> tuple[list[float], list
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, int(value / right * bins))] += 1
-    return [(place + 0.5) * right / bins for place in range(bins)], counts, 0.9 * right / bins
+    return [(index + 0.5) * right / bins for index in range(bins)], counts, 0.9 * right / bins
 
 
 def _mark(
@@ -381,8 +376,7 @@ def _mark(
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
     """Move values up as little as needed so that labels at them do not overlap."""
-    places = list(values)
-    order = sorted(range(len(places)), key=places.__getitem__)
-    for below, above in itertools.pairwise(order):
-        places[above] = max(places[above], places[below] + gap)
-    return places
+    apart = list(values)
+    for below, above in itertools.pairwise(sorted(range(len(apart)), key=apart.__getitem__)):
+        apart[above] = max(apart[above], apart[below] + gap)
+    return apart

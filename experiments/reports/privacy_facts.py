@@ -81,13 +81,7 @@ def privacy_facts(run_folder: Path) -> PrivacyFacts:
 def facts_of(
     config: Config, histories: Sequence[History], declined: Sequence[Declined] = ()
 ) -> PrivacyFacts:
-    """The facts of a run from what its clients released and declined.
-
-    Args:
-        config: the run's settings, for what was promised and where noise was added.
-        histories: one for each client that released something.
-        declined: the rounds in which a client released nothing.
-    """
+    """The facts of a run: what was promised, what each client released, and where it declined."""
     histories = [_completed(history) for history in histories]
     spent = {history.client: history for history in histories}
     names = sorted({*spent, *(one.client for one in declined)})
@@ -96,12 +90,8 @@ def facts_of(
     lines, unbounded = _split_lines(histories, totals.values(), delta)
     run = _Run(config, spent, totals, lines, claims.noise_at(config, lines))
     described = [_describe(line, run) for line in lines]
-    older = run.at == "distributed" and not all(
-        any(charge.line[:2] == claims.OWN_SHARE for charge in charges)
-        for history in histories
-        for _, charges in history.releases
-    )
-    if older:
+    uncounted = run.at == "distributed" and not _count_own_share(histories)
+    if uncounted:
         unbounded = [line for line in unbounded if line[:2] != claims.OWN_SHARE]
     return {
         "schema": 1,
@@ -115,7 +105,7 @@ def facts_of(
         "lines": described,
         "no_claim": [
             *claims.no_claims(config, lines, unbounded, bool(histories)),
-            *([claims.NOT_COUNTED] if older else []),
+            *([claims.NOT_COUNTED] if uncounted else []),
         ],
         "clients": _clients(run, declined),
         "histories": _distinct(run),
@@ -126,6 +116,15 @@ def facts_of(
         "adversaries": list(claims.ADVERSARIES),
         "devices": None,
     }
+
+
+def _count_own_share(histories: Sequence[History]) -> bool:
+    """Whether every release was charged for its own noise; an older privet did not do so."""
+    return all(
+        any(charge.line[:2] == claims.OWN_SHARE for charge in charges)
+        for history in histories
+        for _, charges in history.releases
+    )
 
 
 @dataclass(frozen=True)
@@ -181,12 +180,12 @@ def _announced(folder: Path) -> dict[str, Asked]:
 
     They are all there is beside a ledger of an older privet.
     """
-    found: dict[str, Asked] = {}
+    announced: dict[str, Asked] = {}
     for line in read_lines(folder / PLANS):
         with suppress(ProtocolError, TypeError, KeyError):
             plan = Plan.from_dict(line["plan"])
-            found[plan.digest] = Asked(plan, int(line["dimension"]))
-    return found
+            announced[plan.digest] = Asked(plan, int(line["dimension"]))
+    return announced
 
 
 def _completed(history: History) -> History:

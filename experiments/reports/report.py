@@ -16,7 +16,7 @@ from ...common.settings.config import of_run
 from ...common.settings.sections import DEVICES
 from ...server.run_folder import starting
 from .. import progress
-from .facts import Facts, Measured, Statistics
+from .facts import Evaluation, Facts, Measured, Statistics
 from .privacy_facts import privacy_facts
 from .summary import build_summary
 
@@ -47,13 +47,13 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
     records = read_lines(run_folder / "rounds.jsonl")
     opened = {record["round"] for record in records if not record.get("void")}
     void = {record["round"] for record in records} - opened
-    evaluation = _json(run_folder / "evaluation.json")
+    evaluation = cast("Evaluation", _json(run_folder / "evaluation.json"))
     summary = build_summary(config, privacy, evaluation, known if measured is None else measured)
     summary["rounds"] = sum(row["round"] not in void for row in privacy["rounds"])
     start = starting.facts(run_folder)
     if start is not None:
-        said = starting.start_sentence(start, config.data.source == DEVICES)
-        privacy["not_covered"].insert(0, said)
+        sentence = starting.start_sentence(start, config.data.source == DEVICES)
+        privacy["not_covered"].insert(0, sentence)
         summary["start"] = privacy["start"] = start
     found: Facts = {
         "summary": summary,

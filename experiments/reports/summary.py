@@ -6,16 +6,32 @@ over users. A loss: lower is better; a gain or difference here: above zero is be
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Literal, cast
 
 from ...common.errors import StateError
 from ...common.settings.config import Config
-from ..evaluation.user_statistics import bootstrap_mean, fraction_hurt, gini, percentile, win_rate
-from .facts import Gain, Mean, Measured, Metrics, NamedMean, PrivacyFacts, Summary
+from ..evaluation.user_statistics import (
+    Mean,
+    bootstrap_mean,
+    fraction_hurt,
+    gini,
+    percentile,
+    win_rate,
+)
+from .facts import (
+    Evaluation,
+    Gain,
+    Measured,
+    Metrics,
+    NamedMean,
+    PrivacyFacts,
+    Summary,
+)
 
 __all__ = ["build_summary"]
 
 Losses = Mapping[str, list[float]]
+Group = Literal["seen", "unseen"]
 NAMES = {
     "base": "base model",
     "global": "shared model",
@@ -27,18 +43,13 @@ NAMES = {
 
 
 def build_summary(
-    config: Config,
-    facts: PrivacyFacts,
-    evaluation: Mapping[str, Any],
-    measured: Measured,
+    config: Config, facts: PrivacyFacts, evaluation: Evaluation, measured: Measured
 ) -> Summary:
     """The content of `summary.json`.
 
     Args:
-        config: the run's settings.
-        facts: from `privacy_facts`.
-        evaluation: the content of `evaluation.json`: losses per user, lower is better; empty
-            where no evaluation was done.
+        config, facts: the run's settings, and what `privacy_facts` says of it.
+        evaluation: losses per user, lower is better; empty where no evaluation was done.
         measured: what is missing becomes None.
 
     Raises:
@@ -47,26 +58,24 @@ def build_summary(
     draws, ab_run = config.evaluation.bootstrap, config.ab_run
     seen, unseen = _losses(evaluation, "seen"), _losses(evaluation, "unseen")
     pairs = _pairs(seen, unseen)
-    means = {name: _mean(values, draws) for name, values in pairs.items()}
-    more: list[NamedMean] = list(evaluation.get("more", []))
-    dimension = measured.get("dimension")
+    means = _means(pairs, draws)
     return {
         "schema": 1,
         "run": config.name,
         "private": facts["private"],
         "dataset": config.data.source,
         "base_model": config.model.base if ab_run is None else f"A/B of {', '.join(ab_run.arms)}",
-        "adapter": {"family": config.adapter.family, "dimension": dimension},
+        "adapter": {"family": config.adapter.family, "dimension": measured.get("dimension")},
         "clients": config.data.clients,
         "rounds": len(facts["rounds"]),
         "rounds_planned": config.rounds.count,
         "cohort": config.rounds.cohort,
         "metrics": _metrics(evaluation, seen, unseen, draws) if evaluation else None,
-        "seen": {key: _mean(v, draws) for key, v in seen.items()} if evaluation else None,
-        "unseen": {key: _mean(v, draws) for key, v in unseen.items()} if evaluation else None,
+        "seen": _means(seen, draws) if evaluation else None,
+        "unseen": _means(unseen, draws) if evaluation else None,
         "differences": means if evaluation else None,
         "gains": _gains(evaluation, pairs, means),
-        "comparisons": [_compared(name, mean) for name, mean in means.items()] + more,
+        "comparisons": [*map(_compared, means, means.values()), *evaluation.get("more", [])],
         "privacy": facts["lines"],
         "seconds": measured.get("seconds"),
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
@@ -75,9 +84,9 @@ def build_summary(
     }
 
 
-def _losses(evaluation: Mapping[str, Any], group: str) -> dict[str, list[float]]:
+def _losses(evaluation: Evaluation, group: Group) -> Losses:
     """The lists of one group, checked: all as long as `users`, all finite."""
-    given: Mapping[str, Any] = evaluation.get(group) or {}
+    given = evaluation.get(group) or {}
     users = given.get("users", [])
     lists = {key: values for key, values in given.items() if key != "users"}
     for key, values in lists.items():
@@ -92,25 +101,24 @@ def _losses(evaluation: Mapping[str, Any], group: str) -> dict[str, list[float]]
                     f"evaluation.json: {group}.{key} of user {user!r} is {value!r}; expected a "
                     "finite number. `privet evaluate RUN` makes the file again"
                 )
-    return lists if users else {}
+    return cast("Losses", lists) if users else {}
 
 
-def _metrics(evaluation: Mapping[str, Any], seen: Losses, unseen: Losses, draws: int) -> Metrics:
+def _metrics(evaluation: Evaluation, seen: Losses, unseen: Losses, draws: int) -> Metrics:
     of = _shown(evaluation)
     losses = unseen if of == "unseen" else seen
-    means = {key: _mean(values, draws) for key, values in losses.items()}
     name = str(evaluation["name"])
     unit = str(evaluation.get("unit", name))
-    found = {"name": name, "unit": unit, "of": f"{of} people", **means}
-    return cast("Metrics", found | _personal_over_global(losses))
+    metrics = {"name": name, "unit": unit, "of": f"{of} people", **_means(losses, draws)}
+    return cast("Metrics", metrics | _personal_over_global(losses))
 
 
-def _shown(evaluation: Mapping[str, Any]) -> str:
-    return str(evaluation.get("metrics_of", "seen"))
+def _shown(evaluation: Evaluation) -> Group:
+    return evaluation.get("metrics_of", "seen")
 
 
-def _mean(values: Sequence[float], draws: int) -> Mean:
-    return cast("Mean", bootstrap_mean(values, draws=draws).as_dict())
+def _means(losses: Losses, draws: int) -> dict[str, Mean]:
+    return {name: bootstrap_mean(each, draws=draws).as_dict() for name, each in losses.items()}
 
 
 def _pairs(seen: Losses, unseen: Losses) -> dict[str, list[float]]:
@@ -155,19 +163,23 @@ def _personal_over_global(losses: Losses) -> dict[str, float | None]:
     }
 
 
-def _gains(evaluation: Mapping[str, Any], pairs: Losses, means: Mapping[str, Mean]) -> list[Gain]:
+def _gains(evaluation: Evaluation, pairs: Losses, means: Mapping[str, Mean]) -> list[Gain]:
     """Return the gain of each user, for the two bar pictures."""
     of = _shown(evaluation)
     whom = "people who took part" if of == "seen" else "people never trained on"
-    shown = (
-        (f"global_minus_personal_{of}", f"Personal head over shared model, {whom}"),
-        ("base_minus_global_unseen", "Shared model over base model, people never trained on"),
+    shown: tuple[tuple[str, Group, str], ...] = (
+        (f"global_minus_personal_{of}", of, f"Personal head over shared model, {whom}"),
+        (
+            "base_minus_global_unseen",
+            "unseen",
+            "Shared model over base model, people never trained on",
+        ),
     )
     return [
         {
             "name": name,
             "title": title,
-            "users": list(evaluation[name.rpartition("_")[2]]["users"]),
+            "users": cast("list[str]", evaluation[group]["users"]),
             "gains": pairs[name],
             **means[name],
             "better": sum(gain > 0 for gain in pairs[name]),
@@ -175,7 +187,7 @@ def _gains(evaluation: Mapping[str, Any], pairs: Losses, means: Mapping[str, Mea
             "hurt": sum(gain < 0 for gain in pairs[name]),
             "p10": percentile(pairs[name], 10),
         }
-        for name, title in shown
+        for name, group, title in shown
         if name in pairs
     ]
 

@@ -1,6 +1,7 @@
 """harm.py, answers.py, memory.py, cold_start.py: who is served worse, and what is said."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ def test_narrowed_answers_and_a_profile_that_changes_them_are_found():
 
 def test_memory_above_the_base_model_is_found_and_a_leak_is_called_one():
     rows = people(10, lambda _: 1.0)
-    lines = [{"user": "u", "strings": 2, "base": 1.0, "shared": 3.5, "head": 1.2} for _ in rows]
+    line = {"user": "u", "strings": 2, "base": 1.0, "shared": 3.5, "head": 1.2}
+    lines: list[Any] = [line] * len(rows)
     listed = found(rows, memory=memorisation.summarised(lines, 200))["findings"]
     assert [one["kind"] for one in listed] == ["memory"]
     assert "LEAK" in listed[0]["text"]

@@ -1,6 +1,7 @@
 """cold_start.py: the curve over own labels, its controls and its verdicts."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +132,8 @@ def test_counts_that_do_not_ascend_from_zero_are_refused(counts):
 
 
 def test_the_picture_names_its_curves_and_needs_no_style_sheet():
-    text = picture({"unit": "squared error", **curve(people(12, 1.0, 0.0), SHARED, COUNTS)})
+    drawn: Any = {"unit": "squared error", **curve(people(12, 1.0, 0.0), SHARED, COUNTS)}
+    text = picture(drawn)
     assert text.startswith("<svg")
     assert "var(--" not in text
     for name in ("global", "personal", "other", "own labels"):

@@ -215,25 +215,25 @@ def test_a_prompt_keeps_to_its_tokens(name, tokens):
 
 
 def test_accuracy_and_macro_f1_are_the_published_ones():
-    found = score(TASKS["LaMP-1"], [" [1]", "[1]", "The first.", "[2]"], ["[1]", "[2]"] * 2)
+    found = score(TASKS["LaMP-1"], [" [1]", "[1]", "The first.", "[2]"], ["[1]", "[2]"] * 2).metrics
     assert found["accuracy"] == 0.5
     # [1]: 1 right, 1 too much, 1 missed: 1/2.  [2]: 1 right, 0 too much, 1 missed: 2/3
     assert found["f1"] == pytest.approx((1 / 2 + 2 / 3) / 2)
     # all tags count, also those that do not occur
-    tags = score(TASKS["LaMP-2"], ["comedy"], ["comedy"])
+    tags = score(TASKS["LaMP-2"], ["comedy"], ["comedy"]).metrics
     assert tags["f1"] == pytest.approx(1 / len(MOVIE_TAGS))
 
 
 def test_an_answer_that_is_no_score_counts_as_the_end_that_is_further_away():
-    found = score(TASKS["LaMP-3"], ["4", "good", "nan", "3.5"], ["5", "2", "4", "3"])
+    found = score(TASKS["LaMP-3"], ["4", "good", "nan", "3.5"], ["5", "2", "4", "3"]).metrics
     assert found["mae"] == pytest.approx((1 + 3 + 3 + 0.5) / 4)
     assert found["rmse"] == pytest.approx(math.sqrt((1 + 9 + 9 + 0.25) / 4))
 
 
 def test_rouge_is_the_f_measure_without_stemming():
-    found = score(TASKS["LaMP-4"], ["the cat sat", "dogs"], ["the cat slept", "dog"])
+    found = score(TASKS["LaMP-4"], ["the cat sat", "dogs"], ["the cat slept", "dog"]).metrics
     assert found["rouge-1"] == pytest.approx(1 / 3)
-    assert score(TASKS["LaMP-4"], ["b a"], ["a b"])["rouge-L"] == pytest.approx(0.5)
+    assert score(TASKS["LaMP-4"], ["b a"], ["a b"]).metrics["rouge-L"] == pytest.approx(0.5)
 
 
 def test_outputs_of_another_task_are_not_scored():

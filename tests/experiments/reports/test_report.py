@@ -13,7 +13,7 @@ from privet.common.errors import LedgerCorrupt, StateError
 from privet.common.privacy.accounting import epsilon
 from privet.common.settings.config import Config, parse
 from privet.experiments.reports import pictures, privacy_facts, report, terminal
-from privet.experiments.reports.facts import Facts, Measured
+from privet.experiments.reports.facts import Evaluation, Facts, Measured
 from privet.experiments.reports.html_page import page
 from privet.experiments.reports.summary import build_summary
 
@@ -130,7 +130,7 @@ def test_the_three_differences_have_means_of_paired_users(facts):
 
 
 def test_a_control_that_only_some_data_sets_have_is_compared_too():
-    evaluation = fake_evaluation(fake_config())
+    evaluation: Any = fake_evaluation(fake_config())
     evaluation["seen"]["same_batch_rater"] = [x + 0.01 for x in evaluation["seen"]["personal"]]
     bare: Any = {"private": True, "rounds": [], "lines": []}
     found: Any = build_summary(fake_config(), bare, evaluation, {})
@@ -141,8 +141,8 @@ def test_a_control_that_only_some_data_sets_have_is_compared_too():
 
 
 def test_hurt_people_are_counted_as_hurt_and_ties_are_not():
-    losses = {"users": list("abcd"), "global": [1.0] * 4, "personal": [0.5, 1.0, 1.5, 0.9]}
-    evaluation = {"name": "nats per token", "seen": losses}
+    losses: Any = {"users": list("abcd"), "global": [1.0] * 4, "personal": [0.5, 1.0, 1.5, 0.9]}
+    evaluation: Evaluation = {"name": "nats per token", "seen": losses}
     bare: Any = {"private": True, "rounds": [], "lines": []}
     metrics: Any = build_summary(fake_config(), bare, evaluation, {})["metrics"]
     assert metrics["fraction_hurt"] == 0.25
@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_is_refused_with_the_user(value):
 
 
 def test_lists_that_do_not_fit_the_users_are_refused():
-    losses = {"users": ["a", "b"], "global": [1.0]}
+    losses: Any = {"users": ["a", "b"], "global": [1.0]}
     bare: Any = {"private": True, "rounds": [], "lines": []}
     with pytest.raises(StateError, match="1 values for 2 users"):
         build_summary(fake_config(), bare, {"name": "n", "seen": losses}, {})
