@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from ...client.consent import policy as policies
 from ...client.consent.policy_settings import Policy
@@ -18,15 +17,14 @@ from ...client.store.device_store import POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import privet_command
 from ...common.errors import StateError
-from ...common.files import read_lines
 from ...common.settings.config import Config, parse
 from ...server.operations import control, device_runs, enrolment, proxy, services, setup
 from ...server.operations.server_folder import Server
+from ...server.round_record import RoundRecord, read_records
 from ..data.made_model import save_made_model
 from .harness import Program, listening, program, wait_for
 
 __all__ = [
-    "RoundRecord",
     "Up",
     "followed",
     "homes",
@@ -46,14 +44,6 @@ OWNER: Mapping[str, Mapping[str, object]] = {
     "resources": {"nice": 0},
     "consent": {"ask": False},
 }
-
-
-class RoundRecord(TypedDict):
-    """What a line of `rounds.jsonl` says that is measured here."""
-
-    answered: int
-    seconds: float
-    phases: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +176,7 @@ def followed(
     if run.status != "completed":
         log = "".join(line for _, line in up.programs["superexec"].lines[-40:])
         raise RuntimeError(f"the run {config.name} has {run.status}: {run.details}\n{log}")
-    return read_lines(folder / "rounds.jsonl")
+    return read_records(folder)
 
 
 def tiny_model(folder: Path) -> Path:

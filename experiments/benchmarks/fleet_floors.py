@@ -32,9 +32,9 @@ from ...client.store.key_file import Passphrase
 from ...common.child_processes import below, privet_command
 from ...common.files import read_lines
 from ...server.operations import control, services
+from ...server.round_record import RoundRecord
 from .deployment import (
     PASSPHRASE,
-    RoundRecord,
     Up,
     followed,
     homes,

@@ -32,7 +32,8 @@ from ...common.secure_aggregation.keys import Directory, Identity, greeting
 from ...common.secure_aggregation.terms import MaskingPolicy
 from ...common.settings.config import Config
 from ...server.operations import control, enrolment
-from .deployment import RoundRecord, Up, followed, quiet, run_config, server_up, tiny_model
+from ...server.round_record import RoundRecord
+from .deployment import Up, followed, quiet, run_config, server_up, tiny_model
 from .harness import command, process_memory_mb, processor_s, wait_for
 
 if TYPE_CHECKING:

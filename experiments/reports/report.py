@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from ...common.errors import StateError
-from ...common.files import keep_aside, read_lines, write_atomic, write_json_atomic
+from ...common.files import keep_aside, write_atomic, write_json_atomic
 from ...common.settings.config import of_run
 from ...common.settings.sections import DEVICES
+from ...server.round_record import read_records
 from ...server.run_folder import starting
 from .. import progress
 from .facts import Evaluation, Facts, Measured, Statistics
@@ -44,7 +45,7 @@ def report_facts(run_folder: Path, measured: Measured | None = None) -> Facts:
     else:
         privacy, known = privacy_facts(run_folder), _measured(run_folder)
     config = of_run(run_folder)
-    records = read_lines(run_folder / "rounds.jsonl")
+    records = read_records(run_folder)
     opened = {record["round"] for record in records if not record.get("void")}
     void = {record["round"] for record in records} - opened
     evaluation = cast("Evaluation", _json(run_folder / "evaluation.json"))
@@ -74,7 +75,7 @@ def _of_devices(run_folder: Path) -> bool:
 def _statistics(run_folder: Path) -> list[Statistics]:
     return [
         {"round": record["round"], **record["statistics"]}
-        for record in read_lines(run_folder / "rounds.jsonl")
+        for record in read_records(run_folder)
         if record.get("statistics")
     ]
 
