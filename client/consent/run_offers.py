@@ -66,7 +66,9 @@ class Offer:
     @cached_property
     def config(self) -> Config:
         """The run's configuration as this device understands it."""
-        return settings.parse(tomllib.loads(self.text), source="the run's configuration")
+        return settings.parse(
+            tomllib.loads(self.text), source="the run's configuration", quiet=True
+        )
 
     @cached_property
     def digest(self) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,13 @@ def test_a_consent_is_bound_to_run_server_and_every_setting():
             refuse_without_consent(other, consent)
     with pytest.raises(PrivacyError, match="waits for your yes"):
         refuse_without_consent(offer, None)
+
+
+def test_an_offer_with_keys_of_before_is_understood_without_a_word_to_its_owner():
+    offer = Offer("run-1", SERVER, 0.0, "[masking]\nsmallest_cohort = 12\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert offer.config.secure_aggregation.min_cohort == 12
 
 
 def test_a_digest_of_the_run_id_alone_would_have_let_the_server_change_the_noise():
