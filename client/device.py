@@ -451,10 +451,8 @@ def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
     Private: it is for this device alone, or for an experimenter who reads simulated devices.
     """
     context, exchange = device.context, exchange_at(device.context)
-    cluster_vectors, active_clusters = (
-        exchange.cluster_vectors(state),
-        exchange.clusters.active_clusters(context.config.rounds.count + 1),
-    )
+    cluster_vectors = exchange.cluster_vectors(state)
+    active_clusters = exchange.clusters.active_clusters(context.config.rounds.count + 1)
     records = device.records() if active_clusters > 1 else ()
     cluster = choose(
         context.trainer.adapter,
@@ -467,7 +465,7 @@ def cluster_of(device: Device, state: NDArray[np.float32]) -> tuple[int, NDArray
 
 
 def local_factor_of(device: Device, number: int | None = None) -> NDArray[np.float32] | None:
-    """Return the local_factor of the adapter that this device keeps (fedsa's B), as a round begins.
+    """Return what of the adapter this device keeps (fedsa's B), as a round begins.
 
     That is before round `number`, or after the last one.
 

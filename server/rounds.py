@@ -195,10 +195,8 @@ def wait_or_end(config: Config, record: RoundRecord, folder: Path) -> None:
     if "wait_s" in record:
         time.sleep(record["wait_s"])
         return
-    done, what = (
-        void_rounds.trained(read_records(folder)),
-        "looks" if config.ab_run else "rounds",
-    )
+    done = void_rounds.trained(read_records(folder))
+    what = "looks" if config.ab_run else "rounds"
     raise RunUnfinished(
         f"{done} of {config.rounds.count} {what} of {config.name} are done, and the last "
         f"{record['attempt']} attempts were void (rounds.patience = {config.rounds.patience}): "

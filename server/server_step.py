@@ -90,11 +90,8 @@ def _grouped(
     mean: NDArray[np.float64],
 ) -> Stepped:
     """Take a step for each cluster over its own members, then the split or merger that is due."""
-    max_clusters, active_clusters, cohort = (
-        exchange.clusters.max_clusters,
-        exchange.clusters.active_clusters(number),
-        config.rounds.cohort,
-    )
+    max_clusters, cohort = exchange.clusters.max_clusters, config.rounds.cohort
+    active_clusters = exchange.clusters.active_clusters(number)
     sums = (mean[:-max_clusters] * cohort).reshape(max_clusters, -1)
     members = mean[-max_clusters:] * cohort / exchange.mark(config.privacy.client.clip)
     total_members = memory.get(MEMBERS, np.zeros(max_clusters + 1)) + np.append(members, 1.0)
@@ -113,11 +110,8 @@ def _grouped(
     flat = {name: values.ravel() for name, values in kept.items()}
     flat[MEMBERS] = total_members.astype(np.float32)
     state, memory, turn = turned(config, exchange, number, new.ravel(), flat)
-    return (
-        state,
-        dict(memory),
-        {"members": [round(float(m), 2) for m in members[:active_clusters]], **turn},
-    )
+    shown = [round(float(m), 2) for m in members[:active_clusters]]
+    return state, dict(memory), {"members": shown, **turn}
 
 
 def _usual(config: Config, exchange: Exchange, number: int, memory: Memory) -> NDArray[np.float64]:

@@ -191,8 +191,8 @@ class Assistant:
     def _answer(
         self, name: str, text: str, head: TextHead | None, began: "Clock", heard: Heard | None
     ) -> Answer:
-        told = None if heard is None else lambda said: heard(name, said)
-        return continued(self.base, head, text, self.sampling, began, told)
+        show = None if heard is None else lambda answer: heard(name, answer)
+        return continued(self.base, head, text, self.sampling, began, show)
 
     def _count(self, text: str) -> int:
         return len(_ids(self.base.tokenizer, text))
@@ -217,7 +217,7 @@ def continued(
     text: str,
     sampling: Sampling,
     began: Clock | None = None,
-    told: Callable[[str], object] | None = None,
+    show: Callable[[str], object] | None = None,
 ) -> Answer:
     """Continue a text token by token, reusing the keys and values of earlier tokens.
 
@@ -229,25 +229,25 @@ def continued(
         text: what is continued.
         sampling: how.
         began: when the question came; None: now.
-        told: the answer so far, at each token.
+        show: gets the answer so far, at each token.
     """
     began = began or Clock.now()
     tokenizer, first = base.tokenizer, began
     drawn: list[int] = []
-    said = ""
+    answer = ""
     for (token,) in sampled(base, [_ids(tokenizer, text)], head, sampling):
         if not drawn:
             first = Clock.now()
         if token == tokenizer.eos_token_id:
             break
         drawn.append(token)
-        said = str(tokenizer.decode(drawn, skip_special_tokens=True))
-        if said.strip() and said.endswith("\n\n"):
+        answer = str(tokenizer.decode(drawn, skip_special_tokens=True))
+        if answer.strip() and answer.endswith("\n\n"):
             break
-        if told is not None:
-            told(said)
+        if show is not None:
+            show(answer)
     return Answer(
-        text=said.strip("\n"),
+        text=answer.strip("\n"),
         tokens=len(drawn),
         first_s=first.clock - began.clock,
         first_core_s=first.core - began.core,
@@ -282,10 +282,10 @@ def sampled(
     mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in starts])
     generator, cache = torch.Generator().manual_seed(sampling.seed), None
     for _ in range(sampling.tokens):
-        place = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cache is None):
             out = base.network.base_model(
-                input_ids=given, attention_mask=mask, position_ids=place, past_key_values=cache,
+                input_ids=given, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True,
             )  # fmt: skip
         state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values

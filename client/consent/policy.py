@@ -297,10 +297,8 @@ def _uses(policy: Policy, config: Config, server: str) -> Iterator[_Check]:
     demand = f"allows {', '.join(allowed.models)}"
     loads = config.ab_run is None
     yield "model.base", base, not loads or matches(base, allowed.models), demand, "allowed.models"
-    demand, known = (
-        f"allows {', '.join(allowed.servers)}",
-        [name.lower() for name in allowed.servers],
-    )
+    demand = f"allows {', '.join(allowed.servers)}"
+    known = [name.lower() for name in allowed.servers]
     kept = not known or matches(server.lower(), known)
     yield "server", server, kept, demand, "allowed.servers"
     kept = allowed.statistics or not config.statistics.enabled

@@ -72,11 +72,9 @@ def _rehearsal(context: DeviceContext, state: NDArray[np.float32]) -> None:
     Nothing of it is kept.
     """
     adapter, config, exchange = context.trainer.adapter, context.config, exchange_at(context)
-    cluster_vectors, live = (
-        exchange.cluster_vectors(state),
-        exchange.clusters.active_clusters(config.rounds.count + 1),
-    )
-    cluster = choose(adapter, cluster_vectors, live, (), choice_of(config))
+    cluster_vectors = exchange.cluster_vectors(state)
+    active_clusters = exchange.clusters.active_clusters(config.rounds.count + 1)
+    cluster = choose(adapter, cluster_vectors, active_clusters, (), choice_of(config))
     evaluator = evaluator_of(adapter, cluster_vectors[cluster], pairs=config.pairs)
     own, held_out = missing(config, (), (), len(adapter.base.tokenizer))
     with suppress(PrivetError):

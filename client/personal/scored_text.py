@@ -151,14 +151,14 @@ def scored_texts(
     for start in range(0, len(order), _ROWS):
         chunk = order[start : start + _ROWS]
         ids, mask = pad([rows[row].context + rows[row].asked.ids for row in chunk], tokens=tokens)
-        place = torch.arange(1, ids.shape[1])[None] - torch.tensor(
+        position = torch.arange(1, ids.shape[1])[None] - torch.tensor(
             [[len(rows[row].context)] for row in chunk]
         )  # of the predicted token in its record
-        wanted = mask[:, 1:].bool() & (place >= 1)
+        wanted = mask[:, 1:].bool() & (position >= 1)
         given = torch.tensor([[rows[row].asked.given] for row in chunk])
-        number = torch.tensor(chunk)[:, None].expand_as(place)[wanted]
+        number = torch.tensor(chunk)[:, None].expand_as(position)[wanted]
         targets = ids[:, 1:][wanted]
-        scored = (place >= given)[wanted] & ~torch.isin(targets, marks)
+        scored = (position >= given)[wanted] & ~torch.isin(targets, marks)
         for found, states in zip(parts, _under(adapter, ids, mask, vectors, bf16), strict=True):
             found.append((states[:, :-1][wanted].float(), targets, number, scored))
     output = adapter.base.output.detach()

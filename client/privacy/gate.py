@@ -119,13 +119,11 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
     draw hides nothing of them: they are a second charge, unsampled. Their noise is
     independent of the batch and its noise, so the two charges compose.
     """
-    released = plan.noise_at != "none" and plan.variance > 0
-    everywhere = released and plan.noise_at != "server"
     shares = _shares(plan, privacy)
     costs = [
         _person(plan, dimension, privacy.client.adjacency, against, hiding)
         for against, hiding in shares.items()
-        if everywhere or (released and against == "analyst")
+        if _carries_noise(plan, against)
     ]
     for charge in _of_a_record(plan, dimension, privacy) if plan.record_clip > 0 else ():
         costs += _with_blocks(charge, plan, shares[charge.against])
@@ -133,6 +131,12 @@ def charges(plan: Plan, dimension: int, privacy: PrivacySettings) -> tuple[Charg
         none = Charge("client", "analyst", privacy.client.adjacency, 0.0)
         costs.append(_together([none, *(_of_block(b, none, plan, 1) for b in plan.blocks)]))
     return tuple(costs)
+
+
+def _carries_noise(plan: Plan, against: Against) -> bool:
+    """Return whether what an adversary sees of the release carries the release's noise."""
+    released = plan.noise_at != "none" and plan.variance > 0
+    return released and (against == "analyst" or plan.noise_at != "server")
 
 
 def _shares(plan: Plan, privacy: PrivacySettings) -> dict[Against, int]:
@@ -151,22 +155,19 @@ def _may_be_surrounded(plan: Plan, privacy: PrivacySettings) -> bool:
 
 def _of_a_record(plan: Plan, dimension: int, privacy: PrivacySettings) -> list[Charge]:
     """Return what the adapter costs at example level, a charge per adversary, without blocks."""
-    released = plan.noise_at != "none" and plan.variance > 0
     inside = Charge(
         "example", "server", privacy.example.adjacency, plan.record_noise,
         sampling_rate=plan.rate, steps=plan.local_steps,
     )  # fmt: skip
     outside = inside
-    if released and plan.local_steps == 1:
+    if _carries_noise(plan, "analyst") and plan.local_steps == 1:
         adapter = plan.parts(dimension)[0]
         noised = plan.mechanism.charge(
             adapter, "example", "server", privacy.example.adjacency, plan.adders
         )
         if noised.noise_multiplier > plan.record_noise:
             outside = dataclasses.replace(noised, sampling_rate=plan.rate)
-    noised_for_server = (
-        released and plan.noise_at != "server" and not _may_be_surrounded(plan, privacy)
-    )
+    noised_for_server = _carries_noise(plan, "server") and not _may_be_surrounded(plan, privacy)
     return [
         dataclasses.replace(outside, against="analyst"),
         outside if noised_for_server else inside,

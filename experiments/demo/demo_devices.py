@@ -29,9 +29,10 @@ from ...client.store.device_store import ME, POLICY, DeviceStore
 from ...client.store.key_file import Passphrase
 from ...common.child_processes import Children, Spec, privet_command, stopped_by_signals
 from ...common.errors import RunExists, StateError
-from ...common.files import explain_os_errors, read_lines, write_atomic
+from ...common.files import explain_os_errors, write_atomic
 from ...common.model.assets import fetch
 from ...common.settings.config import read
+from ...server.round_record import read_records
 
 __all__ = ["adapted", "claimed", "demo"]
 
@@ -365,7 +366,7 @@ def follow(people: Sequence[Person], place: Path, stage: Stage) -> float | None:
                     f"{ROUND_OF_THE_FIRST}: it trains, and others hold shares of its masks"
                 )
                 dying = None
-            if waiting and len(read_lines(place / "rounds.jsonl")) >= ROUND_OF_THE_FIRST:
+            if waiting and len(read_records(place)) >= ROUND_OF_THE_FIRST:
                 processes.kill(second.name)
                 show(f"{second.name} is killed before round {ROUND_OF_THE_FIRST + 1}")
                 waiting = False

@@ -29,8 +29,8 @@ def drawn(users: Iterable[str], bench: SimulatedContext, seed: int | None = None
     users, blocks = list(users), bench.index.blocks
     rng = np.random.default_rng(bench.config.data.seed if seed is None else seed)
     groups = [blocks[user].group or user for user in users]
-    place = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
-    order = sorted(range(len(users)), key=lambda i: (place[groups[i]], i))
+    rank = {group: i for i, group in enumerate(rng.permutation(sorted(set(groups))))}
+    order = sorted(range(len(users)), key=lambda i: (rank[groups[i]], i))
     return [users[i] for i in order[: bench.config.evaluation.users]]
 
 

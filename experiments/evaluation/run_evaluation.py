@@ -87,8 +87,6 @@ def _of_pairs(
 
     Returns length bias and gap as rows.
     """
-    if bench.config.pairs is None:
-        return []
     from ...client.personal.pair_evaluator import PairPerson
     from . import pair_evaluation
 

@@ -25,7 +25,7 @@ from ...common.files import read_lines
 from ...common.privacy.release_facts import Asked
 from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config, of_run
-from ...server.round_record import LOG
+from ...server.round_record import read_records
 from ...server.rounds import PLANS
 from . import claims
 from .facts import Measured, PrivacyFacts, RoundFacts
@@ -55,7 +55,7 @@ def device_facts(run_folder: Path) -> PrivacyFacts:
         StateError: a file is missing, damaged, of another run, or lacks a round's plan.
     """
     config = of_run(run_folder)
-    rounds, records = _announced(run_folder), read_lines(run_folder / LOG)
+    rounds, records = _announced(run_folder), read_records(run_folder)
     _refuse_gaps(run_folder, rounds, records)
     facts = facts_of(config, histories(config, rounds))
     opened = {record["round"] for record in records if not record["void"]}
@@ -103,7 +103,7 @@ def device_measured(run_folder: Path) -> Measured:
     if rounds:
         plan, dimension = rounds[-1].plan, rounds[-1].dimension
         upload = -(-plan.length(dimension) * plan.bits // 8)
-    seconds = sum(record.get("seconds", 0.0) for record in read_lines(run_folder / LOG))
+    seconds = sum(record.get("seconds", 0.0) for record in read_records(run_folder))
     return {
         "seconds": {"rounds": seconds},
         "upload_bytes_per_client_round": upload,

@@ -120,9 +120,8 @@ def _resolved(server: Server, config: Config, enrolled: int) -> Config:
         raise ConfigError(
             f"data.clients = {data.clients}, but {enrolled} devices are enrolled; leave it out"
         )
-    for name in ("dropout", "noise_cohort"):
-        if getattr(config.simulation, name, None):
-            raise ConfigError(f"simulation.{name} is for simulations; leave it out for devices")
+    if config.simulation.dropout:
+        raise ConfigError("simulation.dropout is for simulations; leave it out for devices")
     task = data.task
     if task == "auto":
         task = "classification" if data.classes else "generation"

@@ -163,8 +163,9 @@ def _read(path: Path, wanted: Mapping[str, str]) -> Checkpoint:
     for name, value in wanted.items():
         if facts[name] != value:
             raise CheckpointCorrupt(
-                f"The checkpoint {path} has {name} {facts[name]!r}, and {value!r} is being run; "
-                f"the file was left as it is. Give the run folder that belongs to it, or "
+                f"The checkpoint {path} has {name} {facts[name]!r}, and {value!r} is being run "
+                f"(other settings, or an earlier privet began it); the file was left as it is. "
+                f"Give the run folder that belongs to it, or "
                 f"{_START_ANEW}."
             )
     adapter = tensors.pop(_ADAPTER)

@@ -1,5 +1,6 @@
 """common/child_processes.py: real programs are watched, started again, and surely ended."""
 
+import contextlib
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -196,16 +198,23 @@ def test_a_child_deaf_to_sigterm_is_killed_after_the_grace(tmp_path):
     assert not alive(pids(lines, "deaf")[0])
 
 
-@linux
-def test_children_die_with_a_supervisor_that_is_killed():
+@contextlib.contextmanager
+def supervising(stop: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+    """A process that supervises one sleeping child until `stop`, and the child's number."""
     code = (
-        "import threading; from privet.common.child_processes import Spec, supervise;"
-        f"supervise([Spec('child', ({sys.executable!r}, '-c', {SLEEP!r}))], threading.Event())"
+        "import threading;"
+        "from privet.common.child_processes import Spec, stop_on_signals, supervise;"
+        f"supervise([Spec('child', ({sys.executable!r}, '-c', {SLEEP!r}))], {stop})"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        child = int(parent.stdout.readline().rpartition(" ")[2])
+        yield parent, int(parent.stdout.readline().rpartition(" ")[2])
+
+
+@linux
+def test_children_die_with_a_supervisor_that_is_killed():
+    with supervising("threading.Event()") as (parent, child):
         assert alive(child)
         parent.kill()
     wait_for(lambda: not alive(child), 300, "the child's end")
@@ -231,16 +240,10 @@ def test_without_the_tie_a_child_would_outlive_its_supervisor():
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_children_and_supervisor_cleanly(sent):
-    code = (
-        "from privet.common.child_processes import Spec, stop_on_signals, supervise;"
-        f"supervise([Spec('child', ({sys.executable!r}, '-c', {SLEEP!r}))], stop_on_signals())"
-    )
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline().rpartition(" ")[2])
+    with supervising("stop_on_signals()") as (parent, child):
         parent.send_signal(sent)
         assert parent.wait(300) == 0
+        assert parent.stdout is not None
         assert parent.stdout.read().splitlines()[-1] == "supervisor: all children ended"
     assert not alive(child)
 
