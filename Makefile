@@ -17,6 +17,8 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
+# Many images set it: then each of the processes that tests start compiles torch anew, for 20 s.
+unexport PYTHONDONTWRITEBYTECODE
 # One thread for each test process; the demo takes the number from its configuration.
 test test-all check: export OMP_NUM_THREADS := 1
 

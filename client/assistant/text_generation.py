@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ...common.errors import ConfigError
 from ...common.model.base_model import BaseModel
@@ -290,13 +291,16 @@ def sampled(
             )  # fmt: skip
         state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values
         scores = adjusted_logits(head, state, state @ base.output.T)
-        if sampling.temperature == 0:
-            given = scores.argmax(1, keepdim=True)
-        else:
-            chances = (scores / sampling.temperature).softmax(1)
-            given = torch.multinomial(chances, 1, generator=generator)
+        given = _drawn(scores, sampling.temperature, generator)
         mask = torch.cat([mask, torch.ones_like(given)], 1)
         yield given[:, 0].tolist()
+
+
+def _drawn(scores: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Return one token of each row, shape (rows, 1): the best at temperature 0, else a draw."""
+    if temperature == 0:
+        return scores.argmax(1, keepdim=True)
+    return torch.multinomial((scores / temperature).softmax(1), 1, generator=generator)
 
 
 def completed(

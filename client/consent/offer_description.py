@@ -92,12 +92,7 @@ def describe(
         ("received", f"{datetime.fromtimestamp(offer.received, UTC):%Y-%m-%d %H:%M} UTC"),
     ]
     if ab_run is None:
-        rows += [
-            ("base model", shown(config.model.base)),
-            ("adapter", _adapter(config, dimension)),
-            ("rounds", _rounds(config)),
-            ("work", _work(config)),
-        ]
+        rows += _training(config, dimension)
     else:
         dimension = ab_run.entries * len(ab_run.arms)
         rows += [("experiment", _experiment(ab_run)), ("looks", _rounds(config))]
@@ -112,6 +107,15 @@ def describe(
         rows.insert(0, ("NOT PRIVATE", "a test: anybody can compute its noise and take it away"))
     rows += [("refused", reason) for reason in refusals]
     return rows if refusals else [*rows, ("policy", "inside the limits of policy.toml")]
+
+
+def _training(config: Config, dimension: int | None) -> list[tuple[str, str]]:
+    return [
+        ("base model", shown(config.model.base)),
+        ("adapter", _adapter(config, dimension)),
+        ("rounds", _rounds(config)),
+        ("work", _work(config)),
+    ]
 
 
 def release_cost(config: Config, dimension: int | None = None) -> tuple["Charge", ...]:

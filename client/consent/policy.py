@@ -24,8 +24,8 @@ from ...common.files import explain_os_errors, write_atomic
 from ...common.settings.config import Config
 from ...common.settings.faults import faults, shortened
 from ...common.settings.former_names import POLICY, with_names_of_today
-from ...common.settings.sections import NoiseAt, PrivacySettings
-from .policy_settings import OwnBudget, Policy
+from ...common.settings.sections import NoiseAt, PrivacySettings, SecureAggregationSettings
+from .policy_settings import OwnBudget, Policy, RunLimits
 
 __all__ = [
     "DEFAULT",
@@ -166,17 +166,12 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
     An A/B experiment trains nothing: there is no record's gradient to noise, its clip is the norm
     of its outcome, and what it may cost is in its noise and its number of looks. So it has no cap.
     """
-    limits, given, allowed = policy.limits, config.secure_aggregation, policy.allowed
+    limits, allowed = policy.limits, policy.allowed
     blocks = {name: max(getattr(config.statistics, name), limits.min_noise) for name in BLOCK_NOISE}
     return _with(
         config,
         privacy=_own_privacy(policy, config, closed),
-        secure_aggregation=_with(
-            given,
-            survivors=max(given.survivors, limits.min_survivors),
-            colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
-            min_cohort=max(given.min_cohort, limits.min_cohort),
-        ),
+        secure_aggregation=_own_aggregation(limits, config),
         statistics=_with(
             config.statistics,
             enabled=config.statistics.enabled and allowed.statistics,
@@ -184,6 +179,16 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
         ),
         training=_with(config.training, steps=min(config.training.steps, limits.max_steps)),
         insecure_test_seed=config.insecure_test_seed if allowed.insecure_test_seed else None,
+    )
+
+
+def _own_aggregation(limits: RunLimits, config: Config) -> SecureAggregationSettings:
+    given = config.secure_aggregation
+    return _with(
+        given,
+        survivors=max(given.survivors, limits.min_survivors),
+        colluding=float(max(config.colluders, limits.colluders(config.rounds.cohort))),
+        min_cohort=max(given.min_cohort, limits.min_cohort),
     )
 
 

@@ -487,12 +487,16 @@ def _records(
     if not held and not again:
         reason = "; ".join(["no text of yours in it", *_sentences(notes)])
         return Ignored(path, reason, fingerprint)
+    _add_left_out(notes, again, over, limits.records)
+    records = sorted((record for _, record in held), key=_when)
+    return Found(path, fingerprint, tuple(records), tuple(_sentences(notes)))
+
+
+def _add_left_out(notes: dict[str, list[int]], again: int, over: int, limit: int) -> None:
     if again:
         _add(notes, Note(f"{again:,} texts are held already: each is kept once"))
     if over:
-        _add(notes, Note(f"the first {over:,} records: the limit is {limits.records:,} in all"))
-    records = sorted((record for _, record in held), key=_when)
-    return Found(path, fingerprint, tuple(records), tuple(_sentences(notes)))
+        _add(notes, Note(f"the first {over:,} records: the limit is {limit:,} in all"))
 
 
 def _when(record: Record) -> float:

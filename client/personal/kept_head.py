@@ -17,6 +17,7 @@ from ..device import Device, DeviceContext, cluster_of, exchange_at, local_facto
 from ..store.device_store import ME, DeviceStore
 from ..training.cluster_choice import choose
 from ..training.constant_work import choice_of, missing
+from .evaluator import EvaluatedPerson
 from .person_losses import evaluator_of
 
 __all__ = ["keep"]
@@ -57,13 +58,20 @@ def keep(context: DeviceContext, home: DeviceStore, run: str, state: NDArray[np.
         home.note(f"no personal head for {run}: {failed}")
         person = None
     if person is not None:
-        losses = {"base": person.base, "shared": person.loss(None)}
-        if person.head is not None:
-            losses["personal"] = person.loss(person.head)
-            entries[f"heads/{run}"] = person.head.to_bytes()
-        facts = {"time": time.time(), "records": len(own), "held_out": len(held_out), **losses}
-        entries[f"measured/{run}"] = json.dumps(facts).encode()
+        counts = {"records": len(own), "held_out": len(held_out)}
+        entries |= _measured(person, run, counts)
     home.keep(run, entries)
+
+
+def _measured(person: EvaluatedPerson, run: str, counts: dict[str, int]) -> dict[str, bytes]:
+    """Return the vault's entries of a person who was measured: the losses, and the head if any."""
+    losses = {"base": person.base, "shared": person.loss(None)}
+    head = {}
+    if person.head is not None:
+        losses["personal"] = person.loss(person.head)
+        head = {f"heads/{run}": person.head.to_bytes()}
+    facts = {"time": time.time(), **counts, **losses}
+    return head | {f"measured/{run}": json.dumps(facts).encode()}
 
 
 def _rehearsal(context: DeviceContext, state: NDArray[np.float32]) -> None:

@@ -130,9 +130,7 @@ def scored_texts(
     bf16: bool = False,
     tokens: int = 0,
 ) -> list[ScoredText]:
-    """Compute the records in their contexts under each adapter.
-
-    Contexts have no loss.
+    """Compute the records in their contexts, which have no loss, under each adapter.
 
     Args:
         adapter: overwritten. The frozen blocks below it are computed once for all vectors.

@@ -262,9 +262,7 @@ def adjusted_logits(head: TextHead | None, state: Tensor, logits: Tensor) -> Ten
 
 @torch.no_grad()
 def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None = None) -> TextHead:
-    """Fit one person's text head on all of `own`.
-
-    Run on the device, after the release.
+    """Fit one person's text head on all of `own`, on the device and after the release.
 
     The two weights are chosen by leaving out contiguous blocks of the person's own records, in
     order: speeches next to each other share a topic, so leaving out single records promises about

@@ -119,14 +119,11 @@ def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[st
         ConfigError: the limit, how many of the rounds it pays for, and what to set.
     """
     own, rounds, clients = config.privacy, config.rounds, config.data.clients
-    limits: Mapping[str, Limit] = budgets(own)
-    if config.data.source == DEVICES:
-        limits = {
-            name: limit for name, limit in limits.items() if limit.of_run or math.isinf(limit)
-        }
     cost = charges(plan, dimension, own)
     unpaid = min(
-        paid(cost, limits, own.delta, rounds.count), key=lambda paid: paid.rounds, default=None
+        paid(cost, _counting(config), own.delta, rounds.count),
+        key=lambda paid: paid.rounds,
+        default=None,
     )
     if unpaid is None:
         return
@@ -144,6 +141,14 @@ def refuse_unpaid(config: Config, plan: Plan, dimension: int, warn: Callable[[st
         return
     fewer = f", or rounds.count = {unpaid.rounds}" if unpaid.rounds else ""
     raise ConfigError(f"{sentence}: every device would decline the rest; {mend}{fewer}")
+
+
+def _counting(config: Config) -> Mapping[str, Limit]:
+    """Return the limits that count at the start: of a run on devices, its own and no owner's."""
+    limits = budgets(config.privacy)
+    if config.data.source != DEVICES:
+        return limits
+    return {name: limit for name, limit in limits.items() if limit.of_run or math.isinf(limit)}
 
 
 def needed(epsilon: float) -> str:

@@ -115,7 +115,6 @@ def work(
     with exclusive(folder):
         resources = policies.read(folder / POLICY).resources
         limit_process(resources)
-        shared = _secret(secret)
         with DeviceStore.open(folder, unlock_of(folder, passphrase)) as home:
             participant = EnrolledParticipant(home, server)
             watcher = threading.Thread(target=watch, args=(home, stop, busy, say), name="rescan")
@@ -125,7 +124,7 @@ def work(
                     f"127.0.0.1:{port}",
                     handler(participant, busy, say),
                     stop=stop,
-                    secret=shared,
+                    secret=_secret(secret),
                     idle_s=60 * resources.idle_minutes,
                     on_idle=participant.rest,
                     say=say,

@@ -131,18 +131,22 @@ def renew(
     authority = authority_of(ca_key or server.folder / "ca" / "ca.key", server.folder / "ca.crt")
     now = now or datetime.datetime.now(datetime.UTC)
     with explain_os_errors(server.folder, "renew the certificates of"):
-        link = server.folder / CERTIFICATES
-        before = os.readlink(link)
+        before = os.readlink(server.folder / CERTIFICATES)
         following = f"{CERTIFICATES}.{int(before.rpartition('.')[2]) + 1}"
         shutil.rmtree(server.folder / following, ignore_errors=True)  # of a renewal cut short
         write_certificates(server.folder / following, server.hosts, authority, days, now)
-        fresh = server.folder / f".{CERTIFICATES}.link"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(following)
-        os.replace(fresh, link)
+        _link(server.folder / CERTIFICATES, following)
         write_json_atomic(server.folder / FACTS, _facts(server))
         shutil.rmtree(server.folder / before, ignore_errors=True)
     return server
+
+
+def _link(link: Path, target: str) -> None:
+    """Point `link` at `target` by one rename, so that there is always one or the other."""
+    fresh = link.with_name(f".{link.name}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    os.replace(fresh, link)
 
 
 def load(folder: Path) -> Server:

@@ -59,13 +59,7 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
     asked = config.adapter.start
     if not asked:
         return config, None
-    tried = [Path(asked), *(place / asked for place in places)]
-    folder = next((candidate for candidate in tried if (candidate / "config.toml").is_file()), None)
-    if folder is None:
-        raise ConfigError(
-            f"adapter.start = {asked!r}: expected a run's folder or name, and none of "
-            f"{', '.join(map(str, tried))} has a config.toml"
-        )
+    folder = _folder(asked, places)
     old = of_run(folder)
     _refuse_other_kind(folder, old, config)
     run = (folder / "run-id").read_text("utf-8").strip()
@@ -81,6 +75,17 @@ def take(config: Config, exchange: Exchange, places: Sequence[Path]) -> tuple[Co
     }  # fmt: skip
     named = config.adapter.model_copy(update={"start": fingerprint})
     return config.model_copy(update={"adapter": named}), Start(kept.adapter, start_facts)
+
+
+def _folder(asked: str, places: Sequence[Path]) -> Path:
+    tried = [Path(asked), *(place / asked for place in places)]
+    for candidate in tried:
+        if (candidate / "config.toml").is_file():
+            return candidate
+    raise ConfigError(
+        f"adapter.start = {asked!r}: expected a run's folder or name, and none of "
+        f"{', '.join(map(str, tried))} has a config.toml"
+    )
 
 
 def _refuse_other_kind(folder: Path, old: Config, new: Config) -> None:
