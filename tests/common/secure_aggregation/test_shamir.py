@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privet.common.errors import ConfigError, ProtocolError
+from privet.common.secure_aggregation import shamir
 from privet.common.secure_aggregation.keys import Secret
 from privet.common.secure_aggregation.shamir import PRIME, SHARE_BYTES, combine, split
+from privet.common.secure_aggregation.terms import MAX_PARTICIPANTS
 
 VECTOR = json.loads((Path(__file__).parents[2] / "vectors" / "primitives.json").read_text())[
     "shamir"
@@ -53,6 +55,21 @@ def test_any_threshold_many_shares_give_the_secret(data, secret):
     chosen = data.draw(st.permutations(points))[:threshold]
     assert combine({point: shares[point] for point in chosen}, threshold) == secret
     assert combine(shares, threshold) == secret
+
+
+@given(st.data(), st.integers(1, 80))
+def test_shares_are_the_polynomials_values(data, count):
+    largest = st.integers(PRIME - 3, PRIME - 1)  # every digit as large as it gets
+    terms = data.draw(st.lists(st.integers(0, PRIME - 1) | largest, min_size=count, max_size=count))
+    points = data.draw(st.lists(st.integers(1, 65535), min_size=1, max_size=9))
+    for point, value in zip(points, shamir._values(terms, points), strict=True):
+        assert value == sum(term * pow(point, i, PRIME) for i, term in enumerate(terms)) % PRIME
+
+
+def test_sums_of_the_longest_polynomials_are_exact():
+    terms = [PRIME - 1] * MAX_PARTICIPANTS
+    (value,) = shamir._values(terms, [65535])
+    assert value == sum(term * pow(65535, i, PRIME) for i, term in enumerate(terms)) % PRIME
 
 
 def test_one_share_less_fits_every_secret():
