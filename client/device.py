@@ -8,6 +8,7 @@ all devices simulated by one process share.
 import dataclasses
 import gc
 import hashlib
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ from .privacy.run_ledger import run_id, run_ledger
 from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
-from .training.constant_work import Work, choice_of, missing, work_of
+from .training.constant_work import Work, choice_of, chunks_of, missing, work_of
 from .training.local_training import Randomness, Trained, Trainer, train
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ class SimulatedContext:
     def open(cls, folder: Path) -> "SimulatedContext":
         """Load what a run folder names, once per process."""
         config = settings.of_run(folder)
-        torch.set_num_threads(config.speed.threads)
+        if multiprocessing.parent_process() is None:  # a forked one keeps to its one thread
+            torch.set_num_threads(config.speed.threads)
         index = data.read_index(folder)
         run = run_id(folder)
         ledger = run_ledger(folder, run)
@@ -277,10 +279,11 @@ def take_part(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes |
     Returns:
         The bytes that leave, or None when the device declines. Why it declined stays in its own
         ledger. A round asked again gets the same bytes again and costs nothing. A plan with masks
-        is declined: its contributions carry a share of the noise each, too little to be seen alone.
+        is declined: its contributions carry a share of the noise each, too little to be seen alone;
+        but for simulated devices that are to do without (`simulation.masking`).
     """
     try:
-        if plan.masked:
+        if plan.masked and device.context.config.simulation.masking == "protocol":
             raise ProtocolError(
                 f"round {plan.round}: the plan has each device add a share of the noise, and such "
                 "a contribution leaves under masks only; the server asked for it without"
@@ -347,8 +350,11 @@ def _learnt(
     """Choose a cluster and train it: which one, the local factor as it was kept, the results."""
     context, config, exchange = device.context, device.context.config, exchange_at(device.context)
     records, active_clusters = device.records(), exchange.clusters.active_clusters(plan.round)
+    adapter = context.trainer.adapter
     choice, shape = (None, None) if work is None else (work.choice, work.step)
-    cluster = choose(context.trainer.adapter, cluster_vectors, active_clusters, records, choice)
+    if shape is None and adapter.base.by_shape:
+        shape = chunks_of(config, adapter.base.positions)
+    cluster = choose(adapter, cluster_vectors, active_clusters, records, choice)
     local_factor, label = local_factor_of(device, plan.round), f"{device.name} round {plan.round}"
     trained = train(
         context.trainer,

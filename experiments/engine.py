@@ -4,12 +4,12 @@ Both run `privet.server.app` and `privet.client.app` as they are, and give the s
 for bit (with the test seed, which a comparison needs).
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,14 +20,18 @@ from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
+from ..client.device import SimulatedContext
+from ..client.training.local_training import Trainer
 from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines
+from ..common.model.adapter import shared
 from ..common.settings.config import Config
 from ..server.app import serve
 from ..server.round_record import LOG
 from ..server.rounds import Show
 from . import progress, run_costs
-from .grid import LocalGrid
+from .forked_grid import ForkedGrid
+from .grid import Done, LocalGrid
 
 __all__ = ["ENGINES", "check", "run"]
 
@@ -66,22 +70,33 @@ def run(name: str, folder: Path, config: Config) -> None:
 
 
 def _local(folder: Path, config: Config, live: progress.Live) -> None:
+    """Run in this process, or in forks of it where `speed.processes` asks for several."""
     seconds = 0.0
 
-    def timed(message: Message, context: Context) -> Message:
+    def done(kind: str, took_s: float) -> None:
         nonlocal seconds
-        began = time.perf_counter()
-        reply = told(message, context)
-        if message.metadata.message_type in ("train.round", "train.vector"):
-            seconds += time.perf_counter() - began
+        if kind in ("train.round", "train.vector"):
+            seconds += took_s / config.speed.processes
             live.advance()
-        return reply
 
     try:
-        app = functools.partial(mortal, config, timed, folder=folder)
-        serve(LocalGrid(app, config.data.clients, str(folder)), folder, live.show)
+        with _grid(folder, config, done) as grid:
+            serve(grid, folder, live.show)
     finally:
         run_costs.add(folder, training=seconds)
+
+
+@contextlib.contextmanager
+def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
+    app = functools.partial(mortal, config, told, folder=folder)
+    clients, processes = config.data.clients, config.speed.processes
+    if processes == 1:
+        yield LocalGrid(app, clients, str(folder), done)
+        return
+    SimulatedContext.open.cache_clear()  # no process goes on with the ledger of another
+    Trainer.of(shared(config), config.speed.cache_mb, config.pairs)  # before the fork: one for all
+    with ForkedGrid(app, clients, str(folder), done, processes) as grid:
+        yield grid
 
 
 def mortal(

@@ -6,6 +6,7 @@ raises: in a simulation a broken device is a bug, not weather.
 """
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import Context, Message, RecordDict
@@ -13,11 +14,18 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["LocalGrid"]
+__all__ = ["App", "Done", "LocalGrid"]
+
+App = Callable[[Message, Context], Message]
+Done = Callable[[str, float], None]
 
 RUN_ID = 1
 SERVER = 1
 FIRST_NODE = 2
+
+
+def _nothing(_: str, __: float) -> None:
+    pass
 
 
 class LocalGrid(Grid):
@@ -27,16 +35,12 @@ class LocalGrid(Grid):
         app: the ClientApp every node runs.
         clients: how many nodes there are.
         run: the run folder, given to the clients as run configuration.
+        done: told of each reply what kind of message it answers, and the seconds it took.
     """
 
-    def __init__(
-        self,
-        app: Callable[[Message, Context], Message],
-        clients: int,
-        run: str,
-    ) -> None:
+    def __init__(self, app: App, clients: int, run: str, done: Done = _nothing) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
-        self._app = app
+        self._app, self._done = app, done
         self._clients = clients
         self._run_config = {"run": run}
         self._pending: dict[str, Message] = {}
@@ -80,10 +84,17 @@ class LocalGrid(Grid):
         """Handle the messages in the order they were sent, one reply at a time."""
         for name in sorted(set(message_ids) & set(self._pending), key=int):
             message = self._pending.pop(name)
-            node = message.metadata.dst_node_id
-            state = self._states.setdefault(node, RecordDict())
-            where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
-            yield self._app(message, Context(RUN_ID, node, where, state, self._run_config))
+            reply, seconds = self._handled(message)
+            self._done(message.metadata.message_type, seconds)
+            yield reply
+
+    def _handled(self, message: Message) -> tuple[Message, float]:
+        """Run the app on a message, and return its reply and the seconds it took."""
+        began, node = time.perf_counter(), message.metadata.dst_node_id
+        state = self._states.setdefault(node, RecordDict())
+        where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
+        reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
+        return reply, time.perf_counter() - began
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -25,7 +25,8 @@ from ..client.privacy.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
 from ..client.training import records
 from ..common.errors import ConfigError, RunExists, RunUnfinished
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic
-from ..common.model.adapter import exchanged
+from ..common.model.adapter import exchanged, shared
+from ..common.model.compute import as_before
 from ..common.privacy.plan_maker import make_plan
 from ..common.secure_aggregation.keys import Directory, Secret, write_directory
 from ..common.settings import config as settings
@@ -42,6 +43,9 @@ from .reports.facts import Measured, Summary
 from .reports.privacy_facts import reasons
 
 __all__ = ["prepare", "simulate"]
+
+COMPUTE = "compute"
+"""File of a run folder: where its base model computes, in which numbers, and why."""
 
 
 def simulate(
@@ -84,7 +88,8 @@ def simulate(
 def _run_rounds(config: Config, folder: Path, engine_name: str) -> None:
     progress.say(
         f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
-        f"of {config.rounds.cohort}, base model {config.model.base}; in {folder}"
+        f"of {config.rounds.cohort}, base model {config.model.base} in "
+        f"{(folder / COMPUTE).read_text('utf-8').strip()}; in {folder}"
     )
     try:
         with run_costs.measuring(folder, "rounds"):
@@ -116,7 +121,8 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         ensure_base(Path(BASE))
     people = _people(config)
     config = _with_task(config, people)
-    sent = exchanged(config)
+    sent, compute = exchanged(config), shared(config).base.compute
+    config = config.model_copy(update={"compute": compute.settings})
     config, start = starting.take(config, sent, [folder.parent])
     plan = make_plan(config, config.name, 1, sent.state.digest, sent.start, sent)
     dimension = sent.released(1).dimension
@@ -135,6 +141,7 @@ def prepare(config: Config, folder: Path, *, resume: bool) -> Config:
         Ledger.open(partial / LEDGERS, owner=run).close()
         _enrol(partial, people.train_users)
         write_json_atomic(partial / run_costs.MEASURED, sizes)
+        write_atomic(partial / COMPUTE, f"{compute.line}\n".encode())
         with explain_os_errors(folder, "make the run folder"):
             if folder.exists():
                 folder.rmdir()
@@ -157,7 +164,7 @@ def measured(folder: Path) -> Measured:
     kept = run_costs.read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
     evaluated = kept.get("evaluation", 0.0)
-    dimension = len(run_evaluation.global_adapter(folder))
+    dimension, computed = len(run_evaluation.global_adapter(folder)), folder / COMPUTE
     return {
         "seconds": {
             "total": rounds + evaluated,
@@ -168,6 +175,7 @@ def measured(folder: Path) -> Measured:
         "peak_rss_bytes": int(kept.get("peak_rss_bytes", 0)),
         "upload_bytes_per_client_round": int(kept.get("upload_bytes", 0)),
         "dimension": dimension,
+        "compute": computed.read_text("utf-8").strip() if computed.is_file() else None,
         "versions": {
             "python": sys.version.split()[0],
             **{name: version(name) for name in ("privet", "torch", "flwr", "peft", "opacus")},
@@ -186,6 +194,7 @@ def _resolved(config: Config, folder: Path, resume: bool) -> Config:
     if not (folder / "config.toml").is_file():
         raise RunExists(f"{folder} exists but holds no run of privet; choose another name")
     kept = settings.of_run(folder)
+    config = config.model_copy(update={"compute": as_before(config.compute, kept.compute)})
     index = records.read_index(folder)
     ledger_path(folder)
     return resumed(folder, kept, _with_task(config, index))

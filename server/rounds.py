@@ -289,12 +289,14 @@ def _sum(
     why: dict[int, str],
 ) -> Summed:
     """Collect the sum of the contributions, mod 2**bits. None where masking reveals none."""
-    if plan.masked:
+    ideal = run.config.simulation.masking == "ideal"
+    if plan.masked and not ideal:
         tried = dataclasses.replace(plan, attempt=_next_attempt(run.folder))
         sized = functools.partial(sized_graph, run.config.secure_aggregation, plan.colluders)
         return masked_sum(run.ask, cohort, tried, adapter, dimension, sized, why)
     replies = run.ask("round", dict.fromkeys(cohort, b""), plan, adapter)
-    return _collect(replies, plan, plan.length(dimension), cohort, why)
+    total, came, counts = _collect(replies, plan, plan.length(dimension), cohort, why)
+    return (None if len(came) < plan.survivors else total), came, counts
 
 
 def _announce(folder: Path, cohort: Sequence[int], plan: Plan, dimension: int) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from privet.common.model.base_model import BaseModel, load
+from privet.common.model.base_model import BaseModel, load_anew
 from privet.common.settings.config import Config, parse
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>")
@@ -53,7 +53,7 @@ def patiently(run: Callable[[], object], before_again: Callable[[], object]) -> 
 
 def fresh(folder: Path) -> BaseModel:
     """A base model of one's own: what others attach to the one `load` keeps does not touch it."""
-    return load.__wrapped__(str(folder))
+    return load_anew(str(folder))
 
 
 def tiny_llama(folder: Path, **changes: Any) -> Path:

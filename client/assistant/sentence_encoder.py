@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ...common.errors import ModelError, StateError
 from ...common.model.base_model import BaseModel, final_states, load, pad
+from ...common.settings.sections import ComputeSettings
 from .retrieval import Encoder
 
 __all__ = ["embed", "embed_new", "kept_bytes", "read_kept", "sentence_encoder"]
@@ -37,7 +38,7 @@ def sentence_encoder(name: str = "minilm") -> Encoder:
         ModelError: a decoder, or no such model.
         AssetError: it cannot be fetched.
     """
-    base = load(name)
+    base = load(name, ComputeSettings(device="cpu", dtype="float32"))  # vectors are kept
     if base.kind != "encoder":
         raise ModelError(f"{name!r} makes text, not sentence vectors; take an encoder (minilm)")
     return lambda texts: embed(base, texts)

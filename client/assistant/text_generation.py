@@ -262,7 +262,6 @@ def sampled(
     starts: Sequence[Sequence[int]],
     head: TextHead | None,
     sampling: Sampling,
-    bf16: bool = False,
 ) -> Iterator[list[int]]:
     """Draw one token after the other for each row, with a cache of keys and values.
 
@@ -271,8 +270,6 @@ def sampled(
         starts: token ids, at least one in each; all rows are one batch.
         head: None for the shared scores.
         sampling: how; row after row draws from one generator.
-        bf16: multiply the beginnings in bfloat16: casting all weights for one token takes longer
-            than the token.
 
     Yields:
         The next token of each row, `sampling.tokens` times at most. A row does not stop at its end
@@ -284,13 +281,16 @@ def sampled(
     generator, cache = torch.Generator().manual_seed(sampling.seed), None
     for _ in range(sampling.tokens):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -given.shape[1] :]
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and cache is None):
-            out = base.network.base_model(
-                input_ids=given, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                use_cache=True,
-            )  # fmt: skip
-        state, cache = out.last_hidden_state[:, -1].float(), out.past_key_values
-        scores = adjusted_logits(head, state, state @ base.output.T)
+        device = base.compute.device
+        out = base.network.base_model(
+            input_ids=given.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        state, cache = out.last_hidden_state[:, -1].float().cpu(), out.past_key_values
+        scores = adjusted_logits(head, state, base.output.scores(state))
         given = _drawn(scores, sampling.temperature, generator)
         mask = torch.cat([mask, torch.ones_like(given)], 1)
         yield given[:, 0].tolist()
@@ -308,13 +308,12 @@ def completed(
     starts: Sequence[Sequence[int]],
     head: TextHead | None,
     sampling: Sampling,
-    bf16: bool = False,
 ) -> list[list[int]]:
     """Return the tokens that `sampled` draws for each row, up to before its end token."""
     end = base.tokenizer.eos_token_id
     rows: list[list[int]] = [[] for _ in starts]
     unfinished = set(range(len(rows)))
-    for tokens in sampled(base, starts, head, sampling, bf16):
+    for tokens in sampled(base, starts, head, sampling):
         unfinished -= {row for row in unfinished if tokens[row] == end}
         for row in unfinished:
             rows[row].append(tokens[row])

@@ -24,7 +24,13 @@ from ...common.files import explain_os_errors, write_atomic
 from ...common.settings.config import Config
 from ...common.settings.faults import faults, shortened
 from ...common.settings.former_names import POLICY, with_names_of_today
-from ...common.settings.sections import NoiseAt, PrivacySettings, SecureAggregationSettings
+from ...common.settings.sections import (
+    ComputeSettings,
+    NoiseAt,
+    PrivacySettings,
+    SecureAggregationSettings,
+    SimulationSettings,
+)
 from .policy_settings import OwnBudget, Policy, RunLimits
 
 __all__ = [
@@ -172,12 +178,14 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
         config,
         privacy=_own_privacy(policy, config, closed),
         secure_aggregation=_own_aggregation(limits, config),
+        compute=ComputeSettings(device=policy.resources.device, dtype=policy.resources.dtype),
         statistics=_with(
             config.statistics,
             enabled=config.statistics.enabled and allowed.statistics,
             **blocks,
         ),
         training=_with(config.training, steps=min(config.training.steps, limits.max_steps)),
+        simulation=SimulationSettings(),
         insecure_test_seed=config.insecure_test_seed if allowed.insecure_test_seed else None,
     )
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...common.settings.sections import (
+    DEVICE,
     NEW_DEVICE,
     Adjacency,
     BudgetSettings,
@@ -225,6 +226,12 @@ class Resources(_Section):
         ge=400,
         description="memory of the worker; the system (Linux) refuses it more, and a model that "
         "does not fit ends the round",
+    )
+    device: str = Field(
+        "auto", pattern=DEVICE, description="where the base model computes: cpu, cuda, cuda:1, mps"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base model's weights"
     )
     idle_minutes: float = Field(
         10.0, gt=0, description="without work, after which the model is let go from memory"

@@ -272,4 +272,4 @@ def let_go() -> None:
 
     Trainer.of.cache_clear()
     adapter._shared.cache_clear()
-    base_model.load.cache_clear()
+    base_model.forget()

@@ -92,7 +92,7 @@ class LabelEvaluator:
         new = [record.ids for record in records if record.ids not in self._known]
         if new:
             ids, mask = pad(new, tokens=self.tokens)
-            self._known.update(zip(new, pooled(base, final_states(base, ids, mask), mask),
-                                   strict=True))  # fmt: skip
+            vectors = pooled(base, final_states(base, ids, mask).cpu(), mask)
+            self._known.update(zip(new, vectors, strict=True))
         labels = torch.tensor([float(record.label or 0.0) for record in records])
         return torch.stack([self._known[record.ids] for record in records]), labels

@@ -79,7 +79,7 @@ class LabelHead:
         Later training does not change it.
         """
         task: LabelTask = "regression" if layer.out_features == 1 else "classification"
-        return cls(layer.weight.detach().clone(), layer.bias.detach().clone(), task)
+        return cls(layer.weight.detach().cpu().clone(), layer.bias.detach().cpu().clone(), task)
 
     def to_bytes(self) -> bytes:
         """Return the head as a safetensors file, for the vault."""

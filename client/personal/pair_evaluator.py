@@ -16,6 +16,7 @@ from torch.nn import functional
 from ...common.model.adapter import Adapter, Vector
 from ...common.model.base_model import final_states, pad, prefix_states, resumed_at
 from ...common.model.objective import pooled
+from ...common.model.output_layer import OutputLayer
 from ...common.settings.sections import PreferenceSettings
 from ..training.records import Tokenised
 from .head import PersonalHead, head_of_kind
@@ -80,13 +81,13 @@ class LikelihoodPerson(PairPerson):
     Attributes:
         answers: the held-out ones' tokens under the shared model.
         scores: the shared model's of them.
-        output: (v, w) the model's output embedding.
+        output: the model's.
     """
 
     head: TextHead | None = field(repr=False)
     answers: AnswerTokens = field(repr=False)
     scores: SharedScores = field(repr=False)
-    output: Tensor = field(repr=False)
+    output: OutputLayer = field(repr=False)
 
     def margins(self, head: PersonalHead | None) -> Tensor:
         """Return the margins of the pairs in nats, as `PairPerson.margins` says.
@@ -130,7 +131,7 @@ class LikelihoodEvaluator:
         self, adapter: Adapter, shared: Vector, settings: PreferenceSettings, tokens: int = 0
     ) -> None:
         self.adapter, self.shared, self.settings = adapter, shared, settings
-        self.tokens, self.output = tokens, adapter.base.output.detach()
+        self.tokens, self.output = tokens, adapter.base.output
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
@@ -169,7 +170,7 @@ class LikelihoodEvaluator:
             wanted = mask[:, 1:].bool() & (place >= torch.tensor([row[3] for row in part])[:, None])
             prefix = prefix_states(base, first, ids, mask)
             with resumed_at(base, first, prefix):
-                states = final_states(base, ids, mask)[:, :-1][wanted]
+                states = final_states(base, ids, mask).float().cpu()[:, :-1][wanted]
             each = wanted.sum(1)
             sign = torch.tensor([row[1] for row in part])
             if self.settings.length_normalised:
@@ -236,8 +237,9 @@ class ScoreEvaluator:
         for start in range(0, len(new), _ROWS):
             part = new[start : start + _ROWS]
             ids, mask = pad(part, tokens=self.tokens)
-            last = pooled(base, final_states(base, ids, mask), mask)
-            views = torch.cat([last, _mean_state(prefix_states(base, 0, ids, mask), mask)], 1)
+            last = pooled(base, final_states(base, ids, mask).cpu(), mask)
+            first = prefix_states(base, 0, ids, mask).float().cpu()
+            views = torch.cat([last, _mean_state(first, mask)], 1)
             self._known.update(zip(part, views, strict=True))
         return torch.stack([self._known[ids] for ids in rows])
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...common.model.output_layer import OutputLayer
 from ...common.settings.sections import PreferenceSettings
 from .head import best_choice, minimise
 from .text_head import (
@@ -124,33 +125,34 @@ def _cosine(left: Tensor, right: Tensor) -> float:
 
 @torch.no_grad()
 def token_margins(answers: AnswerTokens, head: TextHead | None, shared: SharedScores,
-                  output: Tensor) -> Tensor:  # fmt: skip
+                  output: OutputLayer) -> Tensor:  # fmt: skip
     """Return margins (n,) of the pairs under the shared model (None) or with a head, nats."""
     return -answers.summed(token_losses(head, answers.tokens, output, shared))
 
 
-def fit_token_bias(answers: AnswerTokens, output: Tensor, settings: PreferenceSettings) -> TextHead:
+def fit_token_bias(
+    answers: AnswerTokens, output: OutputLayer, settings: PreferenceSettings
+) -> TextHead:
     """Fit one person's bias on tokens to their preferences.
 
     Run on the device, after the release.
 
     Args:
         answers: of the person's own pairs, under the reference: the shared model.
-        output: (v, w) the model's output embedding.
+        output: the model's.
         settings: beta.
 
     Returns:
         A head without a memory, whose biases may be below zero; the shared model for fewer than
         `MIN_PAIRS` pairs, or where no change predicts left-out pairs better.
     """
-    nothing = no_text_head(output.shape[1])
+    nothing = no_text_head(output.width)
     if answers.pairs < MIN_PAIRS:
         return nothing
     tokens, slots = _distinguishing(answers)
     scores = shared_scores(answers.tokens, output)
     with torch.no_grad():
-        states = answers.tokens.states.float()
-        own = (states @ output[tokens].float().T - scores.log_z[:, None]).exp()
+        own = (output.scores(answers.tokens.states, tokens) - scores.log_z[:, None]).exp()
         offset = settings.beta * token_margins(answers, None, scores, output)
     fit = _BiasFit(answers, slots, own, settings.beta)
     spread = _best(offset, _folds(answers.which), fit)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...common.model.adapter import Adapter, Vector
 from ...common.model.base_model import final_states, pad, prefix_states, resumed_at
+from ...common.model.output_layer import OutputLayer
 from .text_head import (
     SharedScores,
     TextHead,
@@ -77,14 +78,14 @@ class ScoredText:
         scored: (n,) bool, False where the token that follows belongs to the opening, or is one
             of the tokenizer's own marks: they have no bytes.
         scores: the shared model's, of the states.
-        output: (v, w) the model's output embedding.
+        output: the model's.
         first, end: the records that are here, from `first` to before `end`.
     """
 
     states: TokenStates = field(repr=False)
     scored: Tensor = field(repr=False)
     scores: SharedScores = field(repr=False)
-    output: Tensor = field(repr=False)
+    output: OutputLayer = field(repr=False)
     first: int
     end: int
 
@@ -127,7 +128,6 @@ def scored_texts(
     rows: Sequence[Row],
     vectors: Sequence[tuple[Vector, Vector | None]],
     *,
-    bf16: bool = False,
     tokens: int = 0,
 ) -> list[ScoredText]:
     """Compute the records in their contexts, which have no loss, under each adapter.
@@ -137,8 +137,6 @@ def scored_texts(
         rows: at least one.
         vectors: of each adapter the shared weights, shape (d,), and what a device keeps of it
             (fedsa's B), or None.
-        bf16: multiply in bfloat16, 2 to 3 times as fast where the processor can, for every
-            vector alike; SmolLM2's loss moved by 0.0005 nats.
         tokens: that every row passes the model with, whatever it has; 0: with its own.
     """
     parts: list[list[tuple[Tensor, Tensor, Tensor, Tensor]]] = [[] for _ in vectors]
@@ -157,9 +155,9 @@ def scored_texts(
         number = torch.tensor(chunk)[:, None].expand_as(position)[wanted]
         targets = ids[:, 1:][wanted]
         scored = (position >= given)[wanted] & ~torch.isin(targets, marks)
-        for found, states in zip(parts, _under(adapter, ids, mask, vectors, bf16), strict=True):
+        for found, states in zip(parts, _under(adapter, ids, mask, vectors), strict=True):
             found.append((states[:, :-1][wanted].float(), targets, number, scored))
-    output = adapter.base.output.detach()
+    output = adapter.base.output
     return [_together(found, output, len(rows)) for found in parts]
 
 
@@ -168,27 +166,19 @@ def _under(
     ids: Tensor,
     mask: Tensor,
     vectors: Sequence[tuple[Vector, Vector | None]],
-    bf16: bool,
 ) -> list[Tensor]:
-    """Return the final states of padded rows under each adapter."""
+    """Return the final states of padded rows under each adapter, on the CPU."""
     base, first = adapter.base, adapter.first_block
-    found = []
-    with _multiplying(bf16):
-        prefix = prefix_states(base, first, ids, mask)
+    prefix, found = prefix_states(base, first, ids, mask), []
     for shared, kept in vectors:
         adapter.write(shared, kept)
-        # a region of its own for each: within one, autocast goes on with the first one's weights
-        with _multiplying(bf16), resumed_at(base, first, prefix):
-            found.append(final_states(base, ids, mask))
+        with resumed_at(base, first, prefix):
+            found.append(final_states(base, ids, mask).cpu())
     return found
 
 
-def _multiplying(bf16: bool) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-
-
 def _together(
-    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], output: Tensor, count: int
+    parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]], output: OutputLayer, count: int
 ) -> ScoredText:
     """Join the chunks of all rows, in the order of the rows."""
     states, targets, record, scored = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -53,7 +53,6 @@ class TextEvaluator:
     Attributes:
         adapter, shared, kept, tokens: as `person_losses.evaluator_of`.
         opening: tokens given of each record.
-        bf16: as for `scored_texts`.
     """
 
     adapter: Adapter
@@ -61,7 +60,6 @@ class TextEvaluator:
     kept: Vector | None = field(default=None, repr=False)
     tokens: int = 0
     opening: int = OPENING
-    bf16: bool = False
 
     def person(
         self, own: Sequence[Tokenised], held_out: Sequence[Tokenised], fit: bool
@@ -92,7 +90,7 @@ class TextEvaluator:
         wanted = [
             (one, self.kept if one is self.shared else None) for one in vectors or (self.shared,)
         ]
-        return scored_texts(self.adapter, rows, wanted, bf16=self.bf16, tokens=self.tokens)
+        return scored_texts(self.adapter, rows, wanted, tokens=self.tokens)
 
 
 def alone(questions: Sequence[Asked]) -> list[Row]:

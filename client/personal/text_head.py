@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import DataError
+from ...common.model.output_layer import OutputLayer
 from .head import number_of, pack, unpack, unusable
 
 __all__ = [
@@ -55,7 +56,7 @@ class TokenStates:
     """Final hidden states of one person's records, and the tokens that followed.
 
     Attributes:
-        states: (n, w) float, after the model's final norm; `states @ output.T` are the logits.
+        states: (n, w) float, after the model's final norm; `OutputLayer.scores` makes them logits.
         targets: (n,) int64, the token that followed.
         record: (n,) int64, which record; a larger number is a later record.
 
@@ -172,24 +173,23 @@ def no_text_head(width: int) -> TextHead:
 
 
 @torch.no_grad()
-def shared_scores(data: TokenStates, output: Tensor) -> SharedScores:
+def shared_scores(data: TokenStates, output: OutputLayer) -> SharedScores:
     """Compute the shared model's scores, which every head that is measured on `data` reuses.
 
     The full logits exist for a few rows at a time, 24 MB, whatever n is.
 
     Args:
         data: n positions.
-        output: (v, w) the model's output embedding.
+        output: the model's.
 
     Raises:
-        DataError: `output` has another width, or a target is outside the vocabulary.
+        DataError: `output` is for another width, or a target is outside the vocabulary.
     """
     _check_output(data, output)
-    output = output.float()
     log_z = torch.empty(len(data))
     target_logit = torch.empty(len(data))
-    for rows in _chunks(len(data), max(1, _LOGIT_BYTES // (4 * len(output)))):
-        logits = data.states[rows].float() @ output.T
+    for rows in _chunks(len(data), max(1, _LOGIT_BYTES // (4 * output.words))):
+        logits = output.scores(data.states[rows])
         target_logit[rows] = logits.gather(1, data.targets[rows, None])[:, 0]
         top = logits.amax(1)
         # In place: a third faster than torch.logsumexp here, and one buffer instead of three.
@@ -199,14 +199,14 @@ def shared_scores(data: TokenStates, output: Tensor) -> SharedScores:
 
 @torch.no_grad()
 def token_losses(
-    head: TextHead | None, data: TokenStates, output: Tensor, shared: SharedScores
+    head: TextHead | None, data: TokenStates, output: OutputLayer, shared: SharedScores
 ) -> Tensor:
     """Return the negative log probability of each target.
 
     Args:
         head: whose head; None is the shared model.
         data: n positions, of the same person or (the swap control) of another.
-        output: (v, w) the model's output embedding.
+        output: the model's.
         shared: `shared_scores(data, output)`.
 
     Returns:
@@ -216,12 +216,11 @@ def token_losses(
     if head is None or head.is_shared:
         return losses
     slots = _slots_of(head.tokens, data.targets)
-    columns = output[head.tokens].float()
     for rows in _chunks(len(data), _ROWS):
         states = data.states[rows].float()
         log_p = -losses[rows]
         if head.bias_weight:
-            own = states @ columns.T - shared.log_z[rows, None]
+            own = output.scores(states, head.tokens) - shared.log_z[rows, None]
             log_p = log_p + _bias_gain(own, head.bias[None], slots[rows])
         if len(head.keys):
             similar = _unit(states - head.centre) @ head.keys.T
@@ -261,7 +260,9 @@ def adjusted_logits(head: TextHead | None, state: Tensor, logits: Tensor) -> Ten
 
 
 @torch.no_grad()
-def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None = None) -> TextHead:
+def fit_text_head(
+    own: TokenStates, output: OutputLayer, shared: SharedScores | None = None
+) -> TextHead:
     """Fit one person's text head on all of `own`, on the device and after the release.
 
     The two weights are chosen by leaving out contiguous blocks of the person's own records, in
@@ -273,7 +274,7 @@ def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None 
 
     Args:
         own: the person's fit records; never the records the head is measured on.
-        output: (v, w) the model's output embedding.
+        output: the model's.
         shared: `shared_scores(own, output)`, if it is there already.
 
     Raises:
@@ -282,13 +283,13 @@ def fit_text_head(own: TokenStates, output: Tensor, shared: SharedScores | None 
     _check_output(own, output)
     records = torch.unique(own.record)
     if len(records) < MIN_RECORDS:
-        return no_text_head(output.shape[1])
+        return no_text_head(output.width)
     shared = shared_scores(own, output) if shared is None else shared
     tokens, slots = torch.unique(own.targets, return_inverse=True)
-    log_own = own.states.float() @ output[tokens].float().T - shared.log_z[:, None]
+    log_own = output.scores(own.states, tokens) - shared.log_z[:, None]
     chosen = _choice(_held_out_gains(own, shared, slots, log_own), own.record)
     if chosen is None:
-        return no_text_head(output.shape[1])
+        return no_text_head(output.width)
     weight, offset = chosen
     centre, keys = _memory(own.states) if offset is not None else _memory(own.states[:0])
     return TextHead(
@@ -436,14 +437,14 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _check_output(data: TokenStates, output: Tensor) -> None:
-    if output.ndim != 2 or output.shape[1] != data.states.shape[1]:
+def _check_output(data: TokenStates, output: OutputLayer) -> None:
+    if output.width != data.states.shape[1]:
         raise DataError(
-            f"The output embedding must be (vocabulary, {data.states.shape[1]}) like the states, "
-            f"got {tuple(output.shape)}; take both from the same model."
+            f"The output layer takes states of {output.width} numbers, got "
+            f"{data.states.shape[1]}; take both from the same model."
         )
-    if len(data) and not 0 <= int(data.targets.min()) <= int(data.targets.max()) < len(output):
+    if len(data) and not 0 <= int(data.targets.min()) <= int(data.targets.max()) < output.words:
         raise DataError(
-            f"A target is outside the vocabulary of {len(output)} tokens; take the tokenizer and "
-            "the output embedding from the same model."
+            f"A target is outside the vocabulary of {output.words} tokens; take the tokenizer and "
+            "the output layer from the same model."
         )

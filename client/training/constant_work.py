@@ -23,7 +23,17 @@ from ...common.privacy.round_plan import Plan
 from ...common.settings.config import Config
 from .records import Tokenised
 
-__all__ = ["DUMMY", "Shape", "Work", "choice_of", "max_drawn", "missing", "work_of"]
+__all__ = [
+    "DUMMY",
+    "Shape",
+    "Work",
+    "choice_of",
+    "chunks_of",
+    "made_up",
+    "max_drawn",
+    "missing",
+    "work_of",
+]
 
 _T = TypeVar("_T")
 
@@ -41,14 +51,16 @@ class Shape:
 
     Attributes:
         chunks: how many there are, whatever was drawn.
-        rows: of a chunk. One at least is a dummy, so that no mask is without a gap: attention has
-            another kernel for those.
+        rows: of a chunk.
         tokens: of a row.
+        spare: rows that are always dummies. No mask may be without a gap, as attention has another
+            kernel for those: so there is one, or a row is longer than any record.
     """
 
     chunks: int
     rows: int
     tokens: int
+    spare: int = 1
 
     @property
     def capacity(self) -> int:
@@ -56,7 +68,7 @@ class Shape:
 
         More take another chunk.
         """
-        return self.chunks * (self.rows - 1)
+        return self.chunks * (self.rows - self.spare)
 
     @classmethod
     def of(cls, records: int, tokens: int, max_rows: int) -> "Shape":
@@ -71,7 +83,7 @@ class Shape:
 
         Some chunks may have none.
         """
-        count = max(self.chunks, math.ceil(len(records) / (self.rows - 1)))
+        count = max(self.chunks, math.ceil(len(records) / (self.rows - self.spare)))
         return [list(records[chunk::count]) for chunk in range(count)]
 
     def filled(self, chunk: Sequence[Tokenised]) -> list[Tokenised]:
@@ -107,6 +119,22 @@ def work_of(config: Config, plan: Plan) -> Work | None:
     return Work(step, choice, config.data.max_tokens)
 
 
+def chunks_of(config: Config, positions: int) -> Shape:
+    """Return the shape of chunks as many as were drawn, where nobody sees how many there are.
+
+    In bfloat16 a record's gradient depends on the shape of its batch, by more than clipping leaves
+    room for; in chunks of one public shape it does not, to the bit.
+
+    Args:
+        positions: that the model has; a row of all of them has a gap only beside a dummy.
+    """
+    tokens = max(config.data.max_tokens, config.training.packed)
+    rows = max(2, min(config.training.batch_size, _PLACES // tokens))
+    if tokens < positions:
+        return Shape(1, rows, tokens + 1, spare=0)
+    return Shape(1, rows + 1, tokens)
+
+
 def choice_of(config: Config) -> Shape | None:
     """Return the shape of a device's choice of its cluster.
 
@@ -131,12 +159,13 @@ def missing(
     limits, tokens = config.evaluation, config.data.max_tokens
     measured = range(min(len(held_out), limits.records - 1), limits.records)
     return (
-        [_made_up(number, tokens, words) for number in range(len(own), limits.fit_records)],
-        [_made_up(number, tokens, words) for number in measured],
+        [made_up(number, tokens, words) for number in range(len(own), limits.fit_records)],
+        [made_up(number, tokens, words) for number in measured],
     )
 
 
-def _made_up(number: int, tokens: int, words: int) -> Tokenised:
+def made_up(number: int, tokens: int, words: int) -> Tokenised:
+    """Return a record of nobody, of so many tokens."""
     ids = tuple((31 * number + 7 * position) % words for position in range(tokens))
     return Tokenised(ids, float(number % 2), rejected=ids[::-1], prompts=(1, 1))
 

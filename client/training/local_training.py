@@ -40,14 +40,14 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from ...common.errors import AdapterError
-from ...common.model.adapter import Adapter
+from ...common.model.adapter import Adapter, modules_by_record
 from ...common.model.base_model import PrefixCache, resumed_at
 from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import collate, record_losses
 from ...common.privacy.noise import Source
 from ...common.privacy.round_plan import Plan
 from ...common.settings.sections import PreferenceSettings
-from .constant_work import Shape
+from .constant_work import Shape, made_up
 from .records import Tokenised, poisson_indices
 
 __all__ = ["Randomness", "Trained", "Trainer", "train"]
@@ -58,6 +58,10 @@ __all__ = ["Randomness", "Trained", "Trainer", "train"]
 _SHRINK = 1 - 2.0**-10
 Named = tuple[tuple[str, nn.Parameter], ...]
 
+COUPLING = 2.0**-20
+"""How much of a record's gradient may depend on its neighbours: of some hundred records together
+less than `_SHRINK` leaves."""
+
 _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
 
 
@@ -65,13 +69,15 @@ _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in seve
 class Trainer:
     """An adapter with Opacus's hooks on its trained layers.
 
-    It is made once per process.
+    It is made once per process. `tried`: in which shapes, and of
+    which trained parameters, records were seen to be apart.
     """
 
     adapter: Adapter
     hooked: GradSampleModule
     prefix: PrefixCache | None = None
     pairs: PreferenceSettings | None = None
+    tried: set[tuple[object, ...]] = field(default_factory=set, repr=False)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -181,6 +187,17 @@ def train(
             f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
             "device, so it cannot be trained under example-level DP"
         )
+    if private and shape is None and adapter.base.by_shape:
+        raise AdapterError(
+            f"a base model in {adapter.base.compute.dtype} needs batches of one public shape: in "
+            "others a record's gradient depends on its neighbours"
+        )
+    if private and adapter.base.by_shape and adapter.base.routed:
+        raise AdapterError(
+            f"{adapter.base.name} is a mixture of experts: which rows an expert multiplies depends "
+            f"on all records of a batch, and so, in {adapter.base.compute.dtype}, does a record's "
+            'gradient; set compute.dtype = "float32"'
+        )
     # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     _forget(trainer.hooked)
@@ -189,6 +206,8 @@ def train(
     optimizer = _optimizer([parameter for _, parameter in trained], plan, randomness.noise)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
+    if private and shape is not None and adapter.base.by_shape:
+        _refuse_coupling(trainer, trained, shape)
     step = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
@@ -206,6 +225,67 @@ def train(
     before = np.zeros_like(moved) if local_factor is None else local_factor
     after = before + moved if np.isfinite(before + moved).all() else before
     return Trained(released, _statistics(losses[0], plan), local_factor=after)
+
+
+def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
+    """Refuse kernels with which a record's gradient depends on its neighbours or its place.
+
+    Tried once for a shape and what is trained, on made-up records of many lengths, in other places
+    and in other company, under an adapter that is nobody's: a server's might hide it.
+    """
+    adapter, which = trainer.adapter, (shape, *(name for name, _ in trained))
+    if which in trainer.tried:
+        return
+    now = adapter.read(), adapter.read_local_factor()
+    adapter.write(*_of_nobody(adapter))
+    rows, words = shape.rows - shape.spare, len(adapter.base.tokenizer)
+    made = [made_up(n, 2 + n * 7 % max(1, shape.tokens - 2), words) for n in range(2 * rows)]
+    own, others = made[:rows], made[rows:]
+    expected = _gradient_of(trainer, trained, own, shape)
+    gap = 0.0
+    apart = range(0, rows, max(1, rows // 3))
+    for company in (own[::-1], own[1:], *([own[n], *others[1:]] for n in apart)):
+        found = _gradient_of(trainer, trained, company, shape)
+        for place, record in enumerate(company):
+            if record in own:
+                wanted = expected[own.index(record)]
+                gap = max(gap, float((found[place] - wanted).norm() / wanted.norm()))
+                if not gap <= COUPLING:  # NaN is not
+                    raise _coupled(adapter, gap)
+    adapter.write(*now)
+    trainer.tried.add(which)
+
+
+def _of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a vector and a local factor under which every trained number has a gradient."""
+    rng = np.random.default_rng(0)
+    away = rng.normal(size=len(adapter.start)), rng.normal(size=adapter.local_factor.dimension)
+    return (
+        (adapter.start + 0.05 * away[0]).astype(np.float32),
+        (0.05 * away[1]).astype(np.float32),
+    )
+
+
+def _coupled(adapter: Adapter, gap: float) -> AdapterError:
+    where = adapter.base.compute
+    return AdapterError(
+        f"in {where.dtype} on {where.device} a record's gradient depends on its neighbours, by "
+        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set compute.dtype = "
+        '"float32", or compute.device = "cpu"'
+    )
+
+
+def _gradient_of(
+    trainer: Trainer, trained: Named, chunk: list[Tokenised], shape: Shape
+) -> torch.Tensor:
+    """Return the gradient of each record of a chunk, shape (rows, d)."""
+    losses = _losses(trainer, chunk, shape)
+    losses.sum().backward()
+    _one_row_a_record(trainer, trained, len(losses))
+    found = [parameter.grad_sample.flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
+    for _, parameter in trained:
+        parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+    return torch.cat(found, 1)
 
 
 def _finite(delta: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -280,9 +360,8 @@ class _SystemNoiseOptimizer(DPOptimizer):
             total = parameter.summed_grad
             noise = sum(_gaussian(total.numel(), self.source) for _ in range(4)) / 2
             drawn = torch.from_numpy(noise).view_as(total)
-            parameter.grad = (
-                (total.double() + self.noise * drawn).to(total.dtype).view_as(parameter)
-            )
+            noised = (total.cpu().double() + self.noise * drawn).to(total)
+            parameter.grad = noised.view_as(parameter)
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
@@ -326,7 +405,7 @@ def _private_step(
             _silence(trained, len(chunk))
         else:
             for _name, parameter in trained:
-                parameter.grad_sample = torch.zeros(0, *parameter.shape)  # type: ignore[attr-defined]
+                parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
     return seen
@@ -338,28 +417,35 @@ def _one_row_a_record(trainer: Trainer, trained: Named, records: int) -> None:
     The two answers of a pair are one record's two rows.
     """
     if trainer.pairs is None:
-        _refuse_mixed(trained, records)
+        _refuse_mixed(trainer.adapter, trained, records)
         return
-    _refuse_mixed(trained, 2 * records)
+    _refuse_mixed(trainer.adapter, trained, 2 * records)
     for _, parameter in trained:
         rows: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
         parameter.grad_sample = rows[:records] + rows[records:]  # type: ignore[attr-defined]
 
 
-def _refuse_mixed(trained: Named, records: int) -> None:
+def _refuse_mixed(adapter: Adapter, trained: Named, records: int) -> None:
     """Refuse a layer that did not see one row for each record.
 
-    Some blocks give a layer tokens for records, and each token would be clipped for itself.
+    Some blocks give a layer tokens for records, and each token would be clipped for itself; or call
+    it again with rows that belong to all, which Opacus would add to the first records.
     """
+    for name in adapter.mixing:
+        _refuse_layer(adapter, name, "other rows than one for each record")
     for name, parameter in trained:
         seen = getattr(parameter, "grad_sample", None)
         if not isinstance(seen, torch.Tensor) or len(seen) != records:
             rows = len(seen) if isinstance(seen, torch.Tensor) else "no"
-            raise AdapterError(
-                f"{name}: this layer saw {rows} rows for {records} records, so a record's gradient "
-                "cannot be clipped; leave it out of adapter.modules, or set "
-                "privacy.example.enabled = false"
-            )
+            _refuse_layer(adapter, name, f"{rows} rows for {records} records")
+
+
+def _refuse_layer(adapter: Adapter, name: str, saw: str) -> None:
+    others = ", ".join(modules_by_record(adapter.base)) or "there is none"
+    raise AdapterError(
+        f"{name}: this layer saw {saw}, so a record's gradient cannot be clipped; set "
+        f"adapter.modules to layers that would do ({others}), or privacy.example.enabled = false"
+    )
 
 
 def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
@@ -369,8 +455,8 @@ def _sum(losses: torch.Tensor, records: int) -> torch.Tensor:
     """
     if len(losses) == records:
         return losses.sum()
-    real = torch.arange(len(losses)) < records
-    return torch.where(real, losses, torch.zeros((), dtype=losses.dtype)).sum()
+    real = torch.arange(len(losses), device=losses.device) < records
+    return torch.where(real, losses, losses.new_zeros(())).sum()
 
 
 def _silence(trained: Named, records: int) -> None:
@@ -384,7 +470,7 @@ def _silence(trained: Named, records: int) -> None:
         for _, parameter in trained
     ]
     finite = torch.stack([rows.flatten(1).isfinite().all(1) for rows in gradients]).all(0)
-    finite &= torch.arange(len(finite)) < records
+    finite &= torch.arange(len(finite), device=finite.device) < records
     if not finite.all():  # never where there are dummies, and there always are with a fixed shape
         for rows in gradients:
             rows.masked_fill_(~finite.view(-1, *[1] * (rows.ndim - 1)), 0.0)
@@ -410,8 +496,8 @@ def _plain_step(
 
 def _gradient(trained: Named) -> NDArray[np.float64]:
     """Return the gradient that the step just taken went along, shape (d,)."""
-    pieces = [torch.zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
-    return torch.cat(pieces).double().numpy()
+    pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
+    return torch.cat(pieces).cpu().double().numpy()
 
 
 def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = None) -> torch.Tensor:
@@ -425,7 +511,8 @@ def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = No
     if trainer.pairs is not None:
         margin = _margins(trainer, records, shape)
         known = torch.tensor([np.nan if r.reference is None else r.reference for r in records])
-        reference = torch.where(known.isnan(), margin.detach(), known.to(margin.dtype))
+        known = known.to(margin)
+        reference = torch.where(known.isnan(), margin.detach(), known)
         return preference_losses(margin, reference, trainer.pairs.beta)
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
     ids = [record.ids for record in records]

@@ -7,9 +7,9 @@ Labelled tasks train one more piece, the shared head. The pieces in a fixed orde
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,37 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError
 from ..files import write_atomic
 from ..settings.config import Config
-from ..settings.sections import AdapterSettings
-from .base_model import BaseModel, load
+from ..settings.sections import AdapterSettings, ComputeSettings
+from .base_model import BaseModel, final_states, load, pad
 from .exchange_layout import Exchange, Vector, turns
 from .families import A, B, Family, R, family_named
 from .lora_xs import Product
 from .vector_layout import Layout
 
-__all__ = ["Adapter", "Layout", "Vector", "attach", "exchanged", "shared", "usual_modules"]
+__all__ = [
+    "Adapter",
+    "Layout",
+    "Vector",
+    "attach",
+    "exchanged",
+    "modules_by_record",
+    "shared",
+    "usual_modules",
+]
 
 # the four layers of a block that gain most for their size, by architecture
 _USUAL = (
     ("q_proj", "v_proj", "o_proj", "down_proj"),
     ("query", "value", "attention.output.dense", "intermediate.dense"),
     ("q_lin", "v_lin", "out_lin", "ffn.lin2"),
+    ("attn.c_attn", "attn.c_proj", "mlp.c_proj"),
 )
+_LINEAR = (nn.Linear, Conv1D)  # GPT-2's: a linear layer whose weight is (in, out)
 # by the end of a parameter's name
 _PARAMETERS = {
     A: ".lora_A.default.weight", B: ".lora_B.default.weight", R: ".lora_B.default.trained.weight"
@@ -87,6 +99,13 @@ class Adapter:
             parameter.requires_grad_(name in wanted)
         return tuple((name, self.named[name]) for name in wanted)
 
+    @cached_property
+    def mixing(self) -> tuple[str, ...]:
+        """The adapted layers that do not see one row for each record, so give it no gradient."""
+        layers = {name: _plain(self.base, name) for name in self.modules}
+        fitting = _seeing_records(self.base, layers)
+        return tuple(name for name in self.modules if name not in fitting)
+
     @property
     def attached(self) -> bool:
         """Whether the base model runs through this adapter still."""
@@ -102,7 +121,11 @@ class Adapter:
 
     def read(self) -> Vector:
         """The trained numbers, shape (dimension,), float32."""
-        return np.concatenate([p.detach().numpy().ravel() for _, p in self.parameters])
+        return _numbers([p for _, p in self.parameters])
+
+    def read_local_factor(self) -> Vector:
+        """What stays on the device, shape (local_factor.dimension,), float32."""
+        return _numbers([self.named[name] for name, _ in self.local_factor.pieces])
 
     def write(self, vector: Vector, local_factor: Vector | None = None) -> None:
         """Set the adapter's parameters to `vector`, and what stays on the device to `local_factor`.
@@ -153,7 +176,7 @@ def shared(config: Config) -> "Adapter":
 
     One that another adapter has pushed out of its base model since is made anew.
     """
-    wanted = config.model.base, config.adapter, config.outputs
+    wanted = config.model.base, config.compute, config.adapter, config.outputs
     adapter = _shared(*wanted)
     if not adapter.attached:
         _shared.cache_clear()
@@ -168,8 +191,10 @@ def exchanged(config: Config) -> Exchange:
 
 
 @lru_cache(maxsize=1)
-def _shared(base: str, settings: AdapterSettings, outputs: int) -> "Adapter":
-    model = load(base)
+def _shared(
+    base: str, compute: ComputeSettings, settings: AdapterSettings, outputs: int
+) -> "Adapter":
+    model = load(base, compute)
     if not outputs:
         _ = model.output  # without labels it must make text: refuse an encoder at the start
     return attach(model, settings, outputs)
@@ -188,7 +213,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
             be trained.
     """
     _detach(base)
-    modules = _select(base, settings)
+    modules, weight_of = _select(base, settings), base.exact_weights()
     inject_adapter_in_model(_lora_config(base, settings, modules), base.network)
     trainable = nn.ModuleDict()
     state, own = dict[str, Any](), dict[str, Any]()
@@ -196,7 +221,14 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
     family = family_named(settings.family)
     for name in modules:
         layer = base.network.get_submodule(name)
-        family.start(layer, settings.rank, generator)
+        if not hasattr(layer, "lora_A"):
+            raise AdapterError(
+                f"{name} ({type(layer).__name__}) is no layer that PEFT adapts; set "
+                "adapter.modules to others"
+            )
+        layer.lora_A.float()
+        layer.lora_B.float()
+        family.start(layer, partial(weight_of, name), settings.rank, generator)
         for factor, module in _factors(layer).items():
             if factor in family.trained:
                 trainable[_module_key(f"{name}.{factor}")] = module
@@ -205,7 +237,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
                 here[f"{name}.{factor}.weight"] = module.weight
     head = None
     if outputs:
-        head = nn.Linear(base.width, outputs)
+        head = nn.Linear(base.width, outputs, device=base.compute.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         trainable["head"] = head
@@ -219,25 +251,60 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
         for some in (state, own)
     )
     _freeze_all_but(base, family, list(trainable.parameters()))
-    start = np.concatenate([p.detach().numpy().ravel() for p in state.values()])
+    start = _numbers(list(state.values()))
     named = {**state, **own}
     return Adapter(base, settings, layout, modules, trainable, head, start, local_layout, named)
 
 
 def usual_modules(base: BaseModel) -> tuple[str, ...]:
-    """The layer names adapted by default in this architecture."""
-    _, block = base.blocks[-1]
-    names = {
-        name.removesuffix(".base_layer")
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and ".lora_" not in name
-    }
+    """The layer names adapted by default in this architecture.
+
+    Only layers that see a record as a row are: no other has a gradient for each record.
+    """
+    names = modules_by_record(base)
     for usual in _USUAL:
         if all(any(name.endswith(part) for name in names) for part in usual):
             return usual
     if not names:
         raise AdapterError(f"{base.name}: a block has no linear layer that could be adapted")
-    return tuple(sorted(names))
+    return names
+
+
+def modules_by_record(base: BaseModel) -> tuple[str, ...]:
+    """The linear layers of the last block that see one row for each record, sorted."""
+    _, block = base.blocks[-1]
+    return _seeing_records(base, _linear_layers(block))
+
+
+@torch.no_grad()
+def _seeing_records(base: BaseModel, layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Return the names of those layers that are called once, with one row for each record.
+
+    Found by looking: some blocks give a layer tokens for rows (OPT), or call it with positions too
+    (DeBERTa-v2).
+    """
+    rows: dict[str, list[int]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: rows.setdefault(name, []).append(len(given[0]))
+        )
+        for name, module in layers.items()
+    ]
+    try:
+        final_states(base, *pad([[1, 2, 3, 4, 5], [6, 7, 8], [9, 10]]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(sorted(name for name, seen in rows.items() if seen == [3]))
+
+
+def _linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """A block's linear layers by name, with an adapter in it or without."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in block.named_modules()
+        if isinstance(module, _LINEAR) and ".lora_" not in name
+    }
 
 
 def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
@@ -247,7 +314,7 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
     for block_name, block in base.blocks[-settings.last_blocks :]:
         for name, module in block.named_modules():
             parts = {part for part in wanted if name == part or name.endswith("." + part)}
-            if isinstance(module, nn.Linear) and parts:
+            if isinstance(module, _LINEAR) and parts:
                 missing -= parts
                 if settings.rank > min(module.weight.shape):
                     raise AdapterError(
@@ -257,10 +324,9 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
                 selected.append(f"{block_name}.{name}")
     if missing:
         _, block = base.blocks[-1]
-        names = [name for name, m in block.named_modules() if isinstance(m, nn.Linear)]
         raise AdapterError(
             f"adapter.modules = {list(wanted)}: no such linear layer in {base.name}: "
-            f"{', '.join(sorted(missing))}; its blocks have {', '.join(names)}"
+            f"{', '.join(sorted(missing))}; its blocks have {', '.join(_linear_layers(block))}"
         )
     return tuple(selected)
 
@@ -274,8 +340,16 @@ def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str,
         target_modules=list(modules),
         task_type="CAUSAL_LM" if base.kind == "decoder" else "FEATURE_EXTRACTION",
         base_model_name_or_path=base.folder,
+        fan_in_fan_out=any(isinstance(_plain(base, name), Conv1D) for name in modules),
         inference_mode=True,
     )
+
+
+def _plain(base: BaseModel, name: str) -> nn.Module:
+    """Return a module of the base model, without the adapter that may be around it."""
+    module = base.network.get_submodule(name)
+    plain: nn.Module = getattr(module, "base_layer", module)
+    return plain
 
 
 def _factors(layer: Any) -> dict[str, nn.Linear]:
@@ -302,6 +376,12 @@ def _detach(base: BaseModel) -> None:
             setattr(base.network.get_submodule(parent), child, module.base_layer)
     if hasattr(base.network, "peft_config"):
         del base.network.peft_config
+
+
+def _numbers(parameters: Sequence[Tensor]) -> Vector:
+    """Return all numbers in a row, float32."""
+    rows = [p.detach().cpu().numpy().ravel() for p in parameters]
+    return np.concatenate([np.zeros(0, np.float32), *rows])
 
 
 def _module_key(name: str) -> str:

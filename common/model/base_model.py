@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,14 +22,33 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..settings.sections import ComputeSettings
 from . import assets
+from .compute import Compute, chosen
+from .output_layer import OutputLayer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BaseModel", "final_states", "load", "pad", "prefix_states", "resumed_at"]
+__all__ = [
+    "BaseModel",
+    "final_states",
+    "forget",
+    "load",
+    "load_anew",
+    "pad",
+    "prefix_states",
+    "resumed_at",
+]
 
 Kind = Literal["decoder", "encoder"]
+_AUTO = ComputeSettings()
+_POSSIBLE = (
+    "take a decoder (such as Llama, Qwen, Gemma, GPT-2) or encoder (such as BERT, ModernBERT) that "
+    "makes one state of each token"
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +61,10 @@ class BaseModel:
         kind: `decoder` (has an output embedding) or `encoder`.
         network: the `transformers` model; every parameter frozen, in evaluation mode.
         tokenizer: its tokenizer.
-        fingerprint: hash of architecture, shapes and some of the weights; both sides compare it.
+        fingerprint: hash of architecture, shapes and some of the weights in float32, so the same
+            wherever it computes; both sides compare it.
+        compute: where it computes, and in which numbers.
+        rounded: whether its weights have lost digits by that.
     """
 
     name: str
@@ -51,6 +73,8 @@ class BaseModel:
     network: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     fingerprint: str
+    compute: Compute
+    rounded: bool = False
 
     @cached_property
     def blocks(self) -> tuple[tuple[str, nn.Module], ...]:
@@ -69,8 +93,8 @@ class BaseModel:
         return tuple((f"{name}.{index}", block) for index, block in enumerate(modules))
 
     @property
-    def output(self) -> Tensor:
-        """Output embedding of a decoder, shape (vocabulary, width).
+    def output(self) -> OutputLayer:
+        """The output layer of a decoder.
 
         Raises:
             ModelError: an encoder has none.
@@ -80,31 +104,137 @@ class BaseModel:
                 f"model.base = {self.name!r} is an encoder and makes no text; take a decoder, or "
                 "data with labels"
             )
-        weight: Tensor = self.network.get_output_embeddings().weight
-        return weight
+        return OutputLayer.of(self.network)
 
     @property
     def width(self) -> int:
         """Size of a hidden state."""
         return int(self.network.config.hidden_size)
 
+    @property
+    def positions(self) -> int:
+        """How many tokens a record may have; a large number where there is no limit."""
+        config, limit = self.network.config, 2**31
+        for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            limit = min(limit, getattr(config, name, None) or limit)
+        for name, module in self.network.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+                # RoBERTa's begin behind the padding's
+                behind = 0 if module.padding_idx is None else module.padding_idx + 1
+                limit = min(limit, module.num_embeddings - behind)
+        return limit
 
-@lru_cache(maxsize=2)
-def load(base: str) -> BaseModel:
+    @cached_property
+    def routed(self) -> bool:
+        """Whether tokens choose which weights they meet (a mixture of experts)."""
+        return any(name.endswith("experts") for name, _ in self.network.named_modules())
+
+    @property
+    def by_shape(self) -> bool:
+        """Whether a record's gradient depends on its batch's shape by more than clipping allows.
+
+        So it does in anything below float32 (docs/privacy.md).
+        """
+        return self.compute.dtype != torch.float32
+
+    def exact_weights(self) -> Callable[[str], Tensor]:
+        """Return a function that gives weights by their module's name as the folder has them.
+
+        On the CPU, (out, in), float32: what an adapter starts from is the same on every machine.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        network = self.network
+
+        def weight(name: str) -> Tensor:
+            nonlocal network
+            if self.rounded and network is self.network:
+                network = _read(self.name, self.folder)[0]
+            module = network.get_submodule(name)
+            found: Tensor = module.weight.detach().to("cpu", torch.float32)
+            turned = isinstance(module, Conv1D) or getattr(module, "fan_in_fan_out", False)
+            return found.T if turned else found
+
+        return weight
+
+
+def load(base: str, compute: ComputeSettings = _AUTO) -> BaseModel:
     """The base model called `base`, from the cache of this process when it was loaded before.
 
     Raises:
+        ConfigError: as `compute.chosen`.
         ModelError: no such model, unknown architecture, no tokenizer, a vocabulary that does not
             fit the tokenizer, or an architecture privet would compute wrongly.
     """
+    return _kept(base, *_located(base, compute))
+
+
+def load_anew(base: str, compute: ComputeSettings = _AUTO) -> BaseModel:
+    """As `load`, one's own: whatever is attached to it touches no other."""
+    return _kept.__wrapped__(base, *_located(base, compute))
+
+
+def forget() -> None:
+    """Let go of the models that `load` keeps."""
+    _kept.cache_clear()
+
+
+def _located(base: str, compute: ComputeSettings) -> tuple[str, Compute]:
+    """Return a model's folder or id, and where it computes."""
     folder = _locate(base)
+    config = _configuration(base, folder)
+    routed = any(getattr(config, name, None) for name in _EXPERTS)
+    return folder, chosen(compute, int(getattr(config, "hidden_size", 0)), routed)
+
+
+@lru_cache(maxsize=2)
+def _kept(base: str, folder: str, where: Compute) -> BaseModel:
     network, tokenizer = _read(base, folder)
+    if not getattr(network.config, "num_attention_heads", None):
+        architecture = network.config.model_type
+        raise ModelError(f"model.base = {base!r} ({architecture}) has no attention; {_POSSIBLE}")
     _check_vocabulary(base, network, tokenizer)
     network.float().eval().requires_grad_(False)
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
-    model = BaseModel(base, folder, kind, network, tokenizer, _fingerprint(network))
+    rounded = where.dtype != torch.float32 and not _holds(network, where.dtype)
+    fingerprint = _fingerprint(network)
+    model = BaseModel(base, folder, kind, network, tokenizer, fingerprint, where, rounded)
     _check_states(model)
+    _place(network, where)
+    if where.dtype != torch.float32:
+        _check_dtype(model)
     return model
+
+
+@torch.no_grad()
+def _check_dtype(base: BaseModel) -> None:
+    try:
+        states = final_states(base, *pad([[1, 2, 3, 4], [4, 3]]))
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.base = {base.name!r} does not compute in {base.compute.dtype} "
+            f'({_line(error)}); set compute.dtype = "float32"'
+        ) from None
+    if not states.isfinite().all():
+        raise ModelError(
+            f"model.base = {base.name!r}: its states are not finite in {base.compute.dtype}; set "
+            'compute.dtype = "float32"'
+        )
+
+
+def _holds(network: "PreTrainedModel", dtype: torch.dtype) -> bool:
+    """Return whether all weights are what they were, once they are in this dtype."""
+    return all(torch.equal(value.to(dtype).float(), value) for value in network.parameters())
+
+
+def _place(network: "PreTrainedModel", where: Compute) -> None:
+    """Move the weights, one after the other.
+
+    Buffers keep their numbers: a rotary embedding's angles are float32 whatever the weights are.
+    """
+    for value in network.parameters():
+        value.data = value.data.to(where.device, where.dtype)
+    network.to(where.device)
 
 
 def pad(
@@ -128,7 +258,9 @@ def final_states(base: BaseModel, ids: Tensor, mask: Tensor) -> Tensor:
     network = base.network
     core = network.base_model if base.kind == "decoder" else network
     extra = {"use_cache": False} if base.kind == "decoder" else {}
-    states: Tensor = core(input_ids=ids, attention_mask=mask, **extra).last_hidden_state
+    device = base.compute.device
+    out = core(input_ids=ids.to(device), attention_mask=mask.to(device), **extra)
+    states: Tensor = out.last_hidden_state
     return states
 
 
@@ -258,22 +390,35 @@ def _converted(base: str, file: Path) -> Path:
     return folder
 
 
-def _read(base: str, folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def _configuration(base: str, folder: str) -> "PretrainedConfig":
     import transformers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder)
+    except _UNREADABLE as error:
+        raise _unreadable(base, error) from None
+
+
+def _unreadable(base: str, error: Exception) -> ModelError:
+    known = ", ".join(name for name, a in assets.CATALOGUE.items() if a.kind != "texts")
+    return ModelError(
+        f"model.base = {base!r}: configuration or tokenizer cannot be read ({_line(error)}). "
+        f"Expected one of the catalogue ({known}), a folder with config.json and a tokenizer, "
+        "a GGUF file, or a Hugging Face id that this machine can reach"
+    )
+
+
+def _read(base: str, folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    import transformers
+
+    config = _configuration(base, folder)
+    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        known = ", ".join(name for name, a in assets.CATALOGUE.items() if a.kind != "texts")
-        raise ModelError(
-            f"model.base = {base!r}: configuration or tokenizer cannot be read ({_line(error)}). "
-            f"Expected one of the catalogue ({known}), a folder with config.json and a tokenizer, "
-            "a GGUF file, or a Hugging Face id that this machine can reach"
-        ) from None
+    except _UNREADABLE as error:
+        raise _unreadable(base, error) from None
     decodes = any(
         "CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ()
     )
@@ -308,8 +453,7 @@ def _check_states(base: BaseModel) -> None:
 
     It is found by trying two records, padded, in one batch.
 
-    Some architectures scale or cap their scores or add a bias to them (Gemma 2, Cohere, Phi), some
-    need more than token ids (T5), some are damaged files that still load.
+    Some architectures need more than token ids (T5), some are damaged files that still load.
     """
     ids, mask = pad([[1, 2, 3, 4], [4, 3]])
     try:
@@ -317,7 +461,8 @@ def _check_states(base: BaseModel) -> None:
         separate = final_states(base, ids[1:, :2], mask[1:, :2])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         raise ModelError(
-            f"model.base = {base.name!r} cannot be run as a plain {base.kind} ({_line(error)})"
+            f"model.base = {base.name!r} cannot be run as a plain {base.kind} ({_line(error)}); "
+            f"{_POSSIBLE}"
         ) from None
     if not states.isfinite().all():
         raise ModelError(f"model.base = {base.name!r}: its states are not finite; damaged weights?")
@@ -327,11 +472,12 @@ def _check_states(base: BaseModel) -> None:
             "has a gradient of its own; take another architecture"
         )
     if base.kind == "decoder":
-        scores = base.network(input_ids=ids, attention_mask=mask).logits[0]
-        if not torch.allclose(scores, states[0] @ base.output.T, rtol=1e-4, atol=1e-4):
+        scores = base.network(input_ids=ids, attention_mask=mask).logits[0].float()
+        if not torch.allclose(scores, base.output.scores(states[0]), rtol=1e-4, atol=1e-4):
             raise ModelError(
-                f"model.base = {base.name!r} ({base.network.config.model_type}) scales, caps or "
-                "shifts its scores, which privet's losses and heads do not; take another decoder"
+                f"model.base = {base.name!r} ({base.network.config.model_type}) does more to its "
+                "scores than to scale, shift and cap them, which losses and heads would miss; take "
+                "another decoder"
             )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base_model import BaseModel, final_states, pad
-from .objective import losses_everywhere, pooled
+from .objective import losses_everywhere, pooled, token_losses
 
 __all__ = ["answer_scores", "margins", "preference_losses"]
 
@@ -48,21 +48,21 @@ def answer_scores(
 
     Edge cases: an answer without tokens after its prompt has likelihood 1, score 0.
     """
-    padded, mask = pad(ids, tokens=tokens)
+    padded, mask = (part.to(base.compute.device) for part in pad(ids, tokens=tokens))
     states = final_states(base, padded, mask)
     if head is not None:
         scores: Tensor = head(pooled(base, states, mask))[:, 0]
         return scores
-    place = torch.arange(1, padded.shape[1])[None]
-    wanted = mask[:, 1:].bool() & (place >= torch.tensor(list(prompts))[:, None])
+    place = torch.arange(1, padded.shape[1], device=padded.device)[None]
+    given = torch.tensor(list(prompts), device=padded.device)[:, None]
+    wanted = mask[:, 1:].bool() & (place >= given)
     if tokens:
         every = losses_everywhere(base, states[:, :-1], padded[:, 1:], wanted)
         each = -every.double().sum(1)
         return each / wanted.sum(1).clamp_min(1) if length_normalised else each
-    logits = states[:, :-1][wanted] @ base.output.T
-    losses = functional.cross_entropy(logits, padded[:, 1:][wanted], reduction="none")
+    losses = token_losses(base, states[:, :-1][wanted], padded[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
-    sums = torch.zeros(len(padded), dtype=torch.double).index_add(0, rows, -losses.double())
+    sums = losses.new_zeros(len(padded), dtype=torch.double).index_add(0, rows, -losses.double())
     return sums / wanted.sum(1).clamp_min(1) if length_normalised else sums
 
 

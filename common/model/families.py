@@ -32,7 +32,8 @@ A, B, R = "lora_A", "lora_B", "lora_R"
 
 
 if TYPE_CHECKING:
-    Start = Callable[[Any, int, torch.Generator], None]
+    Weight = Callable[[], torch.Tensor]
+    Start = Callable[[Any, Weight, int, torch.Generator], None]
     AfterStep = Callable[[Layout, NDArray[np.float32], dict[str, NDArray[np.float32]]], None]
 
 
@@ -42,8 +43,8 @@ class Family:
 
     Attributes:
         name: as in `adapter.family`.
-        start: sets an adapted layer's factors before the first round: PEFT's layer, the rank, and
-            a generator with the public seed.
+        start: sets an adapted layer's factors before the first round: PEFT's layer, what gives its
+            frozen weight (out, in), the rank, and a generator with the public seed.
         trained: the factors that some round trains.
         sent: the factors in the vector that the server sends; what is trained and not sent stays on
             the device.
@@ -70,17 +71,17 @@ class Family:
         return tuple(factor for factor in self.trained if factor not in self.sent)
 
 
-def _small_product(layer: Any, rank: int, _: "torch.Generator") -> None:
+def _small_product(layer: Any, weight: "Weight", rank: int, _: "torch.Generator") -> None:
     from .lora_xs import start
 
-    start(layer, rank)
+    start(layer, weight(), rank)
 
 
-def _random_down(layer: Any, _: int, generator: "torch.Generator") -> None:
+def _random_down(layer: Any, _: "Weight", __: int, generator: "torch.Generator") -> None:
     _from_seed(layer, generator, lambda noise: noise / noise.shape[1] ** 0.5)
 
 
-def _orthonormal_down(layer: Any, _: int, generator: "torch.Generator") -> None:
+def _orthonormal_down(layer: Any, _: "Weight", __: int, generator: "torch.Generator") -> None:
     import torch
 
     _from_seed(layer, generator, lambda noise: torch.linalg.qr(noise.double().T).Q.T)

@@ -40,14 +40,16 @@ def _leading_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left.float().contiguous(), right.T.float().contiguous()
 
 
-def start(layer: Any, rank: int) -> None:
+def start(layer: Any, weight: Tensor, rank: int) -> None:
     """A = V and B = U R with R = 0: U and V are the leading singular vectors of the frozen weight.
 
     Args:
         layer: PEFT's; changed in place.
+        weight: the layer's, (out, in), exact.
         rank: of R.
     """
-    left, right = _leading_singular(layer.base_layer.weight, rank)
+    left, right = _leading_singular(weight, rank)
+    down = layer.lora_A["default"].weight
     with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(right)
-    layer.lora_B["default"] = Product(left)
+        down.copy_(right)
+    layer.lora_B["default"] = Product(left).to(down.device)

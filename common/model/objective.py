@@ -8,13 +8,14 @@ record, but where `training.packed` has it hold several of one client's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .base_model import BaseModel, final_states, pad
+from .output_layer import OutputLayer, at_least_float32
 
 __all__ = [
     "Batch",
@@ -47,6 +48,12 @@ class Batch:
     learnt: Tensor
     everywhere: bool = False
 
+    def on(self, device: torch.device) -> "Batch":
+        """Return the batch on the device where the model computes."""
+        labels = None if self.labels is None else self.labels.to(device)
+        ids, mask, learnt = (part.to(device) for part in (self.ids, self.mask, self.learnt))
+        return Batch(ids, mask, labels, learnt, self.everywhere)
+
 
 def collate(
     ids: Sequence[Sequence[int]],
@@ -78,6 +85,7 @@ def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tens
 
     The gradient of one record never depends on another.
     """
+    batch = batch.on(base.compute.device)
     states = final_states(base, batch.ids, batch.mask)
     if batch.labels is None:
         return _generation(base, states, batch)
@@ -93,9 +101,50 @@ def label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(outputs, labels.long(), reduction="none")
 
 
-def token_losses(base: BaseModel, states: Tensor, targets: Tensor) -> Tensor:
-    """Compute each target's negative log-likelihood, nats: states (k, w), targets (k,) -> (k,)."""
-    return functional.cross_entropy(states @ base.output.T, targets, reduction="none")
+_PLACES = 128  # places that have scores for all words at once
+
+
+def token_losses(base: BaseModel, states: Tensor, targets: Tensor, places: int = _PLACES) -> Tensor:
+    """Compute each target's negative log-likelihood, nats: states (k, w), targets (k,) -> (k,).
+
+    `places`: how many have scores at once; each has one for every word, and a gradient.
+    """
+    if states.requires_grad and torch.is_grad_enabled():
+        found: Tensor = _TokenLosses.apply(states, targets, base.output, places)  # type: ignore[no-untyped-call]
+        return found
+    pairs = zip(states.split(places), targets.split(places), strict=True)
+    return torch.cat([_losses(base.output, *pair) for pair in pairs])
+
+
+def _losses(output: OutputLayer, states: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(output.scores(states), targets, reduction="none")
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Losses of tokens, with their gradients by the states computed along with them.
+
+    A loss depends on its own state alone and the output layer is frozen, so the scores, by far the
+    largest tensor of a step, need not be kept for the way back.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, states: Tensor, targets: Tensor, output: OutputLayer, places: int
+    ) -> Tensor:
+        losses, slopes = list[Tensor](), list[Tensor]()
+        for some, wanted in zip(states.split(places), targets.split(places), strict=True):
+            with torch.enable_grad():
+                here = some.detach().requires_grad_()
+                each = _losses(output, here, wanted)
+                slopes += torch.autograd.grad(each.sum(), here)
+            losses.append(each.detach())
+        context.save_for_backward(torch.cat(slopes))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = context.saved_tensors
+        return (slope[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def losses_everywhere(base: BaseModel, states: Tensor, targets: Tensor, wanted: Tensor) -> Tensor:
@@ -108,18 +157,21 @@ def losses_everywhere(base: BaseModel, states: Tensor, targets: Tensor, wanted: 
     An unwanted place takes part with a state of zeros, so that whatever its own is, infinite or
     none at all, reaches no other.
     """
-    alive = torch.where(wanted[..., None], states, torch.zeros((), dtype=states.dtype))
-    losses = token_losses(base, alive.flatten(0, 1), targets.flatten()).view(wanted.shape)
-    return torch.where(wanted, losses, torch.zeros((), dtype=losses.dtype))
+    rows = 2 if len(wanted) % 2 == 0 else 1  # so that all pieces have one shape
+    alive = torch.where(wanted[..., None], states, states.new_zeros(()))
+    places = rows * wanted.shape[1]
+    losses = token_losses(base, alive.flatten(0, 1), targets.flatten(), places).view(wanted.shape)
+    return torch.where(wanted, losses, losses.new_zeros(()))
 
 
 def pooled(base: BaseModel, states: Tensor, mask: Tensor) -> Tensor:
-    """One vector of norm 1 per record, shape (n, w): mean of an encoder, last of a decoder."""
+    """One vector of norm 1 per record, (n, w): mean of an encoder, last of a decoder."""
+    states = at_least_float32(states)
     if base.kind == "encoder":
         weights = mask[:, :, None].to(states.dtype)
         vector = (states * weights).sum(1) / weights.sum(1)
     else:
-        vector = states[torch.arange(len(states)), mask.sum(1) - 1]
+        vector = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
     return functional.normalize(vector, dim=1)
 
 
@@ -131,5 +183,5 @@ def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
     # logits only where there is a loss: padding never meets the vocabulary
     losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
-    sums = torch.zeros(len(batch.ids), dtype=losses.dtype).index_add(0, rows, losses)
+    sums = losses.new_zeros(len(batch.ids)).index_add(0, rows, losses)
     return sums / wanted.sum(1)

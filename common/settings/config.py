@@ -26,6 +26,7 @@ from .sections import (
     AbRunSettings,
     AdapterSettings,
     ClusterSettings,
+    ComputeSettings,
     DataSettings,
     EvaluationSettings,
     HeadSettings,
@@ -49,6 +50,7 @@ class Config(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     data: DataSettings = Field(default_factory=DataSettings)
     model: ModelSettings = Field(default_factory=ModelSettings)
+    compute: ComputeSettings = Field(default_factory=ComputeSettings)
     adapter: AdapterSettings = Field(default_factory=AdapterSettings)
     clusters: ClusterSettings = Field(default_factory=ClusterSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
@@ -66,7 +68,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Self:
-        client = self.privacy.client
         self._refuse_sizes_that_do_not_fit()
         self._refuse_what_a_task_has_not()
         self._refuse_false_claims()
@@ -74,7 +75,7 @@ class Config(Section):
         self._refuse_hopeless_local_factors()
         if self.ab_run is not None:
             self._refuse_wrong_ab_run(self.ab_run)
-        if client.enabled and client.noise_at == "distributed":
+        if self.masked:
             self._refuse_hopeless_secure_aggregation()
         if self.statistics.enabled:
             self._refuse_hopeless_statistics()
@@ -83,6 +84,11 @@ class Config(Section):
         return self
 
     def _refuse_sizes_that_do_not_fit(self) -> None:
+        if self.data.source == DEVICES and self.simulation.masking == "ideal":
+            raise ValueError(
+                'simulation.masking = "ideal" is for simulated devices; with data.source = '
+                '"devices" leave it out'
+            )
         if self.rounds.cohort > self.data.clients:
             raise ValueError(
                 f"rounds.cohort = {self.rounds.cohort} is larger than data.clients = "
@@ -280,6 +286,12 @@ class Config(Section):
         return min(cohort, max(answers, signed, self.secure_aggregation.min_sum(cohort)))
 
     @property
+    def masked(self) -> bool:
+        """Whether a run's sums are formed under masks (secure aggregation)."""
+        client = self.privacy.client
+        return client.enabled and client.noise_at == "distributed"
+
+    @property
     def colluders(self) -> int:
         """Devices that may work with the server: the one number m of plan, noise, graph and report.
 
@@ -357,6 +369,11 @@ class Config(Section):
             sentences.append(
                 "privacy.example.noise_multiplier = 0: nothing holds against the server at example "
                 "level, so devices decline every round; set privacy.example.enabled = false instead"
+            )
+        if self.simulation.masking == "ideal" and self.masked:
+            sentences.append(
+                'simulation.masking = "ideal": sums were formed without keys and masks, so the '
+                "masking protocol that the claims against the server rest on was not run"
             )
         if self.insecure_test_seed is not None:
             sentences.append("insecure_test_seed is set: NOT PRIVATE, every report says so")

@@ -60,6 +60,18 @@ class ModelSettings(Section):
     base: str = Field("smollm2-135m-instruct", min_length=1)
 
 
+DEVICE = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
+
+
+class ComputeSettings(Section):
+    """Where the frozen base model computes, and in which numbers (`common/model/compute.py`)."""
+
+    device: str = Field("auto", pattern=DEVICE)
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the base model's weights; all that is trained is float32"
+    )
+
+
 class AdapterSettings(Section):
     """What is trained and released.
 
@@ -296,7 +308,13 @@ class HeadSettings(Section):
 
 
 class SimulationSettings(Section):
-    """How often simulated devices drop out."""
+    """What simulated devices do not do as real ones would. A real device reads none of it."""
+
+    masking: Literal["protocol", "ideal"] = Field(
+        "protocol",
+        description="ideal: the same integers are summed without keys and masks, for experiments "
+        "that are about learning",
+    )
 
     dropout: float = Field(
         0.0, ge=0, lt=1, description="chance that a device dies for a round, at a random phase"
@@ -360,4 +378,7 @@ class SpeedSettings(Section):
     """Never changes what is computed, but for the thread count's rounding of floats."""
 
     threads: int = Field(2, ge=1)
+    processes: int = Field(
+        1, ge=1, le=256, description="simulated devices side by side, with a thread each; 1: none"
+    )
     cache_mb: int = Field(0, ge=0, description="keeps the frozen prefix of records met again")

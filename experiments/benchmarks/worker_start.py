@@ -166,9 +166,9 @@ def serve_at(address: str, idle_s: float) -> None:
 
     def let_go() -> None:
         if "privet.common.model.base_model" in sys.modules:
-            from ...common.model.base_model import load
+            from ...common.model.base_model import forget
 
-            load.cache_clear()
+            forget()
         print(LET_GO, flush=True)
 
     work(address, noted, stop=stop_on_signals(), idle_s=idle_s, on_idle=let_go)

@@ -12,6 +12,7 @@ Those of `experiments/scenarios/` go by their names.
 import hashlib
 import json
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from ...client.personal.scored_text import OPENING
 from ...common.errors import ConfigError
 from ...common.files import explain_os_errors
 from ...common.settings.faults import faults
+from ...common.settings.former_names import FormerName
 from ...common.settings.sections import Section
 from ..named import toml_file
 
@@ -101,7 +103,6 @@ class Scenario(Section):
     title: str = ""
     run: str = Field("", description="a run's name, or its folder")
     config: str = Field("", description="settings of people who were never trained on")
-    precision: Literal["float32", "bfloat16"] = "float32"
     bootstrap: int = Field(2000, ge=100)
     adapters: dict[str, tuple[str, ...]] = Field(
         {}, description="name -> other runs of the same adapter; own records choose among several"
@@ -152,6 +153,9 @@ def read(name: str) -> Scenario:
             table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    if table.pop("precision", None) is not None:
+        sentence = "precision is no key of a scenario any more: its run's [compute] says it"
+        warnings.warn(FormerName(sentence), stacklevel=2)
     try:
         return Scenario.model_validate({"name": path.stem, **table})
     except ValidationError as error:

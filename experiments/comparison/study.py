@@ -98,9 +98,8 @@ class Study:
     def evaluator(self) -> ComparisonEvaluator:
         """What texts are evaluated with."""
         wanted, adapter = self.scenario, self.bench.trainer.adapter
-        bf16 = wanted.precision == "bfloat16"
         return ComparisonEvaluator(
-            TextEvaluator(adapter, self.shared, opening=wanted.retrieval.opening, bf16=bf16),
+            TextEvaluator(adapter, self.shared, opening=wanted.retrieval.opening),
             self.trained,
             self.others,
             _encoder() if wanted.retrieval.meaning else None,

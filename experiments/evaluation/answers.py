@@ -60,10 +60,10 @@ def evaluate_user(study: "Study", user: str) -> dict[str, float] | None:
     text.adapter.write(text.shared)
     first, second = (Sampling(wanted.tokens, wanted.temperature, seed) for seed in (1, 2))
     made = {
-        "shared": completed(base, openings, None, first, text.bf16),
-        "hybrid": completed(base, mine, own.hybrid, first, text.bf16),
-        "swapped": completed(base, theirs, other.hybrid, first, text.bf16),
-        "again": completed(base, mine, own.hybrid, second, text.bf16),
+        "shared": completed(base, openings, None, first),
+        "hybrid": completed(base, mine, own.hybrid, first),
+        "swapped": completed(base, theirs, other.hybrid, first),
+        "again": completed(base, mine, own.hybrid, second),
     }
     texts = {
         name: [str(base.tokenizer.decode(ids, skip_special_tokens=True)) for ids in rows]

@@ -214,6 +214,7 @@ class Measured(TypedDict, total=False):
     peak_rss_bytes: int | None
     upload_bytes_per_client_round: int | None
     dimension: int | None
+    compute: str | None
     versions: dict[str, str] | None
 
 
@@ -251,6 +252,7 @@ class Summary(TypedDict):
     seconds: dict[str, float] | None
     peak_rss_bytes: int | None
     upload_bytes_per_client_round: int | None
+    compute: str | None
     versions: dict[str, str] | None
     start: NotRequired[Mapping[str, object]]
 

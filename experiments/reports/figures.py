@@ -353,6 +353,7 @@ def made(summary: Summary) -> Table:
         ["upload", _upload(summary)],
         ["time", ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())],
         ["peak memory", "" if memory is None else f"{memory / 1e6:,.0f} MB"],
+        ["base model computed in", summary.get("compute") or ""],
         ["versions", ", ".join(f"{name} {value}" for name, value in versions.items())],
     ]
     return Table(["", ""], [row for row in rows if row[1]])

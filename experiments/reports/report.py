@@ -146,5 +146,6 @@ def _measured(run_folder: Path) -> Measured:
         "peak_rss_bytes": summary.get("peak_rss_bytes"),
         "upload_bytes_per_client_round": summary.get("upload_bytes_per_client_round"),
         "dimension": adapter.get("dimension"),
+        "compute": summary.get("compute"),
         "versions": summary.get("versions") or {"python": platform.python_version()},
     }

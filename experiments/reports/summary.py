@@ -80,6 +80,7 @@ def build_summary(
         "seconds": measured.get("seconds"),
         "peak_rss_bytes": measured.get("peak_rss_bytes"),
         "upload_bytes_per_client_round": measured.get("upload_bytes_per_client_round"),
+        "compute": measured.get("compute"),
         "versions": measured.get("versions"),
     }
 

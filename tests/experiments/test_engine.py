@@ -1,5 +1,6 @@
 """experiments/engine.py: two wires, the same two apps, the same bits; failures are told."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message
 
 from privet.client.device import SimulatedContext
+from privet.client.privacy.ledger import verify
 from privet.client.privacy.run_ledger import LEDGERS
 from privet.common.errors import ConfigError, LedgerCorrupt, StateError
 from privet.common.files import read_lines
-from privet.common.settings.config import Config, to_toml
+from privet.common.settings.config import Config, read, to_toml
 from privet.experiments import engine
 from privet.experiments.simulate import prepare
 from privet.server.run_folder import checkpoint
@@ -68,6 +71,61 @@ def test_the_local_grid_and_flowers_ray_engine_give_the_same_adapter_and_ledgers
         ray / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert [line[:9] for line in told] == ["round 1/2", "round 2/2"]  # and no word of Ray's
+
+
+def side_by_side(folder: Path, processes: int) -> Config:
+    """The run's settings, with so many processes; speed settings are nobody else's."""
+    config = read(folder / "config.toml")
+    speed = config.speed.model_copy(update={"processes": processes})
+    config = config.model_copy(update={"speed": speed})
+    (folder / "config.toml").write_text(to_toml(config))
+    return config
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_devices_side_by_side_give_the_same_adapter_and_ledgers(llama_folder, tmp_path, masked):
+    place = {"client": {"noise_at": "distributed" if masked else "server"}}
+    people = population(tmp_path / "people", 16, 8)
+    sizes = {"data": {"clients": 12}, "rounds": {"count": 2, "cohort": 12}}
+    config = tiny_config(llama_folder, people, privacy=place, **sizes)
+    one, many = tmp_path / "one", tmp_path / "many"
+    prepared = prepare(config, one, resume=False)
+    shutil.copytree(one, many)
+    engine.run("local", one, prepared)
+    engine.run("local", many, side_by_side(many, 3))
+    assert adapter(one) == adapter(many)
+    assert spent(one) == spent(many)
+    assert verify(one / LEDGERS) == verify(many / LEDGERS) == 2 * 12
+
+
+def test_a_process_that_dies_ends_the_run_with_a_sentence_and_the_run_goes_on(
+    prepared, tmp_path, monkeypatch
+):
+    folder = copied(prepared, tmp_path / "run")
+    config, told = side_by_side(folder, 2), engine.told
+
+    def killed(message: Message, context: Context) -> Message:
+        if int(context.node_config["partition-id"]) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return told(message, context)
+
+    monkeypatch.setattr(engine, "told", killed)
+    with pytest.raises(StateError, match=r"speed.processes = 2 has ended.*--resume"):
+        engine.run("local", folder, config)
+    monkeypatch.setattr(engine, "told", told)
+    engine.run("local", folder, config)
+    whole = copied(prepared, tmp_path / "whole")
+    engine.run("local", whole, prepared[1])
+    assert adapter(folder) == adapter(whole)
+
+
+def test_what_a_device_raises_in_its_process_the_run_raises(prepared, tmp_path):
+    folder = copied(prepared, tmp_path / "run")
+    config = side_by_side(folder, 2)
+    damage(folder / LEDGERS)
+    with pytest.raises(LedgerCorrupt, match=r"ledgers.sqlite"):
+        engine.run("local", folder, config)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.heavy

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from privet.client.consent.policy import own_config
+from privet.client.consent.policy_settings import Policy
 from privet.client.device import (
     SimulatedContext,
     _answer,
@@ -45,6 +48,7 @@ from privet.common.secure_aggregation.messages import decode_vector
 from privet.common.secure_aggregation.shamir import combine
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, pair_seed
 from privet.common.settings.config import Config, parse, read, to_toml
+from privet.common.settings.sections import SimulationSettings
 from privet.experiments import engine, protocol
 from privet.experiments.engine import Loss
 from privet.experiments.simulate import prepare
@@ -904,6 +908,52 @@ def test_killed_without_a_seed_nobody_releases_twice_in_a_round(killed, name, an
     spent_once = {"two": 0, "five": 7}[name]
     assert sorted(released) == sorted([[1, *rounds]] * (12 - spent_once) + [rounds] * spent_once)
     assert len(asked_again) == {"two": 2, "five": 5}[name]
+
+
+# --- the same sums without keys and masks --------------------------------------------------------
+
+
+def test_ideal_masking_gives_the_same_bits_and_charges_and_says_what_was_not_run(
+    prepared, folder, tmp_path
+):
+    simulation = prepared[1].simulation.model_copy(update={"masking": "ideal"})
+    config = prepared[1].model_copy(update={"simulation": simulation})
+    ideal = Path(shutil.copytree(prepared[0], tmp_path / "ideal"))
+    (ideal / "config.toml").write_text(to_toml(config))
+    engine.run("local", folder, prepared[1])
+    engine.run("local", ideal, config)
+    assert kept(folder).adapter.tobytes() == kept(ideal).adapter.tobytes()
+    charges = []
+    for one in (folder, ideal):
+        bench = SimulatedContext.open(one)
+        charges.append({name: bench.ledger.charges(name) for name in bench.ledger.clients()})
+    assert charges[0] == charges[1]
+    assert any("was not run" in sentence for sentence in config.warnings())
+    assert not any("was not run" in sentence for sentence in prepared[1].warnings())
+
+
+def test_ideal_sums_below_the_smallest_accepted_one_are_void(bench):
+    plan = plan_of(bench)
+    simulation = SimulationSettings(masking="ideal")
+    config = bench.config.model_copy(update={"simulation": simulation})
+    ideal = dataclasses.replace(bench, config=config)
+    payload = take_part(ideal.device(0), plan, bench.trainer.adapter.start)
+    assert payload is not None
+    for count in (SMALLEST - 1, SMALLEST):
+        replies = [Reply(number, payload if number < count else None) for number in range(12)]
+        run: Any = SimpleNamespace(config=config, ask=lambda *_: iter(replies))  # noqa: B023
+        dimension = len(payload) * 8 // plan.bits
+        total, came, _ = rounds._sum(
+            run, range(12), plan, bench.trainer.adapter.start, dimension, {}
+        )
+        assert len(came) == count
+        assert (total is None) == (count < SMALLEST)
+
+
+def test_a_real_device_reads_nothing_of_what_simulated_ones_leave_out(bench):
+    simulation = SimulationSettings(masking="ideal", dropout=0.5)
+    config = bench.config.model_copy(update={"simulation": simulation})
+    assert own_config(Policy(), config).simulation == SimulationSettings()
 
 
 # --- the other engine --------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def without_a_cache(base: Any, head: TextHead | None, text: str, tokens: int) ->
     ids, before = list(row.ids[:-1]), len(row.ids) - 1
     for _ in range(tokens):
         state = final_states(base, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64))
-        token = int(adjusted_logits(head, state[0, -1], base.output @ state[0, -1]).argmax())
+        token = int(adjusted_logits(head, state[0, -1], base.output.scores(state[0, -1])).argmax())
         if token == base.tokenizer.eos_token_id:
             break
         ids.append(token)

@@ -30,16 +30,8 @@ def test_texts_drawn_with_a_cache_are_those_without_one(adapter):
             for token in said:
                 mask = torch.ones(1, len(ids), dtype=torch.int64)
                 state = final_states(base, torch.tensor([ids]), mask)
-                assert token == int((base.output @ state[0, -1]).argmax())
+                assert token == int(base.output.scores(state[0, -1]).argmax())
                 ids.append(token)
-
-
-def test_half_precision_for_the_beginnings_makes_nearly_the_same_texts(adapter):
-    one = Sampling(1, temperature=0)
-    exact = completed(adapter.base, STARTS, None, one)
-    assert exact == completed(adapter.base, STARTS, None, one, bf16=True)
-    longer = completed(adapter.base, STARTS, None, Sampling(8, temperature=0), bf16=True)
-    assert max(map(len, longer)) == 8
 
 
 def test_a_head_and_a_seed_change_what_is_drawn(adapter):

@@ -24,13 +24,15 @@ from privet.client.personal.text_head import (
     token_losses,
 )
 from privet.common.errors import DataError, StateError
+from privet.common.model.output_layer import OutputLayer
 
 WIDTH, VOCABULARY = 16, 300
 fast = settings(max_examples=20, deadline=None)
 
 
-def _output() -> Tensor:
-    return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0)) / 2
+def _output(dtype: torch.dtype = torch.float32) -> OutputLayer:
+    generator = torch.Generator().manual_seed(0)
+    return OutputLayer((torch.randn(VOCABULARY, WIDTH, generator=generator) / 2).to(dtype))
 
 
 def _person(
@@ -40,7 +42,7 @@ def _person(
     likes = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:12]
     generator = torch.Generator().manual_seed(1000 * seed + start + 1)
     states = 2 * torch.randn(records * length, WIDTH, generator=generator)
-    logits = states @ _output().T
+    logits = _output().scores(states)
     logits[:, likes] += taste
     targets = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
     return TokenStates(states, targets, start + torch.arange(records).repeat_interleave(length))
@@ -112,7 +114,7 @@ def test_losses_from_the_persons_own_columns_equal_those_from_the_full_vocabular
 ) -> None:
     head, data = _forced(seed, memory=memory), _person(seed + 1, records=3, length=5)
     fast_losses = token_losses(head, data, _output(), shared_scores(data, _output()))
-    full = adjusted_logits(head, data.states, data.states @ _output().T)
+    full = adjusted_logits(head, data.states, _output().scores(data.states))
     assert torch.allclose(full.exp().sum(1), torch.ones(len(data)), atol=1e-5)
     slow_losses = -full.gather(1, data.targets[:, None])[:, 0]
     assert torch.allclose(fast_losses, slow_losses, atol=1e-4)
@@ -126,7 +128,7 @@ def test_forgetting_the_normaliser_is_caught_by_the_full_vocabulary() -> None:
         bonus = torch.zeros(VOCABULARY).index_add_(0, head.tokens, head.bias)
         return scores.log_z - scores.target_logit - bonus[data.targets]
 
-    full = adjusted_logits(head, data.states, data.states @ _output().T)
+    full = adjusted_logits(head, data.states, _output().scores(data.states))
     slow = -full.gather(1, data.targets[:, None])[:, 0]
     assert (faulty() - slow).abs().max() > 0.1
     assert (token_losses(head, data, _output(), scores) - slow).abs().max() < 1e-4
@@ -134,7 +136,7 @@ def test_forgetting_the_normaliser_is_caught_by_the_full_vocabulary() -> None:
 
 def test_shared_scores_in_chunks_equal_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     data = _person(4)
-    whole = torch.log_softmax(data.states @ _output().T, dim=1)
+    whole = torch.log_softmax(_output().scores(data.states), dim=1)
     for size in (4 * VOCABULARY * 7, 1, 24 * 2**20):
         monkeypatch.setattr(text_head, "_LOGIT_BYTES", size)
         scores = shared_scores(data, _output())
@@ -155,7 +157,7 @@ def test_the_empty_head_is_the_shared_model_to_the_bit() -> None:
     scores = shared_scores(data, _output())
     base = token_losses(None, data, _output(), scores)
     assert torch.equal(token_losses(no_text_head(WIDTH), data, _output(), scores), base)
-    logits = data.states[0] @ _output().T
+    logits = _output().scores(data.states[0])
     empty = adjusted_logits(no_text_head(WIDTH), data.states[0], logits)
     assert torch.equal(empty, torch.log_softmax(logits, dim=0))
 
@@ -191,7 +193,7 @@ def test_one_state_and_one_token_repeated_for_ever_stays_finite() -> None:
 
 def test_a_generation_step_takes_one_state_or_many() -> None:
     head, data = _forced(), _person(9, records=1, length=3)
-    logits = data.states @ _output().T
+    logits = _output().scores(data.states)
     many = adjusted_logits(head, data.states, logits)
     one = adjusted_logits(head, data.states[1], logits[1])
     assert one.shape == (VOCABULARY,)
@@ -201,9 +203,9 @@ def test_a_generation_step_takes_one_state_or_many() -> None:
 def test_half_precision_states_are_taken() -> None:
     own = _person(10)
     half = TokenStates(own.states.bfloat16(), own.targets, own.record)
-    scores = shared_scores(half, _output().bfloat16())
-    head = fit_text_head(half, _output().bfloat16(), scores)
-    assert torch.isfinite(token_losses(head, half, _output().bfloat16(), scores)).all()
+    scores = shared_scores(half, _output(torch.bfloat16))
+    head = fit_text_head(half, _output(torch.bfloat16), scores)
+    assert torch.isfinite(token_losses(head, half, _output(torch.bfloat16), scores)).all()
 
 
 def test_a_repr_shows_no_private_number() -> None:
@@ -223,8 +225,10 @@ def test_a_repr_shows_no_private_number() -> None:
         (lambda: TokenStates(
             torch.full((2, 4), math.nan), torch.zeros(2).long(), torch.zeros(2).long()),
          "NaN or infinity"),
-        (lambda: shared_scores(_person(1), torch.zeros(9, WIDTH + 1)), "output embedding"),
-        (lambda: fit_text_head(_person(1), torch.zeros(2, WIDTH)), "outside the vocabulary of 2"),
+        (lambda: shared_scores(_person(1), OutputLayer(torch.zeros(9, WIDTH + 1))),
+         "output layer"),
+        (lambda: fit_text_head(_person(1), OutputLayer(torch.zeros(2, WIDTH))),
+         "outside the vocabulary of 2"),
     ],
 )  # fmt: skip
 def test_wrong_states_are_refused_with_a_sentence(build, sentence) -> None:

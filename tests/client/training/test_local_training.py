@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from privet.client.privacy.gate import charges
 from privet.client.training import local_training
+from privet.client.training.constant_work import Shape
 from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Tokenised, poisson_indices
 from privet.common.errors import AdapterError
 from privet.common.model.adapter import attach
-from privet.common.model.base_model import final_states, load
+from privet.common.model.base_model import final_states, load_anew
 from privet.common.model.objective import collate, label_losses, pooled, record_losses
 from privet.common.privacy.noise import TestSource
 from privet.common.privacy.round_plan import Plan
-from privet.common.settings.sections import AdapterSettings, PrivacySettings
+from privet.common.settings.sections import AdapterSettings, ComputeSettings, PrivacySettings
 
 from ...tiny import VOCABULARY, fresh, tiny_config
 
@@ -53,11 +54,11 @@ def records(count, seed=0, shortest=3, longest=12):
     ]
 
 
-def run(trainer, own, plan, start=None, *, draws=1, noise=1):
+def run(trainer, own, plan, start=None, *, draws=1, noise=1, shape=None):
     """One `train` with repeatable randomness."""
     start = trainer.adapter.start if start is None else start
     batches, source = np.random.default_rng(draws), TestSource(noise, "noise")
-    return train(trainer, start, own, plan, Randomness(batches, source)).delta
+    return train(trainer, start, own, plan, Randomness(batches, source), shape=shape).delta
 
 
 def trainer_of(base, family="tiny", outputs=0, **changes):
@@ -106,14 +107,14 @@ def labelled(trainer, own):
 # --- a record's gradient is its own -------------------------------------------------------------
 
 
-def gradients(trainer, own):
-    """Every record's gradient inside one batch, shape (n, d)."""
+def gradients(trainer, own, shape=None):
+    """Every record's gradient inside one batch, shape (n, d), or (rows, d) with dummies."""
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = True
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
     for parameter in parameters:
         parameter.grad_sample = None
-    local_training._losses(trainer, own).sum().backward()
+    local_training._losses(trainer, own, shape).sum().backward()
     found = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1).double()
     for parameter in parameters:
         parameter.grad = parameter.grad_sample = None
@@ -155,7 +156,7 @@ def mean_over_all_tokens(base, batch, _):
     """Faulty: long records take weight from short ones."""
     states = final_states(base, batch.ids, batch.mask)[:, :-1]
     wanted = batch.mask[:, 1:].bool()
-    scores = states[wanted] @ base.output.T
+    scores = base.output.scores(states[wanted])
     loss = functional.cross_entropy(scores, batch.ids[:, 1:][wanted], reduction="sum")
     return (loss / wanted.sum()).expand(len(batch.ids)) / len(batch.ids)
 
@@ -197,7 +198,7 @@ def test_a_loss_that_couples_records_is_caught_by_the_same_check(
 @pytest.mark.real
 @pytest.mark.parametrize("outputs", [0, 1])
 def test_on_smollm2_a_records_gradient_is_its_own(outputs):
-    base = load.__wrapped__("smollm2-135m-instruct")
+    base = load_anew("smollm2-135m-instruct", ComputeSettings(device="cpu", dtype="float32"))
     trainer = trainer_of(base, rank=4, last_blocks=3, outputs=outputs)
     trainer.adapter.write(moved_start(trainer, scale=0.05))
     lines = ("Who's there?", "Nay, answer me: stand, and unfold yourself.", "Long live the king!")
@@ -210,6 +211,86 @@ def test_on_smollm2_a_records_gradient_is_its_own(outputs):
     if trainer.adapter.head is not None:
         trainer.adapter.head.double()
     assert largest_coupling(trainer, own) < 1e-10  # what was left was rounding
+
+
+MARGIN = 1 - local_training._SHRINK
+BATCHES, ROWS, LONGEST = 50, 8, 16
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_smollm2_a_record_in_a_public_shape_has_the_same_gradient_to_the_bit(dtype):
+    base = load_anew("smollm2-135m-instruct", ComputeSettings(device="cpu", dtype=dtype))
+    trainer = trainer_of(base, rank=4, last_blocks=4, modules=("up_proj", "down_proj"))
+    trainer.adapter.write(moved_start(trainer, scale=0.05))
+    rng = np.random.default_rng(4)
+
+    def drawn(longest):
+        length = int(rng.integers(3, longest + 1))
+        return Tokenised(tuple(map(int, rng.integers(3, 40_000, size=length))))
+
+    mine, shape, seen, padded = drawn(LONGEST), Shape(1, ROWS, LONGEST + 1, spare=0), [], []
+    for number in range(BATCHES):
+        batch = [drawn(LONGEST) for _ in range(int(rng.integers(ROWS)))]
+        place = number % (len(batch) + 1)  # at every place, dummies behind
+        batch.insert(place, mine)
+        seen.append(clipped(gradients(trainer, batch, shape)[place : place + 1]))
+        if number < 10:  # faulty: as long as the longest neighbour
+            padded.append(clipped(gradients(trainer, batch)[place : place + 1]))
+    assert max(float((one - seen[0]).norm()) for one in seen) == 0
+    coupled = max(float((one - padded[0]).norm()) for one in padded)
+    assert coupled > MARGIN if dtype == "bfloat16" else coupled < MARGIN / ROWS
+
+
+def test_below_float32_a_private_step_needs_a_public_shape(llama_folder):
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer = trainer_of(base)
+    with pytest.raises(AdapterError, match="needs batches of one public shape"):
+        run(trainer, records(4), plan())
+    assert np.isfinite(run(trainer, records(4), plan(record_clip=0.0))).all()
+
+
+def test_kernels_that_let_neighbours_into_a_records_gradient_are_refused(llama_folder):
+    """Faulty: activations rounded on a grid that the largest one of the batch sets."""
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer, shape = trainer_of(base), Shape(1, 4, 40, spare=0)
+    inside = base.network.model.layers[2].mlp
+    right = inside.forward
+
+    def coarse(hidden):
+        step = hidden.detach().abs().max() / 8
+        return right(hidden + ((hidden / step).round() * step - hidden).detach())
+
+    inside.forward = coarse
+    with pytest.raises(AdapterError, match="depends on its neighbours"):
+        run(trainer, records(4), plan(), shape=shape)
+    inside.forward = right
+    assert np.isfinite(run(trainer, records(4), plan(), shape=shape)).all()
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30])
+def test_no_adapter_of_a_server_hides_coupled_kernels(llama_folder, poison):
+    """Faulty kernels as above, in the way back, under an adapter that makes every gradient NaN."""
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer, shape = trainer_of(base), Shape(1, 4, 40, spare=0)
+    start = np.full_like(trainer.adapter.start, poison)
+    inside = base.network.model.layers[3].mlp
+    right = inside.forward
+
+    def coarse(hidden):
+        out = right(hidden)
+        if out.requires_grad:
+            out.register_hook(
+                lambda slope: (slope / slope.abs().max() * 8).round() * slope.abs().max() / 8
+            )
+        return out
+
+    inside.forward = coarse
+    for vector in (start, trainer.adapter.start):
+        with pytest.raises(AdapterError, match="depends on its neighbours"):
+            run(trainer, records(4), plan(), vector, shape=shape)
+    inside.forward = right
+    assert np.isfinite(run(trainer, records(4), plan(), shape=shape)).all()
 
 
 # --- one record moves a step by at most C -------------------------------------------------------
@@ -304,10 +385,11 @@ def test_a_layer_that_sees_tokens_instead_of_records_is_refused(llama_folder):
     mlp.forward = lambda hidden: right(hidden.flatten(0, 1)).view_as(hidden)
     trainer = trainer_of(base, modules=("down_proj",), last_blocks=1)
     own = records(4)
-    with pytest.raises(AdapterError, match=r"down_proj.* rows for 4 records"):
+    with pytest.raises(AdapterError, match=r"down_proj.*other rows than one for each record"):
         run(trainer, own, plan())
     without_privacy = run(trainer, own, plan(record_clip=0.0))
     mlp.forward = right
+    trainer = trainer_of(base, modules=("down_proj",), last_blocks=1)
     assert np.allclose(run(trainer, own, plan(record_clip=0.0)), without_privacy, atol=1e-6)
     assert neighbours_differ(trainer, own, records(1, 9)[0], plan(record_clip=1e-3)) <= 1
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from privet.common.errors import ModelError
-from privet.common.model import assets
+from privet.common.model import assets, output_layer
 from privet.common.model import base_model as base_models
 from privet.common.model.base_model import (
     BaseModel,
@@ -24,6 +24,7 @@ from privet.common.model.base_model import (
     prefix_states,
     resumed_at,
 )
+from privet.common.model.objective import collate, record_losses
 
 from ...tiny import VOCABULARY, fresh, tiny_tokenizer
 
@@ -80,7 +81,7 @@ def test_the_states_of_a_decoder_give_its_own_scores(llama):
     ids, mask = pad(IDS)
     with torch.no_grad():
         scores = llama.network(input_ids=ids, attention_mask=mask).logits
-        assert torch.equal(scores, final_states(llama, ids, mask) @ llama.output.T)
+        assert torch.equal(scores, llama.output.scores(final_states(llama, ids, mask)))
 
 
 def test_the_padding_of_a_batch_changes_no_record(base):
@@ -218,28 +219,53 @@ def save_llama(folder, **changes):
     tiny_tokenizer(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 5.0}),
-        ("Granite", {"logits_scaling": 4.0}),
-        ("Cohere", {"logit_scale": 0.25}),
-    ],
-)
-def test_a_decoder_that_changes_its_scores_is_refused(tmp_path, name, changes):
-    config = getattr(transformers, f"{name}Config")(**SMALL | changes)
-    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(tmp_path)
-    tiny_tokenizer(tmp_path)
-    with pytest.raises(ModelError, match="scales, caps or shifts its scores"):
-        fresh(tmp_path)
+def save_kind(folder, name, **changes):
+    network = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**SMALL | changes)
+    )
+    if network.lm_head.bias is not None:
+        nn.init.normal_(network.lm_head.bias)
+    network.save_pretrained(folder)
+    tiny_tokenizer(folder)
 
 
-def test_a_decoder_with_a_bias_on_its_scores_is_refused(tmp_path):
-    network = transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL))
-    nn.init.normal_(network.lm_head.bias)
-    network.save_pretrained(tmp_path)
-    tiny_tokenizer(tmp_path)
-    with pytest.raises(ModelError, match="scales, caps or shifts its scores"):
+CHANGED_SCORES = [
+    ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 5.0}),
+    ("Granite", {"logits_scaling": 4.0}),
+    ("Cohere", {"logit_scale": 0.25}),
+    ("Phi", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CHANGED_SCORES)
+def test_losses_are_of_the_models_own_scores(tmp_path, name, changes):
+    save_kind(tmp_path, name, **changes)
+    base = fresh(tmp_path)
+    ids = [[6, 7, 8, 9, 10], [11, 12, 13, 14, 15]]
+    with torch.no_grad():
+        found = record_losses(base, collate(ids, None), None)
+        tokens = torch.tensor(ids)
+        own = torch.stack([base.network(row[None], labels=row[None]).loss for row in tokens])
+    assert torch.allclose(found, own, atol=1e-5)
+    words = torch.tensor([3, 50, 7])
+    states = final_states(base, *pad(ids))[0].detach()
+    assert torch.allclose(
+        base.output.scores(states, words), base.output.scores(states)[:, words], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("name", "changes"), CHANGED_SCORES)
+def test_a_decoder_whose_scores_would_be_computed_wrongly_is_refused(
+    tmp_path, monkeypatch, name, changes
+):
+    """Faulty: what comes after the product with the weight is forgotten."""
+    save_kind(tmp_path, name, **changes)
+    monkeypatch.setattr(
+        output_layer.OutputLayer,
+        "of",
+        lambda network: output_layer.OutputLayer(network.get_output_embeddings().weight),
+    )
+    with pytest.raises(ModelError, match="does more to its scores"):
         fresh(tmp_path)
 
 
@@ -263,7 +289,9 @@ def test_a_model_whose_records_influence_each_other_is_refused(bert):
             return found
 
     with pytest.raises(ModelError, match="influence each other"):
-        base_models._check_states(BaseModel("coupled", "", "encoder", Coupled(), None, ""))
+        base_models._check_states(
+            BaseModel("coupled", "", "encoder", Coupled(), None, "", bert.compute)
+        )
 
 
 # --- GGUF files ---------------------------------------------------------------------------------

@@ -278,9 +278,9 @@ def test_opacus_gradients_of_pairs_are_the_gradients_one_by_one(trainer):
         assert largest_difference(trainer, with_references(trainer, pairs_of(7, seed))) < 5e-5
 
 
-def answers_for_records(_, trained, records):
+def answers_for_records(trainer, trained, records):
     """Faulty: each answer is clipped for itself, as if it were a record."""
-    local_training._refuse_mixed(trained, 2 * records)
+    local_training._refuse_mixed(trainer.adapter, trained, 2 * records)
     for _, parameter in trained:
         parameter.grad_sample = parameter.grad_sample[:records]
 
@@ -331,8 +331,8 @@ def test_a_pair_whose_answers_are_clipped_apart_moves_it_by_more(texts, monkeypa
 
     silence = local_training._silence
 
-    def apart(_, trained, records):
-        local_training._refuse_mixed(trained, 2 * records)
+    def apart(trainer, trained, records):
+        local_training._refuse_mixed(trainer.adapter, trained, 2 * records)
 
     def silence_apart(trained, records):
         silence(trained, 2 * records)  # or the rejected answers would pass for dummies
@@ -485,7 +485,7 @@ def test_a_bias_moves_margins_as_its_likelihoods_say(texts):
     assert person is not None
     answers, scores, output = person.answers, person.scores, person.output
     head = fit_token_bias(answers, output, LIKELIHOOD)
-    logits = answers.tokens.states @ output.T
+    logits = output.scores(answers.tokens.states)
     logits[:, head.tokens] += head.bias
     losses = functional.cross_entropy(logits, answers.tokens.targets, reduction="none")
     assert torch.allclose(

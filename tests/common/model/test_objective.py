@@ -65,7 +65,7 @@ def llama_of(folder, kept={}):  # noqa: B006 - loaded once for all examples
 def test_the_loss_of_a_token_is_its_negative_log_probability(llama):
     states, targets = torch.randn(3, llama.width), torch.tensor([6, 7, 8])
     with torch.no_grad():
-        chances = (states @ llama.output.T).softmax(1)
+        chances = llama.output.scores(states).softmax(1)
         expected = -chances[torch.arange(3), targets].log()
         assert torch.allclose(token_losses(llama, states, targets), expected, atol=1e-5)
 

@@ -130,7 +130,7 @@ def test_noise_of_zero_is_allowed_where_no_claim_is_made():
             "privacy.client.noise_multiplyer: unknown key; did you mean noise_multiplier?",
         ),
         ({"privacy": {"epsilon": 3}}, "privacy.epsilon: unknown key"),
-        ({"zzz": 1}, "zzz: unknown key; known: name, data, model, adapter"),
+        ({"zzz": 1}, "zzz: unknown key; known: name, data, model, compute"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(table, sentence):

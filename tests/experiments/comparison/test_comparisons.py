@@ -93,16 +93,6 @@ def test_losses_are_the_models_own(adapter, shared):
             assert said == pytest.approx(sum(wanted), rel=1e-4)
 
 
-def test_half_precision_moves_every_vector_a_little_and_mixes_none_up(adapter, shared):
-    rows = [Row((), asked(one.ids, 2)) for one in records(adapter, 2, 4)]
-    vectors = ((shared, None), (adapter.start, None))
-    one, two = scored_texts(adapter, rows, vectors, bf16=True)
-    for exact, bf16 in zip(scored_texts(adapter, rows, vectors), (one, two), strict=True):
-        gap = (exact.states.states - bf16.states.states).abs().max()
-        assert 0 < gap < 0.1
-    assert (one.states.states - two.states.states).abs().max() > 0.3
-
-
 def test_an_opening_is_at_most_half_a_record():
     assert [asked(range(n), 8).given for n in (2, 3, 10, 40)] == [1, 1, 5, 8]
 

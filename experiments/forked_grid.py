@@ -1,0 +1,128 @@
+"""The grid of `grid.py` with its nodes in several processes of this machine, which share one model.
+
+The processes are forked once, when the model is loaded and nothing is asked yet, so its weights are
+in memory once. A node stays in its process: what it keeps between the phases of a round stays there
+too. Each process computes with one thread, because a process that is forked must not use the
+threads of the one it comes from.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
+
+import torch
+from flwr.app import Message
+
+from ..common.errors import StateError
+from .grid import App, Done, LocalGrid
+
+__all__ = ["ForkedGrid"]
+
+END_S = 10.0
+"""A process that is told to end has this long for the message it works on."""
+
+
+@dataclass
+class _Process:
+    """A forked process, its wire, and what kind of message it works on; empty: on none."""
+
+    process: ForkProcess
+    wire: Connection
+    busy: str = ""
+
+
+class ForkedGrid(LocalGrid):
+    """`clients` nodes, spread over `processes` processes by their number.
+
+    A context manager: at its end all processes have ended. Replies come as they are ready.
+
+    Args:
+        app, clients, run, done: as `LocalGrid`.
+        processes: how many.
+
+    Raises:
+        StateError: from `pull_messages`: a process has died, as it does where memory runs out.
+    """
+
+    def __init__(self, app: App, clients: int, run: str, done: Done, processes: int) -> None:
+        super().__init__(app, clients, run, done)
+        fork = multiprocessing.get_context("fork")
+        self._processes: list[_Process] = []
+        self._answered: list[Message] = []
+        for _ in range(processes):
+            here, there = fork.Pipe()
+            inherited = [here, *(one.wire for one in self._processes)]
+            process = fork.Process(target=self._work, args=(there, inherited), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(_Process(process, here))
+
+    def __enter__(self) -> "ForkedGrid":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._processes:
+            one.wire.close()
+        until = time.monotonic() + END_S
+        for one in self._processes:
+            one.process.join(max(0.0, until - time.monotonic()))
+            one.process.kill()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """Have the processes handle the messages, and yield each reply when it is there."""
+        waiting: list[list[Message]] = [[] for _ in self._processes]
+        for name in sorted(set(message_ids) & set(self._pending), key=int):
+            message = self._pending.pop(name)
+            waiting[message.metadata.dst_node_id % len(waiting)].append(message)
+        while any(waiting) or self._answered or any(one.busy for one in self._processes):
+            for one, messages in zip(self._processes, waiting, strict=True):
+                if messages and not one.busy:
+                    message = messages.pop(0)
+                    one.wire.send(message)
+                    one.busy = message.metadata.message_type
+            if not self._answered:
+                self._receive()
+            while self._answered:
+                yield self._answered.pop(0)
+
+    def _receive(self) -> None:
+        """Wait for answers, and raise what went wrong in a process."""
+        for wire in wait([one.wire for one in self._processes if one.busy]):
+            one = next(one for one in self._processes if one.wire is wire)
+            try:
+                answer = one.wire.recv()
+            except EOFError:
+                one.process.join(1.0)
+                raise StateError(
+                    f"a process of speed.processes = {len(self._processes)} has ended in the "
+                    f"middle of its work (exit code {one.process.exitcode}); if memory ran out, "
+                    "take fewer, and go on with --resume"
+                ) from None
+            kind, one.busy = one.busy, ""
+            if isinstance(answer, BaseException):
+                raise answer
+            reply, seconds = answer
+            self._done(kind, seconds)
+            self._answered.append(reply)
+
+    def _work(self, wire: Connection, inherited: list[Connection]) -> None:
+        """Answer messages in the forked process until the wire is closed."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says when it is over
+        for other in inherited:
+            other.close()
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError, BrokenPipeError):
+            while True:
+                message = wire.recv()
+                try:
+                    answer: object = self._handled(message)
+                except Exception as error:
+                    answer = error
+                wire.send(answer)
+        os._exit(0)
