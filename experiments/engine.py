@@ -93,6 +93,12 @@ def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
     if processes == 1:
         yield LocalGrid(app, clients, str(folder), done)
         return
+    device = shared(config).base.compute.device
+    if device.type != "cpu":
+        raise ConfigError(
+            f"speed.processes = {processes}: forked processes cannot share {device}; set "
+            'speed.processes = 1, or compute.device = "cpu"'
+        )
     SimulatedContext.open.cache_clear()  # no process goes on with the ledger of another
     Trainer.of(shared(config), config.speed.cache_mb, config.pairs)  # before the fork: one for all
     with ForkedGrid(app, clients, str(folder), done, processes) as grid:

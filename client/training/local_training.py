@@ -41,7 +41,7 @@ from torch import nn
 
 from ...common.errors import AdapterError
 from ...common.model.adapter import Adapter, modules_by_record
-from ...common.model.base_model import PrefixCache, resumed_at
+from ...common.model.base_model import PrefixCache, final_states, pad, resumed_at
 from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import collate, record_losses
 from ...common.privacy.noise import Source
@@ -90,7 +90,11 @@ class Trainer:
         `pairs`: how to learn where a record is a pair of answers; None: it is none.
 
         One trainer an adapter: layers hooked twice would count every gradient twice.
+
+        Raises:
+            AdapterError: the model's output is the same with the adapter and without.
         """
+        _refuse_unheard(adapter)
         for hook in vars(adapter.trainable).pop("autograd_grad_sample_hooks", ()):
             hook.remove()  # of a trainer of this adapter that the cache has forgotten
         adapter.train_only(None)
@@ -182,22 +186,8 @@ def train(
         AdapterError: an adapted layer does not see records one by one.
     """
     adapter, private = trainer.adapter, plan.record_clip > 0
-    if private and adapter.local_factor.pieces:
-        raise AdapterError(
-            f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
-            "device, so it cannot be trained under example-level DP"
-        )
-    if private and shape is None and adapter.base.by_shape:
-        raise AdapterError(
-            f"a base model in {adapter.base.compute.dtype} needs batches of one public shape: in "
-            "others a record's gradient depends on its neighbours"
-        )
-    if private and adapter.base.by_shape and adapter.base.routed:
-        raise AdapterError(
-            f"{adapter.base.name} is a mixture of experts: which rows an expert multiplies depends "
-            f"on all records of a batch, and so, in {adapter.base.compute.dtype}, does a record's "
-            'gradient; set compute.dtype = "float32"'
-        )
+    if private:
+        _refuse_unsound(adapter, shape)
     # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     _forget(trainer.hooked)
@@ -222,9 +212,34 @@ def train(
         delta -= plan.learning_rate * _gradient(trained)
     optimizer.zero_grad(set_to_none=True)
     released, moved = np.split(_finite(delta), [len(delta) - adapter.local_factor.dimension])
-    before = np.zeros_like(moved) if local_factor is None else local_factor
-    after = before + moved if np.isfinite(before + moved).all() else before
-    return Trained(released, _statistics(losses[0], plan), local_factor=after)
+    return Trained(released, _statistics(losses[0], plan), local_factor=_moved(local_factor, moved))
+
+
+def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what stays on the device after training; as it was where the sum is not finite."""
+    before = np.zeros_like(by) if before is None else before
+    return before + by if np.isfinite(before + by).all() else before
+
+
+def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
+    """Refuse what cannot be trained with a clip for each record."""
+    base, dtype = adapter.base, adapter.base.compute.dtype
+    if adapter.local_factor.pieces:
+        raise AdapterError(
+            f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
+            "device, so it cannot be trained under example-level DP"
+        )
+    if base.by_shape and shape is None:
+        raise AdapterError(
+            f"a base model in {dtype} needs batches of one public shape: in others a record's "
+            "gradient depends on its neighbours"
+        )
+    if base.by_shape and base.routed:
+        raise AdapterError(
+            f"{base.name} is a mixture of experts: which rows an expert multiplies depends on all "
+            f"records of a batch, and so, in {dtype}, does a record's gradient; set compute.dtype "
+            '= "float32"'
+        )
 
 
 def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
@@ -254,6 +269,21 @@ def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
                     raise _coupled(adapter, gap)
     adapter.write(*now)
     trainer.tried.add(which)
+
+
+@torch.no_grad()
+def _refuse_unheard(adapter: Adapter) -> None:
+    """Refuse an adapter that does not move the model's output, before anything is spent on it."""
+    ids, mask = pad([[1, 2, 3, 4, 5]])
+    adapter.write(*_of_nobody(adapter))
+    moved = final_states(adapter.base, ids, mask)
+    adapter.write(adapter.start)
+    if torch.equal(moved, final_states(adapter.base, ids, mask)):
+        raise AdapterError(
+            f"the adapter ({', '.join(adapter.modules)}) does not move the output of "
+            f"{adapter.base.name}, so nothing could be learnt: its layers are not used; set "
+            "adapter.modules to others"
+        )
 
 
 def _of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

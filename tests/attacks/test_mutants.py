@@ -97,7 +97,7 @@ MUTANTS = (
            "    return np.clip(vector, -bound, bound)\n", "    return vector\n",
            "client/privacy/test_gate.py::test_a_coordinate_that_a_rotation_left_above_its_bound_is_cut"),
     Mutant("below float32 in any shape", "client/training/local_training.py",
-           "if private and shape is None and adapter.base.by_shape:", "if False:",
+           "if base.by_shape and shape is None:", "if False:",
            "client/training/test_local_training.py::test_below_float32_a_private_step_needs_a_public_shape"),
     Mutant("layers that mix records", "client/training/local_training.py",
            "for name in adapter.mixing:", "for name in ():",

@@ -378,6 +378,15 @@ def test_clipping_each_tensor_for_itself_would_break_the_bound(texts, monkeypatc
     assert neighbours_differ(texts, own, extra, public) > 2
 
 
+def test_an_adapter_that_the_models_output_does_not_hear_is_refused(llama_folder):
+    adapter = attach(fresh(llama_folder), AdapterSettings(rank=2, last_blocks=1))
+    for name in adapter.modules:
+        layer = adapter.base.network.get_submodule(name)
+        layer.forward = layer.base_layer.forward
+    with pytest.raises(AdapterError, match="does not move the output"):
+        Trainer.of(adapter)
+
+
 def test_a_layer_that_sees_tokens_instead_of_records_is_refused(llama_folder):
     base = fresh(llama_folder)
     mlp = base.network.model.layers[3].mlp
