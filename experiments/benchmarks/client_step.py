@@ -15,7 +15,7 @@ Its last line has `bf16_over_float32` (with DP) and `dp_over_plain` (in bfloat16
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ from ...common.settings.config import Config
 from ...common.settings.sections import ComputeSettings
 from .harness import command, seconds
 
+Which = tuple[str, bool]
+Seconds = list[float]
 RECORDS, TOKENS = 8, 64
 DTYPES = ("float32", "bfloat16")
 
@@ -54,13 +56,7 @@ def measure(config: str = "demo", repeats: int = 15, threads: int = 2) -> dict[s
         for dtype, trainer in trainers.items()
         for private in (True, False)
     }
-    spent: dict[tuple[str, bool], list[float]] = {which: [] for which in steps}
-    for turn in range(repeats + 2):
-        for which, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if turn >= 2:  # the first two warm up
-                spent[which].append(time.perf_counter() - began)
+    spent = _alternating(steps, repeats)
     medians = {which: statistics.median(values) for which, values in spent.items()}
     dp = {dtype: _ratio(spent[dtype, True], spent[dtype, False]) for dtype in DTYPES}
     adapter = adapters["float32"]
@@ -80,6 +76,18 @@ def measure(config: str = "demo", repeats: int = 15, threads: int = 2) -> dict[s
         "ceiling_gflop_per_s": {dtype: ceiling[dtype] / 1e9 for dtype in DTYPES},
         "share_of_ceiling": {d: work / medians[d, True] / ceiling[d] for d in DTYPES},
     }
+
+
+def _alternating(steps: Mapping[Which, Callable[[], object]], repeats: int) -> dict[Which, Seconds]:
+    """Time the steps in turns, after two turns that warm up."""
+    spent: dict[Which, Seconds] = {which: [] for which in steps}
+    for turn in range(repeats + 2):
+        for which, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if turn >= 2:
+                spent[which].append(time.perf_counter() - began)
+    return spent
 
 
 def _step(trainer: Trainer, config: Config, private: bool) -> Callable[[], object]:
