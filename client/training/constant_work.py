@@ -29,7 +29,6 @@ __all__ = [
     "Work",
     "choice_of",
     "chunks_of",
-    "made_up",
     "max_drawn",
     "missing",
     "work_of",
@@ -159,12 +158,12 @@ def missing(
     limits, tokens = config.evaluation, config.data.max_tokens
     measured = range(min(len(held_out), limits.records - 1), limits.records)
     return (
-        [made_up(number, tokens, words) for number in range(len(own), limits.fit_records)],
-        [made_up(number, tokens, words) for number in measured],
+        [_made_up(number, tokens, words) for number in range(len(own), limits.fit_records)],
+        [_made_up(number, tokens, words) for number in measured],
     )
 
 
-def made_up(number: int, tokens: int, words: int) -> Tokenised:
+def _made_up(number: int, tokens: int, words: int) -> Tokenised:
     """Return a record of nobody, of so many tokens."""
     ids = tuple((31 * number + 7 * position) % words for position in range(tokens))
     return Tokenised(ids, float(number % 2), rejected=ids[::-1], prompts=(1, 1))

@@ -47,7 +47,7 @@ from ...common.model.objective import collate, record_losses
 from ...common.privacy.noise import Source
 from ...common.privacy.round_plan import Plan
 from ...common.settings.sections import PreferenceSettings
-from .constant_work import Shape, made_up
+from .constant_work import Shape
 from .records import Tokenised, poisson_indices
 
 __all__ = ["Randomness", "Trained", "Trainer", "train"]
@@ -234,6 +234,12 @@ def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
             f"a base model in {dtype} needs batches of one public shape: in others a record's "
             "gradient depends on its neighbours"
         )
+    if base.by_shape and adapter.head is not None:
+        raise AdapterError(
+            f"a shared head is trained under example-level DP in float32 alone: in {dtype} a "
+            "server could choose one that makes of rounding a record's whole gradient; set "
+            'compute.dtype = "float32"'
+        )
     if base.by_shape and base.routed:
         raise AdapterError(
             f"{base.name} is a mixture of experts: which rows an expert multiplies depends on all "
@@ -253,13 +259,15 @@ def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
         return
     now = adapter.read(), adapter.read_local_factor()
     adapter.write(*_of_nobody(adapter))
-    rows, words = shape.rows - shape.spare, len(adapter.base.tokenizer)
-    made = [made_up(n, 2 + n * 7 % max(1, shape.tokens - 2), words) for n in range(2 * rows)]
+    rows = shape.rows - shape.spare
+    made = _drawn_records(2 * rows, shape.tokens, len(adapter.base.tokenizer))
     own, others = made[:rows], made[rows:]
     expected = _gradient_of(trainer, trained, own, shape)
     gap = 0.0
     apart = range(0, rows, max(1, rows // 3))
-    for company in (own[::-1], own[1:], *([own[n], *others[1:]] for n in apart)):
+    few = own[-1:], own[: max(1, rows // 2)], others[:1] + own[:1]
+    companies = own[::-1], own[1:], *few, *([own[n], *others[1:]] for n in apart)
+    for company in (some[:rows] for some in companies):
         found = _gradient_of(trainer, trained, company, shape)
         for place, record in enumerate(company):
             if record in own:
@@ -269,6 +277,17 @@ def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
                     raise _coupled(adapter, gap)
     adapter.write(*now)
     trainer.tried.add(which)
+
+
+def _drawn_records(count: int, tokens: int, words: int) -> list[Tokenised]:
+    """Draw made-up records of 2 to tokens - 1 tokens, by a public seed."""
+    rng = np.random.default_rng(count)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(map(int, rng.integers(words, size=length)))
+
+    lengths = [int(rng.integers(2, max(3, tokens))) for _ in range(count)]
+    return [Tokenised(ids(n), 0.0, rejected=ids(n), prompts=(1, 1)) for n in lengths]
 
 
 @torch.no_grad()

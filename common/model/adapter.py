@@ -194,6 +194,8 @@ def exchanged(config: Config) -> Exchange:
 def _shared(
     base: str, compute: ComputeSettings, settings: AdapterSettings, outputs: int
 ) -> "Adapter":
+    if outputs and compute.dtype == "auto":  # a shared head is trained privately in no other
+        compute = compute.model_copy(update={"dtype": "float32"})
     model = load(base, compute)
     if not outputs:
         _ = model.output  # without labels it must make text: refuse an encoder at the start

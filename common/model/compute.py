@@ -55,7 +55,7 @@ def chosen(settings: ComputeSettings, width: int, routed: bool = False) -> Compu
     """
     device = _device(settings.device)
     if settings.dtype == "float32":
-        return Compute(device, torch.float32, "compute.dtype asks for it")
+        return Compute(device, torch.float32, "compute.dtype, or records with labels, ask for it")
     can, what = _bfloat16(device)
     if settings.dtype == "bfloat16":
         if not can and device.type != "cpu":

@@ -250,6 +250,42 @@ def test_below_float32_a_private_step_needs_a_public_shape(llama_folder):
     assert np.isfinite(run(trainer, records(4), plan(record_clip=0.0))).all()
 
 
+def test_below_float32_no_shared_head_is_trained_privately(llama_folder):
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer = trainer_of(base, outputs=1)
+    with pytest.raises(AdapterError, match="shared head is trained under example-level DP"):
+        run(trainer, records(4), plan(), shape=Shape(1, 4, 40, spare=0))
+
+
+def test_made_up_records_of_the_trial_are_of_many_lengths_and_words():
+    for tokens in (3, 9, 17, 65):
+        made = local_training._drawn_records(16, tokens, 1000)
+        lengths = {len(record.ids) for record in made}
+        assert min(lengths) >= 2
+        assert max(lengths) < max(3, tokens)
+        assert len(lengths) >= min(5, tokens - 2)
+
+
+@pytest.mark.parametrize("rows", [5, 6])
+@pytest.mark.parametrize("tokens", [9, 17])
+def test_kernels_that_couple_by_the_largest_number_of_a_batch_are_refused(
+    llama_folder, rows, tokens
+):
+    """Faulty: as below, in the last adapted layer, in small batches of short records."""
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer = trainer_of(base)
+    inside = base.network.model.layers[3].mlp
+    right = inside.forward
+
+    def coarse(hidden):
+        step = hidden.detach().abs().max() / 8
+        return right(hidden + ((hidden / step).round() * step - hidden).detach())
+
+    inside.forward = coarse
+    with pytest.raises(AdapterError, match="depends on its neighbours"):
+        run(trainer, records(4, longest=8), plan(), shape=Shape(1, rows, tokens, spare=0))
+
+
 def test_kernels_that_let_neighbours_into_a_records_gradient_are_refused(llama_folder):
     """Faulty: activations rounded on a grid that the largest one of the batch sets."""
     base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
