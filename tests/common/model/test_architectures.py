@@ -158,6 +158,8 @@ def test_each_record_has_the_gradient_of_a_loop_over_records(folder):
 
 def test_in_bfloat16_too_and_to_the_bit_whoever_the_neighbours_are(folder):
     adapter = attached(opened(folder, BFLOAT16))
+    if adapter.base.routed:
+        pytest.skip("a mixture of experts trains privately in float32 alone")
     exact = attached(opened(folder, FLOAT32))
     rows = gradients(adapter, RECORDS, SHAPE)
     for number, record in enumerate(RECORDS):
