@@ -86,10 +86,11 @@ def simulate(
 
 
 def _run_rounds(config: Config, folder: Path, engine_name: str) -> None:
+    computed = _computed(folder)
     progress.say(
         f"{config.data.clients} clients of {config.data.source}, {config.rounds.count} rounds "
-        f"of {config.rounds.cohort}, base model {config.model.base} in "
-        f"{(folder / COMPUTE).read_text('utf-8').strip()}; in {folder}"
+        f"of {config.rounds.cohort}, base model {config.model.base}"
+        f"{f' in {computed}' if computed else ''}; in {folder}"
     )
     try:
         with run_costs.measuring(folder, "rounds"):
@@ -164,7 +165,7 @@ def measured(folder: Path) -> Measured:
     kept = run_costs.read(folder)
     rounds, training = kept.get("rounds", 0.0), kept.get("training", 0.0)
     evaluated = kept.get("evaluation", 0.0)
-    dimension, computed = len(run_evaluation.global_adapter(folder)), folder / COMPUTE
+    dimension = len(run_evaluation.global_adapter(folder))
     return {
         "seconds": {
             "total": rounds + evaluated,
@@ -175,12 +176,18 @@ def measured(folder: Path) -> Measured:
         "peak_rss_bytes": int(kept.get("peak_rss_bytes", 0)),
         "upload_bytes_per_client_round": int(kept.get("upload_bytes", 0)),
         "dimension": dimension,
-        "compute": computed.read_text("utf-8").strip() if computed.is_file() else None,
+        "compute": _computed(folder),
         "versions": {
             "python": sys.version.split()[0],
             **{name: version(name) for name in ("privet", "torch", "flwr", "peft", "opacus")},
         },
     }
+
+
+def _computed(folder: Path) -> str | None:
+    """Return where a run's base model computes, and why; None where an earlier privet began it."""
+    path = folder / COMPUTE
+    return path.read_text("utf-8").strip() if path.is_file() else None
 
 
 def _resolved(config: Config, folder: Path, resume: bool) -> Config:

@@ -262,19 +262,16 @@ def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
     rows = shape.rows - shape.spare
     made = _drawn_records(2 * rows, shape.tokens, len(adapter.base.tokenizer))
     own, others = made[:rows], made[rows:]
-    expected = _gradient_of(trainer, trained, own, shape)
-    gap = 0.0
+    expected = dict(zip(own, _gradient_of(trainer, trained, own, shape), strict=True))
     apart = range(0, rows, max(1, rows // 3))
     few = own[-1:], own[: max(1, rows // 2)], others[:1] + own[:1]
     companies = own[::-1], own[1:], *few, *([own[n], *others[1:]] for n in apart)
     for company in (some[:rows] for some in companies):
-        found = _gradient_of(trainer, trained, company, shape)
-        for place, record in enumerate(company):
-            if record in own:
-                wanted = expected[own.index(record)]
-                gap = max(gap, float((found[place] - wanted).norm() / wanted.norm()))
-                if not gap <= COUPLING:  # NaN is not
-                    raise _coupled(adapter, gap)
+        found = zip(company, _gradient_of(trainer, trained, company, shape), strict=True)
+        for gradient, wanted in ((row, expected[one]) for one, row in found if one in expected):
+            gap = float((gradient - wanted).norm() / wanted.norm())
+            if not gap <= COUPLING:  # nor may it be NaN, which hides any gap
+                raise _coupled(adapter, gap)
     adapter.write(*now)
     trainer.tried.add(which)
 
@@ -327,11 +324,11 @@ def _coupled(adapter: Adapter, gap: float) -> AdapterError:
 def _gradient_of(
     trainer: Trainer, trained: Named, chunk: list[Tokenised], shape: Shape
 ) -> torch.Tensor:
-    """Return the gradient of each record of a chunk, shape (rows, d)."""
+    """Return the gradient of each record of a chunk, shape (records, d)."""
     losses = _losses(trainer, chunk, shape)
     losses.sum().backward()
     _one_row_a_record(trainer, trained, len(losses))
-    found = [parameter.grad_sample.flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
+    found = [parameter.grad_sample[: len(chunk)].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
     for _, parameter in trained:
         parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
     return torch.cat(found, 1)

@@ -27,6 +27,7 @@ from privet.client.privacy.ledger import Ledger, verify
 from privet.client.privacy.run_ledger import LEDGERS
 from privet.common.files import read_lines
 from privet.common.settings.config import Config, read, to_toml
+from privet.experiments import simulate
 from privet.server.run_folder.checkpoint import CURRENT, PREVIOUS
 
 from ..tiny import population, tiny_config
@@ -171,6 +172,14 @@ def one_sentence(ended: Ended) -> str:
     assert len(said) == 1, ended.err
     assert ended.err.splitlines()[-1] == said[0]
     return said[0]
+
+
+def test_of_a_run_that_an_earlier_privet_began_it_is_not_said_where_it_computes(tmp_path, whole):
+    assert simulate._computed(tmp_path) is None
+    assert (
+        simulate._computed(whole.run)
+        == "float32 on cpu: a model 32 wide gains nothing from bfloat16"
+    )
 
 
 # --- killed and stopped ------------------------------------------------------------------------

@@ -266,42 +266,55 @@ def test_made_up_records_of_the_trial_are_of_many_lengths_and_words():
         assert len(lengths) >= min(5, tokens - 2)
 
 
+def rounded_by_the_largest(module):
+    """Faulty: activations rounded on a grid that the largest one of the batch sets.
+
+    Returns the module's own forward.
+    """
+    right = module.forward
+
+    def coarse(hidden):
+        step = hidden.detach().abs().max() / 8
+        return right(hidden + ((hidden / step).round() * step - hidden).detach())
+
+    module.forward = coarse
+    return right
+
+
 @pytest.mark.parametrize("rows", [5, 6])
 @pytest.mark.parametrize("tokens", [9, 17])
 def test_kernels_that_couple_by_the_largest_number_of_a_batch_are_refused(
     llama_folder, rows, tokens
 ):
-    """Faulty: as below, in the last adapted layer, in small batches of short records."""
+    """In the last adapted layer, in small batches of short records."""
     base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
     trainer = trainer_of(base)
-    inside = base.network.model.layers[3].mlp
-    right = inside.forward
-
-    def coarse(hidden):
-        step = hidden.detach().abs().max() / 8
-        return right(hidden + ((hidden / step).round() * step - hidden).detach())
-
-    inside.forward = coarse
+    rounded_by_the_largest(base.network.model.layers[3].mlp)
     with pytest.raises(AdapterError, match="depends on its neighbours"):
         run(trainer, records(4, longest=8), plan(), shape=Shape(1, rows, tokens, spare=0))
 
 
 def test_kernels_that_let_neighbours_into_a_records_gradient_are_refused(llama_folder):
-    """Faulty: activations rounded on a grid that the largest one of the batch sets."""
     base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
     trainer, shape = trainer_of(base), Shape(1, 4, 40, spare=0)
     inside = base.network.model.layers[2].mlp
-    right = inside.forward
-
-    def coarse(hidden):
-        step = hidden.detach().abs().max() / 8
-        return right(hidden + ((hidden / step).round() * step - hidden).detach())
-
-    inside.forward = coarse
+    right = rounded_by_the_largest(inside)
     with pytest.raises(AdapterError, match="depends on its neighbours"):
         run(trainer, records(4), plan(), shape=shape)
     inside.forward = right
     assert np.isfinite(run(trainer, records(4), plan(), shape=shape)).all()
+
+
+def test_a_trial_whose_gradients_are_no_numbers_is_not_passed(llama_folder):
+    """Faulty: `max(0.0, nan)` is 0.0, so that no gap at all would be found."""
+    base = load_anew(str(llama_folder), ComputeSettings(device="cpu", dtype="bfloat16"))
+    trainer, shape = trainer_of(base), Shape(1, 4, 40, spare=0)
+    inside = base.network.model.layers[3].mlp
+    right = inside.forward
+    inside.forward = lambda hidden: right(hidden) * torch.nan
+    with pytest.raises(AdapterError, match="depends on its neighbours, by nan"):
+        run(trainer, records(4), plan(), shape=shape)
+    assert not trainer.tried
 
 
 @pytest.mark.parametrize("poison", [np.nan, 1e30])
