@@ -11,8 +11,9 @@ import hashlib
 import multiprocessing
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -54,8 +55,9 @@ from .privacy.run_ledger import run_id, run_ledger
 from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
-from .training.constant_work import Work, choice_of, chunks_of, missing, work_of
+from .training.constant_work import Shape, Work, choice_of, chunks_of, missing, work_of
 from .training.local_training import Randomness, Trained, Trainer, train
+from .training.side_by_side import Task, can_share, train_side_by_side
 
 if TYPE_CHECKING:
     from .runtime.answer_pace import Pace
@@ -63,9 +65,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "DeviceContext",
+    "Learnt",
     "SimulatedContext",
     "cluster_of",
     "exchange_at",
+    "learn_together",
     "local_factor_of",
     "masked_phase",
     "take_part",
@@ -135,6 +139,12 @@ class DeviceContext(Protocol):
     def keep_local_factor(self, name: str, kept: bytes) -> None:
         """Keep that part of the adapter durably."""
 
+    def taught(self, name: str, plan: Plan) -> "Learnt | None":
+        """Return what was trained already, beside other simulated devices; None: nothing.
+
+        A person's own device has nothing of the kind.
+        """
+
     @property
     def pace(self) -> "Pace | None":
         """The times at which this device's answers leave.
@@ -171,6 +181,7 @@ class SimulatedContext:
     ledger: Ledger
     secret: Secret
     directory: Directory
+    learnt: dict[tuple[str, str], "Learnt"] = field(default_factory=dict, repr=False)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -212,6 +223,10 @@ class SimulatedContext:
         path = self._home_of(name)
         path.parent.mkdir(mode=0o700, exist_ok=True)
         write_atomic(path, kept)
+
+    def taught(self, name: str, plan: Plan) -> "Learnt | None":
+        """Return what `learn_together` has trained for this device, once."""
+        return self.learnt.pop((name, plan.digest), None)
 
     @property
     def pace(self) -> None:
@@ -317,9 +332,9 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
     work, cluster_vectors = work_of(config, plan), exchange.cluster_vectors(start)
     if work is not None:
         _rehearse(device, plan, cluster_vectors, work)
-    cluster, local_factor, trained = _learnt(device, plan, cluster_vectors, work)
+    learnt = _learnt(device, plan, cluster_vectors, work)
     contribution = exchange.contribution(
-        trained.delta, None if device.is_empty() else cluster, plan.clip
+        learnt.trained.delta, None if device.is_empty() else learnt.cluster, plan.clip
     )
     _refuse_other_length(plan, len(contribution), released.dimension)
     return release(
@@ -330,7 +345,7 @@ def _answer(device: Device, plan: Plan, start: NDArray[np.float32]) -> bytes:
         context.ledger,
         config.privacy,
         noise.source(config.insecure_test_seed, f"{name} round {plan.round} release"),
-        _statistics(device, plan, cluster_vectors[cluster], local_factor, trained.statistics, work),
+        _statistics(device, plan, cluster_vectors[learnt.cluster], learnt, work),
     )
 
 
@@ -344,24 +359,34 @@ def _refuse_unpaid(device: Device, plan: Plan, dimension: int) -> None:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Learnt:
+    """What a device has learnt in a round: of which cluster, from which local factor."""
+
+    cluster: int
+    local_factor: NDArray[np.float32] | None = field(repr=False)
+    trained: Trained = field(repr=False)
+
+
 def _learnt(
     device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work | None
-) -> tuple[int, NDArray[np.float32] | None, Trained]:
-    """Choose a cluster and train it: which one, the local factor as it was kept, the results."""
-    context, config, exchange = device.context, device.context.config, exchange_at(device.context)
-    records, active_clusters = device.records(), exchange.clusters.active_clusters(plan.round)
-    adapter = context.trainer.adapter
-    choice, shape = (None, None) if work is None else (work.choice, work.step)
+) -> Learnt:
+    """Choose a cluster and train it."""
+    context, config, adapter = device.context, device.context.config, device.context.trainer.adapter
+    if taught := context.taught(device.name, plan):
+        return taught
+    shape = None if work is None else work.step
     if shape is None and adapter.base.by_shape:
         shape = chunks_of(config, adapter.base.positions)
-    cluster = choose(adapter, cluster_vectors, active_clusters, records, choice)
-    local_factor, label = local_factor_of(device, plan.round), f"{device.name} round {plan.round}"
+    records = device.records()
+    cluster = _chosen(device, plan, cluster_vectors, records, None if work is None else work.choice)
+    local_factor = local_factor_of(device, plan.round)
     trained = train(
         context.trainer,
         cluster_vectors[cluster],
         records,
         plan,
-        _randomness(config.insecure_test_seed, label),
+        _randomness_of(device, plan),
         local_factor=local_factor,
         shape=shape,
     )
@@ -369,7 +394,44 @@ def _learnt(
         before = context.local_factor(device.name)
         kept = local_factors.added(before, plan.round, trained.local_factor)
         context.keep_local_factor(device.name, kept)
-    return cluster, local_factor, trained
+    return Learnt(cluster, local_factor, trained)
+
+
+def learn_together(
+    context: SimulatedContext, devices: Sequence[Device], plan: Plan, start: NDArray[np.float32]
+) -> None:
+    """Train simulated devices of a round in one batch, before each of them is asked for it.
+
+    What a device does with it is the same as ever (`take_part`): it checks the plan, its budget and
+    passes the gate. Where they cannot share a batch, nothing is done here.
+    """
+    trainer = context.trainer
+    if work_of(context.config, plan) is not None or not can_share(trainer, plan):
+        return
+    context.learnt.clear()  # of devices that died before they were asked
+    cluster_vectors = exchange_at(context).cluster_vectors(start)
+    groups = defaultdict[int, list[tuple[Device, Sequence[data.Tokenised]]]](list)
+    for device in devices:
+        records = device.records()
+        groups[_chosen(device, plan, cluster_vectors, records, None)].append((device, records))
+    for cluster, members in groups.items():
+        tasks = [Task(records, _randomness_of(device, plan)) for device, records in members]
+        found = train_side_by_side(trainer, cluster_vectors[cluster], tasks, plan)
+        for (device, _), trained in zip(members, found, strict=True):
+            context.learnt[device.name, plan.digest] = Learnt(cluster, None, trained)
+
+
+def _chosen(
+    device: Device,
+    plan: Plan,
+    cluster_vectors: NDArray[np.float32],
+    records: Sequence[data.Tokenised],
+    choice: Shape | None,
+) -> int:
+    """Choose the cluster that a device trains in a round."""
+    active_clusters = exchange_at(device.context).clusters.active_clusters(plan.round)
+    adapter = device.context.trainer.adapter
+    return choose(adapter, cluster_vectors, active_clusters, records, choice)
 
 
 def _rehearse(device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work) -> None:
@@ -489,8 +551,7 @@ def _statistics(
     device: Device,
     plan: Plan,
     start: NDArray[np.float32],
-    kept: NDArray[np.float32] | None,
-    losses: NDArray[np.float64],
+    learnt: Learnt,
     work: Work | None,
 ) -> Statistics:
     """Return the blocks of statistics that the plan asks for.
@@ -499,9 +560,9 @@ def _statistics(
     """
     statistics = dict[str, NDArray[np.float64]]()
     if plan.losses_bound:
-        statistics["losses"] = losses
+        statistics["losses"] = learnt.trained.statistics
     if plan.gains_bound:
-        evaluated = _evaluated(device, start, kept, device.measured_on(), work)
+        evaluated = _evaluated(device, start, learnt.local_factor, device.measured_on(), work)
         statistics["gains"] = gains_block(evaluated, plan.gains_bound)
     return statistics
 
@@ -637,7 +698,8 @@ def _refuse_other_start(plan: Plan, start: NDArray[np.float32]) -> None:
         raise ProtocolError(f"round {plan.round}: the adapter received is not the one announced")
 
 
-def _randomness(seed: int | None, label: str) -> Randomness:
+def _randomness_of(device: Device, plan: Plan) -> Randomness:
+    seed, label = device.context.config.insecure_test_seed, f"{device.name} round {plan.round}"
     return Randomness(_batches(seed, label), noise.source(seed, f"{label} training"))
 
 

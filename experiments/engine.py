@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +20,12 @@ from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
-from ..client.device import SimulatedContext
+from ..client.device import SimulatedContext, learn_together
 from ..client.training.local_training import Trainer
 from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines
 from ..common.model.adapter import shared
+from ..common.privacy.round_plan import Plan
 from ..common.settings.config import Config
 from ..server.app import serve
 from ..server.round_record import LOG
@@ -39,6 +40,7 @@ ENGINES = ("local", "ray")
 LOST = "lost, by simulation.dropout"
 Answers = Callable[[Message, Context], Message]
 Loss = Literal["before", "after"]
+TRAINING = ("train.round", "train.vector")
 PHASES = ("keys", "shares", "vector", "confirm", "unmask")
 
 
@@ -75,7 +77,7 @@ def _local(folder: Path, config: Config, live: progress.Live) -> None:
 
     def done(kind: str, took_s: float) -> None:
         nonlocal seconds
-        if kind in ("train.round", "train.vector"):
+        if kind in TRAINING:
             seconds += took_s / config.speed.processes
             live.advance()
 
@@ -90,8 +92,9 @@ def _local(folder: Path, config: Config, live: progress.Live) -> None:
 def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
     app = functools.partial(mortal, config, told, folder=folder)
     clients, processes = config.data.clients, config.speed.processes
+    ahead, together = functools.partial(train_ahead, folder), config.speed.together
     if processes == 1:
-        yield LocalGrid(app, clients, str(folder), done)
+        yield LocalGrid(app, clients, str(folder), done, ahead, together)
         return
     device = shared(config).base.compute.device
     if device.type != "cpu":
@@ -101,8 +104,19 @@ def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
         )
     SimulatedContext.open.cache_clear()  # no process goes on with the ledger of another
     Trainer.of(shared(config), config.speed.cache_mb, config.pairs)  # before the fork: one for all
-    with ForkedGrid(app, clients, str(folder), done, processes) as grid:
+    with ForkedGrid(app, clients, str(folder), done, processes, ahead, together) as grid:
         yield grid
+
+
+def train_ahead(folder: Path, messages: Sequence[tuple[int, Message]]) -> None:
+    """Train the devices of several messages in one batch, where they ask for training."""
+    if len(messages) == 1 or messages[0][1].metadata.message_type not in TRAINING:
+        return
+    context, content = SimulatedContext.open(folder), messages[0][1].content
+    if context.config.ab_run is None:
+        devices = [context.device(number) for number, _ in messages]
+        plan = Plan.from_dict(dict(content["plan"]))
+        learn_together(context, devices, plan, content["adapter"]["vector"].numpy())
 
 
 def mortal(

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
@@ -20,7 +20,7 @@ import torch
 from flwr.app import Message
 
 from ..common.errors import StateError
-from .grid import App, Done, LocalGrid
+from .grid import Ahead, App, Done, LocalGrid
 
 __all__ = ["ForkedGrid"]
 
@@ -30,11 +30,11 @@ END_S = 10.0
 
 @dataclass
 class _Process:
-    """A forked process, its wire, and what kind of message it works on; empty: on none."""
+    """A forked process, its wire, and what kind of message it works on, one for each."""
 
     process: ForkProcess
     wire: Connection
-    busy: str = ""
+    busy: list[str] = field(default_factory=list)
 
 
 class ForkedGrid(LocalGrid):
@@ -43,15 +43,24 @@ class ForkedGrid(LocalGrid):
     A context manager: at its end all processes have ended. Replies come as they are ready.
 
     Args:
-        app, clients, run, done: as `LocalGrid`.
+        app, clients, run, done, ahead, together: as `LocalGrid`.
         processes: how many.
 
     Raises:
         StateError: from `pull_messages`: a process has died, as it does where memory runs out.
     """
 
-    def __init__(self, app: App, clients: int, run: str, done: Done, processes: int) -> None:
-        super().__init__(app, clients, run, done)
+    def __init__(
+        self,
+        app: App,
+        clients: int,
+        run: str,
+        done: Done,
+        processes: int,
+        ahead: Ahead,
+        together: int,
+    ) -> None:
+        super().__init__(app, clients, run, done, ahead, together)
         fork = multiprocessing.get_context("fork")
         self._processes: list[_Process] = []
         self._answered: list[Message] = []
@@ -83,9 +92,9 @@ class ForkedGrid(LocalGrid):
         while any(waiting) or self._answered or any(one.busy for one in self._processes):
             for one, messages in zip(self._processes, waiting, strict=True):
                 if messages and not one.busy:
-                    message = messages.pop(0)
-                    one.wire.send(message)
-                    one.busy = message.metadata.message_type
+                    some, messages[:] = messages[: self._together], messages[self._together :]
+                    one.wire.send(some)
+                    one.busy = [message.metadata.message_type for message in some]
             if not self._answered:
                 self._receive()
             while self._answered:
@@ -104,9 +113,9 @@ class ForkedGrid(LocalGrid):
                     f"middle of its work (exit code {one.process.exitcode}); if memory ran out, "
                     "take fewer, and go on with --resume"
                 ) from None
-            kind, one.busy = one.busy, ""
             if isinstance(answer, BaseException):
                 raise answer
+            kind = one.busy.pop(0)
             reply, seconds = answer
             self._done(kind, seconds)
             self._answered.append(reply)
@@ -119,10 +128,10 @@ class ForkedGrid(LocalGrid):
         torch.set_num_threads(1)
         with contextlib.suppress(EOFError, BrokenPipeError):
             while True:
-                message = wire.recv()
+                messages = wire.recv()
                 try:
-                    answer: object = self._handled(message)
+                    for answer in self._handled(messages):
+                        wire.send(answer)
                 except Exception as error:
-                    answer = error
-                wire.send(answer)
+                    wire.send(error)
         os._exit(0)

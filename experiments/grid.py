@@ -1,13 +1,13 @@
 """A Flower grid in this process: the ServerApp's messages go straight to the ClientApp.
 
 No start-up, one process, deterministic, debuggable. A message is handled when its reply is
-pulled, so a cohort of any size holds one contribution at a time. What a client raises, the run
-raises: in a simulation a broken device is a bug, not weather.
+pulled, so a cohort of any size holds one contribution at a time, or those of `together`. What a
+client raises, the run raises: in a simulation a broken device is a bug, not weather.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,13 +18,21 @@ __all__ = ["App", "Done", "LocalGrid"]
 
 App = Callable[[Message, Context], Message]
 Done = Callable[[str, float], None]
+Ahead = Callable[[Sequence[tuple[int, Message]]], None]
+"""What is done for several messages at once before each is handled: partition numbers, messages."""
 
 RUN_ID = 1
 SERVER = 1
 FIRST_NODE = 2
 
 
-def _nothing(_: str, __: float) -> None:
+def batched(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Divide names into parts of a size, in their order."""
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -36,11 +44,21 @@ class LocalGrid(Grid):
         clients: how many nodes there are.
         run: the run folder, given to the clients as run configuration.
         done: told of each reply what kind of message it answers, and the seconds it took.
+        ahead: done for `together` messages at once, before each of them is handled.
+        together: how many.
     """
 
-    def __init__(self, app: App, clients: int, run: str, done: Done = _nothing) -> None:
+    def __init__(
+        self,
+        app: App,
+        clients: int,
+        run: str,
+        done: Done = _nothing,
+        ahead: Ahead = _nothing,
+        together: int = 1,
+    ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
-        self._app, self._done = app, done
+        self._app, self._done, self._ahead, self._together = app, done, ahead, together
         self._clients = clients
         self._run_config = {"run": run}
         self._pending: dict[str, Message] = {}
@@ -82,19 +100,24 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Handle the messages in the order they were sent, one reply at a time."""
-        for name in sorted(set(message_ids) & set(self._pending), key=int):
-            message = self._pending.pop(name)
-            reply, seconds = self._handled(message)
-            self._done(message.metadata.message_type, seconds)
-            yield reply
+        names = sorted(set(message_ids) & set(self._pending), key=int)
+        for some in batched(names, self._together):
+            messages = [self._pending.pop(name) for name in some]
+            for message, (reply, seconds) in zip(messages, self._handled(messages), strict=True):
+                self._done(message.metadata.message_type, seconds)
+                yield reply
 
-    def _handled(self, message: Message) -> tuple[Message, float]:
-        """Run the app on a message, and return its reply and the seconds it took."""
-        began, node = time.perf_counter(), message.metadata.dst_node_id
-        state = self._states.setdefault(node, RecordDict())
-        where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
-        reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
-        return reply, time.perf_counter() - began
+    def _handled(self, messages: Sequence[Message]) -> Iterator[tuple[Message, float]]:
+        """Run the app on each message: its reply, and its share of the seconds."""
+        began = time.perf_counter()
+        self._ahead([(one.metadata.dst_node_id - FIRST_NODE, one) for one in messages])
+        share = (time.perf_counter() - began) / len(messages)
+        for message in messages:
+            began, node = time.perf_counter(), message.metadata.dst_node_id
+            state = self._states.setdefault(node, RecordDict())
+            where = {"partition-id": node - FIRST_NODE, "num-partitions": self._clients}
+            reply = self._app(message, Context(RUN_ID, node, where, state, self._run_config))
+            yield reply, time.perf_counter() - began + share
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -48,6 +48,7 @@ from ...common.privacy.noise import Source
 from ...common.privacy.round_plan import Plan
 from ...common.settings.sections import PreferenceSettings
 from .constant_work import Shape
+from .kernel_trial import of_nobody, refuse_coupling
 from .records import Tokenised, poisson_indices
 
 __all__ = ["Randomness", "Trained", "Trainer", "train"]
@@ -57,10 +58,6 @@ __all__ = ["Randomness", "Trained", "Trainer", "train"]
 # (measured on SmolLM2; in float64 by 1e-15).
 _SHRINK = 1 - 2.0**-10
 Named = tuple[tuple[str, nn.Parameter], ...]
-
-COUPLING = 2.0**-20
-"""How much of a record's gradient may depend on its neighbours: of some hundred records together
-less than `_SHRINK` leaves."""
 
 _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
 
@@ -193,11 +190,11 @@ def train(
     _forget(trainer.hooked)
     adapter.write(start, local_factor)
     trained = adapter.train_only(plan.round)
-    optimizer = _optimizer([parameter for _, parameter in trained], plan, randomness.noise)
+    optimizer = optimizer_of([parameter for _, parameter in trained], plan, randomness.noise)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
     if private and shape is not None and adapter.base.by_shape:
-        _refuse_coupling(trainer, trained, shape)
+        _try_kernels(trainer, trained, shape)
     step = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
@@ -209,10 +206,12 @@ def train(
         batch.sort(key=lambda record: len(record.ids))
         seen = step(trainer, trained, optimizer, _chunks(batch, shape), plan, shape)
         losses.append(np.array(seen, np.float64))
-        delta -= plan.learning_rate * _gradient(trained)
+        delta -= plan.learning_rate * step_gradient(trained)
     optimizer.zero_grad(set_to_none=True)
-    released, moved = np.split(_finite(delta), [len(delta) - adapter.local_factor.dimension])
-    return Trained(released, _statistics(losses[0], plan), local_factor=_moved(local_factor, moved))
+    released, moved = np.split(finite_delta(delta), [len(delta) - adapter.local_factor.dimension])
+    return Trained(
+        released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
+    )
 
 
 def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -248,50 +247,21 @@ def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
         )
 
 
-def _refuse_coupling(trainer: Trainer, trained: Named, shape: Shape) -> None:
-    """Refuse kernels with which a record's gradient depends on its neighbours or its place.
-
-    Tried once for a shape and what is trained, on made-up records of many lengths, in other places
-    and in other company, under an adapter that is nobody's: a server's might hide it.
-    """
-    adapter, which = trainer.adapter, (shape, *(name for name, _ in trained))
-    if which in trainer.tried:
-        return
-    now = adapter.read(), adapter.read_local_factor()
-    adapter.write(*_of_nobody(adapter))
-    rows = shape.rows - shape.spare
-    made = _drawn_records(2 * rows, shape.tokens, len(adapter.base.tokenizer))
-    own, others = made[:rows], made[rows:]
-    expected = dict(zip(own, _gradient_of(trainer, trained, own, shape), strict=True))
-    apart = range(0, rows, max(1, rows // 3))
-    few = own[-1:], own[: max(1, rows // 2)], others[:1] + own[:1]
-    companies = own[::-1], own[1:], *few, *([own[n], *others[1:]] for n in apart)
-    for company in (some[:rows] for some in companies):
-        found = zip(company, _gradient_of(trainer, trained, company, shape), strict=True)
-        for gradient, wanted in ((row, expected[one]) for one, row in found if one in expected):
-            gap = float((gradient - wanted).norm() / wanted.norm())
-            if not gap <= COUPLING:  # nor may it be NaN, which hides any gap
-                raise _coupled(adapter, gap)
-    adapter.write(*now)
-    trainer.tried.add(which)
-
-
-def _drawn_records(count: int, tokens: int, words: int) -> list[Tokenised]:
-    """Draw made-up records of 2 to tokens - 1 tokens, by a public seed."""
-    rng = np.random.default_rng(count)
-
-    def ids(length: int) -> tuple[int, ...]:
-        return tuple(map(int, rng.integers(words, size=length)))
-
-    lengths = [int(rng.integers(2, max(3, tokens))) for _ in range(count)]
-    return [Tokenised(ids(n), 0.0, rejected=ids(n), prompts=(1, 1)) for n in lengths]
+def _try_kernels(trainer: Trainer, trained: Named, shape: Shape) -> None:
+    """Try the kernels once for a shape and what is trained."""
+    which = (shape, *(name for name, _ in trained))
+    if which not in trainer.tried:
+        refuse_coupling(
+            trainer.adapter, shape, lambda chunk: _gradient_of(trainer, trained, chunk, shape)
+        )
+        trainer.tried.add(which)
 
 
 @torch.no_grad()
 def _refuse_unheard(adapter: Adapter) -> None:
     """Refuse an adapter that does not move the model's output, before anything is spent on it."""
     ids, mask = pad([[1, 2, 3, 4, 5]])
-    adapter.write(*_of_nobody(adapter))
+    adapter.write(*of_nobody(adapter))
     moved = final_states(adapter.base, ids, mask)
     adapter.write(adapter.start)
     if torch.equal(moved, final_states(adapter.base, ids, mask)):
@@ -302,30 +272,11 @@ def _refuse_unheard(adapter: Adapter) -> None:
         )
 
 
-def _of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return a vector and a local factor under which every trained number has a gradient."""
-    rng = np.random.default_rng(0)
-    away = rng.normal(size=len(adapter.start)), rng.normal(size=adapter.local_factor.dimension)
-    return (
-        (adapter.start + 0.05 * away[0]).astype(np.float32),
-        (0.05 * away[1]).astype(np.float32),
-    )
-
-
-def _coupled(adapter: Adapter, gap: float) -> AdapterError:
-    where = adapter.base.compute
-    return AdapterError(
-        f"in {where.dtype} on {where.device} a record's gradient depends on its neighbours, by "
-        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set compute.dtype = "
-        '"float32", or compute.device = "cpu"'
-    )
-
-
 def _gradient_of(
     trainer: Trainer, trained: Named, chunk: list[Tokenised], shape: Shape
 ) -> torch.Tensor:
     """Return the gradient of each record of a chunk, shape (records, d)."""
-    losses = _losses(trainer, chunk, shape)
+    losses = losses_of(trainer, chunk, shape)
     losses.sum().backward()
     _one_row_a_record(trainer, trained, len(losses))
     found = [parameter.grad_sample[: len(chunk)].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
@@ -334,7 +285,7 @@ def _gradient_of(
     return torch.cat(found, 1)
 
 
-def _finite(delta: NDArray[np.float64]) -> NDArray[np.float32]:
+def finite_delta(delta: NDArray[np.float64]) -> NDArray[np.float32]:
     """Return the delta in float32, or zeros where a number of it is not finite there."""
     with np.errstate(over="ignore"):
         rounded = delta.astype(np.float32)
@@ -386,7 +337,7 @@ def _with_references(
     return with_references
 
 
-def _statistics(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
+def statistics_of(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64]:
     """Turn losses under the start adapter, shape (records,), into the block of losses."""
     if not plan.losses_bound:
         return np.zeros(0)
@@ -402,12 +353,13 @@ class _SystemNoiseOptimizer(DPOptimizer):
         self.source, self.noise = source, noise
 
     def add_noise(self) -> None:
-        for parameter in self.params:
-            total = parameter.summed_grad
-            noise = sum(_gaussian(total.numel(), self.source) for _ in range(4)) / 2
-            drawn = torch.from_numpy(noise).view_as(total)
-            noised = (total.cpu().double() + self.noise * drawn).to(total)
-            parameter.grad = noised.view_as(parameter)
+        totals: list[torch.Tensor] = [parameter.summed_grad for parameter in self.params]
+        flat = torch.cat([total.flatten() for total in totals]).cpu().double()
+        noise = sum(_gaussian(len(flat), self.source) for _ in range(4)) / 2
+        noised = (flat + self.noise * torch.from_numpy(noise)).to(totals[0])
+        pieces = noised.split([total.numel() for total in totals])
+        for parameter, piece in zip(self.params, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
@@ -419,7 +371,9 @@ def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
     return normal
 
 
-def _optimizer(parameters: list[nn.Parameter], plan: Plan, source: Source) -> torch.optim.Optimizer:
+def optimizer_of(
+    parameters: list[nn.Parameter], plan: Plan, source: Source
+) -> torch.optim.Optimizer:
     plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
     if plan.record_clip == 0:
         return plain
@@ -444,7 +398,7 @@ def _private_step(
     for number, chunk in enumerate(chunks):
         optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
         if chunk or shape is not None:
-            losses = _losses(trainer, chunk, shape)
+            losses = losses_of(trainer, chunk, shape)
             _sum(losses, len(chunk)).backward()
             seen += losses.tolist()[: len(chunk)]
             _one_row_a_record(trainer, trained, len(losses))
@@ -533,20 +487,22 @@ def _plain_step(
     seen = list[float]()
     optimizer.zero_grad(set_to_none=True)
     for chunk in chunks:
-        losses = _losses(trainer, chunk, shape)
+        losses = losses_of(trainer, chunk, shape)
         (_sum(losses, len(chunk)) / plan.batch_size).backward()
         seen += losses.tolist()[: len(chunk)]
     optimizer.step()
     return seen
 
 
-def _gradient(trained: Named) -> NDArray[np.float64]:
+def step_gradient(trained: Named) -> NDArray[np.float64]:
     """Return the gradient that the step just taken went along, shape (d,)."""
     pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.ravel() for _, p in trained]
     return torch.cat(pieces).cpu().double().numpy()
 
 
-def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = None) -> torch.Tensor:
+def losses_of(
+    trainer: Trainer, records: list[Tokenised], shape: Shape | None = None
+) -> torch.Tensor:
     """Return the loss of each record, shape (n,).
 
     With dummies behind the records it is (rows,). The loss of a pair is against its reference.

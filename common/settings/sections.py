@@ -375,10 +375,13 @@ class EvaluationSettings(Section):
 
 
 class SpeedSettings(Section):
-    """Never changes what is computed, but for the thread count's rounding of floats."""
+    """Never changes what is computed, but for the rounding of floats by `threads`, `together`."""
 
     threads: int = Field(2, ge=1)
     processes: int = Field(
         1, ge=1, le=256, description="simulated devices side by side, with a thread each; 1: none"
+    )
+    together: int = Field(
+        1, ge=1, le=1024, description="simulated devices trained in one batch; for small models"
     )
     cache_mb: int = Field(0, ge=0, description="keeps the frozen prefix of records met again")

@@ -31,6 +31,7 @@ from ...client.training.local_training import Trainer
 from ...common.model.adapter import attach
 from ...common.model.base_model import load
 from ...common.privacy.plan_maker import make_plan
+from ...common.privacy.round_plan import Plan
 from ...common.secure_aggregation.keys import Directory, Identity
 from ...common.settings.config import Config, parse
 from .deployment import tiny_model
@@ -79,6 +80,9 @@ class FreeContext:
     def records(self, _: str) -> Sequence[data.Record]:
         """Return all records of this device."""
         return self.own
+
+    def taught(self, _name: str, _plan: Plan) -> None:
+        """Return None, as each device is trained when it is asked."""
 
     def tokenised(self, records: Sequence[data.Record]) -> list[data.Tokenised]:
         """Return the records as token ids."""

@@ -12,9 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message
 
+from privet.client import device
 from privet.client.device import SimulatedContext
 from privet.client.privacy.ledger import verify
 from privet.client.privacy.run_ledger import LEDGERS
@@ -96,6 +98,48 @@ def test_devices_side_by_side_give_the_same_adapter_and_ledgers(llama_folder, tm
     assert adapter(one) == adapter(many)
     assert spent(one) == spent(many)
     assert verify(one / LEDGERS) == verify(many / LEDGERS) == 2 * 12
+
+
+def together(folder: Path, devices: int, processes: int = 1) -> Config:
+    """The run's settings, with so many devices in one batch."""
+    config = side_by_side(folder, processes)
+    speed = config.speed.model_copy(update={"together": devices})
+    config = config.model_copy(update={"speed": speed})
+    (folder / "config.toml").write_text(to_toml(config))
+    return config
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_devices_trained_in_one_batch_give_the_same_adapter_and_spend_the_same(
+    llama_folder, tmp_path, monkeypatch, masked, steps
+):
+    shared, batches = device.train_side_by_side, []
+
+    def watched(trainer, start, tasks, plan):
+        batches.append(len(tasks))
+        return shared(trainer, start, tasks, plan)
+
+    monkeypatch.setattr(device, "train_side_by_side", watched)
+    place = {"client": {"noise_at": "distributed" if masked else "server"}}
+    people = population(tmp_path / "people", 16, 8)
+    sizes = {"data": {"clients": 12}, "rounds": {"count": 2, "cohort": 12}}
+    config = tiny_config(llama_folder, people, privacy=place, training={"steps": steps}, **sizes)
+    one, many, forked = (tmp_path / name for name in ("one", "many", "forked"))
+    prepared = prepare(config, one, resume=False)
+    for folder in (many, forked):
+        shutil.copytree(one, folder)
+    engine.run("local", one, prepared)
+    assert not batches
+    engine.run("local", many, together(many, 5))
+    assert batches == [5, 5, 2] * 2
+    engine.run("local", forked, together(forked, 5, processes=2))
+    apart = np.frombuffer(adapter(one), np.float32)
+    for folder in (many, forked):
+        found = np.frombuffer(adapter(folder), np.float32)
+        np.testing.assert_allclose(found, apart, rtol=1e-4, atol=1e-5)
+        assert spent(folder) == spent(one)
+        assert verify(folder / LEDGERS) == 2 * 12
 
 
 def test_a_process_that_dies_ends_the_run_with_a_sentence_and_the_run_goes_on(

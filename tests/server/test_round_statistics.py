@@ -195,7 +195,7 @@ def test_no_block_can_wrap_where_the_adapter_cannot():
 def test_a_client_with_a_hundred_times_the_losses_moves_the_block_by_at_most_the_bound():
     config = configured("none", example=False, loss_bound=5.0)
     plan = planned(config)
-    wild = local_training._statistics(np.full(8, 500.0), plan)
+    wild = local_training.statistics_of(np.full(8, 500.0), plan)
     assert wild.tolist() == [1.0, 1.0]
 
     def faulty(losses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -216,7 +216,7 @@ def test_a_client_with_a_hundred_times_the_losses_moves_the_block_by_at_most_the
 )
 def test_one_record_moves_the_block_by_at_most_root_two_over_the_batch_size(losses, one, size):
     plan = dataclasses.replace(planned(configured()), batch_size=size)
-    blocks = [local_training._statistics(np.array(x), plan) for x in (losses, [*losses, one])]
+    blocks = [local_training.statistics_of(np.array(x), plan) for x in (losses, [*losses, one])]
     moved = clip(blocks[1], BOUND).vector - clip(blocks[0], BOUND).vector
     assert np.linalg.norm(moved) <= math.sqrt(2) / size * (1 + 1e-9)
 
@@ -240,14 +240,14 @@ def trainer(llama_folder: Path) -> Trainer:
 def test_the_losses_are_the_steps_own_under_the_start_adapter(trainer, private, monkeypatch):
     own, calls = records(20), list[int]()
     trainer.adapter.write(trainer.adapter.start)
-    wanted = sum(float(local_training._losses(trainer, [one])[0].detach()) for one in own)
-    plain = local_training._losses
+    wanted = sum(float(local_training.losses_of(trainer, [one])[0].detach()) for one in own)
+    plain = local_training.losses_of
 
     def counted(trainer: Trainer, chunk: Any, *shape: Any) -> Any:
         calls.append(len(chunk))
         return plain(trainer, chunk, *shape)
 
-    monkeypatch.setattr(local_training, "_losses", counted)
+    monkeypatch.setattr(local_training, "losses_of", counted)
     plan = planned(configured(loss_bound=100.0))
     changes: dict[str, Any] = {"rate": 1.0, "learning_rate": 1.0}
     plan = dataclasses.replace(plan, **changes if private else changes | {"record_clip": 0.0})

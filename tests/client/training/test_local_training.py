@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from privet.client.privacy.gate import charges
-from privet.client.training import local_training
+from privet.client.training import kernel_trial, local_training
 from privet.client.training.constant_work import Shape
 from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Tokenised, poisson_indices
@@ -114,7 +114,7 @@ def gradients(trainer, own, shape=None):
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
     for parameter in parameters:
         parameter.grad_sample = None
-    local_training._losses(trainer, own, shape).sum().backward()
+    local_training.losses_of(trainer, own, shape).sum().backward()
     found = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1).double()
     for parameter in parameters:
         parameter.grad = parameter.grad_sample = None
@@ -145,7 +145,7 @@ def test_a_records_gradient_is_what_autograd_says(trainer):
     mine = gradients(trainer, own)
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
     for row, record in enumerate(own):
-        found = torch.autograd.grad(local_training._losses(trainer, [record]).sum(), parameters)
+        found = torch.autograd.grad(local_training.losses_of(trainer, [record]).sum(), parameters)
         for parameter in parameters:
             parameter.grad_sample = None
         flat = torch.cat([piece.ravel() for piece in found]).double()
@@ -259,7 +259,7 @@ def test_below_float32_no_shared_head_is_trained_privately(llama_folder):
 
 def test_made_up_records_of_the_trial_are_of_many_lengths_and_words():
     for tokens in (3, 9, 17, 65):
-        made = local_training._drawn_records(16, tokens, 1000)
+        made = kernel_trial._drawn_records(16, tokens, 1000)
         lengths = {len(record.ids) for record in made}
         assert min(lengths) >= 2
         assert max(lengths) < max(3, tokens)
@@ -460,7 +460,7 @@ def test_a_round_that_broke_off_between_its_passes_leaves_nothing_to_the_next(tr
     right = run(trainer, own, plan())
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = True
-    local_training._losses(
+    local_training.losses_of(
         trainer, labelled(trainer, records(12, seed=3))
     )  # no backward pass: memory ran out, or the like
     np.testing.assert_array_equal(run(trainer, own, plan()), right)
@@ -594,7 +594,7 @@ def test_without_example_level_privacy_it_is_plain_sgd(trainer):
     trainer.adapter.write(start)
     trainer.hooked.hooks_enabled = False
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
-    losses = local_training._losses(trainer, own)
+    losses = local_training.losses_of(trainer, own)
     found = torch.autograd.grad(losses.sum(), parameters)
     expected = -0.5 / 10 * torch.cat([piece.ravel() for piece in found]).numpy()
     assert np.allclose(delta, expected, atol=1e-5 * np.abs(expected).max())
@@ -637,7 +637,7 @@ def test_no_adapter_that_a_server_sends_makes_a_device_decline_for_its_words(tex
         start = (size * direction).astype(np.float32)
         texts.adapter.write(start)
         texts.hooked.hooks_enabled = False
-        finite = [_is_finite(local_training._losses(texts, [word]), parameters) for word in words]
+        finite = [_is_finite(local_training.losses_of(texts, [word]), parameters) for word in words]
         told.append(sum(finite))
         if not 0 < told[-1] < len(words):
             continue
@@ -656,17 +656,17 @@ def _is_finite(losses, parameters):
 
 
 def test_an_interrupted_step_leaves_nothing_to_the_next_client(texts, monkeypatch):
-    own, right = records(4), local_training._losses
+    own, right = records(4), local_training.losses_of
     wanted = run(texts, own, plan())
 
     def interrupted(trainer, chunk, shape):
         right(trainer, chunk, shape).sum().backward()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(local_training, "_losses", interrupted)
+    monkeypatch.setattr(local_training, "losses_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(texts, records(4, seed=3), plan())
-    monkeypatch.setattr(local_training, "_losses", right)
+    monkeypatch.setattr(local_training, "losses_of", right)
     assert np.array_equal(run(texts, own, plan()), wanted)
 
 
@@ -679,7 +679,7 @@ def test_every_family_learns_and_steps_compose(llama_folder, family):
     def loss(vector):
         trainer.adapter.write(vector)
         with torch.no_grad():
-            return float(local_training._losses(trainer, own).mean())
+            return float(local_training.losses_of(trainer, own).mean())
 
     start = trainer.adapter.start
     delta = run(trainer, own, public)
@@ -745,4 +745,4 @@ def test_the_losses_are_those_of_the_objective(labels):
     assert isinstance(head, nn.Linear)
     with torch.no_grad():
         expected = record_losses(labels.adapter.base, batch, head)
-        assert torch.equal(local_training._losses(labels, own), expected)
+        assert torch.equal(local_training.losses_of(labels, own), expected)

@@ -13,8 +13,8 @@ from privet.client.training.constant_work import Shape
 from privet.client.training.local_training import (
     Randomness,
     Trainer,
-    _losses,
     _one_row_a_record,
+    losses_of,
     train,
 )
 from privet.client.training.records import Tokenised
@@ -127,7 +127,7 @@ def gradients(adapter: Adapter, records: list[Tokenised], shape: Shape | None) -
     trainer = Trainer.of(adapter)
     trained = adapter.train_only(1)
     trainer.hooked.train()
-    losses = _losses(trainer, records, shape)
+    losses = losses_of(trainer, records, shape)
     losses[: len(records)].sum().backward()
     _one_row_a_record(trainer, trained, len(losses))
     rows = [getattr(p, "grad_sample")[: len(records)].flatten(1) for _, p in trained]  # noqa: B009
@@ -140,7 +140,7 @@ def alone(adapter: Adapter, record: Tokenised) -> torch.Tensor:
     trainer = Trainer.of(adapter)
     trained = adapter.train_only(1)
     trainer.hooked.hooks_enabled = False
-    grads = torch.autograd.grad(_losses(trainer, [record]).sum(), [p for _, p in trained])
+    grads = torch.autograd.grad(losses_of(trainer, [record]).sum(), [p for _, p in trained])
     trainer.hooked.hooks_enabled = True
     return torch.cat([one.flatten() for one in grads]).double()
 

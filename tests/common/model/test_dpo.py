@@ -159,7 +159,7 @@ def one_gradient(trainer, record):
     """A record's gradient by autograd, without Opacus, shape (d,)."""
     trainer.hooked.hooks_enabled = False
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
-    pieces = torch.autograd.grad(local_training._losses(trainer, [record]).sum(), parameters)
+    pieces = torch.autograd.grad(local_training.losses_of(trainer, [record]).sum(), parameters)
     trainer.hooked.hooks_enabled = True
     return torch.cat([piece.ravel() for piece in pieces]).double()
 
@@ -227,13 +227,13 @@ def test_training_leaves_the_reference_frozen(trainer, monkeypatch):
     """It is computed under the start adapter, whatever the steps before have done."""
     start, own = moved_start(trainer), pairs_of(4)
     seen: list[float | None] = []
-    losses = local_training._losses
+    losses = local_training.losses_of
 
     def watched(one: Any, records: Any, shape: Any) -> Any:
         seen.extend(record.reference for record in records)
         return losses(one, records, shape)
 
-    monkeypatch.setattr(local_training, "_losses", watched)
+    monkeypatch.setattr(local_training, "losses_of", watched)
     stepped(trainer, own, plan(local_steps=3, learning_rate=5.0), start)
     known = {id(r): margin_at(trainer, start, r) for r in own}
     assert seen[: len(own)] == [None] * len(own)
@@ -251,7 +251,7 @@ def opacus_gradients(trainer, own):
     parameters = [parameter for _, parameter in trainer.adapter.parameters]
     for parameter in parameters:
         parameter.grad_sample = None
-    local_training._losses(trainer, own).sum().backward()
+    local_training.losses_of(trainer, own).sum().backward()
     local_training._one_row_a_record(trainer, trainer.adapter.parameters, len(own))
     found = torch.cat([p.grad_sample.flatten(1) for p in parameters], 1).double()
     for parameter in parameters:
@@ -348,13 +348,13 @@ def test_a_pair_without_a_finite_gradient_counts_as_none(texts, monkeypatch):
     own, bad = pairs_of(4), pairs_of(1, 8, longest=30)[0]
     start, public = moved_start(texts), plan(record_clip=0.1)
     without = stepped(texts, own, public, start).delta
-    losses = local_training._losses
+    losses = local_training.losses_of
 
     def overflowing(trainer, records, shape):
         factor = torch.tensor([math.inf if record is bad else 1.0 for record in records])
         return losses(trainer, records, shape) * factor
 
-    monkeypatch.setattr(local_training, "_losses", overflowing)
+    monkeypatch.setattr(local_training, "losses_of", overflowing)
     with_bad = stepped(texts, [*own, bad], public, start).delta
     assert np.isfinite(with_bad).all()
     assert np.allclose(with_bad, without, atol=1e-6)

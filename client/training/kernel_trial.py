@@ -1,0 +1,92 @@
+"""The trial of kernels: whether a record's gradient depends on what else is in its batch.
+
+Below float32 it does in batches of many shapes, and in those of one public shape it does not, to
+the bit (docs/privacy.md). Whether that is so is a matter of the kernels that device and dtype have,
+so it is tried in each process before anything is trained there.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...common.errors import AdapterError
+from ...common.model.adapter import Adapter
+from .constant_work import Shape
+from .records import Tokenised
+
+__all__ = ["COUPLING", "of_nobody", "refuse_coupling"]
+
+COUPLING = 2.0**-20
+"""How much of a record's gradient may depend on its neighbours: of some hundred records together
+less than the clip leaves (`client/training/local_training.py`)."""
+
+
+def refuse_coupling(
+    adapter: Adapter, shape: Shape, gradients: Callable[[list[Tokenised]], torch.Tensor]
+) -> None:
+    """Refuse kernels with which a record's gradient depends on its neighbours or its place.
+
+    Tried on made-up records of many lengths, in other places and in other company, under an
+    adapter that is nobody's: a server's might hide it. The adapter is as it was afterwards.
+
+    Args:
+        adapter: whose layers are trained.
+        shape: of each batch.
+        gradients: of the records of one batch, shape (records, d).
+
+    Raises:
+        AdapterError: a gradient depends on its neighbours, or is not a number.
+    """
+    now = adapter.read(), adapter.read_local_factor()
+    adapter.write(*of_nobody(adapter))
+    rows = shape.rows - shape.spare
+    made = _drawn_records(2 * rows, shape.tokens, len(adapter.base.tokenizer))
+    own, others = made[:rows], made[rows:]
+    expected = dict(zip(own, gradients(own), strict=True))
+    for company in (some[:rows] for some in _companies(own, others)):
+        found = zip(company, gradients(company), strict=True)
+        for gradient, wanted in ((row, expected[one]) for one, row in found if one in expected):
+            gap = float((gradient - wanted).norm() / wanted.norm())
+            if not gap <= COUPLING:  # nor may it be NaN, which hides any gap
+                raise _coupled(adapter, gap)
+    adapter.write(*now)
+
+
+def _companies(own: list[Tokenised], others: list[Tokenised]) -> list[list[Tokenised]]:
+    """Return batches in which own records have other places and other company."""
+    rows = len(own)
+    apart = range(0, rows, max(1, rows // 3))
+    few = own[-1:], own[: max(1, rows // 2)], others[:1] + own[:1]
+    return [own[::-1], own[1:], *few, *([own[n], *others[1:]] for n in apart)]
+
+
+def _drawn_records(count: int, tokens: int, words: int) -> list[Tokenised]:
+    """Draw made-up records of 2 to tokens - 1 tokens, by a public seed."""
+    rng = np.random.default_rng(count)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(map(int, rng.integers(words, size=length)))
+
+    lengths = [int(rng.integers(2, max(3, tokens))) for _ in range(count)]
+    return [Tokenised(ids(n), 0.0, rejected=ids(n), prompts=(1, 1)) for n in lengths]
+
+
+def of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return a vector and a local factor under which every trained number has a gradient."""
+    rng = np.random.default_rng(0)
+    away = rng.normal(size=len(adapter.start)), rng.normal(size=adapter.local_factor.dimension)
+    return (
+        (adapter.start + 0.05 * away[0]).astype(np.float32),
+        (0.05 * away[1]).astype(np.float32),
+    )
+
+
+def _coupled(adapter: Adapter, gap: float) -> AdapterError:
+    where = adapter.base.compute
+    return AdapterError(
+        f"in {where.dtype} on {where.device} a record's gradient depends on its neighbours, by "
+        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set compute.dtype = "
+        '"float32", or compute.device = "cpu"'
+    )
