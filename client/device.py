@@ -372,12 +372,9 @@ def _learnt(
     device: Device, plan: Plan, cluster_vectors: NDArray[np.float32], work: Work | None
 ) -> Learnt:
     """Choose a cluster and train it."""
-    context, config, adapter = device.context, device.context.config, device.context.trainer.adapter
+    context = device.context
     if taught := context.taught(device.name, plan):
         return taught
-    shape = None if work is None else work.step
-    if shape is None and adapter.base.by_shape:
-        shape = chunks_of(config, adapter.base.positions)
     records = device.records()
     cluster = _chosen(device, plan, cluster_vectors, records, None if work is None else work.choice)
     local_factor = local_factor_of(device, plan.round)
@@ -388,13 +385,21 @@ def _learnt(
         plan,
         _randomness_of(device, plan),
         local_factor=local_factor,
-        shape=shape,
+        shape=_shape(context, work),
     )
     if len(trained.local_factor):
         before = context.local_factor(device.name)
         kept = local_factors.added(before, plan.round, trained.local_factor)
         context.keep_local_factor(device.name, kept)
     return Learnt(cluster, local_factor, trained)
+
+
+def _shape(context: DeviceContext, work: Work | None) -> Shape | None:
+    """Return the public shape of a local step; None: as little work as the batch needs."""
+    base = context.trainer.adapter.base
+    if work is not None:
+        return work.step
+    return chunks_of(context.config, base.positions) if base.by_shape else None
 
 
 def learn_together(
@@ -408,6 +413,7 @@ def learn_together(
     trainer = context.trainer
     if work_of(context.config, plan) is not None or not can_share(trainer, plan):
         return
+    shape = _shape(context, None)
     context.learnt.clear()  # of devices that died before they were asked
     cluster_vectors = exchange_at(context).cluster_vectors(start)
     groups = defaultdict[int, list[tuple[Device, Sequence[data.Tokenised]]]](list)
@@ -416,7 +422,7 @@ def learn_together(
         groups[_chosen(device, plan, cluster_vectors, records, None)].append((device, records))
     for cluster, members in groups.items():
         tasks = [Task(records, _randomness_of(device, plan)) for device, records in members]
-        found = train_side_by_side(trainer, cluster_vectors[cluster], tasks, plan)
+        found = train_side_by_side(trainer, cluster_vectors[cluster], tasks, plan, shape)
         for (device, _), trained in zip(members, found, strict=True):
             context.learnt[device.name, plan.digest] = Learnt(cluster, None, trained)
 

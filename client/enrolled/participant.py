@@ -101,7 +101,7 @@ class EnrolledContext:
         """Write the part of the adapter that stays on this device into the vault."""
         self.home.vault.put(f"at-home/{self.run}", kept)
 
-    def taught(self, _name: str, _plan: Plan) -> None:
+    def taught(self, _name: str, _plan: "Plan") -> None:
         """Return None, because nobody else's records are here to be trained beside."""
 
     def tokenised(self, records: Sequence["Record"]) -> list["Tokenised"]:

@@ -71,7 +71,8 @@ def mean_losses(
         chunk = real if shape is None else shape.filled(real)
         ids = [record.ids for record in chunk]
         labels = None if adapter.head is None else [float(record.label or 0.0) for record in chunk]
-        batch = collate(ids, labels, [record.learnt for record in chunk], tokens)
+        learnt = [record.learnt for record in chunk]
+        batch = collate(ids, labels, learnt, tokens, everywhere=tokens > 0)
         prefix = prefix_states(base, first, *pad(ids, tokens=tokens))
         for cluster, vector in enumerate(cluster_vectors):
             adapter.write(vector)

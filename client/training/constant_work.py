@@ -54,12 +54,15 @@ class Shape:
         tokens: of a row.
         spare: rows that are always dummies. No mask may be without a gap, as attention has another
             kernel for those: so there is one, or a row is longer than any record.
+        constant: whether all work is the same, whatever the records are. If not, shapes are, so
+            that a record's gradient is its own, but not how often they are computed.
     """
 
     chunks: int
     rows: int
     tokens: int
     spare: int = 1
+    constant: bool = True
 
     @property
     def capacity(self) -> int:
@@ -130,8 +133,8 @@ def chunks_of(config: Config, positions: int) -> Shape:
     tokens = max(config.data.max_tokens, config.training.packed)
     rows = max(2, min(config.training.batch_size, _PLACES // tokens))
     if tokens < positions:
-        return Shape(1, rows, tokens + 1, spare=0)
-    return Shape(1, rows + 1, tokens)
+        return Shape(1, rows, tokens + 1, spare=0, constant=False)
+    return Shape(1, rows + 1, tokens, constant=False)
 
 
 def choice_of(config: Config) -> Shape | None:

@@ -27,10 +27,10 @@ Source: Abadi et al. 2016 (DP-SGD).
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,13 +51,29 @@ from .constant_work import Shape
 from .kernel_trial import of_nobody, refuse_coupling
 from .records import Tokenised, poisson_indices
 
-__all__ = ["Randomness", "Trained", "Trainer", "train"]
+__all__ = [
+    "Named",
+    "PrivateOptimizer",
+    "Randomness",
+    "Trained",
+    "Trainer",
+    "backward",
+    "begin",
+    "chunked",
+    "finite_delta",
+    "losses_of",
+    "optimizer_of",
+    "statistics_of",
+    "step_gradient",
+    "train",
+]
 
 # Records are clipped to a little less than C, so that no rounding of floats carries one past C:
 # another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most
 # (measured on SmolLM2; in float64 by 1e-15).
 _SHRINK = 1 - 2.0**-10
 Named = tuple[tuple[str, nn.Parameter], ...]
+T = TypeVar("T")
 
 _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in several
 
@@ -183,19 +199,11 @@ def train(
         AdapterError: an adapted layer does not see records one by one.
     """
     adapter, private = trainer.adapter, plan.record_clip > 0
-    if private:
-        _refuse_unsound(adapter, shape)
-    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    _forget(trainer.hooked)
-    adapter.write(start, local_factor)
-    trained = adapter.train_only(plan.round)
-    optimizer = optimizer_of([parameter for _, parameter in trained], plan, randomness.noise)
-    trainer.hooked.train()
-    trainer.hooked.hooks_enabled = private
-    if private and shape is not None and adapter.base.by_shape:
-        _try_kernels(trainer, trained, shape)
-    step = _private_step if private else _plain_step
+    trained = begin(trainer, start, plan, shape, local_factor)
+    parameters = [parameter for _, parameter in trained]
+    plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
+    optimizer = optimizer_of(trained, plan, randomness.noise) if private else plain
+    step: Callable[..., list[float]] = _private_step if private else _plain_step
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
     drawn = randomness.drawn(len(records), plan)
@@ -204,7 +212,7 @@ def train(
             records = _with_references(trainer, start, records, drawn[1:], shape)
         batch = [records[i] for i in indices]
         batch.sort(key=lambda record: len(record.ids))
-        seen = step(trainer, trained, optimizer, _chunks(batch, shape), plan, shape)
+        seen = step(trainer, trained, optimizer, chunked(batch, shape), plan, shape)
         losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * step_gradient(trained)
     optimizer.zero_grad(set_to_none=True)
@@ -212,6 +220,33 @@ def train(
     return Trained(
         released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
     )
+
+
+def begin(
+    trainer: Trainer,
+    start: NDArray[np.float32],
+    plan: Plan,
+    shape: Shape | None,
+    local_factor: NDArray[np.float32] | None = None,
+) -> Named:
+    """Load an adapter for a round, and return the parameters that the round trains.
+
+    Raises:
+        AdapterError: what is asked cannot be trained with a clip for each record.
+    """
+    adapter, private = trainer.adapter, plan.record_clip > 0
+    if private:
+        _refuse_unsound(adapter, shape)
+    # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    _forget(trainer.hooked)
+    adapter.write(start, local_factor)
+    trained = adapter.train_only(plan.round)
+    trainer.hooked.train()
+    trainer.hooked.hooks_enabled = private
+    if private and shape is not None and adapter.base.by_shape:
+        _try_kernels(trainer, trained, shape)
+    return trained
 
 
 def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -345,7 +380,7 @@ def statistics_of(losses: NDArray[np.float64], plan: Plan) -> NDArray[np.float64
     return np.array([bounded.sum(), len(losses)]) / plan.batch_size
 
 
-class _SystemNoiseOptimizer(DPOptimizer):
+class PrivateOptimizer(DPOptimizer):
     """Opacus's optimiser with its Gaussian noise drawn from `source`."""
 
     def __init__(self, *given: Any, source: Source, noise: float, **named: Any) -> None:
@@ -371,14 +406,10 @@ def _gaussian(count: int, source: Source) -> NDArray[np.float64]:
     return normal
 
 
-def optimizer_of(
-    parameters: list[nn.Parameter], plan: Plan, source: Source
-) -> torch.optim.Optimizer:
-    plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
-    if plan.record_clip == 0:
-        return plain
-    return _SystemNoiseOptimizer(
-        plain,
+def optimizer_of(trained: Named, plan: Plan, source: Source) -> PrivateOptimizer:
+    """Return a device's optimiser, with a clip for each record and the plan's noise."""
+    return PrivateOptimizer(
+        torch.optim.SGD([parameter for _, parameter in trained], lr=plan.learning_rate),
         max_grad_norm=plan.record_clip * _SHRINK,
         expected_batch_size=plan.batch_size,
         source=source,
@@ -389,7 +420,7 @@ def optimizer_of(
 def _private_step(
     trainer: Trainer,
     trained: Named,
-    optimizer: DPOptimizer,
+    optimizer: PrivateOptimizer,
     chunks: list[list[Tokenised]],
     _: Plan,
     shape: Shape | None,
@@ -398,16 +429,24 @@ def _private_step(
     for number, chunk in enumerate(chunks):
         optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
         if chunk or shape is not None:
-            losses = losses_of(trainer, chunk, shape)
-            _sum(losses, len(chunk)).backward()
-            seen += losses.tolist()[: len(chunk)]
-            _one_row_a_record(trainer, trained, len(losses))
-            _silence(trained, len(chunk))
+            seen += backward(trainer, trained, chunk, shape)
         else:
             for _name, parameter in trained:
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
         optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
         optimizer.step()
+    return seen
+
+
+def backward(
+    trainer: Trainer, trained: Named, chunk: list[Tokenised], shape: Shape | None
+) -> list[float]:
+    """Give each trained parameter its gradients by record, and return the records' losses."""
+    losses = losses_of(trainer, chunk, shape)
+    _sum(losses, len(chunk)).backward()
+    _one_row_a_record(trainer, trained, len(losses))
+    _silence(trained, len(chunk))
+    seen: list[float] = losses.tolist()[: len(chunk)]
     return seen
 
 
@@ -518,8 +557,8 @@ def losses_of(
         return preference_losses(margin, reference, trainer.pairs.beta)
     labels = None if adapter.head is None else [float(record.label or 0.0) for record in records]
     ids = [record.ids for record in records]
-    tokens = 0 if shape is None else shape.tokens
-    batch = collate(ids, labels, [record.learnt for record in records], tokens)
+    tokens, everywhere = (0, False) if shape is None else (shape.tokens, shape.constant)
+    batch = collate(ids, labels, [record.learnt for record in records], tokens, everywhere)
     if trainer.prefix is None or shape is not None:
         return record_losses(adapter.base, batch, adapter.head)
     with resumed_at(adapter.base, adapter.first_block, trainer.prefix.padded(ids)):
@@ -548,7 +587,8 @@ def _margins(
         return margins(answer_scores(*asked))
 
 
-def _chunks(batch: list[Tokenised], shape: Shape | None = None) -> list[list[Tokenised]]:
+def chunked(batch: list[T], shape: Shape | None = None) -> list[list[T]]:
+    """Divide a batch, shortest records first, into what is in memory at once."""
     if shape is not None:
         return shape.dealt(batch)
     return [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]

@@ -5,6 +5,10 @@ weights. The gradient of such a copy is then the record's own, as Opacus's hooks
 clip, sum and noise are each device's own Opacus optimiser. The results are those of one device
 after the other (`local_training.py`) up to the rounding of sums in float32, about 1e-6.
 
+Below float32 a gradient depends on the shape of its batch, so there batches keep the public shape
+that each device alone has, and the adapter is one for all rows: with one local step everybody
+begins with the same. The results are then those of one device after the other to the bit.
+
 A person's own device never comes here: it has nobody else's records.
 """
 
@@ -17,13 +21,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...common.privacy.round_plan import Plan
+from .constant_work import Shape
 from .local_training import (
     Named,
+    PrivateOptimizer,
     Randomness,
     Trained,
     Trainer,
+    backward,
+    begin,
+    chunked,
     finite_delta,
     losses_of,
     optimizer_of,
@@ -50,21 +60,24 @@ def can_share(trainer: Trainer, plan: Plan) -> bool:
     """Return whether devices can be trained in one batch.
 
     Not where a part of the adapter stays with each device, where records are pairs, where some
-    layer sees other rows than records, and below float32, where a record's gradient depends on the
-    shape of its batch.
+    layer sees other rows than records, and below float32 in several local steps.
     """
     adapter = trainer.adapter
     return (
         plan.record_clip > 0
         and trainer.pairs is None
-        and not adapter.base.by_shape
+        and (plan.local_steps == 1 or not adapter.base.by_shape)
         and not adapter.local_factor.pieces
         and not adapter.mixing
     )
 
 
 def train_side_by_side(
-    trainer: Trainer, start: NDArray[np.float32], tasks: Sequence[Task], plan: Plan
+    trainer: Trainer,
+    start: NDArray[np.float32],
+    tasks: Sequence[Task],
+    plan: Plan,
+    shape: Shape | None = None,
 ) -> list[Trained]:
     """Train devices that begin with the same adapter, in a round with a clip for each record.
 
@@ -73,33 +86,26 @@ def train_side_by_side(
         start: the global adapter, shape (d,), float32.
         tasks: one a device.
         plan: of the round.
+        shape: of every batch, below float32.
 
     Returns:
         What `local_training.train` would for each task, in their order.
     """
-    adapter = trainer.adapter
-    adapter.write(start)
-    trained = adapter.train_only(plan.round)
-    trainer.hooked.train()
-    trainer.hooked.hooks_enabled = False
+    trained = begin(trainer, start, plan, shape)
     drawn = [task.randomness.drawn(len(task.records), plan) for task in tasks]
-    parameters = [parameter for _, parameter in trained]
-    optimizers = [optimizer_of(parameters, plan, task.randomness.noise) for task in tasks]
-    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    vectors = flat.repeat(len(tasks), 1)
-    deltas = np.zeros(vectors.shape)
-    first = list[list[float]]()
+    optimizers = [optimizer_of(trained, plan, task.randomness.noise) for task in tasks]
+    vectors = torch.cat([parameter.detach().flatten() for _, parameter in trained])
+    vectors = vectors.repeat(len(tasks), 1)
+    deltas, first = np.zeros(vectors.shape), list[list[float]]()
     for step in range(plan.local_steps):
-        batches = [
-            [task.records[i] for i in draws[step]] for task, draws in zip(tasks, drawn, strict=True)
-        ]
-        losses, gradients = _gradients(trainer, trained, vectors, batches)
+        batches = [_batch(task, draws[step]) for task, draws in zip(tasks, drawn, strict=True)]
+        losses, gradients = _gradients(trainer, trained, vectors, batches, shape)
         first = first or losses
         for number, rows in enumerate(gradients):
-            step_along = _noised(trained, optimizers[number], rows)
-            deltas[number] -= plan.learning_rate * step_along
-            vectors[number] -= plan.learning_rate * torch.from_numpy(step_along).to(vectors)
-    for parameter in parameters:
+            along = _noised(trained, optimizers[number], rows, shape)
+            deltas[number] -= plan.learning_rate * along
+            vectors[number] -= plan.learning_rate * torch.from_numpy(along).to(vectors)
+    for _, parameter in trained:
         parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
     return [
         Trained(finite_delta(delta), statistics_of(np.array(seen, np.float64), plan))
@@ -107,28 +113,75 @@ def train_side_by_side(
     ]
 
 
-def _gradients(
-    trainer: Trainer, trained: Named, vectors: Tensor, batches: Sequence[Sequence[Tokenised]]
-) -> tuple[list[list[float]], list[Tensor]]:
-    """Return each device's losses, by record, and gradients, shape (records, d).
+def _batch(task: Task, drawn: Sequence[int]) -> list[Tokenised]:
+    return sorted((task.records[i] for i in drawn), key=lambda record: len(record.ids))
 
-    A record whose gradient is not finite counts as none, as in `local_training.py`.
+
+def _gradients(
+    trainer: Trainer,
+    trained: Named,
+    vectors: Tensor,
+    batches: Sequence[Sequence[Tokenised]],
+    shape: Shape | None,
+) -> tuple[list[list[float]], list[Tensor]]:
+    """Return each device's losses, in the order in which it alone adds them, and its gradients.
+
+    Gradients have the shape (records, d).
     """
     whose = [number for number, batch in enumerate(batches) for _ in batch]
     records = [record for batch in batches for record in batch]
+    if shape is None:
+        losses, gradients = _by_own_weights(trainer, trained, vectors[whose], records)
+    else:
+        losses, gradients = _by_shape(trainer, trained, vectors[whose], records, shape)
+    counts = [len(batch) for batch in batches]
+    seen = [
+        [
+            float(part[place])
+            for places in chunked(list(range(len(part))), shape)
+            for place in places
+        ]
+        for part in losses.split(counts)
+    ]
+    return seen, list(gradients.split(counts))
+
+
+def _by_own_weights(
+    trainer: Trainer, trained: Named, vectors: Tensor, records: Sequence[Tokenised]
+) -> tuple[Tensor, Tensor]:
+    """Compute losses (n,) and gradients (n, d) of records, each with the weights of its own row.
+
+    A record whose gradient is not finite counts as none, as in `local_training.py`.
+    """
+    losses, gradients = vectors.new_zeros(len(vectors)), torch.empty_like(vectors)
     order = sorted(range(len(records)), key=lambda place: len(records[place].ids))
-    losses = torch.zeros(len(records), device=vectors.device)
-    gradients = vectors.new_zeros(len(records), vectors.shape[1])
+    trainer.hooked.hooks_enabled = False
     with _own_weights(trainer, trained) as use:
         for places in _chunks(order, records):
-            weights = vectors[[whose[place] for place in places]].requires_grad_()
+            weights = vectors[places].requires_grad_()
             use(weights)
             found = losses_of(trainer, [records[place] for place in places])
             (slopes,) = torch.autograd.grad(found.sum(), weights)
             slopes[~slopes.isfinite().all(1)] = 0.0
             losses[places], gradients[places] = found.detach(), slopes
-    counts = [len(batch) for batch in batches]
-    return [part.tolist() for part in losses.split(counts)], list(gradients.split(counts))
+    return losses, gradients
+
+
+def _by_shape(
+    trainer: Trainer, trained: Named, vectors: Tensor, records: Sequence[Tokenised], shape: Shape
+) -> tuple[Tensor, Tensor]:
+    """Compute losses (n,) and gradients (n, d) in batches of one shape, with one adapter."""
+    losses, gradients = vectors.new_zeros(len(vectors)), torch.empty_like(vectors)
+    rows = shape.rows - shape.spare
+    for start in range(0, len(records), rows):
+        chunk = list(records[start : start + rows])
+        here = slice(start, start + len(chunk))
+        losses[here] = torch.tensor(backward(trainer, trained, chunk, shape))
+        samples = [parameter.grad_sample[: len(chunk)].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
+        gradients[here] = torch.cat(samples, 1)
+        for _, parameter in trained:
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+    return losses, gradients
 
 
 def _chunks(order: Sequence[int], records: Sequence[Tokenised]) -> Iterator[list[int]]:
@@ -183,11 +236,18 @@ def _by_row(layer: nn.Linear, named: dict[int, Tensor], given: Tensor) -> Tensor
     return out.view(*given.shape[:-1], out.shape[-1])
 
 
-def _noised(trained: Named, optimizer: torch.optim.Optimizer, rows: Tensor) -> NDArray[np.float64]:
-    """Clip the rows, sum them and add the noise: the gradient of the step, shape (d,)."""
-    optimizer.zero_grad(set_to_none=True)
-    pieces = rows.split([parameter.numel() for _, parameter in trained], 1)
-    for (_, parameter), piece in zip(trained, pieces, strict=True):
-        parameter.grad_sample = piece.view(-1, *parameter.shape)  # type: ignore[attr-defined]
-    optimizer.step()
+def _noised(
+    trained: Named, optimizer: PrivateOptimizer, rows: Tensor, shape: Shape | None
+) -> NDArray[np.float64]:
+    """Clip the rows, sum them as one device does and add the noise: the gradient, shape (d,)."""
+    sizes = [parameter.numel() for _, parameter in trained]
+    chunks = chunked(list(range(len(rows))), shape) or [[]]
+    for number, places in enumerate(chunks):
+        optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
+        dummies = 0 if shape is None else shape.rows - len(places)
+        pieces = functional.pad(rows[places], (0, 0, 0, dummies)).split(sizes, 1)
+        for (_, parameter), piece in zip(trained, pieces, strict=True):
+            parameter.grad_sample = piece.reshape(-1, *parameter.shape)  # type: ignore[attr-defined]
+        optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
+        optimizer.step()
     return step_gradient(trained)

@@ -60,6 +60,7 @@ def collate(
     labels: Sequence[float] | None,
     learnt: Sequence[Sequence[int] | None] | None = None,
     tokens: int = 0,
+    everywhere: bool = False,
 ) -> Batch:
     """Make one padded batch of records.
 
@@ -67,7 +68,8 @@ def collate(
 
     Args:
         learnt: for each record the places that have a loss; None: all but the first.
-        tokens: of each row, whatever its record has, and then `everywhere`; 0: of the longest.
+        tokens: of each row, whatever its record has; 0: of the longest.
+        everywhere: as in `Batch`.
     """
     padded, mask = pad(ids, tokens=tokens)
     wanted = mask.bool()
@@ -77,7 +79,7 @@ def collate(
             wanted[row, list(places)] = True
     wanted[:, 0] = False
     found = None if labels is None else torch.tensor(labels)
-    return Batch(padded, mask, found, wanted, everywhere=tokens > 0)
+    return Batch(padded, mask, found, wanted, everywhere)
 
 
 def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
@@ -107,11 +109,14 @@ _PLACES = 128  # places that have scores for all words at once
 def token_losses(base: BaseModel, states: Tensor, targets: Tensor, places: int = _PLACES) -> Tensor:
     """Compute each target's negative log-likelihood, nats: states (k, w), targets (k,) -> (k,).
 
-    `places`: how many have scores at once; each has one for every word, and a gradient.
+    `places`: how many have scores at once; each has one for every word, and a gradient. Where that
+    gradient depends on the shape of its computation, all are computed so many at a time.
     """
     if states.requires_grad and torch.is_grad_enabled():
-        found: Tensor = _TokenLosses.apply(states, targets, base.output, places)  # type: ignore[no-untyped-call]
-        return found
+        missing = -len(states) % places if base.by_shape else 0
+        padded = functional.pad(states, (0, 0, 0, missing)), functional.pad(targets, (0, missing))
+        found: Tensor = _TokenLosses.apply(*padded, base.output, places)  # type: ignore[no-untyped-call]
+        return found[: len(states)]
     pairs = zip(states.split(places), targets.split(places), strict=True)
     return torch.cat([_losses(base.output, *pair) for pair in pairs])
 
@@ -184,4 +189,4 @@ def _generation(base: BaseModel, states: Tensor, batch: Batch) -> Tensor:
     losses = token_losses(base, states[:, :-1][wanted], batch.ids[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
     sums = losses.new_zeros(len(batch.ids)).index_add(0, rows, losses)
-    return sums / wanted.sum(1)
+    return sums / wanted.sum(1).clamp_min(1)

@@ -20,6 +20,7 @@ from privet.client import device
 from privet.client.device import SimulatedContext
 from privet.client.privacy.ledger import verify
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.client.training.side_by_side import train_side_by_side
 from privet.common.errors import ConfigError, LedgerCorrupt, StateError
 from privet.common.files import read_lines
 from privet.common.settings.config import Config, read, to_toml
@@ -114,11 +115,11 @@ def together(folder: Path, devices: int, processes: int = 1) -> Config:
 def test_devices_trained_in_one_batch_give_the_same_adapter_and_spend_the_same(
     llama_folder, tmp_path, monkeypatch, masked, steps
 ):
-    shared, batches = device.train_side_by_side, []
+    batches = []
 
-    def watched(trainer, start, tasks, plan):
+    def watched(trainer, start, tasks, plan, shape):
         batches.append(len(tasks))
-        return shared(trainer, start, tasks, plan)
+        return train_side_by_side(trainer, start, tasks, plan, shape)
 
     monkeypatch.setattr(device, "train_side_by_side", watched)
     place = {"client": {"noise_at": "distributed" if masked else "server"}}

@@ -243,6 +243,9 @@ class FreeContext:
     def records(self, _: str) -> Sequence[Record]:
         return self.own
 
+    def taught(self, *_: object) -> None:
+        """Nothing is."""
+
     def tokenised(self, some: Sequence[Record]) -> list[data.Tokenised]:
         return tokenised(some, self.config, self.trainer, "generation")
 

@@ -423,7 +423,7 @@ def test_clipping_each_tensor_for_itself_would_break_the_bound(texts, monkeypatc
             factor = (self.max_grad_norm / norms).clamp(max=1.0)
             parameter.summed_grad = torch.einsum("i,i...", factor, parameter.grad_sample)
 
-    monkeypatch.setattr(local_training._SystemNoiseOptimizer, "clip_and_accumulate", one_by_one)
+    monkeypatch.setattr(local_training.PrivateOptimizer, "clip_and_accumulate", one_by_one)
     assert neighbours_differ(texts, own, extra, public) > 2
 
 
@@ -545,7 +545,7 @@ def test_the_noise_is_the_same_whatever_the_records_are_and_comes_once_a_step(wi
     loud, quiet = plan(record_noise=0.7), plan()
     noise = run(wide, [], loud).astype(np.float64)
     found = run(wide, own, loud).astype(np.float64) - run(wide, own, quiet)
-    assert len(local_training._chunks(own)) == 3
+    assert len(local_training.chunked(own)) == 3
     assert np.allclose(found, noise, atol=2e-6)
     once_per_chunk = sum(run(wide, [], loud, noise=seed).astype(np.float64) for seed in range(3))
     assert not fits(once_per_chunk, 0.7 / 8)

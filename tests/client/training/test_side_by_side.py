@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from privet.client.training.constant_work import Shape
 from privet.client.training.local_training import Randomness, Trainer, train
 from privet.client.training.records import Tokenised
 from privet.client.training.side_by_side import Task, can_share, train_side_by_side
@@ -92,6 +93,30 @@ def test_what_cannot_share_a_batch_is_known(llama_folder):
     assert not can_share(trainer, plan(record_clip=0.0))
     assert not can_share(dataclasses.replace(trainer, pairs=PreferenceSettings()), plan())
     assert not can_share(trainer_of(fresh(llama_folder), "fedsa"), plan())
+    rounded = rounded_trainer(llama_folder)
+    assert can_share(rounded, plan())
+    assert not can_share(rounded, plan(local_steps=2))
+
+
+def rounded_trainer(folder):
     settings = ComputeSettings(device="cpu", dtype="bfloat16")
-    rounded = attach(load_anew(str(llama_folder), settings), AdapterSettings(family="lora", rank=2))
-    assert not can_share(Trainer.of(rounded), plan())
+    base = load_anew(str(folder), settings)
+    return Trainer.of(attach(base, AdapterSettings(family="lora", rank=2, last_blocks=2)))
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 4, 40, spare=0, constant=False), Shape(1, 6, 39)])
+def test_below_float32_devices_in_one_batch_learn_to_the_bit_what_each_would_alone(
+    llama_folder, shape
+):
+    trainer = rounded_trainer(llama_folder)
+    people = [records(count, count, longest=38) for count in (9, 1, 0, 25)]
+    start, of_round = moved_start(trainer), plan(rate=0.5, record_noise=0.7, losses_bound=10.0)
+    wanted = [
+        train(trainer, start, own, of_round, randomness(number), shape=shape)
+        for number, own in enumerate(people)
+    ]
+    tasks = [Task(own, randomness(number)) for number, own in enumerate(people)]
+    found = train_side_by_side(trainer, start, tasks, of_round, shape)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one.delta, other.delta)
+        np.testing.assert_array_equal(one.statistics, other.statistics)
