@@ -1,8 +1,9 @@
 """The trial of kernels: whether a record's gradient depends on what else is in its batch.
 
-Below float32 it does in batches of many shapes, and in those of one public shape it does not, to
-the bit (docs/privacy.md). Whether that is so is a matter of the kernels that device and dtype have,
-so it is tried in each process before anything is trained there.
+It does in batches of many shapes, by rounding, and in those of one public shape it does not, to the
+bit (docs/privacy.md). To the bit it must be: a server can send an adapter, or a head, under which
+what is left of a record's output is its rounding. Whether it is so is a matter of the kernels that
+device and dtype have, so it is tried in each process before anything is trained there.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,7 @@ from ...common.model.adapter import Adapter
 from .constant_work import Shape
 from .records import Tokenised
 
-__all__ = ["COUPLING", "of_nobody", "refuse_coupling"]
-
-COUPLING = 2.0**-20
-"""How much of a record's gradient may depend on its neighbours: of some hundred records together
-less than the clip leaves (`client/training/local_training.py`)."""
+__all__ = ["of_nobody", "refuse_coupling"]
 
 
 def refuse_coupling(
@@ -48,9 +45,8 @@ def refuse_coupling(
     for company in (some[:rows] for some in _companies(own, others)):
         found = zip(company, gradients(company), strict=True)
         for gradient, wanted in ((row, expected[one]) for one, row in found if one in expected):
-            gap = float((gradient - wanted).norm() / wanted.norm())
-            if not gap <= COUPLING:  # nor may it be NaN, which hides any gap
-                raise _coupled(adapter, gap)
+            if not torch.equal(gradient, wanted):  # nor may it be NaN, which equals nothing
+                raise _coupled(adapter, float((gradient - wanted).norm() / wanted.norm()))
     adapter.write(*now)
 
 

@@ -244,7 +244,7 @@ def begin(
     trained = adapter.train_only(plan.round)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
-    if private and shape is not None and adapter.base.by_shape:
+    if private and shape is not None:
         _try_kernels(trainer, trained, shape)
     return trained
 

@@ -257,6 +257,46 @@ def test_below_float32_no_shared_head_is_trained_privately(llama_folder):
         run(trainer, records(4), plan(), shape=Shape(1, 4, 40, spare=0))
 
 
+def cancelling(trainer, record):
+    """A server's vector with a huge head that takes from this record's output all but rounding."""
+    adapter, base = trainer.adapter, trainer.adapter.base
+    adapter.write(adapter.start)
+    batch = collate([record.ids], [0.0])
+    with torch.no_grad():
+        state = pooled(base, final_states(base, batch.ids, batch.mask), batch.mask)[0].double()
+    head = torch.from_numpy(np.random.default_rng(0).normal(size=len(state)))
+    head = (1e12 * (head - state * (head @ state) / (state @ state))).float()
+    vector = adapter.start.copy()
+    vector[-1 - len(state) : -1], vector[-1] = head.numpy(), -float(head.double() @ state)
+    return vector
+
+
+def test_a_head_that_cancels_an_output_turns_a_record_over_but_in_a_public_shape(bert_folder):
+    """In float32: what is left is rounding, which hangs on neighbours that set the padding."""
+    trainer, rng = trainer_of(fresh(bert_folder), outputs=1), np.random.default_rng(1)
+
+    def one():
+        return Tokenised(
+            tuple(map(int, rng.integers(6, VOCABULARY, int(rng.integers(3, 19))))), 0.0
+        )
+
+    mine, shape, loose, fixed = one(), Shape(1, 8, 20), [], []
+    trainer.adapter.write(cancelling(trainer, mine))
+    for _ in range(40):
+        batch = [mine, *(one() for _ in range(int(rng.integers(7))))]
+        loose.append(clipped(gradients(trainer, batch)[:1]))
+        fixed.append(clipped(gradients(trainer, batch, shape)[:1]))
+    assert max(float((found - fixed[0]).norm()) for found in fixed) == 0
+    assert max(float((found - loose[0]).norm()) for found in loose) > 1
+
+
+def test_kernels_are_tried_in_float32_too(llama_folder):
+    trainer = trainer_of(fresh(llama_folder))
+    rounded_by_the_largest(trainer.adapter.base.network.model.layers[2].mlp)
+    with pytest.raises(AdapterError, match="depends on its neighbours"):
+        run(trainer, records(4), plan(), shape=Shape(1, 4, 40, spare=0))
+
+
 def test_made_up_records_of_the_trial_are_of_many_lengths_and_words():
     for tokens in (3, 9, 17, 65):
         made = kernel_trial._drawn_records(16, tokens, 1000)
