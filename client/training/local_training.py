@@ -36,6 +36,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus import GradSampleModule
+from opacus.grad_sample import register_grad_sampler
+from opacus.grad_sample.linear import compute_linear_grad_sample
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
@@ -43,7 +45,7 @@ from ...common.errors import AdapterError
 from ...common.model.adapter import Adapter, modules_by_record
 from ...common.model.base_model import PrefixCache, final_states, pad, resumed_at
 from ...common.model.dpo import answer_scores, margins, preference_losses
-from ...common.model.objective import collate, record_losses
+from ...common.model.objective import SharedHead, collate, record_losses
 from ...common.privacy.noise import Source
 from ...common.privacy.round_plan import Plan
 from ...common.settings.sections import PreferenceSettings
@@ -67,6 +69,8 @@ __all__ = [
     "step_gradient",
     "train",
 ]
+
+register_grad_sampler(SharedHead)(compute_linear_grad_sample)
 
 # Records are clipped to a little less than C, so that no rounding of floats carries one past C:
 # another record in the batch changes the order of sums, and with it each gradient by 1e-5 at most

@@ -28,6 +28,7 @@ from .base_model import BaseModel, final_states, load, pad
 from .exchange_layout import Exchange, Vector, turns
 from .families import A, B, Family, R, family_named
 from .lora_xs import Product
+from .objective import SharedHead
 from .vector_layout import Layout
 
 __all__ = [
@@ -74,7 +75,7 @@ class Adapter:
     layout: Layout
     modules: tuple[str, ...]
     trainable: nn.ModuleDict
-    head: nn.Linear | None
+    head: SharedHead | None
     start: Vector
     local_factor: Layout
     named: Mapping[str, nn.Parameter]
@@ -239,7 +240,7 @@ def attach(base: BaseModel, settings: AdapterSettings, outputs: int = 0) -> Adap
                 here[f"{name}.{factor}.weight"] = module.weight
     head = None
     if outputs:
-        head = nn.Linear(base.width, outputs, device=base.compute.device)
+        head = SharedHead(base.width, outputs, device=base.compute.device)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         trainable["head"] = head

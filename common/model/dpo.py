@@ -17,11 +17,11 @@ Source: Rafailov et al. 2023 (DPO), equation 7.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .base_model import BaseModel, final_states, pad
-from .objective import losses_everywhere, pooled, token_losses
+from .objective import SharedHead, losses_everywhere, pooled, token_losses
 
 __all__ = ["answer_scores", "margins", "preference_losses"]
 
@@ -32,7 +32,7 @@ def answer_scores(
     base: BaseModel,
     ids: Sequence[Ids],
     prompts: Sequence[int],
-    head: nn.Linear | None,
+    head: SharedHead | None,
     length_normalised: bool = False,
     tokens: int = 0,
 ) -> Tensor:

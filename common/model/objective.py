@@ -19,6 +19,7 @@ from .output_layer import OutputLayer, at_least_float32
 
 __all__ = [
     "Batch",
+    "SharedHead",
     "Task",
     "collate",
     "losses_everywhere",
@@ -82,7 +83,20 @@ def collate(
     return Batch(padded, mask, found, wanted, everywhere)
 
 
-def record_losses(base: BaseModel, batch: Batch, head: nn.Linear | None) -> Tensor:
+class SharedHead(nn.Linear):
+    """A linear layer on one vector a record, which adds up each row alone.
+
+    A matrix product with few columns adds up its last rows in another order, so a record's output
+    would hang, by rounding, on its place in the batch; and a server can send weights under which
+    nothing is left of an output but rounding.
+    """
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return (n, outputs) of (n, w)."""
+        return (vectors[:, None] * self.weight).sum(-1) + self.bias
+
+
+def record_losses(base: BaseModel, batch: Batch, head: SharedHead | None) -> Tensor:
     """Compute the loss of each record, shape (n,).
 
     The gradient of one record never depends on another.

@@ -26,6 +26,7 @@ from privet.common.errors import ConfigError
 from privet.common.model import dpo
 from privet.common.model.adapter import attach
 from privet.common.model.dpo import answer_scores, margins, preference_losses
+from privet.common.model.objective import SharedHead
 from privet.common.privacy.noise import TestSource
 from privet.common.settings.sections import AdapterSettings, PreferenceSettings
 
@@ -129,7 +130,7 @@ def test_likelihood_is_the_sum_over_the_answers_tokens_alone(llama):
 
 
 def test_a_head_scores_the_pooled_state(bert):
-    head = torch.nn.Linear(bert.width, 1)
+    head = SharedHead(bert.width, 1)
     with torch.no_grad():
         found = answer_scores(bert, [(7, 8), (9, 10, 11)], [0, 0], head)
         states = bert.network(input_ids=torch.tensor([[9, 10, 11]])).last_hidden_state[0].mean(0)

@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional
 
 from privet.common.model.base_model import final_states
-from privet.common.model.objective import collate, label_losses, pooled, record_losses, token_losses
+from privet.common.model.objective import (
+    SharedHead,
+    collate,
+    label_losses,
+    pooled,
+    record_losses,
+    token_losses,
+)
 
 from ...tiny import VOCABULARY, fresh
 
@@ -99,7 +106,7 @@ def test_a_labelled_batch_without_a_head_is_refused(bert):
 
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_a_head_of_zeros_predicts_nothing(base, outputs):
-    head = nn.Linear(base.width, outputs)
+    head = SharedHead(base.width, outputs)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     with torch.no_grad():
