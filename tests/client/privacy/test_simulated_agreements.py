@@ -1,11 +1,13 @@
 """Simulated devices agree as real ones do, and each pair is computed once."""
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from privet.client.privacy import simulated_agreements
 from privet.client.privacy.simulated_agreements import SimulatedAgreements
 from privet.common.errors import ProtocolError
-from privet.common.secure_aggregation.keys import RoundKey
+from privet.common.secure_aggregation import keys
+from privet.common.secure_aggregation.keys import RoundKey, Secret
 
 from ...masking_party import stream
 
@@ -23,12 +25,13 @@ def test_both_ends_get_what_the_two_keys_agree_on():
 
 def test_a_pair_is_computed_once_for_its_two_ends_and_not_kept_for_a_third(monkeypatch):
     computed = list[bytes]()
-    agreement = RoundKey.agreement
+    exchange = keys._exchange
 
-    def counted(key: RoundKey):
-        return lambda public: computed.append(public) or agreement(key)(public)
+    def counted(private: X25519PrivateKey, public: bytes) -> Secret:
+        computed.append(public)
+        return exchange(private, public)
 
-    monkeypatch.setattr(RoundKey, "agreement", counted)
+    monkeypatch.setattr(keys, "_exchange", counted)
     agreements, (one, two, *_) = SimulatedAgreements(), KEYS
     found = [agreements.of(one)(two.public), agreements.of(two)(one.public)]
     assert found[0] == found[1]
