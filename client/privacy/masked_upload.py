@@ -289,7 +289,7 @@ def share(
     message: bytes,
     directory: Directory,
     random: Random,
-    agreement: Agreement = RoundKey.agreement,
+    agreement: Agreement | None = None,
 ) -> tuple[Shared, bytes, Directory]:
     """Check the roster, then share the two secrets of this round among the holders.
 
@@ -298,7 +298,7 @@ def share(
         message: the server's roster.
         directory: identities this device knows.
         random: as in `announce`.
-        agreement: how a key agrees with others; simulated devices have their own.
+        agreement: how a key agrees with others; None: `RoundKey.agreement`.
 
     Returns:
         The state, the sealed shares, and the directory with the identities that were seen first,
@@ -381,7 +381,7 @@ def _pair_seeds(
 
 
 def _deal(
-    state: Announced, cohort: Cohort, random: Random, agreement: Agreement = RoundKey.agreement
+    state: Announced, cohort: Cohort, random: Random, agreement: Agreement | None = None
 ) -> tuple[Shared, bytes]:
     party = state.party
     holders = sorted((*cohort.neighbours, cohort.position))
@@ -395,6 +395,7 @@ def _deal(
             strict=True,
         )
     }
+    agreement = agreement or RoundKey.agreement
     pairs = _pair_seeds(state, cohort, agreement(state.mask_key))
     sealing, packages, agree = {}, {}, agreement(state.sealing_key)
     for holder in cohort.neighbours:
