@@ -8,6 +8,7 @@ The same two functions, `greet` and `answer`, serve a simulated device (`Simulat
 own (`client/enrolled/participant.py`, called by `client/runtime/processes.py`).
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -99,7 +100,7 @@ def greet(message: Message, seat: Participant) -> Message:
         offer, identity = dict(message.content["offer"]), seat.identity
         greeted = greeting(str(offer["run"]), offer.pop("nonce"), message.metadata.dst_node_id)
         hello = {
-            "version": version("privet"),
+            "version": _installed(),
             "identity": identity.public,
             "signature": identity.sign(greeted),
             **seat.hello(offer),
@@ -107,6 +108,12 @@ def greet(message: Message, seat: Participant) -> Message:
     except Exception as error:
         raise StateError(FAILED) from error
     return Message(RecordDict({"hello": ConfigRecord(hello)}), reply_to=message)
+
+
+@functools.cache
+def _installed() -> str:
+    """Return the version of this privet, which takes milliseconds to look up."""
+    return version("privet")
 
 
 def answer(message: Message, seat: Participant) -> Message:

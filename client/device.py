@@ -12,9 +12,9 @@ import multiprocessing
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +34,7 @@ from ..common.secure_aggregation.keys import (
     Directory,
     Identity,
     Purpose,
+    RoundKey,
     Secret,
     derive,
     read_directory,
@@ -52,6 +53,7 @@ from .privacy import masked_upload
 from .privacy.gate import Statistics, budgets, caps, charges, refuse_more, release
 from .privacy.ledger import Ledger
 from .privacy.run_ledger import run_id, run_ledger
+from .privacy.simulated_agreements import SimulatedAgreements
 from .training import local_factor as local_factors
 from .training import records as data
 from .training.cluster_choice import choose
@@ -111,6 +113,9 @@ class DeviceContext(Protocol):
 
     def pin(self, directory: Directory) -> None:
         """Keep the identities that were seen first in this round."""
+
+    def agreement(self, key: RoundKey, /) -> Callable[[bytes], Secret]:
+        """Return the function peer's public key -> secret shared with the holder of `key`."""
 
     def identity(self, name: str) -> Identity:
         """Return the device's long-lived key pair."""
@@ -239,10 +244,22 @@ class SimulatedContext:
 
     def number(self, name: str) -> int:
         """Return the person's place among the train users."""
-        return self.index.train_users.index(name)
+        return self._numbers[name]
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.index.train_users)}
 
     def pin(self, directory: Directory) -> None:
         """Keep nothing, because the directory of a simulation is whole."""
+
+    def agreement(self, key: RoundKey) -> Callable[[bytes], Secret]:
+        """Agree with other simulated devices, each pair once for its two ends."""
+        return self._agreements.of(key)
+
+    @cached_property
+    def _agreements(self) -> SimulatedAgreements:
+        return SimulatedAgreements()
 
     def identity(self, name: str) -> Identity:
         """Derive a simulated device's long-lived key pair from the secret of the run's devices."""
@@ -643,8 +660,10 @@ def _went_on(
     """Answer a phase after the first, from what the phase before kept."""
     context = device.context
     if phase == "shares":
-        shared, sealed = masked_upload.share(state, message, context.directory, os.urandom)
-        context.pin(shared.directory)
+        shared, sealed, known = masked_upload.share(
+            state, message, context.directory, os.urandom, context.agreement
+        )
+        context.pin(known)
         return shared, sealed
     if phase == "vector" and start is not None:
         received = masked_upload.receive(state, message)

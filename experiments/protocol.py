@@ -80,10 +80,9 @@ def run(
     shared, replies = {}, {}
     for number in sorted(out.keys() - gone):
         device = devices[number]
-        shared[number], replies[number] = client.share(
+        shared[number], replies[number], device.directory = client.share(
             announced.pop(number), out[number], device.directory, random
         )
-        device.directory = shared[number].directory
     lose("shares")
     dealt, out, _ = server.relay(cohort, replies)
 

@@ -107,7 +107,7 @@ class Party:
         self._each(
             "shares",
             {
-                n: client.share(states[n], got[n], self.directory, stream(f"deal {n}"))
+                n: client.share(states[n], got[n], self.directory, stream(f"deal {n}"))[:2]
                 for n in got
                 if n not in self.undealt
             },

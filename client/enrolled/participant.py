@@ -4,13 +4,13 @@ The state between the phases of a masked round, the base model and the adapter s
 process; everything else is in the vault. **Guarantee**: as `client/store/device_store.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, cast
 
 from ...common.errors import PrivacyError, PrivetError
-from ...common.secure_aggregation.keys import Directory, Identity
+from ...common.secure_aggregation.keys import Directory, Identity, RoundKey, Secret
 from ...common.settings.config import Config
 from ..consent.device_conditions import threads
 from ..consent.policy import own_config
@@ -63,6 +63,10 @@ class EnrolledContext:
     def pin(self, directory: Directory) -> None:
         """Keep the identities that were seen first in the vault."""
         self.home.pin(directory)
+
+    def agreement(self, key: RoundKey) -> Callable[[bytes], Secret]:
+        """Agree with the other devices of a round by this device's own key, and keep nothing."""
+        return key.agreement()
 
     def identity(self, _: str) -> Identity:
         """Return the key pair that the vault holds."""

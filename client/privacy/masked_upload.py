@@ -17,6 +17,7 @@ chance of 2^-100 for a server that tries 2^60 rosters. Source: Bonawitz et al. 2
 active adversary), Bell et al. 2020 (neighbour graph).
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
@@ -81,6 +82,9 @@ __all__ = [
 Held = tuple[Secret, Secret]
 """An owner's two shares in one holder's hands: of the self mask's seed, of the mask key."""
 
+Agreement = Callable[[RoundKey], Callable[[bytes], Secret]]
+"""Own key -> (peer's public key -> shared secret)."""
+
 
 @dataclass(frozen=True)
 class Party:
@@ -142,14 +146,10 @@ class Announced:
 
 @dataclass(frozen=True)
 class Shared:
-    """The state after `share`.
-
-    `directory` has the new pins: store it (`write_directory`).
-    """
+    """The state after `share`."""
 
     party: Party
     cohort: Cohort
-    directory: Directory = field(repr=False)
     seed: Secret
     pairs: Mapping[int, Secret]
     sealing: Mapping[int, Secret]
@@ -285,8 +285,12 @@ def _refuse_old_round(party: Party, last_round: int) -> None:
 
 
 def share(
-    state: State, message: bytes, directory: Directory, random: Random
-) -> tuple[Shared, bytes]:
+    state: State,
+    message: bytes,
+    directory: Directory,
+    random: Random,
+    agreement: Agreement | None = None,
+) -> tuple[Shared, bytes, Directory]:
     """Check the roster, then share the two secrets of this round among the holders.
 
     Args:
@@ -294,9 +298,11 @@ def share(
         message: the server's roster.
         directory: identities this device knows.
         random: as in `announce`.
+        agreement: how a key agrees with others; None: `RoundKey.agreement`.
 
     Returns:
-        The state, and the sealed shares.
+        The state, the sealed shares, and the directory with the identities that were seen first,
+        to be stored (`write_directory`).
 
     Raises:
         ProtocolError: see the `_refuse` functions, in order.
@@ -316,11 +322,13 @@ def share(
     directory = _named(party, directory.admit, claimed)
     cohort = _find_self(state, roster)
     _refuse_unsigned(party, cohort, roster)
-    return _deal(state, cohort, directory, random)
+    return *_deal(state, cohort, random, agreement), directory
 
 
 def _refuse_repeated_keys(party: Party, roster: Roster) -> None:
     for name in ("identity", "mask_key", "sealing_key"):
+        if len({getattr(entry, name) for entry in roster.entries}) == len(roster.entries):
+            continue
         owners: dict[bytes, int] = {}
         for entry in roster.entries:
             first = owners.setdefault(getattr(entry, name), entry.client)
@@ -333,9 +341,9 @@ def _find_self(state: Announced, roster: Roster) -> Cohort:
     own = Entry(
         party.client, party.identity.public, state.mask_key.public, state.sealing_key.public
     )
-    if own not in roster.entries:
+    position = bisect_left(roster.entries, party.client, key=lambda entry: entry.client)
+    if own not in roster.entries[position : position + 1]:
         raise party.refuse("the roster lacks this device, or lists it with other keys")
-    position = roster.entries.index(own)
     roster_digest = roster.digest(party.terms)
     beside = neighbours(roster_digest, len(roster.entries), roster.graph.degree, position)
     holders = {at: roster.entries[at] for at in (*beside, position)}
@@ -357,12 +365,14 @@ def _refuse_unsigned(party: Party, cohort: Cohort, roster: Roster) -> None:
             )
 
 
-def _pair_seeds(state: Announced, cohort: Cohort) -> dict[int, Secret]:
+def _pair_seeds(
+    state: Announced, cohort: Cohort, agree: Callable[[bytes], Secret]
+) -> dict[int, Secret]:
     """Derive the seeds of the masks shared with each neighbour.
 
     The private key is not needed any more afterwards.
     """
-    agree, seeds = state.mask_key.agreement(), {}
+    seeds = {}
     for other in cohort.neighbours:
         entry = cohort.entries[other]
         shared = _blaming(state.party, entry.client, agree, entry.mask_key)
@@ -371,7 +381,7 @@ def _pair_seeds(state: Announced, cohort: Cohort) -> dict[int, Secret]:
 
 
 def _deal(
-    state: Announced, cohort: Cohort, directory: Directory, random: Random
+    state: Announced, cohort: Cohort, random: Random, agreement: Agreement | None = None
 ) -> tuple[Shared, bytes]:
     party = state.party
     holders = sorted((*cohort.neighbours, cohort.position))
@@ -385,8 +395,9 @@ def _deal(
             strict=True,
         )
     }
-    pairs = _pair_seeds(state, cohort)
-    sealing, packages, agree = {}, {}, state.sealing_key.agreement()
+    agreement = agreement or RoundKey.agreement
+    pairs = _pair_seeds(state, cohort, agreement(state.mask_key))
+    sealing, packages, agree = {}, {}, agreement(state.sealing_key)
     for holder in cohort.neighbours:
         entry = cohort.entries[holder]
         sealing[holder] = _blaming(party, entry.client, agree, entry.sealing_key)
@@ -402,7 +413,7 @@ def _deal(
     kept = Package(b"", *_commitments(cohort, cohort.position, cohort.position, own))
     commitment = digest(Purpose.SELF_COMMITMENT, cohort.digest, state.seed.value)
     message = messages.encode_deal(party.terms, party.client, Deal(commitment, kept, packages))
-    return Shared(party, cohort, directory, state.seed, pairs, sealing, own), message
+    return Shared(party, cohort, state.seed, pairs, sealing, own), message
 
 
 def _commitments(cohort: Cohort, owner: int, holder: int, shares: Held) -> tuple[bytes, bytes]:

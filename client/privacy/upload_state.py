@@ -20,14 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...common.errors import ConfigError, StateError
-from ...common.secure_aggregation.keys import (
-    KEY_BYTES,
-    MAX_KNOWN,
-    Directory,
-    Identity,
-    RoundKey,
-    Secret,
-)
+from ...common.secure_aggregation.keys import KEY_BYTES, Identity, RoundKey, Secret
 from ...common.secure_aggregation.messages import DIGEST_BYTES, Entry, Survivors
 from ...common.secure_aggregation.shamir import SHARE_BYTES
 from ...common.secure_aggregation.terms import MAX_PARTICIPANTS, Graph, MaskingPolicy, Terms
@@ -46,7 +39,7 @@ from .masked_upload import (
 
 __all__ = ["decode", "encode"]
 
-_MAGIC, _VERSION = b"pvts", 1
+_MAGIC, _VERSION = b"pvts", 2
 _HEADER = struct.Struct(">4sBB")
 _LENGTH = struct.Struct(">I")
 _KINDS = (Announced, Shared, Received, Masked, Confirmed, Finished)
@@ -75,10 +68,6 @@ def encode(state: State) -> bytes:
                 fields.append(key.private.value + key.public)
             fields.append(state.seed.value)
         case Shared():
-            fields.append(bytes([state.directory.closed]))
-            fields.append(
-                b"".join(_SEED.pack(*field) for field in sorted(state.directory.known.items()))
-            )
             fields += [state.seed.value, _seeds(state.pairs), _seeds(state.sealing)]
             fields.append(b"".join(field.value for field in state.own))
         case Received():
@@ -161,11 +150,9 @@ class _Fields:
         """Read the seed of the self mask."""
         return Secret(self.take("seed", KEY_BYTES))
 
-    def table(
-        self, name: str, form: struct.Struct, below: int, max_count: int = MAX_PARTICIPANTS
-    ) -> list[tuple[Any, ...]]:
+    def table(self, name: str, form: struct.Struct, below: int) -> list[tuple[Any, ...]]:
         """Read records that start with an ascending number, all of them smaller than `below`."""
-        records = list(form.iter_unpack(self.take(name, form.size, 0, max_count)))
+        records = list(form.iter_unpack(self.take(name, form.size, 0, MAX_PARTICIPANTS)))
         numbers = [record[0] for record in records]
         if numbers and numbers != sorted(set(numbers)):
             raise _refusal(f"the numbers in the {name} do not ascend")
@@ -236,18 +223,13 @@ def _read_cohort(fields: _Fields) -> Cohort:
 def _read_later(fields: _Fields, party: Party, cohort: Cohort) -> State:
     participants = cohort.participants
     if fields.kind is Shared:
-        closed = fields.take("directory's kind", 1)
-        if closed not in (b"\0", b"\1"):
-            raise _refusal("the directory is neither closed nor open")
-        known = dict(fields.table("directory", _SEED, 1 << 64, MAX_KNOWN))
-        directory = Directory(known, closed == b"\1")
         seed, pairs = fields.seed(), _read_seeds(fields, "pairs", participants)
         sealing, own = (
             _read_seeds(fields, "sealing keys", participants),
             fields.take("own", 2 * SHARE_BYTES),
         )
         kept = Secret(own[:SHARE_BYTES]), Secret(own[SHARE_BYTES:])
-        return Shared(party, cohort, directory, seed, pairs, sealing, kept)
+        return Shared(party, cohort, seed, pairs, sealing, kept)
     if fields.kind is Received:
         seed, pairs = fields.seed(), _read_seeds(fields, "pairs", participants)
         held = _read_shares(fields, participants)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,12 @@ class Layout:
     base: str
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """Length of the vector that this layout describes."""
         return sum(int(np.prod(shape)) for _, shape in self.pieces)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of family, base model and pieces."""
         text = json.dumps(["privet layout 1", self.family, self.base, self.pieces])

@@ -18,7 +18,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import dp_accounting
@@ -117,7 +117,7 @@ class Charge:
 
         The same charge gives the same bytes.
         """
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return json.dumps(vars(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Charge":
@@ -312,6 +312,7 @@ def _epsilon(total: _Total, delta: float) -> float:
         bound = grown
 
 
+@functools.lru_cache(maxsize=4096)
 def _renyi_epsilon(total: _Total, delta: float) -> float:
     """Upper bound on the total: half of delta for the Renyi bound, half for the noise's slack."""
     if total.adjacency == "replace_one" or _one_gaussian(total) == 0:

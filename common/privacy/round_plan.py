@@ -5,6 +5,7 @@ stricter), and the ledger row names its digest. It crosses the wire as a dict of
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -141,7 +142,7 @@ class Plan:
         """Variance of the noise that a claim may count, squared grid units."""
         return self.mechanism.counted_variance(self.variance, self.adders)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the plan, by which ledger rows name it."""
         fields = dataclasses.replace(self, attempt=1).to_dict()
@@ -196,7 +197,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Scalars only, ready for any wire."""
-        return {**dataclasses.asdict(self), **_NO_ARMS}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {**own, **_NO_ARMS}
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> "Plan":

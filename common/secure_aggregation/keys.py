@@ -9,7 +9,7 @@ import functools
 import hashlib
 import hmac
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -45,10 +45,26 @@ Random = Callable[[int], bytes]
 
 _LABEL = b"privet masking 1"
 _FIELD_PRIME = 2**255 - 19
+_EIGHT_BYTES = struct.Struct(">Q").pack
+
+
+def _framed(*parts: bytes) -> bytes:
+    """Join parts, each after its length: no two lists of parts give the same bytes."""
+    joined = b""
+    for part in parts:
+        joined += _EIGHT_BYTES(len(part)) + part
+    return joined
 
 
 class Purpose(Enum):
-    """The purpose of a derived key or a digest. Two purposes never give the same bytes."""
+    """The purpose of a derived key or a digest. Two purposes never give the same bytes.
+
+    Attributes:
+        head: what all that is derived or hashed for this purpose begins with.
+    """
+
+    def __init__(self, words: str) -> None:
+        self.head = _framed(_LABEL, words.encode())
 
     PAIR_MASK = "mask shared by two clients"
     SELF_MASK = "mask of one client"
@@ -85,12 +101,15 @@ def derive(secret: Secret, purpose: Purpose, *context: bytes, size: int = 32) ->
     **Guarantee**: two calls that differ in secret, purpose or context give independent keys:
     every part enters with its length, so no two lists of parts have the same encoding.
     """
-    return Secret(_hkdf(secret.value, _encode(purpose, context), size))
+    return Secret(_hkdf(secret.value, purpose.head + _framed(*context), size))
 
 
 def _hkdf(secret: bytes, info: bytes, size: int) -> bytes:
     # RFC 5869 in its own words: with two keys a neighbour, a library's object costs more than HMAC
-    key = hmac.digest(bytes(32), secret, "sha256")
+    inner, outer = _NO_SALT[0].copy(), _NO_SALT[1].copy()
+    inner.update(secret)
+    outer.update(inner.digest())
+    key = outer.digest()
     block, output = b"", b""
     for count in range(1, -(-size // 32) + 1):
         block = hmac.digest(key, block + info + bytes([count]), "sha256")
@@ -98,27 +117,16 @@ def _hkdf(secret: bytes, info: bytes, size: int) -> bytes:
     return output[:size]
 
 
+_NO_SALT = hashlib.sha256(b"\x36" * 64), hashlib.sha256(b"\x5c" * 64)
+"""HMAC (RFC 2104) under a key of zeros, begun once: HKDF without a salt begins with it."""
+
+
 def digest(purpose: Purpose, *parts: bytes) -> bytes:
     """Compute the SHA-256 of public parts, bound to a purpose.
 
     The encoding of the parts is that of `derive`.
     """
-    return hashlib.sha256(_encode(purpose, parts)).digest()
-
-
-def _encode(purpose: Purpose, parts: Iterable[bytes]) -> bytes:
-    every = [_PREFIXES[purpose]]
-    for part in parts:
-        every += (_EIGHT_BYTES(len(part)), part)
-    return b"".join(every)
-
-
-_EIGHT_BYTES = struct.Struct(">Q").pack
-
-_PREFIXES = {
-    one: b"".join(_EIGHT_BYTES(len(part)) + part for part in (_LABEL, one.value.encode()))
-    for one in Purpose
-}
+    return hashlib.sha256(purpose.head + _framed(*parts)).digest()
 
 
 @dataclass(frozen=True)
@@ -256,6 +264,10 @@ class Directory:
         """Number of enrolled devices, N. With an open directory it is unknown: None."""
         return len(self.known) if self.closed else None
 
+    @functools.cached_property
+    def _owners(self) -> dict[bytes, int]:
+        return {identity: client for client, identity in self.known.items()}
+
     def admit(self, claimed: Mapping[int, bytes]) -> "Directory":
         """The directory after a roster was seen.
 
@@ -263,7 +275,7 @@ class Directory:
             ProtocolError: a client is not listed, shows another identity than before, or an
                 identity belongs to another client.
         """
-        owners = {identity: client for client, identity in self.known.items()}
+        owners, new = self._owners, dict[bytes, int]()
         news = f" ({self.news})" if self.news else ""
         for client, identity in claimed.items():
             listed = self.known.get(client)
@@ -273,10 +285,9 @@ class Directory:
                 raise ProtocolError(
                     f"client {client} shows another identity than the known one{news}"
                 )
-            if owners.setdefault(identity, client) != client:
-                raise ProtocolError(
-                    f"clients {owners[identity]} and {client} have the same identity{news}"
-                )
+            owner = owners[identity] if identity in owners else new.setdefault(identity, client)
+            if owner != client:
+                raise ProtocolError(f"clients {owner} and {client} have the same identity{news}")
         if claimed.keys() <= self.known.keys():
             return self
         if len(claimed.keys() | self.known.keys()) > MAX_KNOWN:
@@ -295,6 +306,7 @@ def read_directory(path: Path, closed: bool = True) -> Directory:
     with explain_os_errors(path, "read"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     known: dict[int, bytes] = {}
+    taken: set[bytes] = set()
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if not words:
@@ -303,13 +315,14 @@ def read_directory(path: Path, closed: bool = True) -> Directory:
             client, identity = int(words[0]), bytes.fromhex(words[1])
         except (ValueError, IndexError):
             client, identity = -1, b""
-        repeated = client in known or identity in known.values()
+        repeated = client in known or identity in taken
         if len(words) != 2 or client < 0 or len(identity) != KEY_BYTES or repeated:
             raise StateError(
                 f"{path}, line {number}: expected a client number and 64 hexadecimal digits, each "
                 "of them once in the file; correct the line."
             )
         known[client] = identity
+        taken.add(identity)
     return Directory(known, closed)
 
 

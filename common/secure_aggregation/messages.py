@@ -13,11 +13,14 @@ than the message it was given, once.
 names sender and round.
 """
 
+import functools
 import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+import numpy as np
 
 from ..errors import ProtocolError
 from .keys import KEY_BYTES, SIGNATURE_BYTES, Purpose, Secret, digest
@@ -72,6 +75,7 @@ SEALED_BYTES = 2 * SHARE_BYTES + SEALING_OVERHEAD
 _MAGIC, _VERSION = b"pvtm", 2
 _HEADER = struct.Struct(">4sBBII32s32s")
 _LENGTH = struct.Struct(">I")
+_NAMES = struct.Struct(">BII")
 
 
 class Kind(IntEnum):
@@ -210,8 +214,9 @@ class Entry:
     mask_key: bytes
     sealing_key: bytes
 
-    def to_bytes(self) -> bytes:
-        """Encode the entry in 100 bytes."""
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """The entry in 100 bytes."""
         return self.client.to_bytes(4, "big") + self.identity + self.mask_key + self.sealing_key
 
 
@@ -220,7 +225,7 @@ _ENTRY_BYTES = 4 + 3 * KEY_BYTES
 
 def announced(terms: Terms, entry: Entry) -> bytes:
     """What a participant signs when it announces its keys."""
-    return digest(Purpose.ANNOUNCEMENT, terms.binding, entry.to_bytes())
+    return digest(Purpose.ANNOUNCEMENT, terms.binding, entry.encoded)
 
 
 @dataclass(frozen=True)
@@ -240,7 +245,7 @@ class Roster:
     def digest(self, terms: Terms) -> bytes:
         """32 bytes for all that the participants must see alike."""
         numbers = self.graph.degree.to_bytes(4, "big") + self.graph.threshold.to_bytes(4, "big")
-        entries = b"".join(entry.to_bytes() for entry in self.entries)
+        entries = b"".join([entry.encoded for entry in self.entries])
         return digest(Purpose.ROSTER, terms.binding, numbers, entries)
 
 
@@ -252,7 +257,7 @@ def encode_roster(terms: Terms, message: Roster) -> bytes:
         SERVER,
         message.graph.degree.to_bytes(4, "big"),
         message.graph.threshold.to_bytes(4, "big"),
-        b"".join(entry.to_bytes() for entry in message.entries),
+        b"".join([entry.encoded for entry in message.entries]),
         b"".join(message.signatures),
     )
 
@@ -267,15 +272,21 @@ def decode_roster(data: bytes, terms: Terms) -> Roster:
     four, max_count = (4, 1, 1), MAX_PARTICIPANTS
     bounds = (four, four, (_ENTRY_BYTES, 1, max_count), (SIGNATURE_BYTES, 0, max_count))
     degree, threshold, listed, signatures = _decode(data, Kind.ROSTER, terms, SERVER, bounds)
-    entries = tuple(
-        Entry(_number(record[:4]), record[4:36], record[36:68], record[68:])
-        for record in _records(listed, _ENTRY_BYTES)
-    )
+    entries = _entries(listed)
     _refuse_disorder(terms, SERVER, [entry.client for entry in entries])
     if entries[-1].client == SERVER:
         raise fault(terms, SERVER, "roster message: the server is not a participant")
     graph = Graph(_number(degree), _number(threshold))
     return Roster(entries, graph, tuple(_records(signatures, SIGNATURE_BYTES)))
+
+
+@functools.lru_cache(maxsize=2)
+def _entries(listed: bytes) -> tuple[Entry, ...]:
+    """Read the participants. They are public, and all devices of one process are shown the same."""
+    return tuple(
+        Entry(_number(record[:4]), record[4:36], record[36:68], record[68:])
+        for record in _records(listed, _ENTRY_BYTES)
+    )
 
 
 def _refuse_disorder(terms: Terms, sender: int, numbers: Sequence[int]) -> None:
@@ -482,14 +493,14 @@ def _positions(terms: Terms, kind: Kind, bitmap: bytes, participants: int) -> fr
     if int.from_bytes(bitmap, "little") >> participants:
         sentence = f"{kind.name.lower()} message: lists a position beyond the roster"
         raise fault(terms, SERVER, sentence)
-    return frozenset(at for at in range(participants) if bitmap[at // 8] >> at % 8 & 1)
+    bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
+    return frozenset(np.flatnonzero(bits).tolist())
 
 
 def _bitmap(positions: frozenset[int], participants: int) -> bytes:
-    bitmap = bytearray(-(-participants // 8))
-    for position in positions:
-        bitmap[position // 8] |= 1 << position % 8
-    return bytes(bitmap)
+    bits = np.zeros(-(-participants // 8) * 8, np.uint8)
+    bits[list(positions)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 # 7. and 8. confirmations: client -> server -> everybody
@@ -545,6 +556,9 @@ class Opened(IntEnum):
     KEY = 1
 
 
+_OPENED = {int(which): which for which in Opened}
+
+
 @dataclass(frozen=True)
 class Opening:
     """The shares a holder gives: for each owner the one or the other, never both.
@@ -563,7 +577,7 @@ def share_commitment(
 
     A share is too random to be guessed from them.
     """
-    names = bytes([which]) + owner.to_bytes(4, "big") + holder.to_bytes(4, "big")
+    names = _NAMES.pack(which, owner, holder)
     return digest(Purpose.SHARE_COMMITMENT, roster_digest, names, share.value)
 
 
@@ -588,8 +602,8 @@ def decode_opening(data: bytes, terms: Terms, client: int) -> Opening:
     (body,) = _decode(data, Kind.OPENING, terms, client, bounds)
     records = _records(body, _OPENED_BYTES)
     _refuse_disorder(terms, client, [_number(record[:4]) for record in records])
-    if any(record[4] not in tuple(Opened) for record in records):
+    if any(record[4] not in _OPENED for record in records):
         raise fault(terms, client, "opening message: a share of neither secret")
     return Opening(
-        {_number(record[:4]): (Opened(record[4]), Secret(record[5:])) for record in records}
+        {_number(record[:4]): (_OPENED[record[4]], Secret(record[5:])) for record in records}
     )

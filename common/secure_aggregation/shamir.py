@@ -7,6 +7,8 @@ float64, which holds every sum exactly: a digit's product is below 2^32, and the
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -57,10 +59,9 @@ def split(secret: Secret, threshold: int, points: Sequence[int], random: Random)
 
 def _values(terms: Sequence[int], points: Sequence[int]) -> list[int]:
     """Return the values of a polynomial, its constant term first, at the points."""
-    # (points * digits, terms) @ (terms, digits): the sum for each pair of digits
-    pairs = (_all_powers(tuple(points), len(terms)) @ _digits(terms).astype(np.float64)).reshape(
-        -1, _DIGITS, _DIGITS
-    )
+    # (points, digits, terms) @ (terms, digits): the sum for each pair of digits. Many small
+    # products, not one large one, for which BLAS would wake its threads
+    pairs = _all_powers(tuple(points), len(terms)) @ _digits(terms).astype(np.float64)
     sums = np.zeros((len(points), 2 * _DIGITS + 2), np.int64)
     for digit in range(_DIGITS):
         sums[:, digit : digit + _DIGITS] += pairs[:, digit].astype(np.int64)
@@ -74,7 +75,7 @@ def _values(terms: Sequence[int], points: Sequence[int]) -> list[int]:
 @functools.lru_cache(maxsize=2)
 def _all_powers(points: tuple[int, ...], count: int) -> NDArray[np.float64]:
     """Return all powers of some points. A device shares two secrets among the same holders."""
-    return np.concatenate([_powers(point, count) for point in points], dtype=np.float64)
+    return np.array([_powers(point, count) for point in points], dtype=np.float64)
 
 
 @functools.lru_cache(maxsize=2048)
@@ -125,11 +126,18 @@ def _weights(points: tuple[int, ...]) -> tuple[int, ...]:
     product = 1
     for point in points:
         product = product * point % PRIME
-    weights = []
-    for point in points:
-        below = point
-        for other in points:
-            if other != point:
-                below *= other - point
-        weights.append(product * pow(below, -1, PRIME) % PRIME)
-    return tuple(weights)
+    below = [
+        point * math.prod([other - point for other in points if other != point]) % PRIME
+        for point in points
+    ]
+    return tuple(product * inverse % PRIME for inverse in _inverses(below))
+
+
+def _inverses(numbers: Sequence[int]) -> list[int]:
+    """Invert numbers mod `PRIME`, with one inversion for all of them (Montgomery 1987)."""
+    products = list(itertools.accumulate(numbers, lambda one, two: one * two % PRIME, initial=1))
+    rest, found = pow(products[-1], -1, PRIME), []
+    for number, before in zip(reversed(numbers), reversed(products[:-1]), strict=True):
+        found.append(rest * before % PRIME)
+        rest = rest * number % PRIME
+    return found[::-1]

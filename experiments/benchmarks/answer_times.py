@@ -15,7 +15,7 @@ chance that an answer of the device with records took longer than one of the oth
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -32,7 +32,7 @@ from ...common.model.adapter import attach
 from ...common.model.base_model import load
 from ...common.privacy.plan_maker import make_plan
 from ...common.privacy.round_plan import Plan
-from ...common.secure_aggregation.keys import Directory, Identity
+from ...common.secure_aggregation.keys import Directory, Identity, RoundKey, Secret
 from ...common.settings.config import Config, parse
 from .deployment import tiny_model
 from .harness import command
@@ -68,6 +68,10 @@ class FreeContext:
 
     def pin(self, directory: Directory) -> None:
         """Do nothing, as no directory is kept."""
+
+    def agreement(self, key: RoundKey) -> Callable[[bytes], Secret]:
+        """Agree as a person's device does."""
+        return key.agreement()
 
     def identity(self, _: str) -> Identity:
         """Return the same identity for every device."""

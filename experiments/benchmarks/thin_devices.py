@@ -93,7 +93,7 @@ class Thin:
         assert self.state is not None
         if name == "shares":
             known = Directory({}, closed=False)
-            self.state, payload = masked_upload.share(self.state, message, known, os.urandom)
+            self.state, payload, _ = masked_upload.share(self.state, message, known, os.urandom)
         elif name == "vector":
             received = masked_upload.receive(self.state, message)
             vector = np.ones(received.party.terms.dimension, np.uint32)

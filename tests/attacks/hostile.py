@@ -414,7 +414,7 @@ class Server:
             self.states[n] = None
             return None
         self.steps += 1
-        self.states[n], sent = done if isinstance(done, tuple) else (done, b"")
+        self.states[n], sent, *_ = done if isinstance(done, tuple) else (done, b"")
         return sent
 
     def attempt(self, terms: Terms) -> None:
@@ -547,9 +547,7 @@ class Server:
         for at, state in view.its.items():  # colluders check nothing
             cohort = client._find_self(state, view.roster)
             with contextlib.suppress(ProtocolError):
-                shared, sent = client._deal(
-                    state, cohort, self.fleet.directory, self.draw.randbytes
-                )
+                shared, sent = client._deal(state, cohort, self.draw.randbytes)
                 view.its[at] = shared
                 dealt = messages.decode_deal(sent, terms, state.party.client)
                 view.packages[at] = dealt.packages

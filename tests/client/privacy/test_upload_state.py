@@ -54,6 +54,22 @@ def _total(party: Party) -> Any:
     return server.unmask(party.served["confirm"], party.sent["unmask"]).total.tolist()
 
 
+def test_what_is_kept_does_not_grow_with_the_directory():
+    known = {n: identity(n).public for n in range(10, 15)}
+    small, large = (
+        Party(
+            directory=Directory(known | {n: n.to_bytes(32, "big") for n in range(100, more)}, True)
+        )
+        for more in (100, 400)
+    )
+    for phase in PHASES[:2]:
+        kept = []
+        for party in (small, large):
+            getattr(party, f"_{phase}")()
+            kept.append({n: encode(state) for n, state in party.states[phase].items()})
+        assert kept[0] == kept[1]
+
+
 @given(st.sampled_from(sorted(STATES)), st.data())
 def test_cut_bytes_and_bytes_that_follow_are_refused(name, data):
     whole = encode(STATES[name])
@@ -84,7 +100,7 @@ def test_a_changed_byte_gives_a_sentence_or_the_state_of_exactly_these_bytes(nam
 
 @pytest.mark.parametrize(
     ("at", "value", "sentence"),
-    [(0, 80, "magic bytes"), (4, 2, "expected version 1, got 2"), (5, 0, "a kind from 1 to 6"),
+    [(0, 80, "magic bytes"), (4, 1, "expected version 2, got 1"), (5, 0, "a kind from 1 to 6"),
      (5, 7, "a kind from 1 to 6, got 7"), (5, 2, "cut|has \\d+ bytes")],
 )  # fmt: skip
 def test_another_magic_version_or_kind_is_refused_with_the_reason(at, value, sentence):

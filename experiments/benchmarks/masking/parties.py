@@ -1,12 +1,12 @@
 """What masking costs: every party of a round, and Flower's SecAgg+ primitives beside it.
 
-    python -m privet.experiments.benchmarks.masking_cost --clients 1000 --dimension 100000
-    python -m privet.experiments.benchmarks.masking_cost --flower
-    python -m privet.experiments.benchmarks.masking_cost --table
+    python -m privet.experiments.benchmarks.masking.parties --clients 1000 --dimension 100000
+    python -m privet.experiments.benchmarks.masking.parties --flower
+    python -m privet.experiments.benchmarks.masking.parties --table
 
 All parties run one after another in this process, on one core, without training and without
 noise; clients are lost after training, which is the dearest moment for the server. `--flower` times
-Flower's own functions in the same run (`flower_masking.py`). Seconds are processor seconds.
+Flower's own functions in the same run (`flower.py`). Seconds are processor seconds.
 """
 
 import math
@@ -20,13 +20,13 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from ...client.privacy import masked_upload as client
-from ...common.privacy.encoding import round_randomly, wrap
-from ...common.privacy.noise import SystemSource
-from ...common.secure_aggregation.keys import Directory, Identity
-from ...common.secure_aggregation.terms import MaskingPolicy, Terms
-from ...server import unmasking as server
-from .harness import Clock, command, median_s
+from ....client.privacy import masked_upload as client
+from ....common.privacy.encoding import round_randomly, wrap
+from ....common.privacy.noise import SystemSource
+from ....common.secure_aggregation.keys import Directory, Identity
+from ....common.secure_aggregation.terms import MaskingPolicy, Terms
+from ....server import unmasking as server
+from ..harness import Clock, command, median_s
 
 BITS, TABLE = 20, (10, 20, 50, 100, 200, 500, 1000)
 
@@ -142,7 +142,7 @@ def _round(
     with theirs("gather"):
         cohort, out, _ = server.gather(terms, replies, listed)
     replies = devices.each(
-        "share", out, lambda n, m: client.share(states[n], m, listed, os.urandom)
+        "share", out, lambda n, m: client.share(states[n], m, listed, os.urandom)[:2]
     )
     with theirs("relay"):
         dealt, out, _ = server.relay(cohort, replies)
@@ -208,7 +208,7 @@ def by_degree(cost: Cost) -> dict[str, float]:
 
 def beside_flower(clients: int, dimension: int, measured: int) -> dict[str, object]:
     """Both protocols on the same machine in one run: seconds, bytes, ratios."""
-    from .flower_masking import flower_round
+    from .flower import flower_round
 
     flower = flower_round(clients, dimension, measured)
     own = measure(clients, dimension, 0.0)

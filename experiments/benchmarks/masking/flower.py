@@ -1,4 +1,4 @@
-"""Flower's own SecAgg+ (flwr 1.41), timed without its transport: the yardstick of `masking.py`.
+"""Flower's own SecAgg+ (flwr 1.41), timed without its transport: the yardstick of `parties.py`.
 
 The client's four stages are Flower's functions, called as its mod calls them; the server's
 unmasking is the loop of `SecAggPlusWorkflow.unmask_stage`, written out here because Flower has it
@@ -28,7 +28,7 @@ from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
 from numpy.typing import NDArray
 
-from .harness import Clock
+from ..harness import Clock
 
 __all__ = ["flower_round"]
 
