@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -198,9 +198,11 @@ def _kept(base: str, folder: str, where: Compute) -> BaseModel:
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
     rounded = where.dtype != torch.float32 and not _holds(network, where.dtype)
     fingerprint = _fingerprint(network)
-    model = BaseModel(base, folder, kind, network, tokenizer, fingerprint, where, rounded)
+    read = Compute(torch.device("cpu"), torch.float32, "as it was read")
+    model = BaseModel(base, folder, kind, network, tokenizer, fingerprint, read, rounded)
     _check_states(model)
     _place(network, where)
+    model = replace(model, compute=where)
     if where.dtype != torch.float32:
         _check_dtype(model)
     return model
@@ -228,12 +230,12 @@ def _holds(network: "PreTrainedModel", dtype: torch.dtype) -> bool:
 
 
 def _place(network: "PreTrainedModel", where: Compute) -> None:
-    """Move the weights, one after the other.
+    """Round the weights, one after the other, and move everything.
 
     Buffers keep their numbers: a rotary embedding's angles are float32 whatever the weights are.
     """
     for value in network.parameters():
-        value.data = value.data.to(where.device, where.dtype)
+        value.data = value.data.to(where.dtype)
     network.to(where.device)
 
 

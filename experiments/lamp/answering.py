@@ -230,11 +230,12 @@ def _likely(base: BaseModel, ids: list[int], labels: Sequence[str]) -> list[floa
     """Mean log probability of each label's tokens after a prompt, which is read once."""
     rows = [base.tokenizer(one, add_special_tokens=False)["input_ids"] for one in labels]
     longest = max(map(len, rows))
-    read = base.network(torch.tensor([ids]), use_cache=True)
+    device = base.compute.device
+    read = base.network(torch.tensor([ids], device=device), use_cache=True)
     cache = read.past_key_values
     cache.batch_repeat_interleave(len(rows))
-    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-    seen = torch.ones(len(rows), len(ids) + longest, dtype=torch.int64)
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    seen = torch.ones(len(rows), len(ids) + longest, dtype=torch.int64, device=device)
     later = base.network(padded, past_key_values=cache, attention_mask=seen, use_cache=True).logits
     start = read.logits[:, -1:].expand(len(rows), 1, -1)
     scores = torch.cat([start, later[:, :-1]], 1).log_softmax(-1)
