@@ -60,7 +60,8 @@ def measure(config: str = "demo", repeats: int = 15, threads: int = 2) -> dict[s
     medians = {which: statistics.median(values) for which, values in spent.items()}
     dp = {dtype: _ratio(spent[dtype, True], spent[dtype, False]) for dtype in DTYPES}
     adapter = adapters["float32"]
-    work, ceiling = step_flop(adapter), {d: matrix_ceiling(getattr(torch, d)) for d in DTYPES}
+    work = step_flop(adapter, RECORDS * (TOKENS - 1))
+    ceiling = {dtype: matrix_ceiling(getattr(torch, dtype)) for dtype in DTYPES}
     return {
         "base_model": read.model.base,
         "adapter": {"family": read.adapter.family, "dimension": adapter.layout.dimension},
@@ -112,8 +113,10 @@ def _ratio(over: list[float], under: list[float]) -> float:
     return float(statistics.median([a / b for a, b in zip(over, under, strict=True)]))
 
 
-def step_flop(adapter: Adapter) -> float:
+def step_flop(adapter: Adapter, places: int) -> float:
     """Count the floating-point operations of one step, two for a multiply-add.
+
+    `places`: tokens that are read and predicted, of all records.
 
     All linear layers run forward. The output embedding and the adapted blocks also run backward,
     towards their inputs only (their weights are frozen).
@@ -122,14 +125,21 @@ def step_flop(adapter: Adapter) -> float:
     sizes = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for _, block in blocks]
     forward = sum(sizes) + adapter.base.output.weight.numel()
     backward = sum(sizes[adapter.first_block :]) + adapter.base.output.weight.numel()
-    return 2.0 * (forward + backward) * RECORDS * (TOKENS - 1)
+    return 2.0 * (forward + backward) * places
 
 
-def matrix_ceiling(dtype: torch.dtype, size: int = 1536, repeats: int = 12) -> float:
-    """Best matrix product seen, FLOP/s."""
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    best = min(seconds(lambda: torch.mm(left, right), repeats))
-    return 2.0 * size**3 / best
+def matrix_ceiling(
+    dtype: torch.dtype, size: int = 1536, repeats: int = 12, device: torch.device | None = None
+) -> float:
+    """Best matrix product seen, FLOP/s; `device`: None for the processor."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def product() -> None:
+        torch.mm(left, right)
+        if left.is_cuda:
+            torch.cuda.synchronize(device)
+
+    return 2.0 * size**3 / min(seconds(product, repeats))
 
 
 if __name__ == "__main__":

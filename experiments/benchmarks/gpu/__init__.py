@@ -1,0 +1,1 @@
+"""Whether privet computes rightly on a GPU, and how fast: random models, no downloads."""
