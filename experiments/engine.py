@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import math
 import os
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
@@ -180,7 +182,7 @@ def _ray(folder: Path, config: Config, show: Show) -> None:
             failed.append(error)
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of its future
-    resources = {"num_cpus": config.speed.threads, "num_gpus": 0.0}
+    resources = {"num_cpus": config.speed.threads, "num_gpus": _share_of_a_card(config)}
     try:
         run_simulation(
             server_app,
@@ -197,6 +199,46 @@ def _ray(folder: Path, config: Config, show: Show) -> None:
         stopped.set()
     if failed:
         raise failed[0]
+
+
+def _share_of_a_card(config: Config) -> float:
+    """Return what each of Ray's actors gets of a GPU; 0 where the base model is on none.
+
+    Raises:
+        ConfigError: the run names a card that is not the first: Ray deals them out itself.
+    """
+    base = shared(config).base
+    device = base.compute.device
+    if device.type != "cuda":
+        return 0.0
+    if device.index:
+        raise ConfigError(
+            f'--engine ray deals the cards out itself, so compute.device = "{device}" cannot be '
+            'had: set compute.device = "cuda"; CUDA_VISIBLE_DEVICES says which cards there are'
+        )
+    weights = sum(value.nbytes for value in base.network.parameters())
+    cores = (os.cpu_count() or 1) // config.speed.threads
+    return share_of_a_card(weights, torch.cuda.get_device_properties(device).total_memory, cores)
+
+
+def share_of_a_card(weights: int, card: int, cores: int) -> float:
+    """Return an actor's share of a card, so that as many are made as fit into its memory.
+
+    Reckoned, not measured: an actor needs its own base model three times (weights, and what a chunk
+    takes on its way) and a gigabyte. The server's process is on the card too.
+
+    Args:
+        weights: of the base model, bytes.
+        card: its memory, bytes.
+        cores: actors that the processors allow; more would wait.
+
+    >>> share_of_a_card(weights=1 << 30, card=24 << 30, cores=16)
+    0.2
+    >>> share_of_a_card(weights=16 << 30, card=24 << 30, cores=16)
+    1.0
+    """
+    fit = card // (3 * weights + (1 << 30)) - 1
+    return math.floor(1e4 / max(1, min(fit, cores))) / 1e4  # Ray counts in ten-thousandths
 
 
 def at(folder: str, app: Answers, message: Message, context: Context) -> Message:

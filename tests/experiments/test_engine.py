@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message
 
 from privet.client import device
@@ -262,6 +263,48 @@ def test_a_stopped_run_waits_for_nobody():
 def test_an_unknown_engine_is_refused_with_the_known_ones(prepared):
     with pytest.raises(ConfigError, match="--engine spark: expected one of local, ray"):
         engine.run("spark", *prepared)
+
+
+# --- graphics cards ----------------------------------------------------------------------------
+
+
+def on_a_card(monkeypatch, device: str) -> None:
+    """The base model says that it is on a card of 24 GB that nobody has."""
+    weights = [torch.empty(1 << 28, device="meta")]  # 1 GB in float32
+    network = SimpleNamespace(parameters=lambda: weights)
+    base = SimpleNamespace(compute=SimpleNamespace(device=torch.device(device)), network=network)
+    monkeypatch.setattr(engine, "shared", lambda _: SimpleNamespace(base=base))
+    card = SimpleNamespace(total_memory=24 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+
+
+def test_rays_actors_get_their_share_of_a_card(prepared, monkeypatch):
+    assert engine._share_of_a_card(prepared[1]) == 0
+    on_a_card(monkeypatch, "cuda:0")
+    assert engine._share_of_a_card(prepared[1]) == 0.2
+
+
+@pytest.mark.parametrize("cores", [1, 3, 49, 1000])
+def test_so_many_actors_fit_on_a_card_with_the_servers_process(cores):
+    share = engine.share_of_a_card(1 << 28, 80 << 30, cores)
+    actors = int(1 // share)  # as Flower counts them
+    assert actors == min(cores, 80 * 4 // 7 - 1)
+    assert actors * share <= 1
+
+
+def test_another_card_than_the_first_is_rays_to_deal_out(prepared, monkeypatch):
+    on_a_card(monkeypatch, "cuda:1")
+    with pytest.raises(ConfigError, match=r'compute\.device = "cuda:1" cannot be had'):
+        engine.run("ray", *prepared)
+
+
+def test_forked_processes_do_not_share_a_card(prepared, monkeypatch, tmp_path):
+    folder = copied(prepared, tmp_path / "run")
+    config = side_by_side(folder, 2)
+    on_a_card(monkeypatch, "cuda:0")
+    with pytest.raises(ConfigError, match=r"speed\.processes = 2: forked processes cannot share"):
+        engine.run("local", folder, config)
 
 
 # --- flwr run ----------------------------------------------------------------------------------
