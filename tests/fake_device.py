@@ -38,21 +38,23 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, inside: Tensor) -> "OnDevice":
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(
             cls, inside.shape, strides=inside.stride(), storage_offset=inside.storage_offset(),
             dtype=inside.dtype, device=DEVICE,
         )  # fmt: skip
         made.inside = inside
-        return made  # type: ignore[no-any-return]
+        return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Say that a module may move such tensors."""
         return ["inside"], None
 
     @classmethod
-    def __torch_dispatch__(cls, op: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, op: Any, types: Any, given: Any = (), named: Any = None
+    ) -> Any:
         return _computed(op, given, named or {})
 
 

@@ -20,6 +20,7 @@ from privet.client.assistant import text_generation
 from privet.client.assistant.text_generation import Sampling, completed
 from privet.client.personal import label_evaluator, label_head, pair_evaluator, scored_text
 from privet.client.personal.person_losses import evaluator_of
+from privet.client.personal.text_evaluator import TextEvaluator
 from privet.client.training import local_training
 from privet.client.training.cluster_choice import mean_losses
 from privet.client.training.constant_work import Shape
@@ -33,7 +34,7 @@ from privet.common.settings.sections import AdapterSettings, ComputeSettings, Pr
 from privet.experiments.lamp.answering import _likely
 
 from ..fake_device import DEVICE, OnDevice, fake_device
-from .training.test_local_training import moved_start, plan, records, run
+from .training.test_local_training import plan, records, run
 
 Numbers = NDArray[np.float64]
 Piece = Callable[[Path, str], Numbers]
@@ -52,7 +53,8 @@ def adapted(folder: Path, dtype: str, outputs: int = 0, family: str = "lora_xs")
 
 
 def away(adapter: Adapter) -> NDArray[np.float32]:
-    return moved_start(Trainer(adapter, hooked=None))
+    noise = np.random.default_rng(5).normal(size=len(adapter.start))
+    return (adapter.start + 0.3 * noise).astype(np.float32)
 
 
 def labelled() -> list[Tokenised]:
@@ -75,8 +77,8 @@ def trained(private: bool, shape: Shape | None, **more: object) -> Piece:
         own = pairs() if settings else labelled() if outputs else records(5)
         trainer = Trainer.of(adapted(folder, dtype, outputs), more.get("cache_mb", 0), settings)
         changes = {} if private else {"record_clip": 0.0}
-        start = moved_start(trainer)
-        return run(trainer, own, plan(local_steps=2, **changes), start, shape=shape).astype(float)
+        start, public = away(trainer.adapter), plan(local_steps=2, **changes)
+        return np.asarray(run(trainer, own, public, start, shape=shape), np.float64)
 
     return piece
 
@@ -114,7 +116,8 @@ def chosen_cluster(folder: Path, dtype: str) -> Numbers:
 
 def generated(folder: Path, dtype: str) -> Numbers:
     adapter = adapted(folder, dtype)
-    person = evaluator_of(adapter, away(adapter)).person(records(3), records(2, seed=4), fit=True)
+    person = TextEvaluator(adapter, away(adapter)).person(records(3), records(2, seed=4), fit=True)
+    assert person is not None
     starts = [[7, 8, 9], [10]]
     rows = [
         row

@@ -71,7 +71,7 @@ def measure(
     tiny: bool = False,
     models: str = "",
     minutes: float = 7.0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Try and time the models, the smallest first, and begin nothing when the time is up.
 
     Args:
@@ -112,7 +112,7 @@ def _asked(device: str, dtype: str) -> ComputeSettings:
     return ComputeSettings.model_validate({"device": device, "dtype": dtype})
 
 
-def _written(out: Path, figures: dict[str, Any]) -> dict[str, object]:
+def _written(out: Path, figures: dict[str, Any]) -> dict[str, Any]:
     """Write the figures and their page, and return them with whether all checks passed."""
     tried = [check["passed"] for model in figures["models"] for check in model["conformance"]]
     figures = {**figures, "passed": bool(tried) and all(tried)}

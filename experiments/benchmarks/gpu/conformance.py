@@ -124,7 +124,7 @@ def _gradients(trainer: Trainer, records: Sequence[Tokenised], shape: Shape) -> 
     trained = trainer.adapter.train_only(1)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = True
-    _losses(trainer.adapter, records, shape).sum().backward()  # type: ignore[no-untyped-call]
+    _losses(trainer.adapter, records, shape).sum().backward()
     rows: list[Tensor] = [parameter.grad_sample for _, parameter in trained]  # type: ignore[attr-defined]
     found = torch.cat([row[: len(records)].flatten(1) for row in rows], 1).cpu()
     for _, parameter in trained:
