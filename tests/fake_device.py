@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from privet.common.model import base_model
 from privet.common.model.compute import Compute
@@ -87,7 +87,8 @@ class _BelowDispatch(TorchFunctionMode):
 
 def _computed(op: Any, given: Any, named: dict[str, Any]) -> Any:
     """Run an operation on the numbers inside, and put the results where they belong."""
-    leaves = [leaf for leaf in tree_flatten((given, named))[0] if isinstance(leaf, Tensor)]
+    flat, form = tree_flatten((given, named))
+    leaves = [leaf for leaf in flat if isinstance(leaf, Tensor)]
     here = [leaf for leaf in leaves if isinstance(leaf, OnDevice)]
     if any(leaf.is_meta and not isinstance(leaf, OnDevice) for leaf in leaves):
         raise AssertionError(f"{op} has a meta tensor that this fake did not make")
@@ -95,11 +96,12 @@ def _computed(op: Any, given: Any, named: dict[str, Any]) -> Any:
         of = leaves[:1] if op in _BY_INDEX else leaves
         if any(not isinstance(leaf, OnDevice) and leaf.ndim for leaf in of):
             raise RuntimeError(f"{op}: expected all tensors on one device, got {DEVICE} and cpu")
-    asked = [leaf for leaf in tree_flatten((given, named))[0] if isinstance(leaf, torch.device)]
+    asked = [leaf for leaf in flat if isinstance(leaf, torch.device)]
     there = isinstance(given[0], OnDevice) if op in _COPIES else bool(here)
     there = asked[0] == DEVICE if asked else there
     inside = {id(leaf.inside): leaf for leaf in here}
-    result = op(*tree_map(_inside, given), **tree_map(_inside, named))
+    given_inside, named_inside = tree_unflatten([_inside(leaf) for leaf in flat], form)
+    result = op(*given_inside, **named_inside)
 
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -110,7 +112,7 @@ def _computed(op: Any, given: Any, named: dict[str, Any]) -> Any:
             leaf = leaf.clone()  # it went from one side to the other
         return OnDevice(leaf) if there else leaf
 
-    return tree_map(placed, result)
+    return placed(result) if isinstance(result, Tensor) else tree_map(placed, result)
 
 
 def _inside(leaf: Any) -> Any:
