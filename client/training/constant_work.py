@@ -15,7 +15,7 @@ Not covered: another program on the device, which sees the work and the wait; po
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
@@ -71,6 +71,17 @@ class Shape:
         More take another chunk.
         """
         return self.chunks * (self.rows - self.spare)
+
+    def of_half(self, records: int) -> "Shape":
+        """Return the shape with half of `records` in a chunk, and room for as many altogether."""
+        half = records // 2
+        chunks = math.ceil(self.capacity / half)
+        return replace(self, chunks=chunks, rows=half + self.spare)
+
+    def made_up(self) -> list[Tokenised]:
+        """Return a full chunk of the longest records, which are nobody's."""
+        ids = (0,) * (self.tokens if self.spare else self.tokens - 1)
+        return [Tokenised(ids, 0.0, rejected=ids, prompts=(1, 1))] * (self.rows - self.spare)
 
     @classmethod
     def of(cls, records: int, tokens: int, max_rows: int) -> "Shape":

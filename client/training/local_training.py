@@ -27,7 +27,7 @@ Source: Abadi et al. 2016 (DP-SGD).
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -51,6 +51,7 @@ from ...common.privacy.round_plan import Plan
 from ...common.settings.sections import PreferenceSettings
 from .constant_work import Shape
 from .kernel_trial import of_nobody, refuse_coupling
+from .memory_room import Room, fitting
 from .records import Tokenised, poisson_indices
 
 __all__ = [
@@ -86,15 +87,17 @@ _CHUNK = 16  # records in memory at once; a large Poisson batch is taken in seve
 class Trainer:
     """An adapter with Opacus's hooks on its trained layers.
 
-    It is made once per process. `tried`: in which shapes, and of
-    which trained parameters, records were seen to be apart.
+    It is made once per process. `tried`: the shape that there was room for and in which records
+    were seen to be apart, by the shape that was asked for and what was trained. `room`: how many
+    records pass the model at once without a shape.
     """
 
     adapter: Adapter
     hooked: GradSampleModule
     prefix: PrefixCache | None = None
     pairs: PreferenceSettings | None = None
-    tried: set[tuple[object, ...]] = field(default_factory=set, repr=False)
+    tried: dict[tuple[object, ...], Shape] = field(default_factory=dict, repr=False)
+    room: Room = field(default_factory=lambda: Room(_CHUNK), repr=False)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -201,13 +204,10 @@ def train(
 
     Raises:
         AdapterError: an adapted layer does not see records one by one.
+        ConfigError: memory has no room for one record.
     """
-    adapter, private = trainer.adapter, plan.record_clip > 0
-    trained = begin(trainer, start, plan, shape, local_factor)
-    parameters = [parameter for _, parameter in trained]
-    plain = torch.optim.SGD(parameters, lr=plan.learning_rate)
-    optimizer = optimizer_of(trained, plan, randomness.noise) if private else plain
-    step: Callable[..., list[float]] = _private_step if private else _plain_step
+    adapter = trainer.adapter
+    trained, shape = begin(trainer, start, plan, shape, local_factor)
     delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
     losses: list[NDArray[np.float64]] = []
     drawn = randomness.drawn(len(records), plan)
@@ -216,10 +216,10 @@ def train(
             records = _with_references(trainer, start, records, drawn[1:], shape)
         batch = [records[i] for i in indices]
         batch.sort(key=lambda record: len(record.ids))
-        seen = step(trainer, trained, optimizer, chunked(batch, shape), plan, shape)
+        seen = _stepped(trainer, trained, batch, plan, randomness.noise, shape)
         losses.append(np.array(seen, np.float64))
         delta -= plan.learning_rate * step_gradient(trained)
-    optimizer.zero_grad(set_to_none=True)
+    _clear(trainer, trained)
     released, moved = np.split(finite_delta(delta), [len(delta) - adapter.local_factor.dimension])
     return Trained(
         released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
@@ -232,11 +232,15 @@ def begin(
     plan: Plan,
     shape: Shape | None,
     local_factor: NDArray[np.float32] | None = None,
-) -> Named:
-    """Load an adapter for a round, and return the parameters that the round trains.
+) -> tuple[Named, Shape | None]:
+    """Load an adapter for a round.
+
+    Returns:
+        The parameters that the round trains; and the shape, smaller if memory has no room for it.
 
     Raises:
         AdapterError: what is asked cannot be trained with a clip for each record.
+        ConfigError: memory has no room for one record.
     """
     adapter, private = trainer.adapter, plan.record_clip > 0
     if private:
@@ -244,13 +248,12 @@ def begin(
     # below the first adapted block no input wants a gradient; torch warns, Opacus needs none
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
     _forget(trainer.hooked)
-    adapter.write(start, local_factor)
     trained = adapter.train_only(plan.round)
     trainer.hooked.train()
     trainer.hooked.hooks_enabled = private
-    if private and shape is not None:
-        _try_kernels(trainer, trained, shape)
-    return trained
+    shape = None if shape is None else _tried(trainer, trained, shape, private)
+    adapter.write(start, local_factor)
+    return trained, shape
 
 
 def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -286,14 +289,51 @@ def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
         )
 
 
-def _try_kernels(trainer: Trainer, trained: Named, shape: Shape) -> None:
-    """Try the kernels once for a shape and what is trained."""
-    which = (shape, *(name for name, _ in trained))
+def _tried(trainer: Trainer, trained: Named, shape: Shape, private: bool) -> Shape:
+    """Return the shape, or a smaller one if there is no room, once tried without real records."""
+    which = (shape, private, *(name for name, _ in trained))
+
+    def attempt(some: Shape) -> None:
+        _clear(trainer, trained)
+        losses_of(trainer, some.made_up(), some).sum().backward()
+        _clear(trainer, trained)
+        if private:
+            refuse_coupling(
+                trainer.adapter, some, lambda chunk: _gradient_of(trainer, trained, chunk, some)
+            )
+
     if which not in trainer.tried:
-        refuse_coupling(
-            trainer.adapter, shape, lambda chunk: _gradient_of(trainer, trained, chunk, shape)
-        )
-        trainer.tried.add(which)
+        trainer.tried[which] = fitting(shape, attempt)
+    return trainer.tried[which]
+
+
+def _stepped(
+    trainer: Trainer,
+    trained: Named,
+    batch: list[Tokenised],
+    plan: Plan,
+    source: Source,
+    shape: Shape | None,
+) -> list[float]:
+    """Take a local step, and return the losses of its records before it."""
+
+    def once() -> list[float]:
+        _clear(trainer, trained)
+        chunks = chunked(batch, shape, trainer.room.records)
+        if plan.record_clip > 0:
+            optimizer = optimizer_of(trained, plan, source)
+            return _private_step(trainer, trained, optimizer, chunks, plan, shape)
+        plain = torch.optim.SGD([parameter for _, parameter in trained], lr=plan.learning_rate)
+        return _plain_step(trainer, trained, plain, chunks, plan, shape)
+
+    return trainer.room.taken(once) if shape is None else once()
+
+
+def _clear(trainer: Trainer, trained: Named) -> None:
+    """Let go of gradients, and of what passes that broke off have left."""
+    _forget(trainer.hooked)
+    for _, parameter in trained:
+        parameter.grad = parameter.grad_sample = parameter.summed_grad = None  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -591,8 +631,11 @@ def _margins(
         return margins(answer_scores(*asked))
 
 
-def chunked(batch: list[T], shape: Shape | None = None) -> list[list[T]]:
-    """Divide a batch, shortest records first, into what is in memory at once."""
+def chunked(batch: list[T], shape: Shape | None = None, records: int = _CHUNK) -> list[list[T]]:
+    """Divide a batch, shortest records first, into what is in memory at once.
+
+    `records`: in a chunk, where there is no shape.
+    """
     if shape is not None:
         return shape.dealt(batch)
-    return [batch[i : i + _CHUNK] for i in range(0, len(batch), _CHUNK)]
+    return [batch[i : i + records] for i in range(0, len(batch), records)]

@@ -91,7 +91,7 @@ def train_side_by_side(
     Returns:
         What `local_training.train` would for each task, in their order.
     """
-    trained = begin(trainer, start, plan, shape)
+    trained, shape = begin(trainer, start, plan, shape)
     drawn = [task.randomness.drawn(len(task.records), plan) for task in tasks]
     optimizers = [optimizer_of(trained, plan, task.randomness.noise) for task in tasks]
     vectors = torch.cat([parameter.detach().flatten() for _, parameter in trained])

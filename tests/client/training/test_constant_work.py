@@ -123,7 +123,7 @@ def test_the_work_of_training_is_the_same_with_no_record_with_one_and_with_a_ful
     trainer: Trainer, seen: list[tuple[Any, ...]], clip: float, steps: int
 ):
     found, changes = [], {"local_steps": steps, "record_clip": clip}
-    trained(trainer, [], SHAPE, **changes)  # tries the kernels, once for a shape
+    trained(trainer, [], SHAPE, **changes)  # tries memory and kernels, once for a shape
     for count in (0, 1, 3, SHAPE.capacity):
         seen.clear()
         trained(trainer, records(count, seed=count), SHAPE, **changes)
