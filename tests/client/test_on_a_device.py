@@ -24,12 +24,14 @@ from privet.client.personal.text_evaluator import TextEvaluator
 from privet.client.training import local_training
 from privet.client.training.cluster_choice import mean_losses
 from privet.client.training.constant_work import Shape
-from privet.client.training.local_training import Trainer
+from privet.client.training.local_training import Randomness, Trainer
 from privet.client.training.records import Tokenised
+from privet.client.training.side_by_side import Task, train_side_by_side
 from privet.common.model import adapter as adapters
 from privet.common.model.adapter import Adapter, attach
 from privet.common.model.base_model import BaseModel, load_anew
 from privet.common.model.families import FAMILIES
+from privet.common.privacy.noise import TestSource
 from privet.common.settings.sections import AdapterSettings, ComputeSettings, PreferenceSettings
 from privet.experiments.lamp.answering import _likely
 
@@ -96,6 +98,18 @@ def evaluated(outputs: int, own: list[Tokenised], settings: PreferenceSettings |
     return piece
 
 
+def in_one_batch(folder: Path, dtype: str) -> Numbers:
+    """Two devices of a simulation, side by side."""
+    trainer = Trainer.of(adapted(folder, dtype))
+    tasks = [
+        Task(records(4, seed=n), Randomness(np.random.default_rng(n), TestSource(n, "noise")))
+        for n in (1, 2)
+    ]
+    public = plan(local_steps=2, record_noise=0.5)
+    done = train_side_by_side(trainer, away(trainer.adapter), tasks, public)
+    return np.concatenate([one.delta for one in done]).astype(float)
+
+
 def written(folder: Path, dtype: str) -> Numbers:
     """Each family is attached, written, saved and read."""
     found = list[NDArray[np.float32]]()
@@ -142,6 +156,7 @@ PIECES: dict[str, Piece] = {
     "private steps on pairs": trained(True, SHAPE, pairs=LIKELIHOOD),
     "plain steps on pairs": trained(False, None, pairs=LIKELIHOOD),
     "private steps on scored pairs": trained(True, None, pairs=HEAD),
+    "devices in one batch": in_one_batch,
     "texts evaluated": evaluated(0, records(6), None),
     "labels evaluated": evaluated(3, labelled(), None),
     "pairs evaluated": evaluated(0, pairs(), LIKELIHOOD),
@@ -192,7 +207,7 @@ def test_so_it_does_in_bfloat16(name, llama_folder):
 
 PLANTED: list[tuple[str, object, str]] = [
     ("adapters of all families", adapters, "_numbers"),
-    ("plain steps", local_training, "_gradient"),
+    ("plain steps", local_training, "step_gradient"),
     ("private steps", local_training._SystemNoiseOptimizer, "add_noise"),
     ("texts evaluated", scored_text, "_under"),
     ("labels evaluated", label_evaluator.LabelEvaluator, "features"),
