@@ -28,6 +28,7 @@ DEVICE = torch.device("meta")
 _aten = torch.ops.aten
 _COPIES = (_aten.copy_.default,)
 _BY_INDEX = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
+_BY_LIST = (Tensor.__getitem__, Tensor.__setitem__)
 _MAKERS = (torch.tensor, torch.as_tensor)
 
 
@@ -77,6 +78,8 @@ class _BelowDispatch(TorchFunctionMode):
             return op(*given, **named)
         if op == Tensor.data.__set__ and isinstance(given[1], OnDevice):  # type: ignore[attr-defined]
             given[0].inside = given[1].inside
+        if op in _BY_LIST and isinstance(given[0], OnDevice) and isinstance(given[1], list):
+            given = (given[0], torch.tensor(given[1]), *given[2:])
         if op is Tensor.tolist:
             return given[0].detach().cpu().tolist()
         if op in _MAKERS and named.get("device") is not None:
