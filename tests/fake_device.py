@@ -7,6 +7,8 @@ their numbers in a CPU tensor that only this file reaches. As on a GPU,
     `.numpy()` is refused; `.cpu()`, `.tolist()`, `float(...)` and `bool(...)` copy
     `.to(device)` and `device=` put a tensor there
 
+and, if `no_double`, there is no float64, as on Apple's.
+
 Nothing is registered with torch, so nothing is left when the context ends.
 """
 
@@ -21,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from privet.common.model import base_model
+from privet.common.model import base_model, compute
 from privet.common.model.compute import Compute
 
 DEVICE = torch.device("meta")
@@ -102,6 +104,8 @@ def _computed(op: Any, given: Any, named: dict[str, Any]) -> Any:
     asked = [leaf for leaf in flat if isinstance(leaf, torch.device)]
     there = isinstance(given[0], OnDevice) if op in _COPIES else bool(here)
     there = asked[0] == DEVICE if asked else there
+    if there and torch.float64 in flat and (DEVICE.type,) == compute._NO_DOUBLE:
+        raise TypeError(f"{op}: the device has no float64")
     inside = {id(leaf.inside): leaf for leaf in here}
     given_inside, named_inside = tree_unflatten([_inside(leaf) for leaf in flat], form)
     result = op(*given_inside, **named_inside)
@@ -126,7 +130,9 @@ def _inside(leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
-def fake_device(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Iterator[None]:
+def fake_device(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, no_double: bool = False
+) -> Iterator[None]:
     """Have every base model that is loaded compute on the fake device, in this dtype."""
     read, below = base_model._read, _BelowDispatch()
 
@@ -141,6 +147,8 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Iterator
         finally:
             below.paused = False
 
+    if no_double:
+        monkeypatch.setattr(compute, "_NO_DOUBLE", (DEVICE.type,))
     monkeypatch.setattr(base_model, "chosen", elsewhere)
     monkeypatch.setattr(base_model, "_read", read_outside)
     # torch cannot detach a tensor of a class of one's own in inference mode

@@ -77,6 +77,6 @@ def mean_losses(
         for cluster, vector in enumerate(cluster_vectors):
             adapter.write(vector)
             with resumed_at(base, first, prefix):
-                losses = record_losses(base, batch, adapter.head).double()
+                losses = record_losses(base, batch, adapter.head).cpu().double()
             totals[cluster] += float(losses[: len(real)].sum())
     return np.where(np.isfinite(totals), totals / max(1, len(ordered)), np.inf)

@@ -12,11 +12,14 @@ import torch
 from ..errors import ConfigError
 from ..settings.sections import ComputeSettings
 
-__all__ = ["Compute", "as_before", "chosen"]
+__all__ = ["Compute", "as_before", "chosen", "in_double"]
 
 WIDE = 256
 """Numbers in a state from which on bfloat16 is faster than float32: a narrow model's time goes into
 starting operations, and in bfloat16 there are more of them."""
+
+
+_NO_DOUBLE = ("mps",)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ def chosen(settings: ComputeSettings, width: int, routed: bool = False) -> Compu
     if width < WIDE:
         return Compute(device, torch.float32, f"a model {width} wide gains nothing from bfloat16")
     return Compute(device, torch.bfloat16, what)
+
+
+def in_double(numbers: torch.Tensor) -> torch.Tensor:
+    """Return the numbers in float64, or as they are on a device that has none (Apple's)."""
+    return numbers if numbers.device.type in _NO_DOUBLE else numbers.double()
 
 
 def _device(asked: str) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base_model import BaseModel, final_states, pad
+from .compute import in_double
 from .objective import SharedHead, losses_everywhere, pooled, token_losses
 
 __all__ = ["answer_scores", "margins", "preference_losses"]
@@ -58,11 +59,12 @@ def answer_scores(
     wanted = mask[:, 1:].bool() & (place >= given)
     if tokens:
         every = losses_everywhere(base, states[:, :-1], padded[:, 1:], wanted)
-        each = -every.double().sum(1)
+        each = -in_double(every).sum(1)
         return each / wanted.sum(1).clamp_min(1) if length_normalised else each
     losses = token_losses(base, states[:, :-1][wanted], padded[:, 1:][wanted])
     rows = torch.nonzero(wanted)[:, 0]
-    sums = losses.new_zeros(len(padded), dtype=torch.double).index_add(0, rows, -losses.double())
+    scored = -in_double(losses)
+    sums = scored.new_zeros(len(padded)).index_add(0, rows, scored)
     return sums / wanted.sum(1).clamp_min(1) if length_normalised else sums
 
 

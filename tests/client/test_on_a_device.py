@@ -205,6 +205,12 @@ def test_so_it_does_in_bfloat16(name, llama_folder):
         assert np.isfinite(PIECES[name](llama_folder, "bfloat16")).all()
 
 
+@pytest.mark.parametrize("name", [name for name in PIECES if "plain" not in name])
+def test_so_it_does_where_there_is_no_float64(name, llama_folder):
+    with pytest.MonkeyPatch.context() as patch, fake_device(patch, torch.float32, no_double=True):
+        assert np.isfinite(PIECES[name](llama_folder, "float32")).all()
+
+
 PLANTED: list[tuple[str, object, str]] = [
     ("adapters of all families", adapters, "_numbers"),
     ("plain steps", local_training, "step_gradient"),
@@ -255,3 +261,8 @@ def test_the_fake_refuses_what_a_gpu_refuses_and_nothing_else(monkeypatch):
         with pytest.raises(RuntimeError, match="numpy"):
             there.numpy()
     assert torch.arange(3.0, device=DEVICE).is_meta
+    with fake_device(monkeypatch, torch.float32, no_double=True):
+        there = torch.ones(3, device=DEVICE)
+        assert there.cpu().double().sum() == 3
+        with pytest.raises(TypeError, match="no float64"):
+            there.double()

@@ -96,7 +96,9 @@ def _checks(model: Mapping[str, Any]) -> Iterator[str]:
 
 def _steps(model: Mapping[str, Any]) -> Iterator[str]:
     for step in model["throughput"]:
-        size = f"| {model['name']} | {step['rows']} x {step['tokens']} |"
+        at_once = step.get("rows_at_once", step["rows"])
+        fewer = f" ({at_once} at once)" if at_once < step["rows"] else ""
+        size = f"| {model['name']} | {step['rows']} x {step['tokens']}{fewer} |"
         if "failed" in step:
             yield f"{size} failed: {step['failed']} | | | | |\n"
         else:

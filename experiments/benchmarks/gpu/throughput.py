@@ -28,7 +28,8 @@ def step_figures(
     Args:
         ceiling: of a matrix product on the device in the base model's dtype, FLOP/s.
 
-    Where memory runs out, or the kernels are refused, `failed` says so.
+    Where memory has no room for all rows, `rows_at_once` is what was timed; where it has for none,
+    or the kernels are refused, `failed` says so.
     """
     adapter, size = trainer.adapter, {"rows": rows, "tokens": tokens}
     work, shape = Work.of(adapter, rows, tokens), public_shape(rows, tokens)
@@ -38,8 +39,10 @@ def step_figures(
     except (PrivetError, RuntimeError) as error:
         return {**size, "failed": " ".join(str(error).split())[:300]}
     private, plain = (statistics.median(spent[plan]) for plan in (work.plan, work.plain))
+    fitting = [fit.rows for which, fit in trainer.tried.items() if which[0] == shape]
     return {
         **size,
+        "rows_at_once": min(fitting),
         "step_s": private,
         "tokens_per_s": rows * tokens / private,
         "share_of_ceiling": step_flop(adapter, rows * (tokens - 1)) / private / ceiling,

@@ -46,6 +46,7 @@ def test_everything_is_tried_and_timed_on_tiny_models(tmp_path):
         assert len(model["conformance"]) == 9
         assert model["clients_per_s"] > 0
         assert model["throughput"][0]["tokens_per_s"] > 0
+        assert model["throughput"][0]["rows_at_once"] == model["throughput"][0]["rows"]
         assert model["left_out"] == []
     written = (tmp_path / "gpu.md").read_text()
     assert "A rehearsal without a GPU" in written
