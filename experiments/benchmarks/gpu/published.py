@@ -4,6 +4,7 @@ Nothing is downloaded: the configurations stand here, as the models' `config.jso
 and memory do not depend on the weights, and random ones have gradients as well.
 """
 
+import copy
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,10 +151,9 @@ def built(shape: Published, compute: Compute) -> BaseModel:
 
 
 def copied(base: BaseModel, compute: Compute) -> BaseModel:
-    """Return the model once more, with the same weights, elsewhere or in another dtype."""
-    network = AutoModelForCausalLM.from_config(base.network.config, dtype=torch.float32)
-    network.load_state_dict(base.network.state_dict())
-    return _based(base.name, network.to(compute.device, compute.dtype), base.tokenizer, compute)
+    """Return the model once more in float32, with the same weights, there or elsewhere."""
+    network = copy.deepcopy(base.network).to(compute.device, torch.float32)
+    return _based(base.name, network, base.tokenizer, compute)
 
 
 def loaded(base: BaseModel) -> BaseModel:
