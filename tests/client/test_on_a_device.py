@@ -98,16 +98,20 @@ def evaluated(outputs: int, own: list[Tokenised], settings: PreferenceSettings |
     return piece
 
 
-def in_one_batch(folder: Path, dtype: str) -> Numbers:
+def in_one_batch(shape: Shape | None) -> Piece:
     """Two devices of a simulation, side by side."""
-    trainer = Trainer.of(adapted(folder, dtype))
-    tasks = [
-        Task(records(4, seed=n), Randomness(np.random.default_rng(n), TestSource(n, "noise")))
-        for n in (1, 2)
-    ]
-    public = plan(local_steps=2, record_noise=0.5)
-    done = train_side_by_side(trainer, away(trainer.adapter), tasks, public)
-    return np.concatenate([one.delta for one in done]).astype(float)
+
+    def piece(folder: Path, dtype: str) -> Numbers:
+        trainer = Trainer.of(adapted(folder, dtype))
+        tasks = [
+            Task(records(4, seed=n), Randomness(np.random.default_rng(n), TestSource(n, "noise")))
+            for n in (1, 2)
+        ]
+        public = plan(local_steps=1 if shape else 2, record_noise=0.5)
+        done = train_side_by_side(trainer, away(trainer.adapter), tasks, public, shape)
+        return np.concatenate([one.delta for one in done]).astype(float)
+
+    return piece
 
 
 def written(folder: Path, dtype: str) -> Numbers:
@@ -156,7 +160,8 @@ PIECES: dict[str, Piece] = {
     "private steps on pairs": trained(True, SHAPE, pairs=LIKELIHOOD),
     "plain steps on pairs": trained(False, None, pairs=LIKELIHOOD),
     "private steps on scored pairs": trained(True, None, pairs=HEAD),
-    "devices in one batch": in_one_batch,
+    "devices in one batch": in_one_batch(None),
+    "devices in one batch of a public shape": in_one_batch(SHAPE),
     "texts evaluated": evaluated(0, records(6), None),
     "labels evaluated": evaluated(3, labelled(), None),
     "pairs evaluated": evaluated(0, pairs(), LIKELIHOOD),
@@ -168,6 +173,7 @@ PIECES: dict[str, Piece] = {
 }
 OF_AN_ENCODER = ("private steps with labels", "plain steps with labels", "labels evaluated")
 IN_BFLOAT16 = (
+    "devices in one batch of a public shape",
     "private steps of a public shape",
     "plain steps",
     "private steps on pairs",
@@ -214,7 +220,7 @@ def test_so_it_does_where_there_is_no_float64(name, llama_folder):
 PLANTED: list[tuple[str, object, str]] = [
     ("adapters of all families", adapters, "_numbers"),
     ("plain steps", local_training, "step_gradient"),
-    ("private steps", local_training._SystemNoiseOptimizer, "add_noise"),
+    ("private steps", local_training.PrivateOptimizer, "add_noise"),
     ("texts evaluated", scored_text, "_under"),
     ("labels evaluated", label_evaluator.LabelEvaluator, "features"),
     ("labels evaluated", label_head.LabelHead, "of"),
