@@ -7,8 +7,8 @@ out in the middle of such a round ends it, as any failure does. Without a public
 simulated devices, the step is begun again from its start.
 
 Smaller chunks add the gradients in another order, and a record's gradient depends on the shape of
-its batch by rounding: little in float32, by percents below. So a round is rounded otherwise than with
-more memory, and the trial of kernels (`client/training/kernel_trial.py`) is for the smaller shape.
+its batch by rounding: little in float32, by percents below. So a round is rounded otherwise than
+with more memory, and the trial of kernels (`kernel_trial.py`) is for the smaller shape.
 """
 
 import logging
