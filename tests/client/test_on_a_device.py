@@ -155,7 +155,7 @@ PIECES: dict[str, Piece] = {
     "plain steps": trained(False, None),
     "private steps with a cache": trained(True, None, cache_mb=1),
     "plain steps of a public shape": trained(False, SHAPE),
-    "private steps with labels": trained(True, SHAPE, labels=True),
+    "private steps with labels": trained(True, None, labels=True),
     "plain steps with labels": trained(False, None, labels=True),
     "private steps on pairs": trained(True, SHAPE, pairs=LIKELIHOOD),
     "plain steps on pairs": trained(False, None, pairs=LIKELIHOOD),
