@@ -223,7 +223,7 @@ def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArr
 
 def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
     """Refuse what cannot be trained with a clip for each record."""
-    base, dtype = adapter.base, adapter.base.compute.dtype
+    base, where = adapter.base, adapter.base.compute
     if adapter.local_factor.pieces:
         raise AdapterError(
             f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
@@ -231,20 +231,20 @@ def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
         )
     if base.by_shape and shape is None:
         raise AdapterError(
-            f"a base model in {dtype} needs batches of one public shape: in others a record's "
-            "gradient depends on its neighbours"
+            f"a base model in {where.numbers} needs batches of one public shape: in others a "
+            "record's gradient depends on its neighbours"
         )
     if base.by_shape and adapter.head is not None:
         raise AdapterError(
-            f"a shared head is trained under example-level DP in float32 alone: in {dtype} a "
-            "server could choose one that makes of rounding a record's whole gradient; set "
-            'compute.dtype = "float32"'
+            f"a shared head is trained under example-level DP in float32 alone: in {where.numbers} "
+            "a server could choose one that makes of rounding a record's whole gradient; set "
+            f"{where.mend}"
         )
     if base.by_shape and base.routed:
         raise AdapterError(
             f"{base.name} is a mixture of experts: which rows an expert multiplies depends on all "
-            f"records of a batch, and so, in {dtype}, does a record's gradient; set compute.dtype "
-            '= "float32"'
+            f"records of a batch, and so, in {where.numbers}, does a record's gradient; set "
+            f"{where.mend}"
         )
 
 
@@ -315,9 +315,9 @@ def _of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float3
 def _coupled(adapter: Adapter, gap: float) -> AdapterError:
     where = adapter.base.compute
     return AdapterError(
-        f"in {where.dtype} on {where.device} a record's gradient depends on its neighbours, by "
-        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set compute.dtype = "
-        '"float32", or compute.device = "cpu"'
+        f"in {where.numbers} on {where.device} a record's gradient depends on its neighbours, by "
+        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set {where.mend}, or "
+        'compute.device = "cpu"'
     )
 
 
