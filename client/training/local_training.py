@@ -26,8 +26,9 @@ contributes nothing of it (`client/device.py`). What is not finite counts as not
 Source: Abadi et al. 2016 (DP-SGD).
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -41,7 +42,7 @@ from torch import nn
 
 from ...common.errors import AdapterError
 from ...common.model.adapter import Adapter, modules_by_record
-from ...common.model.base_model import PrefixCache, final_states, pad, resumed_at
+from ...common.model.base_model import PrefixCache, final_states, pad, recomputed, resumed_at
 from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import collate, record_losses
 from ...common.privacy.noise import Source
@@ -74,7 +75,7 @@ class Trainer:
     """
 
     adapter: Adapter
-    hooked: GradSampleModule
+    hooked: "_Hooked"
     prefix: PrefixCache | None = None
     pairs: PreferenceSettings | None = None
     tried: set[tuple[object, ...]] = field(default_factory=set, repr=False)
@@ -106,6 +107,17 @@ class Trainer:
 
 class _Hooked(GradSampleModule):
     """Opacus's hooks, silent on layers that the round does not train (rolora's other half)."""
+
+    hooks_enabled: bool
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Record nothing of a pass that will be computed again."""
+        before, self.hooks_enabled = self.hooks_enabled, False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = before
 
     def capture_backprops_hook(self, module: nn.Module, *given: Any, **named: Any) -> None:
         if any(parameter.requires_grad for parameter in module.parameters()):
@@ -551,6 +563,16 @@ def _losses(trainer: Trainer, records: list[Tokenised], shape: Shape | None = No
 
     With dummies behind the records it is (rows,). The loss of a pair is against its reference.
     """
+    base = trainer.adapter.base
+    if not base.compute.gradient_checkpointing:
+        return _losses_in_one_pass(trainer, records, shape)
+    with recomputed(base, trainer.adapter.first_block, trainer.hooked.silenced):
+        return _losses_in_one_pass(trainer, records, shape)
+
+
+def _losses_in_one_pass(
+    trainer: Trainer, records: list[Tokenised], shape: Shape | None
+) -> torch.Tensor:
     adapter = trainer.adapter
     if shape is not None:
         records = shape.filled(records)

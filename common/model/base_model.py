@@ -13,13 +13,15 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..settings.sections import ComputeSettings
@@ -46,6 +48,7 @@ __all__ = [
     "load_anew",
     "pad",
     "prefix_states",
+    "recomputed",
     "resumed_at",
 ]
 
@@ -307,6 +310,57 @@ def resumed_at(base: BaseModel, block: int, states: Tensor) -> Iterator[None]:
         hook.remove()
         for module in skipped:
             del module.forward
+
+
+@contextlib.contextmanager
+def recomputed(
+    base: BaseModel, first: int, silenced: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Make the blocks from `first` on keep nothing but their input of a pass in this context.
+
+    On the way back each block is computed again, whole, so memory is that of one block's inside and
+    all blocks' inputs. Results are the same to the bit.
+
+    transformers' own switch works in training mode alone, in which some blocks drop states at
+    random.
+
+    Args:
+        base: the base model.
+        first: number of the first block that is trained.
+        silenced: context in which hooks inside a block record nothing: they run twice, and are to
+            record what is computed again.
+    """
+    blocks = [module for _, module in base.blocks[first:]]
+
+    try:
+        for block in blocks:
+            block.forward = partial(_computed_twice, block.forward, silenced)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _computed_twice(
+    forward: Callable[..., Any],
+    silenced: Callable[[], AbstractContextManager[None]],
+    states: Tensor,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    if torch.is_grad_enabled() and not states.requires_grad:
+        # else a hook inside could meet its slope before its block is computed again
+        states = states.detach().requires_grad_()
+    return checkpoint(
+        forward,
+        states,
+        *more,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (silenced(), contextlib.nullcontext()),
+        early_stop=False,  # the last hook runs after the last tensor that the way back needs
+        **named,
+    )
 
 
 def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Tensor:
