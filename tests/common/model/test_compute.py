@@ -21,7 +21,7 @@ from privet.common.settings.sections import AdapterSettings, ComputeSettings
 
 from ...client.training.test_local_training import plan
 from ...tiny import needs_bitsandbytes
-from .test_architectures import RECORDS, SHAPE, alone, far, gradients, made, moved
+from .test_architectures import MORE, RECORDS, SHAPE, alone, far, gradients, made, moved
 
 WIDTH: dict[str, dict[str, int]] = {  # what is quantised to nf4 is a multiple of 64
     "llama": {"hidden_size": 64, "intermediate_size": 128},
@@ -45,7 +45,8 @@ def opened(folder: Path, **settings: Any) -> BaseModel:
 
 
 def attached(base: BaseModel, family: str = "ffa") -> Adapter:
-    adapter = attach(base, AdapterSettings(family=family, rank=2, last_blocks=2))
+    settings = AdapterSettings(family=family, rank=2, last_blocks=2)
+    adapter = attach(base, settings, 3 if base.kind == "encoder" else 0)
     adapter.write(moved(adapter))
     return adapter
 
@@ -88,6 +89,23 @@ def test_it_is_the_same_to_the_bit_whoever_the_neighbours_are(folder, quantizati
     for number, record in enumerate(RECORDS):
         others = [one for one in RECORDS if one is not record]
         assert torch.equal(gradients(adapter, [*others, record], SHAPE)[-1], rows[number])
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", sorted(MORE))
+def test_records_of_every_kind_are_apart_or_it_is_said_why_it_is_not_quantised(kind, tmp_path):
+    folder = made(kind, tmp_path)
+    refused = {"falcon": "no layer that is quantised", "mixtral": "a mixture of experts"}
+    if kind in refused:
+        with pytest.raises((ConfigError, ModelError), match=refused[kind]):
+            opened(folder, quantization="int8")
+        return
+    adapter = attached(opened(folder, quantization="int8"))
+    rows = gradients(adapter, RECORDS, SHAPE)
+    for number, record in enumerate(RECORDS):
+        others = [one for one in RECORDS if one is not record]
+        assert torch.equal(gradients(adapter, [*others, record], SHAPE)[-1], rows[number])
+        assert far(rows[number], alone(adapter, record)) < 1e-5
 
 
 @needs_bitsandbytes
