@@ -10,8 +10,8 @@ here, not there: back in the dtype, by the same product as any other layer's.
 **Guarantee**: no record takes part in another's product, beyond what the product of a layer that is
 not quantised does. bitsandbytes' own products do not give that. LLM.int8 multiplies the columns in
 which *some* row of the batch is large in more digits than the others, so a record with large states
-changes its neighbours' results. And its 4-bit product for processors without a gradient, once a
-layer has taken it, gives none ever after.
+changes its neighbours' results. And a 4-bit layer that has run once without a gradient, on a
+processor with AVX512-BF16, never gives one again.
 """
 
 import importlib.util
