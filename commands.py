@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a fault of privet's, or a run that ended without its round
 about the call, the settings or the files; 130 stopped by Ctrl-C.
 """
 
+import logging
 import os
 import shlex
 import sys
@@ -64,6 +65,8 @@ def main() -> None:
     """Run privet's command line, as its entry point."""
     for name, value in _QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    # where it is installed PEFT imports it, and it warns of products that privet does not use
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     sys.exit(run(sys.argv[1:]))
 
 

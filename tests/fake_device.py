@@ -134,7 +134,7 @@ def fake_device(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, no_double: bool = False
 ) -> Iterator[None]:
     """Have every base model that is loaded compute on the fake device, in this dtype."""
-    read, below = base_model._read, _BelowDispatch()
+    read, below = base_model._exact_network, _BelowDispatch()
 
     def elsewhere(*_: object) -> Compute:
         return Compute(DEVICE, dtype, "a test asks for it")
@@ -150,7 +150,7 @@ def fake_device(
     if no_double:
         monkeypatch.setattr(compute, "_NO_DOUBLE", (DEVICE.type,))
     monkeypatch.setattr(base_model, "chosen", elsewhere)
-    monkeypatch.setattr(base_model, "_read", read_outside)
+    monkeypatch.setattr(base_model, "_exact_network", read_outside)
     # torch cannot detach a tensor of a class of one's own in inference mode
     monkeypatch.setattr(torch._C, "_InferenceMode", lambda _: torch.no_grad())
     with below, _Operations():

@@ -1,11 +1,13 @@
 """Small random models, made-up people and a small configuration: whole runs in seconds."""
 
+import importlib.util
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -19,6 +21,9 @@ from transformers import (
 from privet.common.model.base_model import BaseModel, load_anew
 from privet.common.settings.config import Config, parse
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="privet[quantised] is not installed"
+)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<s>", "</s>")
 WORDS = tuple(a + b + c for a in "bdgklm" for b in "aeiou" for c in ("", "n", "r", "s", "ta", "to"))
 VOCABULARY = len(SPECIAL) + len(WORDS)  # 186

@@ -178,7 +178,9 @@ def own_config(policy: Policy, config: Config, closed: bool = True) -> Config:
         config,
         privacy=_own_privacy(policy, config, closed),
         secure_aggregation=_own_aggregation(limits, config),
-        compute=ComputeSettings(device=policy.resources.device, dtype=policy.resources.dtype),
+        compute=ComputeSettings(
+            **policy.resources.model_dump(include=set(ComputeSettings.model_fields))
+        ),
         statistics=_with(
             config.statistics,
             enabled=config.statistics.enabled and allowed.statistics,

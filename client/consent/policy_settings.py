@@ -15,6 +15,7 @@ from ...common.settings.sections import (
     Adjacency,
     BudgetSettings,
     NoiseAt,
+    Quantization,
     SecureAggregationSettings,
     quorum,
 )
@@ -232,6 +233,13 @@ class Resources(_Section):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model's weights"
+    )
+    quantization: Quantization = Field(
+        "none",
+        description="int8, nf4: its weights take less memory, and their last digits are lost",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute each block twice in training: less memory, more time"
     )
     idle_minutes: float = Field(
         10.0, gt=0, description="without work, after which the model is let go from memory"

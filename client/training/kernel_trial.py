@@ -82,7 +82,7 @@ def of_nobody(adapter: Adapter) -> tuple[NDArray[np.float32], NDArray[np.float32
 def _coupled(adapter: Adapter, gap: float) -> AdapterError:
     where = adapter.base.compute
     return AdapterError(
-        f"in {where.dtype} on {where.device} a record's gradient depends on its neighbours, by "
-        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set compute.dtype = "
-        '"float32", or compute.device = "cpu"'
+        f"in {where.numbers} on {where.device} a record's gradient depends on its neighbours, by "
+        f"{gap:.1e} of its norm, so it cannot be clipped for itself; set {where.mend}, or "
+        'compute.device = "cpu"'
     )

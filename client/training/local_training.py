@@ -26,8 +26,9 @@ contributes nothing of it (`client/device.py`). What is not finite counts as not
 Source: Abadi et al. 2016 (DP-SGD).
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ from torch import nn
 
 from ...common.errors import AdapterError
 from ...common.model.adapter import Adapter, modules_by_record
-from ...common.model.base_model import PrefixCache, final_states, pad, resumed_at
+from ...common.model.base_model import PrefixCache, final_states, pad, recomputed, resumed_at
 from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import SharedHead, collate, record_losses
 from ...common.privacy.noise import Source
@@ -93,7 +94,7 @@ class Trainer:
     """
 
     adapter: Adapter
-    hooked: GradSampleModule
+    hooked: "_Hooked"
     prefix: PrefixCache | None = None
     pairs: PreferenceSettings | None = None
     tried: dict[tuple[object, ...], Shape] = field(default_factory=dict, repr=False)
@@ -126,6 +127,17 @@ class Trainer:
 
 class _Hooked(GradSampleModule):
     """Opacus's hooks, silent on layers that the round does not train (rolora's other half)."""
+
+    hooks_enabled: bool
+
+    @contextlib.contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Record nothing of a pass that will be computed again."""
+        before, self.hooks_enabled = self.hooks_enabled, False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = before
 
     def capture_backprops_hook(self, module: nn.Module, *given: Any, **named: Any) -> None:
         if any(parameter.requires_grad for parameter in module.parameters()):
@@ -264,7 +276,7 @@ def _moved(before: NDArray[np.float32] | None, by: NDArray[np.float32]) -> NDArr
 
 def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
     """Refuse what cannot be trained with a clip for each record."""
-    base, dtype = adapter.base, adapter.base.compute.dtype
+    base, where = adapter.base, adapter.base.compute
     if adapter.local_factor.pieces:
         raise AdapterError(
             f"adapter.family = {adapter.settings.family!r} keeps numbers fitted without DP on the "
@@ -272,20 +284,20 @@ def _refuse_unsound(adapter: Adapter, shape: Shape | None) -> None:
         )
     if base.by_shape and shape is None:
         raise AdapterError(
-            f"a base model in {dtype} needs batches of one public shape: in others a record's "
-            "gradient depends on its neighbours"
+            f"a base model in {where.numbers} needs batches of one public shape: in others a "
+            "record's gradient depends on its neighbours"
         )
     if base.by_shape and adapter.head is not None:
         raise AdapterError(
-            f"a shared head is trained under example-level DP in float32 alone: in {dtype} a "
-            "server could choose one that makes of rounding a record's whole gradient; set "
-            'compute.dtype = "float32"'
+            f"a shared head is trained under example-level DP in float32 alone: in {where.numbers} "
+            "a server could choose one that makes of rounding a record's whole gradient; set "
+            f"{where.mend}"
         )
     if base.by_shape and base.routed:
         raise AdapterError(
             f"{base.name} is a mixture of experts: which rows an expert multiplies depends on all "
-            f"records of a batch, and so, in {dtype}, does a record's gradient; set compute.dtype "
-            '= "float32"'
+            f"records of a batch, and so, in {where.numbers}, does a record's gradient; set "
+            f"{where.mend}"
         )
 
 
@@ -590,6 +602,16 @@ def losses_of(
 
     With dummies behind the records it is (rows,). The loss of a pair is against its reference.
     """
+    base = trainer.adapter.base
+    if not base.compute.gradient_checkpointing:
+        return _losses_in_one_pass(trainer, records, shape)
+    with recomputed(base, trainer.adapter.first_block, trainer.hooked.silenced):
+        return _losses_in_one_pass(trainer, records, shape)
+
+
+def _losses_in_one_pass(
+    trainer: Trainer, records: list[Tokenised], shape: Shape | None
+) -> torch.Tensor:
     adapter = trainer.adapter
     if shape is not None:
         records = shape.filled(records)

@@ -319,10 +319,10 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
             parts = {part for part in wanted if name == part or name.endswith("." + part)}
             if isinstance(module, _LINEAR) and parts:
                 missing -= parts
-                if settings.rank > min(module.weight.shape):
+                if settings.rank > (most := _smaller_side(module)):
                     raise AdapterError(
                         f"adapter.rank = {settings.rank} is larger than {block_name}.{name} allows "
-                        f"({min(module.weight.shape)})"
+                        f"({most})"
                     )
                 selected.append(f"{block_name}.{name}")
     if missing:
@@ -334,6 +334,19 @@ def _select(base: BaseModel, settings: AdapterSettings) -> tuple[str, ...]:
     return tuple(selected)
 
 
+def _smaller_side(layer: nn.Linear | Conv1D) -> int:
+    """The smaller of a linear layer's input and output; a quantised weight has another shape."""
+    if isinstance(layer, nn.Linear):
+        return min(layer.in_features, layer.out_features)
+    weight: Tensor = layer.weight
+    return min(weight.shape)
+
+
+def _is_turned(layer: nn.Module) -> bool:
+    """Whether the folder has the layer's weight as (in, out); once quantised, what it was."""
+    return getattr(layer, "source_cls", type(layer)) is Conv1D
+
+
 def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str, ...]) -> Any:
     return LoraConfig(
         r=settings.rank,
@@ -343,7 +356,7 @@ def _lora_config(base: BaseModel, settings: AdapterSettings, modules: tuple[str,
         target_modules=list(modules),
         task_type="CAUSAL_LM" if base.kind == "decoder" else "FEATURE_EXTRACTION",
         base_model_name_or_path=base.folder,
-        fan_in_fan_out=any(isinstance(_plain(base, name), Conv1D) for name in modules),
+        fan_in_fan_out=any(_is_turned(_plain(base, name)) for name in modules),
         inference_mode=True,
     )
 

@@ -13,18 +13,28 @@ import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 from ..settings.sections import ComputeSettings
 from . import assets
-from .compute import Compute, chosen
+from .compute import (
+    FROM_THE_FOLDER,
+    Compute,
+    chosen,
+    kept_as,
+    multiply_apart,
+    quantizer,
+    refuse_kept,
+)
 from .output_layer import OutputLayer
 
 if TYPE_CHECKING:
@@ -38,6 +48,7 @@ __all__ = [
     "load_anew",
     "pad",
     "prefix_states",
+    "recomputed",
     "resumed_at",
 ]
 
@@ -133,9 +144,10 @@ class BaseModel:
     def by_shape(self) -> bool:
         """Whether a record's gradient depends on its batch's shape by more than clipping allows.
 
-        So it does in anything below float32 (docs/privacy.md).
+        So it does in anything below float32 (docs/privacy.md); where weights are quantised it is
+        not relied upon in float32 either.
         """
-        return self.compute.dtype != torch.float32
+        return not self.compute.exact
 
     def exact_weights(self) -> Callable[[str], Tensor]:
         """Return a function that gives weights by their module's name as the folder has them.
@@ -149,7 +161,7 @@ class BaseModel:
         def weight(name: str) -> Tensor:
             nonlocal network
             if self.rounded and network is self.network:
-                network = _read(self.name, self.folder)[0]
+                network = _exact_network(self.name, self.folder)
             module = network.get_submodule(name)
             found: Tensor = module.weight.detach().to("cpu", torch.float32)
             turned = isinstance(module, Conv1D) or getattr(module, "fan_in_fan_out", False)
@@ -184,43 +196,54 @@ def _located(base: str, compute: ComputeSettings) -> tuple[str, Compute]:
     folder = _locate(base)
     config = _configuration(base, folder)
     routed = any(getattr(config, name, None) for name in _EXPERTS)
+    refuse_kept(base, config, compute.quantization)
     return folder, chosen(compute, int(getattr(config, "hidden_size", 0)), routed)
 
 
 @lru_cache(maxsize=2)
 def _kept(base: str, folder: str, where: Compute) -> BaseModel:
-    network, tokenizer = _read(base, folder)
+    model = _from_the_folder(base, folder)
+    if where.quantization != "none":
+        model.network.to("meta")  # let go of it: the next is as large until it is quantised
+        network = _network(base, folder, where).eval().requires_grad_(False)
+        model = replace(model, network=network, rounded=True)
+    elif where.dtype != torch.float32:
+        model = replace(model, rounded=not _holds(model.network, where.dtype))
+    _place(model.network, where)
+    model = replace(model, compute=where)
+    if not where.exact:
+        _check_numbers(model)
+    return model
+
+
+def _from_the_folder(base: str, folder: str) -> BaseModel:
+    """Read a model in float32 on the CPU, and check it."""
+    network, tokenizer = _exact_network(base, folder), _tokenizer(base, folder)
     if not getattr(network.config, "num_attention_heads", None):
         architecture = network.config.model_type
         raise ModelError(f"model.base = {base!r} ({architecture}) has no attention; {_POSSIBLE}")
     _check_vocabulary(base, network, tokenizer)
     network.float().eval().requires_grad_(False)
     kind: Kind = "decoder" if network.get_output_embeddings() is not None else "encoder"
-    rounded = where.dtype != torch.float32 and not _holds(network, where.dtype)
     fingerprint = _fingerprint(network)
-    read = Compute(torch.device("cpu"), torch.float32, "as it was read")
-    model = BaseModel(base, folder, kind, network, tokenizer, fingerprint, read, rounded)
+    model = BaseModel(base, folder, kind, network, tokenizer, fingerprint, FROM_THE_FOLDER)
     _check_states(model)
-    _place(network, where)
-    model = replace(model, compute=where)
-    if where.dtype != torch.float32:
-        _check_dtype(model)
     return model
 
 
 @torch.no_grad()
-def _check_dtype(base: BaseModel) -> None:
+def _check_numbers(base: BaseModel) -> None:
     try:
         states = final_states(base, *pad([[1, 2, 3, 4], [4, 3]]))
     except RuntimeError as error:
         raise ModelError(
-            f"model.base = {base.name!r} does not compute in {base.compute.dtype} "
-            f'({_line(error)}); set compute.dtype = "float32"'
+            f"model.base = {base.name!r} does not compute in {base.compute.numbers} "
+            f"({_line(error)}); set {base.compute.mend}"
         ) from None
     if not states.isfinite().all():
         raise ModelError(
-            f"model.base = {base.name!r}: its states are not finite in {base.compute.dtype}; set "
-            'compute.dtype = "float32"'
+            f"model.base = {base.name!r}: its states are not finite in {base.compute.numbers}; set "
+            f"{base.compute.mend}"
         )
 
 
@@ -232,10 +255,12 @@ def _holds(network: "PreTrainedModel", dtype: torch.dtype) -> bool:
 def _place(network: "PreTrainedModel", where: Compute) -> None:
     """Round the weights, one after the other, and move everything.
 
-    Buffers keep their numbers: a rotary embedding's angles are float32 whatever the weights are.
+    Buffers keep their numbers: a rotary embedding's angles are float32 whatever the weights are. So
+    do quantised weights, which are integers.
     """
     for value in network.parameters():
-        value.data = value.data.to(where.dtype)
+        if value.is_floating_point():
+            value.data = value.data.to(where.dtype)
     network.to(where.device)
 
 
@@ -285,6 +310,57 @@ def resumed_at(base: BaseModel, block: int, states: Tensor) -> Iterator[None]:
         hook.remove()
         for module in skipped:
             del module.forward
+
+
+@contextlib.contextmanager
+def recomputed(
+    base: BaseModel, first: int, silenced: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Make the blocks from `first` on keep nothing but their input of a pass in this context.
+
+    On the way back each block is computed again, whole, so memory is that of one block's inside and
+    all blocks' inputs. Results are the same to the bit.
+
+    transformers' own switch works in training mode alone, in which some blocks drop states at
+    random.
+
+    Args:
+        base: the base model.
+        first: number of the first block that is trained.
+        silenced: context in which hooks inside a block record nothing: they run twice, and are to
+            record what is computed again.
+    """
+    blocks = [module for _, module in base.blocks[first:]]
+
+    try:
+        for block in blocks:
+            block.forward = partial(_computed_twice, block.forward, silenced)
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _computed_twice(
+    forward: Callable[..., Any],
+    silenced: Callable[[], AbstractContextManager[None]],
+    states: Tensor,
+    *more: Any,
+    **named: Any,
+) -> Any:
+    if torch.is_grad_enabled() and not states.requires_grad:
+        # else a hook inside could meet its slope before its block is computed again
+        states = states.detach().requires_grad_()
+    return checkpoint(
+        forward,
+        states,
+        *more,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (silenced(), contextlib.nullcontext()),
+        early_stop=False,  # the last hook runs after the last tensor that the way back needs
+        **named,
+    )
 
 
 def prefix_states(base: BaseModel, block: int, ids: Tensor, mask: Tensor) -> Tensor:
@@ -413,27 +489,45 @@ def _unreadable(base: str, error: Exception) -> ModelError:
     )
 
 
-def _read(base: str, folder: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def _tokenizer(base: str, folder: str) -> "PreTrainedTokenizerBase":
     import transformers
 
-    config = _configuration(base, folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder)
     except _UNREADABLE as error:
         raise _unreadable(base, error) from None
+
+
+def _exact_network(base: str, folder: str) -> "PreTrainedModel":
+    """Read a model's weights in float32, on the CPU; also those that the folder keeps quantised."""
+    network = _network(base, folder, FROM_THE_FOLDER)
+    return network.dequantize(torch.float32) if kept_as(network.config) != "none" else network
+
+
+def _network(base: str, folder: str, where: Compute) -> "PreTrainedModel":
+    """Read a model's weights in float32, or quantised for where they are multiplied."""
+    import transformers
+
+    config, how = _configuration(base, folder), dict[str, Any]()
+    if kept_as(config) != "none" or where.quantization != "none":
+        how["device_map"] = {"": where.device}
+    if kept_as(config) == "none" != where.quantization:
+        how["quantization_config"] = quantizer(where.quantization)
     decodes = any(
         "CausalLM" in name or name == "GPT2LMHeadModel" for name in config.architectures or ()
     )
     loader = transformers.AutoModelForCausalLM if decodes else transformers.AutoModel
     try:
-        network = loader.from_pretrained(folder, dtype=torch.float32)
+        network = loader.from_pretrained(folder, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         raise ModelError(
             f"model.base = {base!r}: the weights cannot be loaded ({_line(error)})"
         ) from None
     except Exception as error:  # safetensors raises its own type on a damaged file
         raise ModelError(f"model.base = {base!r}: damaged weights ({_line(error)})") from None
-    return network, tokenizer
+    if how:
+        multiply_apart(base, network)
+    return network
 
 
 def _check_vocabulary(

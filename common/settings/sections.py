@@ -18,6 +18,7 @@ Adjacency = Literal["add_remove", "zero_out", "replace_one"]
 FamilyName = Annotated[str, AfterValidator(lambda name: family_named(name).name)]
 """An adapter family by its name, or that of before."""
 OptimizerName = Annotated[str, AfterValidator(lambda name: optimizer_named(name).name)]
+Quantization = Literal["none", "int8", "nf4"]
 Task = Literal["auto", "generation", "regression", "classification", "preference"]
 
 NEW_DEVICE = {"client": 10.0, "example": 15.0}
@@ -69,6 +70,12 @@ class ComputeSettings(Section):
     device: str = Field("auto", pattern=DEVICE)
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the base model's weights; all that is trained is float32"
+    )
+    quantization: Quantization = Field(
+        "none", description="how the weights of the blocks' linear layers are kept"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute each block twice and keep little of it: less memory, more time"
     )
 
 

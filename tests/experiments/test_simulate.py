@@ -25,6 +25,7 @@ from safetensors.numpy import load_file
 
 from privet.client.privacy.ledger import Ledger, verify
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.common.errors import ConfigError
 from privet.common.files import read_lines
 from privet.common.settings.config import Config, read, to_toml
 from privet.experiments import simulate
@@ -180,6 +181,25 @@ def test_of_a_run_that_an_earlier_privet_began_it_is_not_said_where_it_computes(
         simulate._computed(whole.run)
         == "float32 on cpu: a model 32 wide gains nothing from bfloat16"
     )
+
+
+def test_a_run_goes_on_with_the_weights_and_the_checkpointing_that_it_began_with(
+    llama_folder, tmp_path
+):
+    people = population(tmp_path / "people", 10, 8)
+    config = tiny_config(llama_folder, people, compute={"gradient_checkpointing": True})
+    run = tmp_path / "run"
+    begun = simulate.prepare(config, run, resume=False)
+    assert begun.compute.gradient_checkpointing
+    assert read(run / "config.toml").compute == begun.compute
+    assert str(simulate._computed(run)).startswith("float32 on cpu, each block computed twice: ")
+    assert simulate.prepare(config, run, resume=True).compute == begun.compute
+    for key, value in (("quantization", "nf4"), ("gradient_checkpointing", False)):
+        other = config.model_copy(
+            update={"compute": config.compute.model_copy(update={key: value})}
+        )
+        with pytest.raises(ConfigError, match=rf"other settings \(compute\.{key} was"):
+            simulate.prepare(other, run, resume=True)
 
 
 # --- killed and stopped ------------------------------------------------------------------------

@@ -22,12 +22,19 @@ from privet.client.consent.policy import (
     text,
     write_default,
 )
-from privet.client.consent.policy_settings import Allowed, Budget, Policy, RunLimits
+from privet.client.consent.policy_settings import (
+    Allowed,
+    Budget,
+    Policy,
+    Resources,
+    RunLimits,
+)
 from privet.client.privacy.gate import budgets, caps, charges
 from privet.common.errors import ConfigError, PrivacyError, ProtocolError, StateError
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import PLACES
 from privet.common.settings.config import Config, parse, to_toml
+from privet.common.settings.sections import ComputeSettings
 
 SERVER = "fl.example.org:9092"
 
@@ -485,6 +492,15 @@ def just_accepting(config: Config) -> Policy:
     budget = Budget(delta=config.privacy.delta, client_adjacency=client.adjacency)
     allowed = Allowed(insecure_test_seed=config.insecure_test_seed is not None)
     return Policy(budget=budget, allowed=allowed).model_copy(update={"limits": limits})
+
+
+def test_where_a_device_computes_and_in_which_numbers_is_its_owners_alone():
+    owners: Any = {"device": "cpu", "dtype": "float32", "quantization": "nf4"}
+    policy = Policy(resources=Resources(**owners, gradient_checkpointing=True))
+    wanted = ComputeSettings(device="cuda", dtype="bfloat16", quantization="int8")
+    own = own_config(policy, Config(compute=wanted))
+    assert own.compute == ComputeSettings(**owners, gradient_checkpointing=True)
+    assert own_config(Policy(), Config(compute=wanted)).compute == ComputeSettings()
 
 
 def test_the_noise_of_blocks_nobody_asked_for_refuses_no_run():

@@ -27,7 +27,7 @@ from privet.common.privacy.noise import TestSource
 from privet.common.privacy.round_plan import Plan
 from privet.common.settings.sections import AdapterSettings, ComputeSettings, PrivacySettings
 
-from ...tiny import VOCABULARY, fresh, tiny_config
+from ...tiny import VOCABULARY, fresh, needs_bitsandbytes, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
@@ -218,9 +218,20 @@ BATCHES, ROWS, LONGEST = 50, 8, 16
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_smollm2_a_record_in_a_public_shape_has_the_same_gradient_to_the_bit(dtype):
-    base = load_anew("smollm2-135m-instruct", ComputeSettings(device="cpu", dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [
+        ("float32", "none"),
+        ("bfloat16", "none"),
+        pytest.param("bfloat16", "int8", marks=[needs_bitsandbytes, pytest.mark.heavy]),
+        pytest.param("bfloat16", "nf4", marks=[needs_bitsandbytes, pytest.mark.heavy]),
+    ],
+)
+def test_on_smollm2_a_record_in_a_public_shape_has_the_same_gradient_to_the_bit(
+    dtype, quantization
+):
+    compute = ComputeSettings(device="cpu", dtype=dtype, quantization=quantization)
+    base = load_anew("smollm2-135m-instruct", compute)
     trainer = trainer_of(base, rank=4, last_blocks=4, modules=("up_proj", "down_proj"))
     trainer.adapter.write(moved_start(trainer, scale=0.05))
     rng = np.random.default_rng(4)

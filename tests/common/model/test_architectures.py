@@ -85,9 +85,9 @@ BFLOAT16 = ComputeSettings(device="cpu", dtype="bfloat16")
 SHAPE = Shape(1, 4, 8, spare=0)
 
 
-def made(kind: str, folder: Path) -> Path:
-    """A random model of this kind."""
-    config = transformers.AutoConfig.for_model(kind, **SIZES | MORE[kind])
+def made(kind: str, folder: Path, **changes: Any) -> Path:
+    """A random model of this kind; `changes` go into its configuration."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES | MORE[kind] | changes)
     loader = transformers.AutoModel if kind in ENCODERS else transformers.AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(3)
