@@ -196,7 +196,7 @@ class Simulated:
         self._context = context
 
     def _own(self) -> "Device":
-        from .device import SimulatedContext
+        from .simulated import SimulatedContext
 
         number = int(self._context.node_config["partition-id"])
         return SimulatedContext.open(run_folder(self._context)).device(number)

@@ -22,7 +22,7 @@ from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from ..client.app import app as client_app
-from ..client.device import SimulatedContext, learn_together
+from ..client.simulated import SimulatedContext, learn_together
 from ..client.training.local_training import Trainer
 from ..common.errors import ConfigError, StateError
 from ..common.files import read_lines

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from ..client.device import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.privacy.affordable_rounds import refuse_unpaid
 from ..client.privacy.ledger import Ledger
 from ..client.privacy.run_ledger import LEDGERS, ledger_path, run_id, run_ledger
+from ..client.simulated import DEVICE_SECRET, DIRECTORY, simulated_identity
 from ..client.training import records
 from ..common.errors import ConfigError, RunExists, RunUnfinished
 from ..common.files import explain_os_errors, write_atomic, write_json_atomic

@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 
 from ...client import app as client_app
-from ...client import device
+from ...client import device, simulated
 from ...client.training.local_training import Trained
 from ...common.settings import config as settings
 from ...common.settings.config import Config
@@ -48,7 +48,7 @@ def measure(clients: int, rounds: int, base: str, rank: int) -> dict[str, float]
         config = _prepare(Path(folder), clients, rounds, base, rank)
         run = Path(folder) / "run"
         config = simulate.prepare(config, run, resume=False)
-        device.SimulatedContext.open(run)  # loading the model is not a message
+        simulated.SimulatedContext.open(run)  # loading the model is not a message
         grid = LocalGrid(client_app.app, clients, str(run))
         rng = np.random.default_rng(0)
 

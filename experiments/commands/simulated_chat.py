@@ -9,7 +9,7 @@ from ...client.assistant.profile import profile_of, public_chances
 from ...client.assistant.retrieval import TextIndex
 from ...client.assistant.templates import builtins
 from ...client.assistant.text_generation import Assistant, Sampling
-from ...client.device import SimulatedContext
+from ...client.simulated import SimulatedContext
 from ...client.training import records
 from ...common.errors import ConfigError, DataError
 from ...common.files import append_line

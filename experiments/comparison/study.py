@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...client.assistant.retrieval import Encoder
-from ...client.device import Device, SimulatedContext
+from ...client.device import Device
 from ...client.personal.text_evaluator import TextEvaluator
 from ...client.privacy.run_ledger import run_id
+from ...client.simulated import SimulatedContext
 from ...client.training import records
 from ...common.errors import ConfigError, StateError
 from ...common.files import (

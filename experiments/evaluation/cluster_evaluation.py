@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from ...client.device import Device, SimulatedContext, cluster_of, exchange_at, local_factor_of
+from ...client.device import Device, cluster_of, exchange_at, local_factor_of
 from ...client.personal.person_losses import evaluator_of
+from ...client.simulated import SimulatedContext
 from ...common.errors import ConfigError, StateError
 from ...common.model.exchange_layout import Vector
 from ...common.settings.config import Config

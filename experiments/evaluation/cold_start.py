@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...client.device import Device, SimulatedContext
+from ...client.device import Device
 from ...client.personal.label_evaluator import LabelEvaluator
 from ...client.personal.label_head import LabelHead, fit_label_head, label_losses
 from ...client.personal.person_losses import evaluator_of
+from ...client.simulated import SimulatedContext
 from ...client.training import records
 from ...common.errors import ConfigError, DataError
 from ...common.settings.config import Config

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from ...client.assistant.terminal_chat import as_text
 from ...client.assistant.text_generation import Sampling, completed
-from ...client.device import Device, SimulatedContext, local_factor_of
+from ...client.device import Device, local_factor_of
 from ...client.personal.text_evaluator import TextEvaluator, alone
 from ...client.personal.text_head import TextHead
+from ...client.simulated import SimulatedContext
 from ...common.errors import ConfigError, DataError
 from ...common.files import explain_os_errors, write_atomic
 from ...common.model.adapter import Vector

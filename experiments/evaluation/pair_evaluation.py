@@ -10,10 +10,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from ...client.device import SimulatedContext
 from ...client.personal.head import PersonalHead
 from ...client.personal.pair_evaluator import PairPerson, pair_error
 from ...client.personal.preference_head import length_bias
+from ...client.simulated import SimulatedContext
 from ...client.training.records import split, spread
 from ...common.model.assets import fetch
 from ..data.preference_people import crowd, reward

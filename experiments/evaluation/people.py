@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ...client.device import SimulatedContext
 from ...client.personal.evaluator import EvaluatedPerson
 from ...client.personal.text_evaluator import TextPerson
+from ...client.simulated import SimulatedContext
 from ...client.training.records import Index
 from ...common.settings.config import Config
 from .metrics import bits_per_byte

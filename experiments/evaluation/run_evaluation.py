@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...client.device import Device, SimulatedContext
+from ...client.device import Device
 from ...client.personal.evaluator import EvaluatedPerson, Evaluator
 from ...client.personal.person_losses import evaluator_of
+from ...client.simulated import SimulatedContext
 from ...common.model.adapter import Vector
 from ...common.settings.config import Config
 from .. import progress

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from privet.client.device import SimulatedContext, masked_phase
+from privet.client.device import masked_phase
 from privet.client.privacy import masked_upload as client
 from privet.client.privacy.ledger import Ledger
+from privet.client.simulated import SimulatedContext
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan

@@ -18,8 +18,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from numpy.typing import NDArray
 
 from privet.client.app import app
-from privet.client.device import Device, SimulatedContext, exchange_at, take_part
+from privet.client.device import Device, exchange_at, take_part
 from privet.client.privacy.gate import charges
+from privet.client.simulated import SimulatedContext
 from privet.client.training.local_training import Randomness, Trained, train
 from privet.client.training.records import Tokenised
 from privet.common.errors import DataError, GateRefused, StateError

@@ -17,10 +17,10 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from privet.client import device
-from privet.client.device import SimulatedContext
+from privet.client import simulated
 from privet.client.privacy.ledger import verify
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.client.simulated import SimulatedContext
 from privet.client.training.side_by_side import train_side_by_side
 from privet.common.errors import ConfigError, LedgerCorrupt, StateError
 from privet.common.files import read_lines
@@ -122,7 +122,7 @@ def test_devices_trained_in_one_batch_give_the_same_adapter_and_spend_the_same(
         batches.append(len(tasks))
         return train_side_by_side(trainer, start, tasks, plan, shape)
 
-    monkeypatch.setattr(device, "train_side_by_side", watched)
+    monkeypatch.setattr(simulated, "train_side_by_side", watched)
     place = {"client": {"noise_at": "distributed" if masked else "server"}}
     people = population(tmp_path / "people", 16, 8)
     sizes = {"data": {"clients": 12}, "rounds": {"count": 2, "cohort": 12}}

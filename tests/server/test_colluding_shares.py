@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from privet.client.device import SimulatedContext
+from privet.client.simulated import SimulatedContext
 from privet.common.errors import ConfigError, ProtocolError
 from privet.common.files import read_lines
 from privet.common.secure_aggregation.terms import Graph, MaskingPolicy, sized_graph

@@ -24,17 +24,12 @@ from numpy.typing import NDArray
 
 from privet.client.consent.policy import own_config
 from privet.client.consent.policy_settings import Policy
-from privet.client.device import (
-    SimulatedContext,
-    _answer,
-    exchange_at,
-    masked_phase,
-    take_part,
-)
+from privet.client.device import _answer, exchange_at, masked_phase, take_part
 from privet.client.privacy import masked_upload
 from privet.client.privacy.gate import charges, release
 from privet.client.privacy.ledger import Ledger
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.client.simulated import SimulatedContext
 from privet.common.errors import RunUnfinished
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import Charge

@@ -15,8 +15,9 @@ from privet.client.consent.offer_description import (
 )
 from privet.client.consent.policy_settings import Policy
 from privet.client.consent.run_offers import Offer
-from privet.client.device import SimulatedContext, exchange_at
+from privet.client.device import exchange_at
 from privet.client.privacy.ledger import Ledger
+from privet.client.simulated import SimulatedContext
 from privet.common.ab_test import AbPrivacy, AbTestSettings, layout
 from privet.common.privacy.accounting import Charge, epsilon
 from privet.common.privacy.noise import TestSource

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from privet.client.ab_arm import arm_of
 from privet.client.app import app
-from privet.client.device import Device, SimulatedContext, take_part
+from privet.client.device import Device, take_part
 from privet.client.personal.person_losses import (
     Losses,
     evaluate_person,
@@ -31,6 +31,7 @@ from privet.client.personal.person_losses import (
     gains_block,
 )
 from privet.client.privacy.gate import charges, release
+from privet.client.simulated import SimulatedContext
 from privet.client.training.local_training import train
 from privet.client.training.records import Tokenised
 from privet.common.errors import ConfigError, DataError, GateRefused, ProtocolError

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from privet.client import device
-from privet.client.device import Device, SimulatedContext, exchange_at, take_part
+from privet.client.device import Device, exchange_at, take_part
+from privet.client.simulated import SimulatedContext
 from privet.common.privacy.clipping import clip
 from privet.common.privacy.plan_maker import make_plan
 from privet.common.privacy.round_plan import Plan

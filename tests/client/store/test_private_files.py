@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from privet.client.device import AT_HOME, DEVICE_SECRET, DIRECTORY
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.client.simulated import AT_HOME, DEVICE_SECRET, DIRECTORY
 from privet.client.store import key_file
 from privet.client.store.device_store import DeviceStore
 from privet.client.store.key_file import Passphrase

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from privet.client.app import app
-from privet.client.device import Device, SimulatedContext, cluster_of, exchange_at, take_part
+from privet.client.device import Device, cluster_of, exchange_at, take_part
 from privet.client.privacy.gate import charges
+from privet.client.simulated import SimulatedContext
 from privet.client.training import cluster_choice
 from privet.client.training.cluster_choice import choose, mean_losses
 from privet.client.training.local_training import Randomness, train

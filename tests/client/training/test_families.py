@@ -11,7 +11,8 @@ import pytest
 
 from privet.client import device
 from privet.client.app import app
-from privet.client.device import AT_HOME, SimulatedContext, exchange_at, take_part
+from privet.client.device import exchange_at, take_part
+from privet.client.simulated import AT_HOME, SimulatedContext
 from privet.client.training import local_factor
 from privet.client.training import local_training as training
 from privet.client.training.local_training import Trained

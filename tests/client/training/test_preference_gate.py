@@ -12,10 +12,11 @@ from flwr.app import MetricRecord
 from privet.client.app import app
 from privet.client.consent.offer_description import describe
 from privet.client.consent.run_offers import receive
-from privet.client.device import Device, SimulatedContext
+from privet.client.device import Device
 from privet.client.enrolled.participant import EnrolledContext
 from privet.client.personal.kept_head import keep
 from privet.client.personal.text_head import TextHead
+from privet.client.simulated import SimulatedContext
 from privet.client.store import key_file as unlock_module
 from privet.client.store import verdicts as feedback
 from privet.client.store.device_store import ME, DeviceStore

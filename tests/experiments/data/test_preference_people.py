@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import Device, SimulatedContext
+from privet.client.device import Device
 from privet.client.personal.preference_head import length_bias
+from privet.client.simulated import SimulatedContext
 from privet.client.training.records import Record, parse_line, read_index, read_user, split
 from privet.common.errors import ConfigError, DataError
 from privet.common.settings.config import parse

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import SimulatedContext
 from privet.client.personal.label_head import LabelHead, fit_label_head, label_losses
+from privet.client.simulated import SimulatedContext
 from privet.client.training import records
 from privet.commands import run as command
 from privet.common.errors import ConfigError, DataError

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from privet.client.device import Device, SimulatedContext
+from privet.client.device import Device
 from privet.client.personal.person_losses import evaluator_of
 from privet.client.personal.scored_text import OPENING
+from privet.client.simulated import SimulatedContext
 from privet.client.training import records as data
 from privet.common.errors import ConfigError, DataError, StateError
 from privet.experiments.evaluation import generation, run_evaluation

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from privet import commands as main
 from privet.client.app import app as client_app
-from privet.client.device import SimulatedContext
 from privet.client.privacy.ledger import Ledger
 from privet.client.privacy.run_ledger import LEDGERS
+from privet.client.simulated import SimulatedContext
 from privet.common.errors import ConfigError, StateError
 from privet.common.files import read_lines
 from privet.common.privacy.accounting import epsilon
