@@ -92,8 +92,8 @@ class SharedHead(nn.Linear):
     """
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return (n, outputs) of (n, w)."""
-        return (vectors[:, None] * self.weight).sum(-1) + self.bias
+        """Return (..., outputs) of (..., w)."""
+        return (vectors[..., None, :] * self.weight).sum(-1) + self.bias
 
 
 def record_losses(base: BaseModel, batch: Batch, head: SharedHead | None) -> Tensor:
