@@ -25,6 +25,8 @@ from .tiny import population, tiny_config
 ROOT = Path(__file__).parent.parent
 ROOT_FILES = ("__init__.py", "commands.py", "py.typed")
 PACKAGES = ("common", "client", "server", "experiments")
+PEERS = ("simulators.pfl_peer", "simulators.flower_peer")
+"""Run by their paths: one of them by an interpreter that has no privet."""
 MODULES = [
     "privet",
     "privet.commands",
@@ -32,6 +34,7 @@ MODULES = [
         module.name
         for package in PACKAGES
         for module in pkgutil.walk_packages([str(ROOT / package)], f"privet.{package}.")
+        if not module.name.endswith(PEERS)
     ),
 ]
 no_cli = importlib.util.find_spec("privet.experiments.commands.experiment") is None

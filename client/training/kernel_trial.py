@@ -39,7 +39,7 @@ def refuse_coupling(
     now = adapter.read(), adapter.read_local_factor()
     adapter.write(*of_nobody(adapter))
     rows = shape.rows - shape.spare
-    made = _drawn_records(2 * rows, shape.tokens, len(adapter.base.tokenizer))
+    made = _drawn_records(2 * rows, shape, len(adapter.base.tokenizer))
     own, others = made[:rows], made[rows:]
     expected = dict(zip(own, gradients(own), strict=True))
     for company in (some[:rows] for some in _companies(own, others)):
@@ -58,14 +58,15 @@ def _companies(own: list[Tokenised], others: list[Tokenised]) -> list[list[Token
     return [own[::-1], own[1:], *few, *([own[n], *others[1:]] for n in apart)]
 
 
-def _drawn_records(count: int, tokens: int, words: int) -> list[Tokenised]:
-    """Draw made-up records of 2 to tokens - 1 tokens, by a public seed."""
+def _drawn_records(count: int, shape: Shape, words: int) -> list[Tokenised]:
+    """Draw made-up records of 2 tokens or more, by a public seed; the first as long as can be."""
     rng = np.random.default_rng(count)
+    longest = max(2, shape.tokens if shape.spare else shape.tokens - 1)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(map(int, rng.integers(words, size=length)))
 
-    lengths = [int(rng.integers(2, max(3, tokens))) for _ in range(count)]
+    lengths = [longest, *(int(rng.integers(2, longest + 1)) for _ in range(count - 1))]
     return [Tokenised(ids(n), 0.0, rejected=ids(n), prompts=(1, 1)) for n in lengths]
 
 

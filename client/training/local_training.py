@@ -45,6 +45,7 @@ from torch import nn
 from ...common.errors import AdapterError
 from ...common.model.adapter import Adapter, modules_by_record
 from ...common.model.base_model import PrefixCache, final_states, pad, recomputed, resumed_at
+from ...common.model.compute import in_double
 from ...common.model.dpo import answer_scores, margins, preference_losses
 from ...common.model.objective import SharedHead, collate, record_losses
 from ...common.privacy.noise import Source
@@ -218,24 +219,42 @@ def train(
         AdapterError: an adapted layer does not see records one by one.
         ConfigError: memory has no room for one record.
     """
-    adapter = trainer.adapter
-    trained, shape = begin(trainer, start, plan, shape, local_factor)
-    delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
-    losses: list[NDArray[np.float64]] = []
-    drawn = randomness.drawn(len(records), plan)
-    for number, indices in enumerate(drawn):
-        if number == 1 and trainer.pairs is not None:
-            records = _with_references(trainer, start, records, drawn[1:], shape)
-        batch = [records[i] for i in indices]
-        batch.sort(key=lambda record: len(record.ids))
-        seen = _stepped(trainer, trained, batch, plan, randomness.noise, shape)
-        losses.append(np.array(seen, np.float64))
-        delta -= plan.learning_rate * step_gradient(trained)
-    _clear(trainer, trained)
-    released, moved = np.split(finite_delta(delta), [len(delta) - adapter.local_factor.dimension])
-    return Trained(
-        released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
-    )
+    with _on_one_thread(shape):
+        trained, shape = begin(trainer, start, plan, shape, local_factor)
+        delta = np.zeros(sum(parameter.numel() for _, parameter in trained))
+        losses: list[NDArray[np.float64]] = []
+        drawn = randomness.drawn(len(records), plan)
+        for number, indices in enumerate(drawn):
+            if number == 1 and trainer.pairs is not None:
+                records = _with_references(trainer, start, records, drawn[1:], shape)
+            batch = [records[i] for i in indices]
+            batch.sort(key=lambda record: len(record.ids))
+            seen = _stepped(trainer, trained, batch, plan, randomness.noise, shape)
+            losses.append(np.array(seen, np.float64))
+            delta -= plan.learning_rate * step_gradient(trained)
+        _clear(trainer, trained)
+        kept = len(delta) - trainer.adapter.local_factor.dimension
+        released, moved = np.split(finite_delta(delta), [kept])
+        return Trained(
+            released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
+        )
+
+
+@contextlib.contextmanager
+def _on_one_thread(shape: Shape | None) -> Iterator[None]:
+    """Compute on one thread, where a record's gradient must be its own to the bit.
+
+    With several, torch divides a batch's numbers among them wherever that falls, and the last of
+    each part are computed by other instructions, which may round otherwise: a record's result would
+    hang on its place.
+    """
+    before = torch.get_num_threads()
+    if shape is not None and shape.constant:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def begin(
@@ -443,14 +462,24 @@ class PrivateOptimizer(DPOptimizer):
         super().__init__(*given, noise_multiplier=noise / named["max_grad_norm"], **named)
         self.source, self.noise = source, noise
 
+    def clip_and_accumulate(self) -> None:
+        """Clip and sum in float64: in float32 small squares are lost beside large ones."""
+        rows = [parameter.grad_sample.flatten(1) for parameter in self.params]
+        norms = torch.stack([in_double(one).norm(2, dim=1) for one in rows], 1).norm(2, dim=1)
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        for parameter, one in zip(self.params, rows, strict=True):
+            total = (factors @ in_double(one)).view_as(parameter)
+            before = parameter.summed_grad
+            parameter.summed_grad = total if before is None else before + total
+
     def add_noise(self) -> None:
         totals: list[torch.Tensor] = [parameter.summed_grad for parameter in self.params]
         flat = torch.cat([total.flatten() for total in totals]).cpu().double()
         noise = sum(_gaussian(len(flat), self.source) for _ in range(4)) / 2
-        noised = (flat + self.noise * torch.from_numpy(noise)).to(totals[0])
+        noised = (flat + self.noise * torch.from_numpy(noise)).float()
         pieces = noised.split([total.numel() for total in totals])
         for parameter, piece in zip(self.params, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = piece.view_as(parameter).to(parameter)
 
 
 def _gaussian(count: int, source: Source) -> NDArray[np.float64]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
-from .records import Record, Tokenised
+from .records import CHARACTERS, Record, Tokenised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +55,8 @@ _Row = tuple[tuple[int, ...], int]
 def _framed(
     prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
+    most = CHARACTERS * max_tokens
+    prompts, answers = [one[-most:] for one in prompts], [one[:most] for one in answers]
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answered = _plain(answers, tokenizer)
@@ -75,6 +77,8 @@ def _plain(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[
 def _as_read(
     prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
+    most = CHARACTERS * max_tokens
+    prompts, answers = [one[:most] for one in prompts], [one[:most] for one in answers]
     cut = {"truncation": True, "max_length": max_tokens}
     if not any(prompts):
         rows = tokenizer(answers, **cut)["input_ids"]

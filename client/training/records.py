@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "CHARACTERS",
     "INDEX_FILE",
     "RECORDS_FILE",
     "RECORD_LIMIT",
@@ -383,6 +384,11 @@ def poisson_indices(
     return [int(index) for index in np.flatnonzero(draws < rate)]
 
 
+CHARACTERS = 200
+"""Read of a text, for each token that is kept: few tokens have more than ten, and tokenising a long
+text takes 150 times its size, which ends the process of a device whose memory is bounded."""
+
+
 def tokenize(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, task: Task
 ) -> list[Tokenised]:
@@ -405,7 +411,7 @@ def tokenize(
         raise ConfigError(f"max_tokens must be at least 2; it is {max_tokens}.")
     if not records:
         return []
-    texts = [record.text for record in records]
+    texts = [record.text[: CHARACTERS * max_tokens] for record in records]
     if task == "generation":
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -323,11 +323,58 @@ def test_kernels_are_tried_in_float32_too(llama_folder):
 
 def test_made_up_records_of_the_trial_are_of_many_lengths_and_words():
     for tokens in (3, 9, 17, 65):
-        made = kernel_trial._drawn_records(16, tokens, 1000)
-        lengths = {len(record.ids) for record in made}
-        assert min(lengths) >= 2
-        assert max(lengths) < max(3, tokens)
-        assert len(lengths) >= min(5, tokens - 2)
+        for spare in (0, 1):
+            longest = tokens - 1 + spare
+            made = kernel_trial._drawn_records(16, Shape(1, 9, tokens, spare), 1000)
+            lengths = {len(record.ids) for record in made}
+            assert min(lengths) >= 2
+            assert len(made[0].ids) == max(lengths) == longest
+            assert len(lengths) >= min(5, longest - 1)
+
+
+def test_a_device_trains_on_one_thread_as_several_divide_a_batch_within_a_record(
+    llama_folder, monkeypatch
+):
+    """Faulty: three threads, whose parts of a batch end in the middle of some record's numbers."""
+    states = torch.randn(1, 25, 152, generator=torch.Generator().manual_seed(0)).repeat(12, 1, 1)
+
+    def apart(threads):
+        torch.set_num_threads(threads)
+        rows = functional.silu(4 * states)
+        return all(torch.equal(row, rows[0]) for row in rows[:-1])  # the last is always a dummy
+
+    trainer, seen, right = trainer_of(fresh(llama_folder)), set(), local_training.losses_of
+    before = torch.get_num_threads()
+
+    def watched(*given):
+        seen.add(torch.get_num_threads())
+        return right(*given)
+
+    monkeypatch.setattr(local_training, "losses_of", watched)
+    try:
+        assert apart(1)
+        assert not apart(3)
+        torch.set_num_threads(3)
+        run(trainer, records(4), plan(), shape=Shape(1, 8, 20))
+        assert torch.get_num_threads() == 3
+        assert seen == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_clip_holds_in_rows_whose_small_numbers_are_many():
+    """Faulty: a norm in float32 loses small squares beside large ones, and is too small."""
+    wide = torch.nn.Parameter(torch.zeros(1, 1 << 24))
+    row = torch.full((1, 1, 1 << 24), 2.0**-14)
+    row[..., 0] = 1.0
+    optimizer = local_training.optimizer_of(
+        (("wide", wide),), plan(record_clip=0.5, batch_size=1), TestSource(1, "noise")
+    )
+    wide.grad_sample = row  # type: ignore[attr-defined]
+    optimizer.step()
+    assert wide.grad is not None
+    moved = float(wide.grad.double().norm())
+    assert 0.498 < moved <= 0.5
 
 
 def rounded_by_the_largest(module):
