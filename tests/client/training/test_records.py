@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, chisquare
 
 from privet.client.training.records import (
+    CHARACTERS,
     INDEX_FILE,
     RECORDS_FILE,
     Record,
@@ -374,3 +375,21 @@ def test_held_out_records_are_spread_over_their_time():
     assert spread(100, 4) == [0, 25, 50, 75]
     assert spread(3, 8) == [0, 1, 2]
     assert spread(0, 8) == []
+
+
+def test_a_long_text_is_cut_before_it_is_tokenised(llama):
+    """Tokenising takes 150 times a text's size, and ends the process of a small device."""
+    seen, tokenizer = [], llama.tokenizer
+
+    class Watched:
+        bos_token_id = eos_token_id = None
+
+        def __call__(self, texts, **how):
+            seen.extend(len(text) for text in texts)
+            return tokenizer(texts, **how)
+
+    long = Record("ban " * 100_000)
+    for task in ("generation", "regression"):
+        rows = tokenize([long], cast(Any, Watched()), 8, task)
+        assert len(rows[0].ids) == 8
+    assert max(seen) == 8 * CHARACTERS
