@@ -379,7 +379,7 @@ def test_held_out_records_are_spread_over_their_time():
 
 def test_a_long_text_is_cut_before_it_is_tokenised(llama):
     """Tokenising takes 150 times a text's size, and ends the process of a small device."""
-    seen, tokenizer = [], llama.tokenizer
+    seen, tokenizer = list[int](), llama.tokenizer
 
     class Watched:
         bos_token_id = eos_token_id = None
