@@ -34,7 +34,7 @@ from ..server.round_record import LOG
 from ..server.rounds import Show
 from . import progress, run_costs
 from .forked_grid import ForkedGrid
-from .grid import Done, LocalGrid
+from .grid import Done, LocalGrid, Together
 
 __all__ = ["ENGINES", "check", "run"]
 
@@ -94,9 +94,9 @@ def _local(folder: Path, config: Config, live: progress.Live) -> None:
 def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
     app = functools.partial(mortal, config, told, folder=folder)
     clients, processes = config.data.clients, config.speed.processes
-    ahead, together = functools.partial(train_ahead, folder), config.speed.together
+    together = Together(config.speed.together, functools.partial(train_ahead, folder))
     if processes == 1:
-        yield LocalGrid(app, clients, str(folder), done, ahead, together)
+        yield LocalGrid(app, clients, str(folder), done, together)
         return
     device = shared(config).base.compute.device
     if device.type != "cpu":
@@ -106,7 +106,7 @@ def _grid(folder: Path, config: Config, done: Done) -> Iterator[LocalGrid]:
         )
     SimulatedContext.open.cache_clear()  # no process goes on with the ledger of another
     Trainer.of(shared(config), config.speed.cache_mb, config.pairs)  # before the fork: one for all
-    with ForkedGrid(app, clients, str(folder), done, processes, ahead, together) as grid:
+    with ForkedGrid(app, clients, str(folder), done, processes, together) as grid:
         yield grid
 
 

@@ -20,7 +20,7 @@ import torch
 from flwr.app import Message
 
 from ..common.errors import StateError
-from .grid import Ahead, App, Done, LocalGrid
+from .grid import App, Done, LocalGrid, Together
 
 __all__ = ["ForkedGrid"]
 
@@ -43,7 +43,7 @@ class ForkedGrid(LocalGrid):
     A context manager: at its end all processes have ended. Replies come as they are ready.
 
     Args:
-        app, clients, run, done, ahead, together: as `LocalGrid`.
+        app, clients, run, done, together: as `LocalGrid`.
         processes: how many.
 
     Raises:
@@ -57,10 +57,9 @@ class ForkedGrid(LocalGrid):
         run: str,
         done: Done,
         processes: int,
-        ahead: Ahead,
-        together: int,
+        together: Together,
     ) -> None:
-        super().__init__(app, clients, run, done, ahead, together)
+        super().__init__(app, clients, run, done, together)
         fork = multiprocessing.get_context("fork")
         self._processes: list[_Process] = []
         self._answered: list[Message] = []
@@ -85,14 +84,15 @@ class ForkedGrid(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Have the processes handle the messages, and yield each reply when it is there."""
-        waiting: list[list[Message]] = [[] for _ in self._processes]
+        theirs: list[list[Message]] = [[] for _ in self._processes]
         for name in sorted(set(message_ids) & set(self._pending), key=int):
             message = self._pending.pop(name)
-            waiting[message.metadata.dst_node_id % len(waiting)].append(message)
+            theirs[message.metadata.dst_node_id % len(theirs)].append(message)
+        waiting = [self._together.parts(messages) for messages in theirs]
         while any(waiting) or self._answered or any(one.busy for one in self._processes):
-            for one, messages in zip(self._processes, waiting, strict=True):
-                if messages and not one.busy:
-                    some, messages[:] = messages[: self._together], messages[self._together :]
+            for one, parts in zip(self._processes, waiting, strict=True):
+                if parts and not one.busy:
+                    some = parts.pop(0)
                     one.wire.send(some)
                     one.busy = [message.metadata.message_type for message in some]
             if not self._answered:

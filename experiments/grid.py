@@ -8,32 +8,44 @@ client raises, the run raises: in a simulation a broken device is a bug, not wea
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["App", "Done", "LocalGrid"]
+__all__ = ["App", "Done", "LocalGrid", "Together"]
 
 App = Callable[[Message, Context], Message]
 Done = Callable[[str, float], None]
-Ahead = Callable[[Sequence[tuple[int, Message]]], None]
-"""What is done for several messages at once before each is handled: partition numbers, messages."""
+T = TypeVar("T")
 
 RUN_ID = 1
 SERVER = 1
 FIRST_NODE = 2
 
 
-def batched(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """Divide names into parts of a size, in their order."""
-    for start in range(0, len(names), size):
-        yield names[start : start + size]
-
-
 def _nothing(*_: object) -> None:
     pass
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is done for several messages at once, before each of them is handled.
+
+    Attributes:
+        count: how many messages.
+        ahead: what is done, with each message's partition number.
+    """
+
+    count: int = 1
+    ahead: Callable[[Sequence[tuple[int, Message]]], None] = _nothing
+
+    def parts(self, messages: Sequence[T]) -> list[Sequence[T]]:
+        """Divide messages, in their order, into those that are handled together."""
+        return [messages[n : n + self.count] for n in range(0, len(messages), self.count)]
 
 
 class LocalGrid(Grid):
@@ -44,8 +56,7 @@ class LocalGrid(Grid):
         clients: how many nodes there are.
         run: the run folder, given to the clients as run configuration.
         done: told of each reply what kind of message it answers, and the seconds it took.
-        ahead: done for `together` messages at once, before each of them is handled.
-        together: how many.
+        together: what is done for several messages at once.
     """
 
     def __init__(
@@ -54,11 +65,10 @@ class LocalGrid(Grid):
         clients: int,
         run: str,
         done: Done = _nothing,
-        ahead: Ahead = _nothing,
-        together: int = 1,
+        together: Together = Together(),
     ) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, RUN_ID, SERVER
-        self._app, self._done, self._ahead, self._together = app, done, ahead, together
+        self._app, self._done, self._together = app, done, together
         self._clients = clients
         self._run_config = {"run": run}
         self._pending: dict[str, Message] = {}
@@ -101,7 +111,7 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Handle the messages in the order they were sent, one reply at a time."""
         names = sorted(set(message_ids) & set(self._pending), key=int)
-        for some in batched(names, self._together):
+        for some in self._together.parts(names):
             messages = [self._pending.pop(name) for name in some]
             for message, (reply, seconds) in zip(messages, self._handled(messages), strict=True):
                 self._done(message.metadata.message_type, seconds)
@@ -110,7 +120,7 @@ class LocalGrid(Grid):
     def _handled(self, messages: Sequence[Message]) -> Iterator[tuple[Message, float]]:
         """Run the app on each message: its reply, and its share of the seconds."""
         began = time.perf_counter()
-        self._ahead([(one.metadata.dst_node_id - FIRST_NODE, one) for one in messages])
+        self._together.ahead([(one.metadata.dst_node_id - FIRST_NODE, one) for one in messages])
         share = (time.perf_counter() - began) / len(messages)
         for message in messages:
             began, node = time.perf_counter(), message.metadata.dst_node_id

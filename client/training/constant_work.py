@@ -70,18 +70,28 @@ class Shape:
 
         More take another chunk.
         """
-        return self.chunks * (self.rows - self.spare)
+        return self.chunks * self.records
 
-    def of_half(self, records: int) -> "Shape":
-        """Return the shape with half of `records` in a chunk, and room for as many altogether."""
-        half = records // 2
+    @property
+    def records(self) -> int:
+        """The number of records in a chunk."""
+        return self.rows - self.spare
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest record."""
+        return self.tokens if self.spare else self.tokens - 1
+
+    def of_half(self) -> "Shape":
+        """Return the shape with half the records in a chunk, and room for as many altogether."""
+        half = self.records // 2
         chunks = math.ceil(self.capacity / half)
         return replace(self, chunks=chunks, rows=half + self.spare)
 
     def made_up(self) -> list[Tokenised]:
         """Return a full chunk of the longest records, which are nobody's."""
-        ids = (0,) * (self.tokens if self.spare else self.tokens - 1)
-        return [Tokenised(ids, 0.0, rejected=ids, prompts=(1, 1))] * (self.rows - self.spare)
+        ids = (0,) * self.longest
+        return [Tokenised(ids, 0.0, rejected=ids, prompts=(1, 1))] * self.records
 
     @classmethod
     def of(cls, records: int, tokens: int, max_rows: int) -> "Shape":
@@ -96,7 +106,7 @@ class Shape:
 
         Some chunks may have none.
         """
-        count = max(self.chunks, math.ceil(len(records) / (self.rows - self.spare)))
+        count = max(self.chunks, math.ceil(len(records) / self.records))
         return [list(records[chunk::count]) for chunk in range(count)]
 
     def filled(self, chunk: Sequence[Tokenised]) -> list[Tokenised]:

@@ -38,11 +38,10 @@ def refuse_coupling(
     """
     now = adapter.read(), adapter.read_local_factor()
     adapter.write(*of_nobody(adapter))
-    rows = shape.rows - shape.spare
-    made = _drawn_records(2 * rows, shape, len(adapter.base.tokenizer))
-    own, others = made[:rows], made[rows:]
+    made = _drawn_records(2 * shape.records, shape, len(adapter.base.tokenizer))
+    own, others = made[: shape.records], made[shape.records :]
     expected = dict(zip(own, gradients(own), strict=True))
-    for company in (some[:rows] for some in _companies(own, others)):
+    for company in (some[: shape.records] for some in _companies(own, others)):
         found = zip(company, gradients(company), strict=True)
         for gradient, wanted in ((row, expected[one]) for one, row in found if one in expected):
             if not torch.equal(gradient, wanted):  # nor may it be NaN, which equals nothing
@@ -61,7 +60,7 @@ def _companies(own: list[Tokenised], others: list[Tokenised]) -> list[list[Token
 def _drawn_records(count: int, shape: Shape, words: int) -> list[Tokenised]:
     """Draw made-up records of 2 tokens or more, by a public seed; the first as long as can be."""
     rng = np.random.default_rng(count)
-    longest = max(2, shape.tokens if shape.spare else shape.tokens - 1)
+    longest = max(2, shape.longest)
 
     def ids(length: int) -> tuple[int, ...]:
         return tuple(map(int, rng.integers(words, size=length)))

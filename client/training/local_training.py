@@ -28,7 +28,7 @@ Source: Abadi et al. 2016 (DP-SGD).
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -63,13 +63,16 @@ __all__ = [
     "Trained",
     "Trainer",
     "backward",
+    "batch_of",
     "begin",
     "chunked",
+    "clear",
     "finite_delta",
     "losses_of",
     "optimizer_of",
     "statistics_of",
     "step_gradient",
+    "taken_gradients",
     "train",
 ]
 
@@ -227,17 +230,21 @@ def train(
         for number, indices in enumerate(drawn):
             if number == 1 and trainer.pairs is not None:
                 records = _with_references(trainer, start, records, drawn[1:], shape)
-            batch = [records[i] for i in indices]
-            batch.sort(key=lambda record: len(record.ids))
+            batch = batch_of(records, indices)
             seen = _stepped(trainer, trained, batch, plan, randomness.noise, shape)
             losses.append(np.array(seen, np.float64))
             delta -= plan.learning_rate * step_gradient(trained)
-        _clear(trainer, trained)
+        clear(trainer, trained)
         kept = len(delta) - trainer.adapter.local_factor.dimension
         released, moved = np.split(finite_delta(delta), [kept])
         return Trained(
             released, statistics_of(losses[0], plan), local_factor=_moved(local_factor, moved)
         )
+
+
+def batch_of(records: Sequence[Tokenised], drawn: Sequence[int]) -> list[Tokenised]:
+    """Return the records that were drawn, shortest first."""
+    return sorted((records[i] for i in drawn), key=lambda record: len(record.ids))
 
 
 @contextlib.contextmanager
@@ -325,9 +332,9 @@ def _tried(trainer: Trainer, trained: Named, shape: Shape, private: bool) -> Sha
     which = (shape, private, *(name for name, _ in trained))
 
     def attempt(some: Shape) -> None:
-        _clear(trainer, trained)
+        clear(trainer, trained)
         losses_of(trainer, some.made_up(), some).sum().backward()
-        _clear(trainer, trained)
+        clear(trainer, trained)
         if private:
             refuse_coupling(
                 trainer.adapter, some, lambda chunk: _gradient_of(trainer, trained, chunk, some)
@@ -349,7 +356,7 @@ def _stepped(
     """Take a local step, and return the losses of its records before it."""
 
     def once() -> list[float]:
-        _clear(trainer, trained)
+        clear(trainer, trained)
         chunks = chunked(batch, shape, trainer.room.records)
         if plan.record_clip > 0:
             optimizer = optimizer_of(trained, plan, source)
@@ -360,7 +367,7 @@ def _stepped(
     return trainer.room.taken(once) if shape is None else once()
 
 
-def _clear(trainer: Trainer, trained: Named) -> None:
+def clear(trainer: Trainer, trained: Named) -> None:
     """Let go of gradients, and of what passes that broke off have left."""
     _forget(trainer.hooked)
     for _, parameter in trained:
@@ -389,7 +396,12 @@ def _gradient_of(
     losses = losses_of(trainer, chunk, shape)
     losses.sum().backward()
     _one_row_a_record(trainer, trained, len(losses))
-    found = [parameter.grad_sample[: len(chunk)].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
+    return taken_gradients(trained, len(chunk))
+
+
+def taken_gradients(trained: Named, records: int) -> torch.Tensor:
+    """Take the gradients by record from the parameters, shape (records, d)."""
+    found = [parameter.grad_sample[:records].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
     for _, parameter in trained:
         parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
     return torch.cat(found, 1)
@@ -462,6 +474,17 @@ class PrivateOptimizer(DPOptimizer):
         super().__init__(*given, noise_multiplier=noise / named["max_grad_norm"], **named)
         self.source, self.noise = source, noise
 
+    def take(self, chunks: Sequence[T], give: Callable[[T], None]) -> None:
+        """Take one step along all chunks.
+
+        `give` sets `grad_sample` of each parameter for a chunk.
+        """
+        for number, chunk in enumerate(chunks):
+            self.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
+            give(chunk)
+            self.signal_skip_step(do_skip=number < len(chunks) - 1)
+            self.step()
+
     def clip_and_accumulate(self) -> None:
         """Clip and sum in float64: in float32 small squares are lost beside large ones."""
         rows = [parameter.grad_sample.flatten(1) for parameter in self.params]
@@ -510,16 +533,16 @@ def _private_step(
     _: Plan,
     shape: Shape | None,
 ) -> list[float]:
-    chunks, seen = chunks or [[]], list[float]()
-    for number, chunk in enumerate(chunks):
-        optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
+    seen = list[float]()
+
+    def give(chunk: list[Tokenised]) -> None:
         if chunk or shape is not None:
-            seen += backward(trainer, trained, chunk, shape)
+            seen.extend(backward(trainer, trained, chunk, shape))
         else:
             for _name, parameter in trained:
                 parameter.grad_sample = parameter.new_zeros(0, *parameter.shape)  # type: ignore[attr-defined]
-        optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
-        optimizer.step()
+
+    optimizer.take(chunks or [[]], give)
     return seen
 
 

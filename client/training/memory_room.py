@@ -47,12 +47,11 @@ def fitting(shape: Shape, attempt: Callable[[Shape], None]) -> Shape:
     """
     tried = shape
     while not _has_room(partial(attempt, tried)):
-        records = tried.rows - tried.spare
-        if records == 1:
+        if tried.records == 1:
             raise _full(f"one record of {shape.tokens} tokens")
-        tried = tried.of_half(records)
+        tried = tried.of_half()
     if tried != shape:
-        _say(shape.rows - shape.spare, tried.rows - tried.spare)
+        _say(shape.records, tried.records)
     return tried
 
 

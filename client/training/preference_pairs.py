@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...common.errors import ConfigError
-from .records import CHARACTERS, Record, Tokenised
+from .records import CHARACTERS, Record, Tokenised, beginnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +55,10 @@ _Row = tuple[tuple[int, ...], int]
 def _framed(
     prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
-    most = CHARACTERS * max_tokens
-    prompts, answers = [one[-most:] for one in prompts], [one[:most] for one in answers]
+    prompts = [prompt[-CHARACTERS * max_tokens :] for prompt in prompts]
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answered = _plain(answers, tokenizer)
+    answered = _plain(beginnings(answers, max_tokens), tokenizer)
     asked = _plain([prompt + BETWEEN if prompt else "" for prompt in prompts], tokenizer)
     rows = []
     for prompt, answer in zip(asked, answered, strict=True):
@@ -77,8 +76,7 @@ def _plain(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[
 def _as_read(
     prompts: list[str], answers: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int
 ) -> list[_Row]:
-    most = CHARACTERS * max_tokens
-    prompts, answers = [one[:most] for one in prompts], [one[:most] for one in answers]
+    prompts, answers = (beginnings(texts, max_tokens) for texts in (prompts, answers))
     cut = {"truncation": True, "max_length": max_tokens}
     if not any(prompts):
         rows = tokenizer(answers, **cut)["input_ids"]

@@ -15,7 +15,7 @@ A *population folder* holds `population.jsonl` (one block of lines per user) and
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
@@ -40,6 +40,7 @@ __all__ = [
     "Record",
     "Task",
     "Tokenised",
+    "beginnings",
     "capped",
     "check_fields",
     "decode_line",
@@ -389,6 +390,11 @@ CHARACTERS = 200
 text takes 150 times its size, which ends the process of a device whose memory is bounded."""
 
 
+def beginnings(texts: Iterable[str], max_tokens: int) -> list[str]:
+    """Return as much of each text as may be kept of it in so many tokens."""
+    return [text[: CHARACTERS * max_tokens] for text in texts]
+
+
 def tokenize(
     records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, task: Task
 ) -> list[Tokenised]:
@@ -411,7 +417,7 @@ def tokenize(
         raise ConfigError(f"max_tokens must be at least 2; it is {max_tokens}.")
     if not records:
         return []
-    texts = [record.text[: CHARACTERS * max_tokens] for record in records]
+    texts = beginnings((record.text for record in records), max_tokens)
     if task == "generation":
         before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

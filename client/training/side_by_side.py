@@ -32,13 +32,16 @@ from .local_training import (
     Trained,
     Trainer,
     backward,
+    batch_of,
     begin,
     chunked,
+    clear,
     finite_delta,
     losses_of,
     optimizer_of,
     statistics_of,
     step_gradient,
+    taken_gradients,
 )
 from .records import Tokenised
 
@@ -98,23 +101,20 @@ def train_side_by_side(
     vectors = vectors.repeat(len(tasks), 1)
     deltas, first = np.zeros(vectors.shape), list[list[float]]()
     for step in range(plan.local_steps):
-        batches = [_batch(task, draws[step]) for task, draws in zip(tasks, drawn, strict=True)]
+        batches = [
+            batch_of(task.records, draws[step]) for task, draws in zip(tasks, drawn, strict=True)
+        ]
         losses, gradients = _gradients(trainer, trained, vectors, batches, shape)
         first = first or losses
         for number, rows in enumerate(gradients):
             along = _noised(trained, optimizers[number], rows, shape)
             deltas[number] -= plan.learning_rate * along
             vectors[number] -= plan.learning_rate * torch.from_numpy(along).to(vectors)
-    for _, parameter in trained:
-        parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+    clear(trainer, trained)
     return [
         Trained(finite_delta(delta), statistics_of(np.array(seen, np.float64), plan))
         for delta, seen in zip(deltas, first, strict=True)
     ]
-
-
-def _batch(task: Task, drawn: Sequence[int]) -> list[Tokenised]:
-    return sorted((task.records[i] for i in drawn), key=lambda record: len(record.ids))
 
 
 def _gradients(
@@ -131,34 +131,33 @@ def _gradients(
     whose = [number for number, batch in enumerate(batches) for _ in batch]
     records = [record for batch in batches for record in batch]
     if shape is None:
-        losses, gradients = _by_own_weights(trainer, trained, vectors[whose], records)
+        losses, gradients = _by_own_weights(trainer, trained, vectors, whose, records)
     else:
-        losses, gradients = _by_shape(trainer, trained, vectors[whose], records, shape)
+        losses, gradients = _by_shape(trainer, trained, records, shape)
     counts = [len(batch) for batch in batches]
-    seen = [
-        [
-            float(part[place])
-            for places in chunked(list(range(len(part))), shape)
-            for place in places
-        ]
-        for part in losses.split(counts)
-    ]
+    seen = [sum(chunked(part.tolist(), shape), list[float]()) for part in losses.split(counts)]
     return seen, list(gradients.split(counts))
 
 
 def _by_own_weights(
-    trainer: Trainer, trained: Named, vectors: Tensor, records: Sequence[Tokenised]
+    trainer: Trainer,
+    trained: Named,
+    vectors: Tensor,
+    whose: Sequence[int],
+    records: Sequence[Tokenised],
 ) -> tuple[Tensor, Tensor]:
-    """Compute losses (n,) and gradients (n, d) of records, each with the weights of its own row.
+    """Compute losses (n,) and gradients (n, d) of records, each with its own device's weights.
 
-    A record whose gradient is not finite counts as none, as in `local_training.py`.
+    `vectors` (devices, d) has them, `whose` says which device a record is of. A record whose
+    gradient is not finite counts as none, as in `local_training.py`.
     """
-    losses, gradients = vectors.new_zeros(len(vectors)), torch.empty_like(vectors)
+    losses = vectors.new_zeros(len(records))
+    gradients = vectors.new_empty(len(records), vectors.shape[1])
     order = sorted(range(len(records)), key=lambda place: len(records[place].ids))
     trainer.hooked.hooks_enabled = False
     with _own_weights(trainer, trained) as use:
         for places in _chunks(order, records):
-            weights = vectors[places].requires_grad_()
+            weights = vectors[[whose[place] for place in places]].requires_grad_()
             use(weights)
             found = losses_of(trainer, [records[place] for place in places])
             (slopes,) = torch.autograd.grad(found.sum(), weights)
@@ -168,20 +167,14 @@ def _by_own_weights(
 
 
 def _by_shape(
-    trainer: Trainer, trained: Named, vectors: Tensor, records: Sequence[Tokenised], shape: Shape
+    trainer: Trainer, trained: Named, records: list[Tokenised], shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """Compute losses (n,) and gradients (n, d) in batches of one shape, with one adapter."""
-    losses, gradients = vectors.new_zeros(len(vectors)), torch.empty_like(vectors)
-    rows = shape.rows - shape.spare
-    for start in range(0, len(records), rows):
-        chunk = list(records[start : start + rows])
-        here = slice(start, start + len(chunk))
-        losses[here] = torch.tensor(backward(trainer, trained, chunk, shape))
-        samples = [parameter.grad_sample[: len(chunk)].flatten(1) for _, parameter in trained]  # type: ignore[attr-defined]
-        gradients[here] = torch.cat(samples, 1)
-        for _, parameter in trained:
-            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
-    return losses, gradients
+    losses, gradients = list[float](), list[Tensor]()
+    for chunk in chunked(records, records=shape.records) or [[]]:
+        losses += backward(trainer, trained, chunk, shape)
+        gradients.append(taken_gradients(trained, len(chunk)))
+    return torch.tensor(losses), torch.cat(gradients)
 
 
 def _chunks(order: Sequence[int], records: Sequence[Tokenised]) -> Iterator[list[int]]:
@@ -241,13 +234,12 @@ def _noised(
 ) -> NDArray[np.float64]:
     """Clip the rows, sum them as one device does and add the noise: the gradient, shape (d,)."""
     sizes = [parameter.numel() for _, parameter in trained]
-    chunks = chunked(list(range(len(rows))), shape) or [[]]
-    for number, places in enumerate(chunks):
-        optimizer.zero_grad(set_to_none=True)  # keeps the sum of the chunks before
+
+    def give(places: list[int]) -> None:
         dummies = 0 if shape is None else shape.rows - len(places)
         pieces = functional.pad(rows[places], (0, 0, 0, dummies)).split(sizes, 1)
         for (_, parameter), piece in zip(trained, pieces, strict=True):
             parameter.grad_sample = piece.reshape(-1, *parameter.shape)  # type: ignore[attr-defined]
-        optimizer.signal_skip_step(do_skip=number < len(chunks) - 1)
-        optimizer.step()
+
+    optimizer.take(chunked(list(range(len(rows))), shape) or [[]], give)
     return step_gradient(trained)

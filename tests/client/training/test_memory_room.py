@@ -147,7 +147,7 @@ def test_other_errors_are_nobodys_memory():
 def test_a_smaller_shape_holds_as_many_records(spare):
     shape = Shape(3, 11 + spare, 20, spare)
     own = [Tokenised((n,)) for n in range(33)]
-    half = shape.of_half(11)
+    half = shape.of_half()
     assert half == Shape(7, 5 + spare, 20, spare)
     assert max(map(len, half.dealt(own))) <= 5
     assert len(half.dealt(own)) == len(half.dealt([])) == 7
